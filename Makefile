@@ -1,0 +1,43 @@
+# One-command set-up: every target makes what it needs. PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format clinic clean
+
+demo: $(READY)
+	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 1
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY) .ns
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .ns/llmdoctor
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Rebuilds the embedded models, pairs and doctors from the seed.
+clinic: $(READY)
+	$(BIN)/python -m llmdoctor.profiles.build_clinic
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmdoctor needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...")'
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV) (once; a few minutes)..." >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+# mypy cannot see setuptools' package-dir mapping: show it the same layout through links.
+.PHONY: .ns
+.ns:
+	@rm -rf .ns && mkdir -p .ns/llmdoctor
+	@for file in llmdoctor/*; do ln -s ../../$$file .ns/llmdoctor/; done
+	@for folder in cli tui profiles; do ln -s ../../$$folder .ns/llmdoctor/$$folder; done
+
+clean:
+	rm -rf $(VENV) .ns build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,140 @@
+"""``llmdoctor compare``: the patient alone beside the guided patient."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmdoctor.cli import options, render
+from llmdoctor.cli.options import option
+from llmdoctor.cli.terminal import console, decorated, put, put_json, say, waiting
+from llmdoctor.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmdoctor.assistant import LLMdoctor
+    from llmdoctor.types import Comparison, GuidedToken, Message
+
+    Prompt = str | Sequence[Message]
+
+
+def compare(
+    prompt: Annotated[str | None, typer.Argument(help="The question; - reads it from stdin.")] = None,
+    *,
+    prompts: Annotated[
+        Path | None, option("--prompts", "Ask every prompt of a .txt, .json or .jsonl file.", metavar="FILE")
+    ] = None,
+    profile: options.ProfileName = None,
+    patient: options.Patient = None,
+    doctor: options.Doctors = None,
+    doctor_base: options.DoctorBase = None,
+    alpha: options.Alpha = None,
+    beta: options.Betas = None,
+    mode: options.Mode = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    seed: options.Seed = None,
+    top: Annotated[int, option("--top", "Alternatives of every token in JSON.", metavar="N", min=0)] = 0,
+    lens: Annotated[
+        str, option("--lens", "Colour tokens by value (default), ratio, kl, flips or off.", metavar="KIND")
+    ] = "value",
+    lens_doctor: Annotated[
+        str | None, option("--lens-doctor", "Doctor whose opinion colours the tokens.", metavar="NAME")
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    html: Annotated[Path | None, option("--html", "Write a web page instead.", metavar="FILE")] = None,
+    svg: Annotated[Path | None, option("--svg", "Write a picture instead.", metavar="FILE")] = None,
+) -> None:
+    """Answer a question without and with the doctors, and show token by token what changed."""
+    if sum((as_json, html is not None, svg is not None)) > 1:
+        raise UsageError("choose one of --json, --html and --svg")
+    if lens not in render.LENSES:
+        raise UsageError(f"--lens must be one of {', '.join(render.LENSES)}, got {lens!r}")
+    settings = options.guided_profile(
+        options.load(profile),
+        patient={"model": patient, "device": device, "dtype": dtype},
+        doctors=doctor,
+        doctor_base=doctor_base,
+        betas=beta,
+        decode={
+            "alpha": alpha,
+            "mode": mode,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "max_new_tokens": max_new_tokens,
+        },
+    )
+    if lens_doctor is not None and lens_doctor not in settings.doctors:
+        known = ", ".join(settings.doctors) or "none"
+        raise UsageError(f"--lens-doctor: there is no doctor named {lens_doctor!r} (there are: {known})")
+    asked = _prompts(prompt, prompts)
+    assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
+    results = _compared(assistant, asked, seed=options.fresh_seed() if seed is None else seed, top=top)
+    if as_json:
+        for result in results:
+            put_json(result.to_dict())
+        return
+    views = (render.View.of(result, lens, lens_doctor) for result in results)  # type: ignore[arg-type]
+    if html is not None:
+        _write(html, render.html_page(views))
+    elif svg is not None:
+        _write(svg, render.svg((render.rich_comparison(view, 110) for view in views), "llmdoctor compare"))
+    else:
+        _print(views)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> "list[Prompt]":
+    if (prompt is None) == (file is None):
+        raise UsageError(
+            'give either a prompt or --prompts FILE, for example: llmdoctor compare "How can I sleep better?"'
+        )
+    if file is not None:
+        from llmdoctor.data import read_prompts
+
+        return list(read_prompts(file))
+    text = sys.stdin.read().strip() if prompt == "-" else prompt or ""
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return [text]
+
+
+def _compared(assistant: "LLMdoctor", prompts: "Sequence[Prompt]", **how: Any) -> "Iterator[Comparison]":
+    for number, prompt in enumerate(prompts, start=1):
+        asked = f"prompt {number} of {len(prompts)}, " if len(prompts) > 1 else ""
+        with waiting("Asking ...") as show:
+            counts = {"patient": 0, "guided": 0}
+
+            def on_token(side: str, _token: "GuidedToken", asked: str = asked, counts: dict[str, int] = counts) -> None:
+                counts[side] += 1
+                show(f"Asking: {asked}{counts['patient']} tokens alone, {counts['guided']} guided")
+
+            result = assistant.compare(prompt, on_token=on_token, **how)
+        yield result
+
+
+def _print(views: "Iterator[render.View]") -> None:
+    for number, view in enumerate(views):
+        if number:
+            put("")
+        if decorated(sys.stdout):
+            screen = console(sys.stdout)
+            screen.print(render.rich_comparison(view, screen.width))
+        else:
+            put(render.plain_comparison(view))
+
+
+def _write(path: Path, text: str) -> None:
+    from llmdoctor.store import atomic_path
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    say(f"wrote {path}")

@@ -1,0 +1,143 @@
+"""``llmdoctor extract``: stage 1, preference pairs to token rewards."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from llmdoctor.cli import options
+from llmdoctor.cli.options import option
+from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
+from llmdoctor.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmdoctor.profile import DataSettings, Profile
+    from llmdoctor.types import FacePair, SkippedRecord
+
+_SKIPS_SHOWN = 20
+
+
+def extract(
+    *,
+    profile: options.ProfileName = None,
+    patient: options.Patient = None,
+    data: Annotated[
+        str | None, option("--data", "Preference pairs: .jsonl, .json, .parquet (or .gz), or a hub data set.")
+    ] = None,
+    split: Annotated[str | None, option("--split", "Split of a hub data set.")] = None,
+    label: Annotated[str | None, option("--label", "Column that says which of two answers is better.")] = None,
+    face: options.FaceNames = None,
+    output: Annotated[
+        Path, option("--output", "Rewards folder (default: outputs/rewards).", short="-o", env="EXTRACT_OUTPUT")
+    ] = Path("outputs/rewards"),
+    limit: Annotated[int | None, option("--limit", "Use the first N usable pairs.", metavar="N", min=1)] = None,
+    strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
+    batch_tokens: Annotated[int, option("--batch-tokens", "Tokens a forward (default: 16384).", min=1)] = 16384,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Score every answer's tokens with the patient's own two faces.
+
+    A run that was stopped continues where it was.
+    """
+    from llmdoctor.profile import override
+
+    settings = options.load(profile)
+    model = override(settings.patient, model=patient, device=device, dtype=dtype)
+    source = _data(settings, data, split, label)
+    faces = _faces(settings, face)
+    _require_usable(source)
+
+    with waiting(f"Loading {model.model} ..."):
+        from llmdoctor.extract import extract as scored_pairs
+        from llmdoctor.models import load_patient
+        from llmdoctor.store import RewardsFolder
+
+        loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
+    skips = _Skips()
+    began = time.monotonic()
+    with progress("Scoring", limit, "pairs") as advance:
+        pairs = scored_pairs(
+            loaded, source, faces, output, limit=limit, strict=strict, batch_tokens=batch_tokens, on_skip=skips
+        )
+        for _ in pairs:
+            advance()
+    skips.close()
+    report = _report(output, RewardsFolder(output).meta, time.monotonic() - began)
+    if as_json:
+        put_json(report)
+    else:
+        put(_summary(report))
+
+
+def _data(profile: "Profile", source: str | None, split: str | None, label: str | None) -> "DataSettings":
+    """The profile's data set, or the one named: it does not inherit the split and label of the other."""
+    from llmdoctor.profile import DataSettings, override
+
+    named = DataSettings(source=source) if source else profile.data
+    if named is None:
+        raise UsageError(f"profile {profile.name} names no preference pairs: give --data FILE")
+    return override(named, split=split, label=label)
+
+
+def _faces(profile: "Profile", names: Sequence[str] | None) -> "dict[str, FacePair]":
+    if not profile.faces:
+        raise UsageError(f"profile {profile.name} has no faces: add a 'faces' section")
+    chosen = names or profile.rewards.faces or tuple(profile.faces)
+    if unknown := [name for name in chosen if name not in profile.faces]:
+        raise UsageError(
+            f"--face: profile {profile.name} has no face {unknown[0]!r} (it has: {', '.join(profile.faces)})"
+        )
+    return {name: profile.faces[name].pair() for name in chosen}
+
+
+def _require_usable(data: "DataSettings") -> None:
+    """Say what is wrong with the data before a large patient is loaded for it."""
+    from llmdoctor.data import read_pairs
+
+    next(iter(read_pairs(data.source, split=data.split, label=data.label, limit=1)), None)
+
+
+class _Skips:
+    """Says why records are skipped, the first twenty of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, record: "SkippedRecord") -> None:
+        self.count += 1
+        if self.count <= _SKIPS_SHOWN:
+            say(f"line {record.line}: {record.reason}")
+
+    def close(self) -> None:
+        if self.count > _SKIPS_SHOWN:
+            say(f"... and {self.count - _SKIPS_SHOWN} more records skipped")
+
+
+def _report(output: Path, meta: dict[str, Any], seconds: float) -> dict[str, Any]:
+    counts = meta["counts"]
+    return {
+        "output": str(output),
+        "patient": meta["patient"]["model"],
+        "data": meta["dataset"]["source"],
+        "faces": list(meta["faces"]),
+        "read": counts["pairs"] + counts["skipped"],
+        "skipped": meta["skipped"],
+        "written": counts["pairs"],
+        "tokens": counts["tokens"],
+        "seconds": round(seconds, 2),
+        "statistics": meta["statistics"],
+    }
+
+
+def _summary(report: dict[str, Any]) -> str:
+    lines = [
+        f"read {report['read']} records of {report['data']}",
+        *(f"skipped {count}: {reason}" for reason, count in report["skipped"].items()),
+        f"wrote {report['written']} pairs, {report['tokens']} tokens, to {report['output']}"
+        f" in {report['seconds']:.1f} s",
+        *flat_lines(report["statistics"]),
+    ]
+    return "\n".join(lines)

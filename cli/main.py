@@ -1,0 +1,108 @@
+"""The ``llmdoctor`` command: the app, and how what goes wrong becomes one line and an exit code."""
+
+import errno
+import io
+import os
+import sys
+import warnings
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from llmdoctor import __version__
+from llmdoctor.cli import chat, compare, extract, inspect, profiles, train
+from llmdoctor.cli.terminal import clean, say
+from llmdoctor.errors import LLMDoctorError
+
+# Libraries below talk and draw bars on their own; this program does its own narration. A variable already set wins.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class _App(TyperGroup):
+    """Typer's group with this program's ends: exit codes 0, 1, 2, 3, 130 and one ``error:`` line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command line and exit."""
+        _prepare()
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            if code == 130:
+                say("interrupted")
+            sys.exit(code)
+        except typer.TyperException as error:  # a usage mistake, found while parsing
+            context = getattr(error, "ctx", None)
+            _fail(error.format_message() + (f" (see {context.command_path} --help)" if context else ""), error.exit_code)
+        except LLMDoctorError as error:
+            _fail(str(error), error.exit_code)
+        except typer.Abort:
+            sys.exit(130)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            hint = ". Free some space and run again." if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
+            _fail(f"{error.filename}: {reason}{hint}" if error.filename else f"{reason}{hint}", 1)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            _fail("the device ran out of memory: try a smaller --batch-size, --batch-tokens or model", 1)
+
+
+def _prepare() -> None:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding lacks
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(clean(message).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+app = typer.Typer(
+    cls=_App,
+    help="Align a frozen language model while it speaks: a small doctor model steers every token of the patient.",
+    epilog="extract -> train -> chat / compare. Every option can be set as LLMDOCTOR_<OPTION>.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(extract.extract)
+app.command()(train.train)
+app.command()(chat.chat)
+app.command()(compare.compare)
+app.command()(inspect.inspect)
+app.add_typer(profiles.app, name="profiles")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llmdoctor {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def run() -> NoReturn:
+    """Entry point of the ``llmdoctor`` script and of ``python -m llmdoctor``."""
+    app(prog_name="llmdoctor")
+    raise AssertionError("the app exits by itself")

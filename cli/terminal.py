@@ -1,0 +1,139 @@
+"""Where words go: results on stdout, narration and progress on stderr, decorated only where that is welcome."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PLAIN_INTERVAL = 10.0  # seconds between two progress lines where nothing may be animated
+
+
+def decorated(stream: IO[str]) -> bool:
+    """Whether colour, boxes and animation are welcome on ``stream``: a terminal, not NO_COLOR, not TERM=dumb."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def console(stream: IO[str]) -> "Console":
+    """A rich console on ``stream`` that neither highlights nor reads markup: what it prints may come from a model."""
+    from rich.console import Console
+
+    colour = {} if decorated(stream) else {"color_system": None, "force_terminal": False}
+    return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False, **colour)  # type: ignore[arg-type]
+
+
+def say(message: str) -> None:
+    """One line of narration on stderr; of several processes only the first speaks."""
+    if _first_process():
+        print(clean(message), file=sys.stderr, flush=True)
+
+
+def put(text: str) -> None:
+    """A result on stdout."""
+    if _first_process():
+        print(text, flush=True)
+
+
+def put_json(data: Any) -> None:
+    """One JSON document on one line of stdout."""
+    put(json.dumps(_finite(data), ensure_ascii=False, allow_nan=False))
+
+
+def clean(text: str) -> str:
+    """The text, as long as before, with the control characters that could steer a terminal made visible."""
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    harmless = character in "\n\t" or not (ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0)
+    return character if harmless else "\N{REPLACEMENT CHARACTER}"
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no nan and no infinity: they become null."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def waiting(message: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while something of unknown length runs; gives the function that changes its message."""
+    if not (_first_process() and decorated(sys.stderr)):
+        yield lambda _message: None
+        return
+    with console(sys.stderr).status(message) as status:
+        yield status.update
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str) -> Iterator["Advance"]:
+    """Progress on stderr: a bar on a terminal, else a plain line every ten seconds."""
+    if not (_first_process() and decorated(sys.stderr)):
+        yield Advance(_plain_line(description), total, unit)
+        return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[counted]}  {task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+        task = bar.add_task(description, total=total, counted="", detail="")
+
+        def show(done: int, total: int | None, counted: str, detail: str) -> None:
+            bar.update(task, completed=done, total=total, counted=counted, detail=clean(detail))
+
+        yield Advance(show, total, unit)
+
+
+class Advance:
+    """Called after every finished unit, with a detail to show; ``done`` and ``total`` where the caller counts."""
+
+    def __init__(self, show: Callable[[int, int | None, str, str], None], total: int | None, unit: str) -> None:
+        self._show, self._total, self._unit, self._done = show, total, unit, 0
+
+    def __call__(self, detail: str = "", *, done: int | None = None, total: int | None = None) -> None:
+        """One unit more, or ``done`` of them."""
+        self._done = self._done + 1 if done is None else done
+        self._total = total or self._total
+        of = "" if self._total is None else f"/{self._total}"
+        self._show(self._done, self._total, f"{self._done}{of} {self._unit}", detail)
+
+
+def _plain_line(description: str) -> Callable[[int, int | None, str, str], None]:
+    spoken = time.monotonic()
+
+    def show(_done: int, _total: int | None, counted: str, detail: str) -> None:
+        nonlocal spoken
+        if time.monotonic() - spoken >= _PLAIN_INTERVAL:
+            spoken = time.monotonic()
+            say(f"{description}: {counted}  {detail}".rstrip())
+
+    return show
+
+
+def flat_lines(data: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested statistics as ``a.b: 1`` lines."""
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            lines += flat_lines(value, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key}: {value:.4g}" if isinstance(value, float) else f"{prefix}{key}: {value}")
+    return lines

@@ -1,0 +1,124 @@
+"""``llmdoctor train``: stage 2, token rewards to a doctor."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from llmdoctor.cli import options
+from llmdoctor.cli.options import option
+from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
+from llmdoctor.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmdoctor.types import TrainStep
+
+
+def train(
+    *,
+    profile: options.ProfileName = None,
+    rewards: Annotated[Path, option("--rewards", "Rewards folder (default: outputs/rewards).")] = Path(
+        "outputs/rewards"
+    ),
+    doctor: Annotated[
+        str | None, option("--doctor", "Base model of the doctor: folder or hub name.", env="TRAIN_DOCTOR")
+    ] = None,
+    output: Annotated[
+        Path, option("--output", "Doctor folder (default: outputs/doctor).", short="-o", env="TRAIN_OUTPUT")
+    ] = Path("outputs/doctor"),
+    name: Annotated[
+        str, option("--name", "What this doctor is called, as in --beta NAME=X (default: doctor).", env="TRAIN_NAME")
+    ] = "doctor",
+    max_steps: Annotated[int | None, option("--max-steps", "Stop after N steps.", metavar="N")] = None,
+    epochs: Annotated[float | None, option("--epochs", "Passes over the pairs.")] = None,
+    batch_size: Annotated[int | None, option("--batch-size", "Pairs a step and device.")] = None,
+    learning_rate: Annotated[float | None, option("--learning-rate", "Peak learning rate.")] = None,
+    direction: options.DirectionName = None,
+    tau: options.Tau = None,
+    theta: options.Theta = None,
+    face: options.FaceNames = None,
+    flow: Annotated[str | None, option("--flow", "relative (to the doctor's base) or absolute (the paper).")] = None,
+    anchor: Annotated[bool | None, option("--anchor/--no-anchor", "Fix log V at the end of an answer to 0.")] = None,
+    rho: Annotated[float | None, option("--rho", "Scale of the rewards in log Q.")] = None,
+    subtb_weight: Annotated[float | None, option("--subtb-weight", "Lambda of SubTB, in (0, 1]; 1 is even.")] = None,
+    value_weight: Annotated[float | None, option("--value-weight", "Weight of the value loss.")] = None,
+    gamma: Annotated[float | None, option("--gamma", "Margin of the value loss.")] = None,
+    alternatives: Annotated[int | None, option("--alternatives", "Further same-prefix pairs a response.")] = None,
+    lora_rank: Annotated[int | None, option("--lora-rank", "Rank of the adapter.")] = None,
+    seed: options.Seed = None,
+    patient: options.Patient = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a small doctor on a rewards folder.
+
+    With --patient, or with a profile named, the rewards must come from that patient.
+    """
+    from llmdoctor.profile import override
+
+    settings = options.load(profile)
+    chosen = override(
+        settings.train,
+        doctor=doctor,
+        max_steps=max_steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        flow=flow,
+        anchor=anchor,
+        rho=rho,
+        subtb_weight=subtb_weight,
+        value_weight=value_weight,
+        gamma=gamma,
+        alternatives=alternatives,
+        lora_rank=lora_rank,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    if chosen.doctor is None:
+        raise UsageError(f"profile {settings.name} names no base model for the doctor: give --doctor MODEL")
+    override(settings.rewards, direction=direction, tau=tau, theta=theta)  # a bad value is said before anything is read
+    with waiting("Reading the rewards ..."):
+        from llmdoctor.store import RewardsFolder
+
+        folder = RewardsFolder(rewards)
+        reward_settings = options.reward_settings(
+            settings, available=folder.faces, faces=face, direction=direction, tau=tau, theta=theta
+        )
+    used = ", ".join(reward_settings.faces or folder.faces)
+    say(f"training {chosen.doctor} on {len(folder)} pairs of {rewards} (faces: {used})")
+
+    with waiting(f"Loading {chosen.doctor} ..."):
+        from llmdoctor.train import train as train_doctor
+    began = time.monotonic()
+    with progress("Training", None, "steps") as advance:
+
+        def on_step(step: "TrainStep") -> None:
+            losses = f"loss {step.loss:.4g} (flow {step.subtb:.4g}, value {step.value:.4g})"
+            advance(f"{losses}, {step.tokens_per_second:.0f} tokens/s", done=step.step, total=step.total)
+
+        made = train_doctor(
+            rewards,
+            output,
+            base_model=chosen.doctor,
+            reward_settings=reward_settings,
+            settings=chosen,
+            name=name,
+            patient=patient or (settings.patient.model if profile else None),
+            trust_remote_code=trust_remote_code,
+            on_step=on_step,
+        )
+    report: dict[str, Any] = {
+        "output": str(output),
+        "rewards": str(rewards),
+        "read": len(folder),
+        "seconds": round(time.monotonic() - began, 2),
+        "doctor": made,
+    }
+    if as_json:
+        put_json(report)
+        return
+    lines = [f"trained {chosen.doctor} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"]
+    put("\n".join(lines + flat_lines(made.get("metrics") or {})))

@@ -1,0 +1,45 @@
+"""Align a frozen language model (the patient) while it speaks: a small doctor model steers every token.
+
+>>> from llmdoctor import LLMdoctor                    # doctest: +SKIP
+>>> doctor = LLMdoctor.from_profile("clinic")           # doctest: +SKIP
+>>> print(doctor.generate("How can I sleep better?"))   # doctest: +SKIP
+
+Names are imported when first used (PEP 562), so that ``import llmdoctor`` does not pay for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLMdoctor": "assistant",
+    "Comparison": "types",
+    "Guidance": "types",
+    "GuidedToken": "types",
+    "LLMDoctorError": "errors",
+    "PreferencePair": "types",
+    "Sampling": "types",
+    "TokenRewards": "types",
+}
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from llmdoctor.assistant import LLMdoctor as LLMdoctor
+    from llmdoctor.errors import LLMDoctorError as LLMDoctorError
+    from llmdoctor.types import Comparison as Comparison
+    from llmdoctor.types import Guidance as Guidance
+    from llmdoctor.types import GuidedToken as GuidedToken
+    from llmdoctor.types import PreferencePair as PreferencePair
+    from llmdoctor.types import Sampling as Sampling
+    from llmdoctor.types import TokenRewards as TokenRewards
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"llmdoctor.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'llmdoctor' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,267 @@
+"""The facade: load once, then generate, stream and compare."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from llmdoctor.decode import Step, decode
+from llmdoctor.doctor import LoadedDoctor, load_doctor
+from llmdoctor.errors import UsageError
+from llmdoctor.faces import conversation, prompt_ids, with_system
+from llmdoctor.guidance import check_guidance, check_sampling
+from llmdoctor.models import Patient, load_patient
+from llmdoctor.profile import Profile, load_profile
+from llmdoctor.types import Answer, Comparison, Guidance, GuidedToken, Message, Sampling
+
+Which = Literal["patient", "guided"]
+_BATCH_ROWS = 32
+
+
+class LLMdoctor:
+    """A frozen patient, steered token by token by any number of doctors: pi ∝ patient^alpha · prod doctor_i^beta_i.
+
+    ``doctor_checkpoint`` is one doctor folder, or a mapping of names to folders; without any, the patient speaks alone.
+    ``beta`` is one strength for every doctor, or a mapping. ``doctor_base`` overrides the base model that a doctor
+    folder names. ``system_prompt`` opens every conversation. ``alpha``, ``beta`` and ``sampling`` may be set at any
+    time: a running ``stream`` follows with its next token.
+
+    Raises LoadError (a model or doctor cannot be loaded), VocabularyError (a doctor for another tokenizer), UsageError
+    (a setting out of range).
+    """
+
+    def __init__(
+        self,
+        patient_model: str | Path,
+        doctor_checkpoint: str | Path | Mapping[str, str | Path] | None = None,
+        *,
+        alpha: float = 1.0,
+        beta: float | Mapping[str, float] = 0.8,
+        doctor_base: str | Path | Mapping[str, str | Path] | None = None,
+        mode: Literal["product", "ratio"] = "product",
+        plausibility: float = 0.1,
+        sampling: Sampling | None = None,
+        system_prompt: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.sampling = sampling or Sampling()
+        check_sampling(self.sampling)
+        self.system_prompt = system_prompt
+        self._doctors: dict[str, LoadedDoctor] = {}
+        self._guidance = Guidance(mode=mode, plausibility=plausibility)
+        if isinstance(doctor_checkpoint, Mapping):  # names are known already: complain before anything is loaded
+            self._check(alpha, beta, tuple(doctor_checkpoint))
+        self.patient: Patient = load_patient(
+            patient_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        named: dict[str | None, str | Path] = {}
+        if isinstance(doctor_checkpoint, Mapping):
+            named.update(doctor_checkpoint)
+        elif doctor_checkpoint is not None:
+            named[None] = doctor_checkpoint
+        for name, checkpoint in named.items():
+            doctor = load_doctor(
+                checkpoint,
+                name=name,
+                base=doctor_base.get(name or "") if isinstance(doctor_base, Mapping) else doctor_base,
+                with_base=mode == "ratio",
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
+            self.patient.vocabulary.require_same(
+                doctor.vocabulary, f"the patient {patient_model}", f"the doctor {checkpoint}"
+            )
+            self._doctors[doctor.name] = doctor
+        self.guidance = self._check(alpha, beta, self.doctor_names)
+
+    @classmethod
+    def from_profile(cls, profile: str | Path | Profile = "clinic", **overrides: Any) -> "LLMdoctor":
+        """Load what a profile names; ``overrides`` are keywords of ``LLMdoctor`` and win. Raises ProfileError also."""
+        p = profile if isinstance(profile, Profile) else load_profile(profile)
+        decode = p.decode.model_dump()
+        settings: dict[str, Any] = {
+            "patient_model": p.patient.model,
+            "doctor_checkpoint": {name: doctor.checkpoint for name, doctor in p.doctors.items()},
+            "doctor_base": {name: doctor.base for name, doctor in p.doctors.items() if doctor.base},
+            "beta": {name: doctor.beta for name, doctor in p.doctors.items()},
+            "system_prompt": p.patient.system_prompt,
+            "dtype": p.patient.dtype,
+            "device": p.patient.device,
+            **{key: decode.pop(key) for key in ("alpha", "mode", "plausibility")},
+            "sampling": Sampling(**decode),
+        }
+        if "doctor_checkpoint" in overrides:  # the profile's bases and strengths belong to the profile's doctors
+            settings |= {"beta": 0.8, "doctor_base": None}
+        elif isinstance(overrides.get("beta"), Mapping):
+            overrides["beta"] = {**settings["beta"], **overrides["beta"]}
+        return cls(**{**settings, **overrides})
+
+    @property
+    def doctor_names(self) -> tuple[str, ...]:
+        """The doctors, in the order they were given."""
+        return tuple(self._doctors)
+
+    @property
+    def guidance(self) -> Guidance:
+        """The snapshot that the next token will be drawn with."""
+        return self._guidance
+
+    @guidance.setter
+    def guidance(self, guidance: Guidance) -> None:
+        check_guidance(guidance, self.doctor_names)
+        self._guidance = guidance
+
+    @property
+    def alpha(self) -> float:
+        """The patient's exponent."""
+        return self._guidance.alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self.guidance = replace(self._guidance, alpha=alpha)
+
+    @property
+    def beta(self) -> dict[str, float]:
+        """Every doctor's exponent; set it to a number for all of them, or to a mapping for those it names."""
+        return dict(self._guidance.betas)
+
+    @beta.setter
+    def beta(self, beta: float | Mapping[str, float]) -> None:
+        self.guidance = self._check(self.alpha, beta, self.doctor_names)
+
+    @overload
+    def generate(self, prompt: str, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str] | Sequence[Message], **sampling: Any) -> str | list[str]: ...
+    def generate(self, prompt: str | Sequence[str] | Sequence[Message], **sampling: Any) -> str | list[str]:
+        """The guided answer to a prompt or to a conversation; for a list of prompts, their answers in order.
+
+        ``sampling`` are fields of ``Sampling`` that differ from the instance's own.
+        """
+        if isinstance(prompt, str) or not all(isinstance(item, str) for item in prompt):
+            return "".join(token.text for token in self.stream(prompt, **sampling))  # type: ignore[arg-type]
+        return [answer.text for answer in self.answer_all(prompt, **sampling)]  # type: ignore[arg-type]
+
+    def answer_all(
+        self, prompts: Sequence[str] | Sequence[Sequence[Message]], *, guided: bool = True, **sampling: Any
+    ) -> list[Answer]:
+        """Answers with all their tokens, decoded in batches; ``guided`` False is the patient alone."""
+        settings = self._sampling(sampling)
+        seed = _seed(settings)
+        answers: list[Answer] = []
+        for start in range(0, len(prompts), _BATCH_ROWS):
+            rows = prompts[start : start + _BATCH_ROWS]
+            steps: list[list[Step]] = [[] for _ in rows]
+            for step in self._decode(rows, settings, seed + start, guided=guided):
+                steps[step.row].append(step)
+            answers.extend(map(_answer, steps))
+        return answers
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        guidance: Guidance | Callable[[], Guidance] | None = None,
+        top: int = 0,
+        **sampling: Any,
+    ) -> Iterator[GuidedToken]:
+        """Guided tokens as they are drawn, each with its numbers and, on request, its ``top`` alternatives.
+
+        ``guidance`` is a fixed snapshot, or a function that is called for every token; by default the instance's own,
+        live. Close the iterator to stop. Settings are checked at once, not at the first token.
+        """
+        read = guidance if callable(guidance) else (lambda: guidance) if guidance else (lambda: self._guidance)
+        settings = self._sampling(sampling)
+        steps = self._decode([prompt], settings, _seed(settings), read=read, top=top)
+        return (step.token for step in steps)
+
+    def compare(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        top: int = 0,
+        on_token: Callable[[Which, GuidedToken], None] | None = None,
+        **sampling: Any,
+    ) -> Comparison:
+        """The patient alone, then the guided patient, on the same prompt and with the same random numbers."""
+        settings = self._sampling(sampling)
+        settings = replace(settings, seed=_seed(settings))
+        guidance = self._guidance
+
+        def run(which: Which) -> tuple[Answer, float]:
+            started = time.perf_counter()
+            steps = []
+            decoding = self._decode(
+                [prompt], settings, settings.seed or 0, read=lambda: guidance, top=top, guided=which == "guided"
+            )
+            for step in decoding:
+                steps.append(step)
+                if on_token:
+                    on_token(which, step.token)
+            return _answer(steps), time.perf_counter() - started
+
+        alone, alone_seconds = run("patient")
+        guided, guided_seconds = run("guided")
+        flips = sum(token.flip for token in guided.tokens)
+        kl = sum(token.kl for token in guided.tokens)
+        length = len(guided.tokens)
+        metrics = {
+            "flips": flips,
+            "flip_rate": flips / length,
+            "kl": kl,
+            "kl_per_token": kl / length,
+            "mean_values": {n: sum(t.values[n] for t in guided.tokens) / length for n in self.doctor_names},
+            "patient_tokens": len(alone.tokens),
+            "guided_tokens": length,
+            "patient_seconds": alone_seconds,
+            "guided_seconds": guided_seconds,
+        }
+        described = {"alpha": guidance.alpha, "betas": dict(guidance.betas), "mode": guidance.mode, **asdict(settings)}
+        return Comparison(prompt if isinstance(prompt, str) else list(prompt), described, alone, guided, metrics)
+
+    def _decode(
+        self,
+        prompts: Sequence[str] | Sequence[str | Sequence[Message]],
+        sampling: Sampling,
+        seed: int,
+        *,
+        guided: bool = True,
+        read: Callable[[], Guidance] | None = None,
+        top: int = 0,
+    ) -> Iterator[Step]:
+        ids = [
+            prompt_ids(self.patient.tokenizer, with_system(conversation(prompt), self.system_prompt))
+            for prompt in prompts
+        ]
+        if not guided:
+            return decode(self.patient, {}, ids, Guidance, sampling, seed=seed, top=top)
+        read = read or (lambda: self._guidance)
+        return decode(self.patient, self._doctors, ids, read, sampling, seed=seed, top=top)
+
+    def _sampling(self, changes: Mapping[str, Any]) -> Sampling:
+        known = asdict(self.sampling)
+        if unknown := [name for name in changes if name not in known]:
+            raise UsageError(f"there is no sampling setting {unknown[0]!r}; there are: {', '.join(known)}")
+        sampling = replace(self.sampling, **changes)
+        check_sampling(sampling)
+        return sampling
+
+    def _check(self, alpha: float, beta: float | Mapping[str, float], names: tuple[str, ...]) -> Guidance:
+        betas = {**self._guidance.betas, **beta} if isinstance(beta, Mapping) else dict.fromkeys(names, float(beta))
+        guidance = replace(self._guidance, alpha=alpha, betas=betas)
+        check_guidance(guidance, names)
+        return guidance
+
+
+def _seed(sampling: Sampling) -> int:
+    return secrets.randbelow(1 << 31) if sampling.seed is None else sampling.seed
+
+
+def _answer(steps: Sequence[Step]) -> Answer:
+    tokens = tuple(step.token for step in steps)
+    return Answer("".join(token.text for token in tokens), tokens, steps[-1].finish != "length")

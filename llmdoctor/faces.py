@@ -1,0 +1,96 @@
+"""From a conversation to token ids, under a face or none; and from token ids back to pieces of text.
+
+A prompt and its response are tokenised apart and their ids joined, so that no token straddles the boundary.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from jinja2.exceptions import TemplateError
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from llmdoctor.types import Message
+
+_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+
+
+def conversation(prompt: str | Sequence[Message]) -> list[Message]:
+    """A prompt as messages: a plain string is one user turn."""
+    return [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The conversation under a system prompt; one that it already has follows after an empty line."""
+    if not system:
+        return list(messages)
+    own = [m["content"] for m in messages if m["role"] == "system"]
+    rest = [m for m in messages if m["role"] != "system"]
+    return [Message(role="system", content="\n\n".join([system, *own])), *rest]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks next [P].
+
+    Through the chat template; where it refuses a system role, the system prompt opens the first user turn. A tokenizer
+    without a chat template belongs to a text continuer: one user turn alone is its raw text, tokenised as users of
+    ``generate`` do; a system prompt stands before it and an empty line; with further turns all of them are written as
+    "Human: …" and "Assistant: …" paragraphs that end with "Assistant:".
+    """
+    if tokenizer.chat_template is None:
+        return list(tokenizer(_plain_layout(messages)).input_ids)
+    return list(tokenizer(_templated(tokenizer, messages), add_special_tokens=False).input_ids)
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, text: str, end_id: int) -> list[int]:
+    """Token ids of a response, ending with the end-of-turn token [T]."""
+    return [*tokenizer(text, add_special_tokens=False).input_ids, end_id]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> int:
+    """The id that ends an assistant turn: what the chat template puts after it when that ends an answer, else EOS."""
+    if tokenizer.chat_template is not None:
+        turn = [Message(role="user", content="a"), Message(role="assistant", content="@@")]
+        rendered = tokenizer.apply_chat_template(turn, tokenize=False)  # type: ignore[arg-type]
+        after = str(rendered).rpartition("@@")[2].lstrip()
+        for token in tokenizer(after, add_special_tokens=False).input_ids[:1]:
+            if token in set(eos_ids):
+                return int(token)
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
+class TextStream:
+    """Token ids in, printable pieces out: a piece is empty until the bytes of a character are complete."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes."""
+        return self._stream.step(self._backend, token_id) or ""
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
+    """The printable piece of every token; joined they are the decoded text."""
+    stream = TextStream(tokenizer)
+    return [stream.push(int(i)) for i in ids]
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
+    except TemplateError:
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise
+        first = Message(role="user", content=f"{messages[0]['content']}\n\n{messages[1]['content']}")
+        text = tokenizer.apply_chat_template([first, *messages[2:]], tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
+    return str(text)
+
+
+def _plain_layout(messages: Sequence[Message]) -> str:
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    turns = [m for m in messages if m["role"] != "system"]
+    if len(turns) == 1:
+        return "\n\n".join([*system, turns[0]["content"]])
+    written = [f"{_SPEAKERS[m['role']]}: {m['content']}" for m in turns]
+    return "\n\n".join([*system, *written, "Assistant:"])

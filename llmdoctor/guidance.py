@@ -1,0 +1,116 @@
+"""Stage 3's arithmetic: the product of patient and doctors, the filters after it, and the draw. Pure functions.
+
+pi(y | s) ∝ pi_patient(y | s)^alpha * prod_i pi_doctor_i(y | s)^beta_i        (arXiv 2601.10416, section 3.3)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import TopPLogitsWarper as TopP
+
+from llmdoctor.errors import UsageError
+from llmdoctor.types import Guidance, Sampling
+
+
+def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
+    """Raise UsageError unless alpha and the betas are finite, >= 0, not all zero, and name doctors that exist."""
+    for name, strength in {"alpha": guidance.alpha, **{f"beta of {n}": b for n, b in guidance.betas.items()}}.items():
+        if not (math.isfinite(strength) and strength >= 0):
+            raise UsageError(f"{name} must be a finite number, 0 or more; got {strength}")
+    if unknown := [name for name in guidance.betas if name not in doctors]:
+        known = ", ".join(doctors) or "none"
+        raise UsageError(f"there is no doctor {unknown[0]!r}; the doctors are: {known}")
+    if guidance.alpha == 0 and not any(guidance.betas.values()):
+        raise UsageError("alpha and every beta are 0: nothing is left to decode from; set one of them above 0")
+    if not 0 <= guidance.plausibility <= 1:
+        raise UsageError(f"plausibility must be between 0 and 1; got {guidance.plausibility}")
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise UsageError when a sampling setting is out of the range that ``Sampling`` states."""
+    checks = {
+        "temperature must be a finite number, 0 (greedy) or more": (
+            sampling.temperature,
+            math.isfinite(sampling.temperature) and sampling.temperature >= 0,
+        ),
+        "top_k must be 0 (off) or more": (sampling.top_k, sampling.top_k >= 0),
+        "top_p must be above 0 and at most 1": (sampling.top_p, 0 < sampling.top_p <= 1),
+        "min_p must be at least 0 and below 1": (sampling.min_p, 0 <= sampling.min_p < 1),
+        "max_new_tokens must be 1 or more": (sampling.max_new_tokens, sampling.max_new_tokens >= 1),
+    }
+    for rule, (value, holds) in checks.items():
+        if not holds:
+            raise UsageError(f"{rule}; got {value}")
+
+
+def log_probs(logits_B_V: Tensor, valid_V: Tensor | None, size: int) -> Tensor:
+    """Natural log-probs over the shared vocabulary [B, size], in float32 or better.
+
+    Rows of the embedding beyond ``size`` (padding) are cut off; ids that no token has (``valid_V`` False) get the
+    lowest finite number, not -inf, so that a beta of 0 times it stays 0.
+    """
+    logits = logits_B_V[..., :size]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if valid_V is not None:
+        logits = logits.masked_fill(~valid_V, torch.finfo(logits.dtype).min)
+    return logits.log_softmax(dim=-1)
+
+
+def product(
+    patient_B_V: Tensor,
+    doctors_B_V: Mapping[str, Tensor],
+    guidance: Guidance,
+    bases_B_V: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Log-probs of the guided distribution [B, V], normalised, at temperature 1 and before any filter.
+
+    Mode "product" is the paper's. Mode "ratio" replaces each doctor by doctor / its own base (``bases_B_V``) and keeps
+    the tokens whose patient probability is at least ``plausibility`` times the patient's greatest: for weak doctors.
+    """
+    if guidance.alpha == 1 and not any(guidance.betas.values()):
+        return patient_B_V
+    logits = guidance.alpha * patient_B_V
+    for name, doctor_B_V in doctors_B_V.items():
+        if beta := guidance.betas.get(name, 0.0):
+            base = 0.0 if bases_B_V is None or guidance.mode == "product" else bases_B_V[name]
+            logits = logits + beta * (doctor_B_V - base)
+    if guidance.mode == "ratio" and guidance.plausibility > 0:
+        floor = patient_B_V.amax(dim=-1, keepdim=True) + math.log(guidance.plausibility)
+        logits = logits.masked_fill(patient_B_V < floor, -torch.inf)
+    return logits.log_softmax(dim=-1)
+
+
+def kl_divergence(product_B_V: Tensor, patient_B_V: Tensor) -> Tensor:
+    """KL(product || patient) of every row [B], nats."""
+    return torch.where(product_B_V > -1e4, product_B_V.exp() * (product_B_V - patient_B_V), 0.0).sum(dim=-1)
+
+
+def draw(product_B_V: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
+    """One token id a row [B]: temperature, top-k, top-p and min-p after the product, then the inverse of the CDF.
+
+    ``uniforms_B`` in [0, 1) is all the randomness: the same seed gives two distributions the same draws (common random
+    numbers), so that patient and guided answers differ by guidance and not by luck. Temperature 0 is the argmax.
+    """
+    if sampling.temperature == 0:
+        return product_B_V.argmax(dim=-1)
+    scores = _warpers(sampling)(None, product_B_V)  # type: ignore[arg-type]  # these warpers read no input ids
+    cumulative_B_V = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    target_B_1 = uniforms_B.to(cumulative_B_V)[:, None] * cumulative_B_V[:, -1:]
+    return torch.searchsorted(cumulative_B_V, target_B_1, right=True)[:, 0].clamp(max=product_B_V.shape[-1] - 1)
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    """The library's warpers, in the library's order."""
+    warpers = LogitsProcessorList()
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopP(sampling.top_p))
+    if sampling.min_p > 0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers

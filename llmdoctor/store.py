@@ -1,0 +1,261 @@
+"""Artefact folders: everything written appears complete, by a rename, or not at all.
+
+A rewards folder holds ``meta.json`` (written last), ``rewards-00000.parquet``, ... and ``tokenizer/``. A shard has two
+rows a preference pair, chosen then rejected, and for every face pair the two log-probs of every token.
+"""
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+
+from llmdoctor.errors import LoadError, StorageError, UsageError
+from llmdoctor.types import PairScores, Side, TokenScores
+
+SCHEMA_VERSION = 1
+_SIDES: tuple[Side, Side] = ("chosen", "rejected")
+_ROWS_AT_A_TIME = 64
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling of ``path`` to write a file or a folder to; it takes the place of ``path`` on success.
+
+    On any failure the temporary is removed and what stood at ``path`` is as it was. A new folder replaces an existing
+    one as a whole; see `ensure_replaceable`. The system's write errors come out as `StorageError`.
+    """
+    target = Path(os.path.realpath(path))  # through links, so that a linked output stays on the disk it was sent to
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush_to_disk(temporary)
+        _rename_over(temporary, target)
+    except Exception as error:
+        # a file inside a folder: name the folder that was asked for, not its temporary
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        reason = _write_error(cause, target)
+        if reason is None:
+            raise
+        raise StorageError(f"cannot write {path}: {reason}") from cause
+    finally:
+        _remove(temporary)
+
+
+def _flush_to_disk(path: Path) -> None:
+    # Some file systems report a full disk only here, and a rename may reach the disk before the bytes do.
+    for file in (item for item in path.rglob("*") if item.is_file()) if path.is_dir() else (path,):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _rename_over(temporary: Path, target: Path) -> None:
+    if not (temporary.is_dir() and target.is_dir()):
+        temporary.replace(target)
+        return
+    retired = temporary.with_suffix(".retired")
+    target.rename(retired)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        retired.rename(target)
+        raise
+    _remove(retired)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _write_error(error: BaseException | None, target: Path) -> str | None:
+    """The reason and the remedy when ``error`` is the system's; None when it is something else."""
+    # Rust libraries (safetensors, tokenizers) put the error number into the text of an exception of their own.
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, OSError):
+        code = error.errno
+    elif number:
+        code = int(number[1])
+    elif isinstance(error, SafetensorError):
+        code = None
+    else:
+        return None
+    reason = os.strerror(code) if code else (str(error) or type(error).__name__).splitlines()[0]
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return f"{reason} ({_free_space(target)}). Free some space and run again."
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{reason}. Choose a folder that you may write to."
+    return f"{reason}. Check the path and run again."
+
+
+def _free_space(target: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(target.parent).free / 1e6:,.0f} MB free"
+    except OSError:
+        return "disk full"
+
+
+def ensure_replaceable(folder: Path, marker: str) -> None:
+    """Refuse to write over a folder that is not one of ours: it must be absent, empty, or hold the file ``marker``."""
+    if folder.is_dir():
+        if (folder / marker).is_file() or not any(folder.iterdir()):
+            return
+        raise UsageError(f"{folder} is not empty and has no {marker}: choose another output folder, or empty this one")
+    if folder.exists():
+        raise UsageError(f"{folder} is a file: the output must be a folder, choose another name")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as indented JSON, atomically."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file holds; `LoadError` when it is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise LoadError(f"cannot read {path}: not JSON ({error})") from error
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The complete shards of a rewards folder, in order."""
+    return sorted(path for path in folder.glob("rewards-*.parquet") if re.fullmatch(r"rewards-\d+\.parquet", path.name))
+
+
+def write_shard(folder: Path, index: int, pairs: Sequence[PairScores], faces: Sequence[str]) -> Path:
+    """Write ``pairs`` as shard number ``index`` of a rewards folder, atomically."""
+    rows = [scores for pair in pairs for scores in (pair.chosen, pair.rejected)]
+    ids, logprobs = pa.list_(pa.int32()), pa.list_(pa.float32())
+    columns: dict[str, pa.Array] = {
+        "pair_id": pa.array([row.pair_id for row in rows], pa.string()),
+        "side": pa.array([row.side for row in rows], pa.string()),
+        "prompt_ids": pa.array([row.prompt_ids for row in rows], ids),
+        "response_ids": pa.array([row.response_ids for row in rows], ids),
+        "alternative_ids": pa.array([row.alternative_ids for row in rows], ids),
+    }
+    for face in faces:
+        columns[f"positive.{face}"] = pa.array([row.positive[face] for row in rows], logprobs)
+        columns[f"negative.{face}"] = pa.array([row.negative[face] for row in rows], logprobs)
+        columns[f"alternative_positive.{face}"] = pa.array([row.alternative_positive[face] for row in rows], logprobs)
+        columns[f"alternative_negative.{face}"] = pa.array([row.alternative_negative[face] for row in rows], logprobs)
+    path = folder / f"rewards-{index:05d}.parquet"
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+    return path
+
+
+def read_shard(path: Path, faces: Sequence[str]) -> Iterator[PairScores]:
+    """Stream the pairs of one shard; `LoadError` when it is damaged or lacks a face."""
+    try:
+        with pq.ParquetFile(path) as shard:
+            rows = (row for batch in shard.iter_batches(_ROWS_AT_A_TIME) for row in _rows(batch, faces))
+            for chosen, rejected in zip(rows, rows, strict=True):
+                if (chosen.side, rejected.side) != _SIDES or chosen.pair_id != rejected.pair_id:
+                    raise ValueError(f"the two rows of pair {chosen.pair_id} are not together")
+                yield PairScores(chosen, rejected)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
+
+
+def _rows(batch: pa.RecordBatch, faces: Sequence[str]) -> Iterator[TokenScores]:
+    pair_ids, sides = batch.column("pair_id").to_pylist(), batch.column("side").to_pylist()
+    arrays = {name: _split(batch.column(name)) for name in batch.schema.names if name not in ("pair_id", "side")}
+    for i, (pair_id, side) in enumerate(zip(pair_ids, sides, strict=True)):
+        yield TokenScores(
+            pair_id=pair_id,
+            side=side,
+            prompt_ids=arrays["prompt_ids"][i],
+            response_ids=arrays["response_ids"][i],
+            positive={face: arrays[f"positive.{face}"][i] for face in faces},
+            negative={face: arrays[f"negative.{face}"][i] for face in faces},
+            alternative_ids=arrays["alternative_ids"][i],
+            alternative_positive={face: arrays[f"alternative_positive.{face}"][i] for face in faces},
+            alternative_negative={face: arrays[f"alternative_negative.{face}"][i] for face in faces},
+        )
+
+
+def _split(column: pa.ListArray) -> list[np.ndarray[Any, Any]]:
+    values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+    # Copies: Arrow's own memory is read-only (torch.from_numpy warns), and a view would keep the whole batch alive.
+    return [values[start:stop].copy() for start, stop in pairwise(offsets)]
+
+
+def _damaged(path: Path, error: Exception) -> LoadError:
+    if isinstance(error, KeyError):
+        return LoadError(f"cannot read {path}: no column {error}. Delete the folder and run extract again.")
+    reason = str(error).splitlines()[0]
+    return LoadError(f"cannot read {path}: {reason}. Delete it and run extract again.")
+
+
+class RewardsFolder:
+    """A finished rewards folder, opened for reading; iterating streams its `PairScores`."""
+
+    path: Path
+    meta: dict[str, Any]
+    faces: tuple[str, ...]
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.meta = _read_meta(self.path)
+        self.faces = tuple(self.meta["faces"])
+        self._shards = [self.path / name for name in self.meta["shards"]]
+        self._pairs = sum(_count_rows(shard, self.faces) for shard in self._shards) // 2
+
+    def __len__(self) -> int:
+        return self._pairs
+
+    def __iter__(self) -> Iterator[PairScores]:
+        for shard in self._shards:
+            yield from read_shard(shard, self.faces)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise LoadError(f"no rewards folder at {folder}: run `llmdoctor extract --output {folder}` first")
+    path = folder / "meta.json"
+    if not path.is_file():
+        if shard_paths(folder):
+            raise LoadError(f"{folder} has no meta.json, extract has not finished: run the same extract command again")
+        raise LoadError(f"{folder} is not a rewards folder: expected meta.json and rewards-00000.parquet in it")
+    meta = read_json(path)
+    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    if version != SCHEMA_VERSION:
+        raise LoadError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}: run extract again")
+    missing = [key for key in ("patient", "tokenizer", "faces", "shards") if key not in meta]
+    if missing:
+        raise LoadError(f"{path}: expected a key {missing[0]!r}, there is none: run extract again")
+    return dict(meta)
+
+
+def _count_rows(shard: Path, faces: Sequence[str]) -> int:
+    try:
+        with pq.ParquetFile(shard) as file:
+            columns = set(file.schema_arrow.names)
+            lacking = [face for face in faces if not {f"positive.{face}", f"negative.{face}"} <= columns]
+            if lacking:
+                raise ValueError(f"it holds no log-probs for face pair {lacking[0]!r}")
+            return int(file.metadata.num_rows)
+    except FileNotFoundError as error:
+        raise LoadError(f"{shard} is missing although meta.json names it: run extract again") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damaged(shard, error) from error

@@ -1,0 +1,218 @@
+"""The frozen records that flow through the house, and the letters that name tensor shapes.
+
+    PreferencePair -> PairScores -> TokenRewards -> doctor -> GuidedToken -> screen
+
+Shape suffixes: B rows of a batch, T tokens, N states (T + 1), V vocabulary rows, H hidden width, F face pairs,
+D doctors. ``logits_B_T_V`` is [rows, tokens, vocabulary]. All log-probabilities are natural logarithms.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["system", "user", "assistant"]
+Side = Literal["chosen", "rejected"]
+Direction = Literal["label", "gap", "agree", "fitted"]
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in the shape chat templates take."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class FacePair:
+    """Two system prompts for the same patient: the behaviour wanted, and its opposite."""
+
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """A conversation that ends with a user turn, and two answers of which people preferred the first."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedRecord:
+    """A record that could not be used: 1-based line (or row) number, and why."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Stage 1's result for one response: what the patient thinks of each token under every face.
+
+    ``prompt_ids`` [P] is the prompt without any face; ``response_ids`` [T] ends with the end-of-turn token.
+    ``positive[name]`` and ``negative[name]`` [T] are log pi(y_t | face, x, y_<t). ``alternative_ids`` [T] is, for each
+    position, the token other than y_t that the positive faces like best (mean log-prob over the face pairs), with its
+    own log-probs: stage 2 may compare the value of y_t with that of this token after the same prefix.
+    """
+
+    pair_id: str
+    side: Side
+    prompt_ids: Ints
+    response_ids: Ints
+    positive: Mapping[str, Floats]
+    negative: Mapping[str, Floats]
+    alternative_ids: Ints
+    alternative_positive: Mapping[str, Floats]
+    alternative_negative: Mapping[str, Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class PairScores:
+    """Both responses of one preference pair, scored."""
+
+    chosen: TokenScores
+    rejected: TokenScores
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRewards:
+    """One response with its token rewards. ``rewards``, ``gaps`` and ``importance`` are [T].
+
+    ``rewards`` is r_t (in [-1, 1] for one face pair); ``gaps`` is log pi_pos - log pi_neg in nats and ``importance``
+    is S_t in [0, 1), both summed over face pairs with the weights that made ``rewards``.
+    """
+
+    scores: TokenScores
+    rewards: Floats
+    gaps: Floats
+    importance: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """How strongly each model speaks: pi ∝ patient^alpha · prod doctor_i^beta_i. An immutable snapshot, read per token.
+
+    ``alpha`` and every beta are finite and >= 0, and not all zero. ``mode`` "ratio" uses (doctor / doctor_base)^beta
+    among the tokens whose patient probability is at least ``plausibility`` times the patient's greatest.
+    """
+
+    alpha: float = 1.0
+    betas: Mapping[str, float] = field(default_factory=dict)
+    mode: Literal["product", "ratio"] = "product"
+    plausibility: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is drawn from the product. Temperature, top-k, top-p and min-p apply after the product.
+
+    ``temperature`` >= 0 (0 is greedy), ``top_k`` >= 0 (0 is off), ``top_p`` in (0, 1], ``min_p`` in [0, 1),
+    ``max_new_tokens`` >= 1; ``seed`` None draws a fresh one. ``stop`` strings end the answer and are cut from it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 256
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have been said at one position, with its natural log-probs at temperature 1."""
+
+    id: int
+    text: str
+    patient_logprob: float
+    doctor_logprobs: Mapping[str, float]
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedToken:
+    """One token of an answer with everything a screen can show about it: plain numbers, no tensors.
+
+    ``logprob`` is the product's, ``patient_logprob`` and ``doctor_logprobs[name]`` each model's own; all natural, at
+    temperature 1, before any filter. ``values[name]`` is log V(s_t) after this token. ``flip`` says that the patient's
+    own argmax differs from this token. ``kl`` is KL(product || patient) in nats. ``text`` is the printable piece: it
+    is empty for special tokens and for bytes that do not yet complete a character.
+    """
+
+    position: int
+    id: int
+    text: str
+    patient_logprob: float
+    doctor_logprobs: Mapping[str, float]
+    logprob: float
+    values: Mapping[str, float]
+    flip: bool
+    kl: float
+    alpha: float
+    betas: Mapping[str, float]
+    top: tuple[Alternative, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values, keys in the order above."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer: its text and its tokens. ``finished`` is False when the length limit cut it."""
+
+    text: str
+    tokens: tuple[GuidedToken, ...]
+    finished: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {"text": self.text, "tokens": [token.to_dict() for token in self.tokens], "finished": self.finished}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The patient alone beside the guided patient, on the same prompt and seed.
+
+    ``settings`` holds alpha, betas, mode, temperature, top_k, top_p, min_p, max_new_tokens and seed. ``metrics`` holds
+    ``flips`` (guided tokens that the patient would not have ranked first), ``flip_rate``, ``kl`` (sum over the guided
+    answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``, ``guided_tokens``,
+    ``patient_seconds``, ``guided_seconds``.
+    """
+
+    prompt: str | list[Message]
+    settings: Mapping[str, Any]
+    patient: Answer
+    guided: Answer
+    metrics: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that ``compare --json`` prints."""
+        return {
+            "prompt": self.prompt,
+            "settings": dict(self.settings),
+            "patient": self.patient.to_dict(),
+            "guided": self.guided.to_dict(),
+            "metrics": dict(self.metrics),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """One optimiser step of stage 2, as the progress line shows it."""
+
+    step: int
+    total: int
+    loss: float
+    subtb: float
+    value: float
+    tokens_per_second: float

@@ -1,0 +1,340 @@
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmdoctor.data import fingerprint, read_pairs, read_prompts
+from llmdoctor.errors import DataError
+from llmdoctor.types import PreferencePair, SkippedRecord
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+HH = REAL / "hh-rlhf" / "harmless-base_test.jsonl.gz"
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real inputs are not at {REAL}")
+
+USER = {"role": "user", "content": "Why?"}
+TRANSCRIPT = "\n\nHuman: Hi.\n\nAssistant: Hello. \n\nHuman: Why?\n\nAssistant:"
+GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., Path]:
+    def write(*lines: Any, name: str = "pairs.jsonl") -> Path:
+        path = tmp_path / name
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        path.write_text("".join(f"{text}\n" for text in texts))
+        return path
+
+    return write
+
+
+def read(source: str | Path, **options: Any) -> tuple[list[PreferencePair], list[SkippedRecord]]:
+    skipped: list[SkippedRecord] = []
+    return list(read_pairs(source, on_skip=skipped.append, **options)), skipped
+
+
+def complaint(source: str | Path, **options: Any) -> str:
+    skipped: list[SkippedRecord] = []
+    with pytest.raises(DataError) as caught:
+        list(read_pairs(source, on_skip=skipped.append, **options))
+    assert "\n" not in str(caught.value)
+    assert skipped == [], "the error alone says what is wrong"
+    return str(caught.value)
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        GOOD,
+        GOOD | {"prompt": [USER]},
+        {"prompt": [USER], "chosen": [said("Because.")], "rejected": [said("No.")]},
+        {"prompt": "Why?", "chosen": [said("Because.")], "rejected": [said("No.")]},
+        {"chosen": [USER, said("Because.")], "rejected": [USER, said("No.")]},
+        {"prompt": "Why?", "chosen": [USER, said("Because.")], "rejected": [USER, said("No.")], "score_chosen": 8.5},
+        {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": "\n\nHuman: Why?\n\nAssistant: No. "},
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Because.", "rejected": " No."},
+        {"prompt": "Why?", "response_0": "No.", "response_1": "Because.", "better_response_id": 1},
+    ],
+)
+def test_every_shape_says_the_same(write, record):
+    assert read(write(record)) == ([PreferencePair("1", (USER,), "Because.", "No.")], [])
+
+
+def test_turns_before_the_question_stay_in_the_prompt(write):
+    turns = ({"role": "user", "content": "Hi."}, said("Hello."), USER)
+    wanted = PreferencePair("1", turns, "Because.", "No.")
+    system = {"role": "system", "content": "Be brief."}
+    assert read(write({"chosen": TRANSCRIPT + " Because.", "rejected": TRANSCRIPT + " No."})) == ([wanted], [])
+    messages = {"prompt": [system, *turns], "chosen": [said("Because.")], "rejected": [said("No.")]}
+    assert read(write(messages)) == ([PreferencePair("1", (system, *turns), "Because.", "No.")], [])
+
+
+def test_the_label_says_which_response_is_better(write):
+    record = {"prompt": "?", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
+    path = write(record, record | {"safer_response_id": None}, record | {"safer_response_id": 2})
+    assert [(pair.chosen, pair.rejected) for pair in read(path)[0]] == [("a", "b")] * 3
+    pairs, skipped = read(path, label="safer_response_id")
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("b", "a")]
+    assert [skip.line for skip in skipped] == [2, 3]
+    assert skipped[0].reason.startswith("missing column 'safer_response_id' (found prompt, response_0, ")
+    assert skipped[1].reason == "safer_response_id is neither 0 nor 1"
+
+
+def test_plain_answers_are_taken_to_the_letter(write):
+    """Only HH-RLHF's own layout puts spaces around what was said."""
+    assert read(write(GOOD | {"chosen": "  code\n"}))[0][0].chosen == "  code\n"
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.json", "p.json.gz", "p.parquet", "p.parquet.gz", "p.dat"])
+def test_every_kind_of_file_holds_the_same_pairs(tmp_path, name):
+    records = [GOOD | {"chosen": f"Answer {i}."} for i in range(600)]
+    path = tmp_path / name
+    if "parquet" in name:
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=250)
+    elif "jsonl" in name or name == "p.dat":
+        path.write_text("\n".join(json.dumps(record) for record in records))
+    else:
+        path.write_text(json.dumps(records, indent=1))
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    pairs, skipped = read(path)
+    assert [(pair.id, pair.chosen) for pair in pairs] == [(str(i + 1), f"Answer {i}.") for i in range(600)]
+    assert skipped == []
+
+
+def test_json_lines_may_be_called_json_and_gzip_needs_no_suffix(write, tmp_path):
+    assert len(read(write(GOOD, GOOD, name="pairs.json"))[0]) == 2
+    (tmp_path / "odd.jsonl").write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    assert len(read(tmp_path / "odd.jsonl")[0]) == 1
+
+
+def test_messages_in_parquet_are_read_too(tmp_path):
+    record = {"chosen": [USER, said("Because.")], "rejected": [USER, said("No.")]}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "p.parquet")
+    assert read(tmp_path / "p.parquet")[0] == [PreferencePair("1", (USER,), "Because.", "No.")]
+
+
+def test_a_folder_is_read_as_a_data_set(write, tmp_path):
+    write(GOOD, name="train.jsonl")
+    assert read(tmp_path)[0] == [PreferencePair("1", (USER,), "Because.", "No.")]
+
+
+def test_lines_are_streamed_and_the_limit_counts_usable_pairs(write):
+    path = write(GOOD | {"chosen": ""}, GOOD, GOOD, "not reached")
+    assert [pair.id for pair in read(path, limit=2)[0]] == ["2", "3"]
+    stream = read_pairs(path, strict=False)
+    assert next(stream).id == "2"
+    path.write_text("")  # what comes later has not been asked for
+    stream.close()
+
+
+# --- records that cannot be used -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ('{"prompt": ', "not JSON: Expecting value at column 12"),
+        ("[" * 100_000, "not JSON: nested too deeply"),
+        ("3", "not a record but a int"),
+        ({"prompt": "Why?", "chosen": "Because."}, "missing column 'rejected' (found prompt, chosen)"),
+        (GOOD | {"rejected": None}, "missing column 'rejected' (found prompt, chosen)"),
+        ({"chosen": "Because.", "rejected": "No."}, "missing column 'prompt', and no prompt inside the answers"),
+        ({"chosen": [said("a")], "rejected": [said("b")]}, "missing column 'prompt', and no prompt inside the answers"),
+        (GOOD | {"chosen": " \n"}, "empty answer"),
+        (GOOD | {"prompt": " "}, "empty prompt"),
+        (GOOD | {"chosen": "No."}, "both answers are the same"),
+        (GOOD | {"chosen": 3}, "answers are neither two texts nor two message lists"),
+        (GOOD | {"prompt": 3}, "neither a text nor a list of messages"),
+        (GOOD | {"chosen": "a\ud800"}, "not Unicode: half of a surrogate pair"),
+        ({"chosen": TRANSCRIPT + " a", "rejected": "\n\nHuman: Who?\n\nAssistant: b"}, "prompts differ"),
+        ({"chosen": TRANSCRIPT, "rejected": TRANSCRIPT + " b"}, "empty answer"),
+        ({"chosen": [USER, USER], "rejected": [USER, said("b")]}, "the conversation does not end with an answer"),
+        ({"chosen": [USER, {"role": "assistant"}], "rejected": []}, "a message without role and content"),
+        ({"chosen": [USER, said("a") | {"role": "gpt"}], "rejected": []}, "unknown role 'gpt'"),
+        (
+            {"prompt": [USER, said("x")], "chosen": [said("a")], "rejected": [said("b")]},
+            "the prompt does not end with a user turn",
+        ),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_skipped_with_its_line_and_reason(write, record, reason):
+    path = write(GOOD, record, "", GOOD)  # an empty line is no record
+    pairs, skipped = read(path)
+    assert [pair.id for pair in pairs] == ["1", "4"]
+    assert skipped == [SkippedRecord(2, reason)]
+    with pytest.raises(DataError) as caught:
+        list(read_pairs(path, strict=True))
+    assert str(caught.value).startswith(f"{path}, line 2: {reason}")
+
+
+def test_bytes_that_are_no_text_are_skipped(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}\n')
+    pairs, skipped = read(tmp_path / "p.jsonl")
+    assert len(pairs) == 1
+    assert skipped == [SkippedRecord(2, "not JSON: not UTF-8")]
+
+
+def test_records_skipped_before_the_first_usable_one_are_reported_too(write):
+    assert [skip.line for skip in read(write("no", "no", GOOD, "no"))[1]] == [1, 2, 4]
+
+
+# --- input that is wrong as a whole ----------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for source in ("nothing.jsonl", "./nothing", "~/nothing", str(tmp_path / "nothing"), tmp_path / "nothing"):
+        assert complaint(source) == f"no data file at {source}: check the path"
+    assert "not the name of a hub data set" in complaint("a folder/pairs")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_an_empty_file_is_said_to_be_empty(write, name):
+    assert "is empty: expected preference pairs" in complaint(write(name=name))
+    assert "is empty: expected preference pairs" in complaint(write("", "", name=name))
+
+
+def test_a_file_without_one_usable_record_quotes_its_reasons(write):
+    message = complaint(write("hello", {"text": "x", "label": 1}, {"text": "y", "label": 0}))
+    assert "none of its first 3 records is usable" in message
+    assert (
+        "line 1: not JSON: Expecting value at column 1; line 2: missing column 'chosen' (found text, label)" in message
+    )
+    assert "Expected prompt + chosen + rejected, chosen + rejected, or prompt + response_0" in message
+
+
+def test_a_wrong_data_set_is_not_read_to_its_end(write):
+    assert "none of its first 1000 records" in complaint(write(*[{"text": "x"}] * 1500, GOOD))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl.gz", gzip.compress(json.dumps([GOOD] * 99).encode())[:-20], "the compressed file is damaged"),
+        ("p.json", b"[1, 2", "not JSON (Expecting"),
+        ("p.json", b'["\xff"]', "not UTF-8 text"),
+        ("p.parquet", b"hello", "not a Parquet file"),
+        ("p.parquet", b"", "not a Parquet file"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert complaint(tmp_path / name).startswith(f"{tmp_path / name}: {message}")
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_clear_line(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    code = (
+        "from llmdoctor.data import read_pairs\nfrom llmdoctor.errors import DataError\n"
+        "try:\n    next(read_pairs('nobody/nothing', split='test'))\nexcept DataError as error:\n    print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("cannot read data set 'nobody/nothing', split 'test': ")
+    assert ran.stdout.count("\n") == 1
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_follows_the_content_and_the_label_not_the_name(write):
+    path = write(GOOD)
+    first = fingerprint(path)
+    assert first == hashlib.sha256(path.read_bytes()).hexdigest() == fingerprint(write(GOOD, name="other.jsonl"))
+    assert fingerprint(path, label="safer_response_id") != first
+    path.write_text(path.read_text() + " ")
+    assert fingerprint(path) != first
+    assert fingerprint(path.parent) != fingerprint(path)
+
+
+def test_a_missing_file_has_no_fingerprint(tmp_path):
+    with pytest.raises(DataError, match="no data file at"):
+        fingerprint(tmp_path / "nothing.jsonl")
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_come_from_text_and_from_json(write):
+    wanted = ["How are you?", "Why?"]
+    assert read_prompts(write("How are you?", "", "  Why? ", name="prompts.txt")) == wanted
+    assert read_prompts(write('"How are you?"', '"Why?"')) == wanted
+    assert read_prompts(write([*wanted], name="prompts.json")) == wanted
+    assert read_prompts(write({"prompt": "How are you?"}, {"turns": ["Why?", "And then?"]})) == wanted
+    assert read_prompts(write({"prompt": [said("Hi."), USER]})) == [[said("Hi."), USER]]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{", "line 2: not JSON: Expecting property name"),
+        ({"text": "x"}, "line 2: expected a text, 'prompt' or 'turns', found text"),
+        ({"turns": []}, "line 2: expected a text, 'prompt' or 'turns', found turns"),
+        ({"prompt": [said("Hi.")]}, "line 2: the prompt does not end with a user turn"),
+        ('""', "line 2: empty prompt"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_named(write, record, message):
+    path = write('"fine"', record)
+    with pytest.raises(DataError) as caught:
+        read_prompts(path)
+    assert str(caught.value).startswith(f"{path}, {message}")
+
+
+def test_prompt_files_that_are_missing_or_empty_are_refused(write, tmp_path):
+    for path in (tmp_path / "nothing.txt", "nothing", tmp_path):
+        with pytest.raises(DataError, match=r"no (data )?file at"):
+            read_prompts(path)
+    for name in ("empty.txt", "empty.jsonl"):
+        with pytest.raises(DataError, match="is empty: expected at least one prompt"):
+            read_prompts(write(name=name))
+
+
+# --- real data -------------------------------------------------------------------------------------------------------
+
+
+@needs_real_data
+def test_hh_rlhf_gives_what_its_readme_says():
+    pairs, skipped = read(HH)
+    assert len(pairs) == 2303
+    assert [skip.line for skip in skipped if skip.reason == "empty answer"] == [87, 517, 926, 1104]
+    assert [skip.line for skip in skipped if skip.reason == "prompts differ"] == [1255, 1689, 1951, 1953, 2037]
+    assert len(skipped) == 9
+
+
+@needs_real_data
+def test_hh_rlhf_transcripts_come_apart_without_loss():
+    """Put together again in the data set's own layout, every pair is the transcript it came from, spaces aside."""
+    with gzip.open(HH) as lines:
+        records = {str(number): json.loads(line) for number, line in enumerate(lines, start=1)}
+    who = {"user": "Human", "assistant": "Assistant"}
+    for pair in read(HH)[0]:
+        for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            turns = [*pair.prompt, said(answer)]
+            together = "".join(f"\n\n{who[turn['role']]}: {turn['content']}" for turn in turns)
+            assert together.split() == records[pair.id][side].split()
+            assert answer == answer.rstrip()
+        assert pair.prompt[-1]["role"] == "user"
+
+
+@needs_real_data
+def test_mt_bench_gives_the_first_turn_of_its_80_questions():
+    prompts = read_prompts(REAL / "mt-bench" / "question.jsonl")
+    assert len(prompts) == 80
+    assert str(prompts[0]).startswith("Compose an engaging travel blog post about a recent trip to Hawaii")

@@ -1,0 +1,1 @@
+"""Home of the full-screen Textual app. Until it is built, ``llmdoctor chat`` is the plain conversation."""
