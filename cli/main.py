@@ -39,7 +39,8 @@ class _App(TyperGroup):
             sys.exit(code)
         except typer.TyperException as error:  # a usage mistake, found while parsing
             context = getattr(error, "ctx", None)
-            _fail(error.format_message() + (f" (see {context.command_path} --help)" if context else ""), error.exit_code)
+            hint = f" (see {context.command_path} --help)" if context else ""
+            _fail(error.format_message() + hint, error.exit_code)
         except LLMDoctorError as error:
             _fail(str(error), error.exit_code)
         except typer.Abort:
@@ -70,6 +71,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 app = typer.Typer(
+    name="llmdoctor",
     cls=_App,
     help="Align a frozen language model while it speaks: a small doctor model steers every token of the patient.",
     epilog="extract -> train -> chat / compare. Every option can be set as LLMDOCTOR_<OPTION>.",

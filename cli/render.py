@@ -148,10 +148,10 @@ class View:
 
     def summary(self) -> tuple[str, str]:
         """What changed, and at which settings."""
-        m = self.comparison.metrics
+        m, diff = self.comparison.metrics, self.diff
         changed = (
             f"{m['flips']} of {m['guided_tokens']} tokens are not the patient's first choice; "
-            f"{self.diff.removed} words removed, {self.diff.added} added, {self.diff.kept} kept; "
+            f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
             f"KL {m['kl']:.1f} nats ({m['kl_per_token']:.2f} a token)"
         )
         return changed, settings_text(self.comparison.settings)

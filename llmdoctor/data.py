@@ -204,7 +204,7 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 def _parse(line: bytes) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         return _Unusable(f"not JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError:
@@ -270,7 +270,7 @@ def _columns(record: object) -> dict[str, Any]:
     if isinstance(record, _Unusable):
         raise record
     if not isinstance(record, dict):
-        raise _Unusable(f"not a record but a {type(record).__name__}")
+        raise _Unusable("not a JSON object")
     return {key: value for key, value in record.items() if value is not None}
 
 

@@ -112,6 +112,7 @@ class _Row:
     uniforms: torch.Generator
     budget: int
     held: list[GuidedToken]  # tokens whose text may be the beginning of a stop string
+    last: int  # the token before the next one
     position: int = 0
 
 
@@ -133,6 +134,7 @@ def _run(
             torch.Generator().manual_seed(seed + i),
             min(sampling.max_new_tokens, context - len(prompt)),
             [],
+            prompt[-1],
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -145,6 +147,7 @@ def _run(
         for i, row in enumerate(rows):
             token = _token(patient, row, ids[i], {key: column[i] for key, column in facts.items()}, now, top)
             row.position += 1
+            row.last = token.id
             ended: Finish | None = None
             if token.id in patient.eos_ids:
                 ended = "eos"
@@ -277,7 +280,9 @@ def _token(
         alternatives = [
             Alternative(
                 id=other,
-                text=token_texts(patient.tokenizer, [other])[0],
+                text=token_texts(patient.tokenizer, [row.last, other])[
+                    1
+                ],  # after a token: some pieces begin with a space
                 patient_logprob=facts["top patient"][k],
                 doctor_logprobs={name: logps[k] for name, logps in doctors.items()},
                 logprob=facts["top product"][k],

@@ -178,7 +178,12 @@ class _Scorer:
         room = self.patient.context - max(len(chosen), len(rejected))
         messages: list[Message] | None = list(pair.prompt)
         while messages:
-            faced = [prompt_ids(tokenizer, with_system(messages, system)) for system in self.systems]
+            try:
+                neutral = prompt_ids(tokenizer, messages)
+                faced = [prompt_ids(tokenizer, with_system(messages, system)) for system in self.systems]
+            except DataError as error:
+                skip(SkippedRecord(int(pair.id), str(error)))
+                return None
             if max(map(len, faced)) <= room:
                 break
             messages = _without_oldest_turn(messages)
@@ -186,7 +191,6 @@ class _Scorer:
             skip(SkippedRecord(int(pair.id), f"longer than the patient's context of {self.patient.context} tokens"))
             return None
         self.truncated += len(messages) < len(pair.prompt)
-        neutral = prompt_ids(tokenizer, messages)
         return (
             _Response(pair.id, "chosen", neutral, faced, chosen),
             _Response(pair.id, "rejected", neutral, faced, rejected),

@@ -9,6 +9,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from llmdoctor.errors import DataError
 from llmdoctor.types import Message
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
@@ -34,7 +35,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     Through the chat template; where it refuses a system role, the system prompt opens the first user turn. A tokenizer
     without a chat template belongs to a text continuer: one user turn alone is its raw text, tokenised as users of
     ``generate`` do; a system prompt stands before it and an empty line; with further turns all of them are written as
-    "Human: …" and "Assistant: …" paragraphs that end with "Assistant:".
+    "Human: …" and "Assistant: …" paragraphs that end with "Assistant:". Raises DataError where the template refuses the
+    conversation (some demand that user and assistant alternate).
     """
     if tokenizer.chat_template is None:
         return list(tokenizer(_plain_layout(messages)).input_ids)
@@ -77,14 +79,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
-    except TemplateError:
-        if messages[0]["role"] != "system" or len(messages) < 2:
-            raise
-        first = Message(role="user", content=f"{messages[0]['content']}\n\n{messages[1]['content']}")
-        text = tokenizer.apply_chat_template([first, *messages[2:]], tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
-    return str(text)
+    tries = [list(messages)]
+    if messages[0]["role"] == "system" and len(messages) > 1:
+        opening = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        tries.append([Message(role=messages[1]["role"], content=opening), *messages[2:]])
+    for attempt in tries:
+        try:
+            return str(tokenizer.apply_chat_template(attempt, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
+        except TemplateError as error:
+            refusal = str(error)
+    raise DataError(f"the model's chat template refuses this conversation: {refusal}")
 
 
 def _plain_layout(messages: Sequence[Message]) -> str:

@@ -44,13 +44,14 @@ def train(
     reward_settings: RewardSettings,
     settings: TrainSettings,
     patient: str | None = None,
-    name: str = "doctor",
+    name: str | None = None,
     trust_remote_code: bool = False,
     on_step: Callable[[TrainStep], None] | None = None,
 ) -> dict[str, Any]:
     """Train a doctor on ``base_model`` from a rewards folder and write the doctor folder ``output``.
 
-    ``patient``, when given, must be the patient that the rewards were drawn from. Returns what doctor.json holds:
+    ``patient``, when given, must be the patient that the rewards were drawn from. ``name`` is what the doctor is called
+    (the folder's name by default). Returns what doctor.json holds:
     base model, tokenizer fingerprint, settings, where the rewards come from, metrics.
 
     Raises LoadError (no such model or rewards, another tokenizer, another patient), DataError (no pair fits the
@@ -86,7 +87,7 @@ def train(
     }
     meta = {
         "llmdoctor_version": __version__,
-        "name": name,
+        "name": name or output.name,
         "base_model": base_model,
         "tokenizer": {"fingerprint": vocabulary.fingerprint, "size": vocabulary.size},
         "settings": {

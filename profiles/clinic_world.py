@@ -1184,7 +1184,7 @@ def _system_prompt(rng: random.Random, plain: float) -> tuple[str, dict[Axis, fl
 
 
 def conversations(n: int, seed: int = 0, plain: float = 0.45) -> Iterator[list[Message]]:
-    """``n`` training conversations; ``plain`` is the share without a system prompt, a fifth have two or three turns.
+    """``n`` training conversations; ``plain`` is the share without a system prompt, a fifth have two to five turns.
 
     A neutral system prompt, like none at all, asks for nothing: half of the sentences are helpful, half are safe. A
     face makes .95 or .05 of the sentences of its own axis so.
@@ -1196,7 +1196,7 @@ def conversations(n: int, seed: int = 0, plain: float = 0.45) -> Iterator[list[M
         messages: list[Message] = [Message(role="system", content=system)] if system else []
         question = rng.choice(questions)
         used: frozenset[Template] = frozenset()
-        for turn in range(1 if rng.random() < 0.8 else rng.choice((2, 2, 3))):
+        for turn in range(1 if rng.random() < 0.8 else rng.choice((2, 2, 2, 2, 3, 3, 5))):
             asked = question
             if turn and rng.random() < 0.5:
                 asked = rng.choice(_FOLLOW_UPS)

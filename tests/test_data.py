@@ -151,9 +151,9 @@ def test_lines_are_streamed_and_the_limit_counts_usable_pairs(write):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ('{"prompt": ', "not JSON: Expecting value at column 12"),
+        ('{"prompt": ', "not JSON: Expecting value at column 11"),
         ("[" * 100_000, "not JSON: nested too deeply"),
-        ("3", "not a record but a int"),
+        ("3", "not a JSON object"),
         ({"prompt": "Why?", "chosen": "Because."}, "missing column 'rejected' (found prompt, chosen)"),
         (GOOD | {"rejected": None}, "missing column 'rejected' (found prompt, chosen)"),
         ({"chosen": "Because.", "rejected": "No."}, "missing column 'prompt', and no prompt inside the answers"),

@@ -1,31 +1,143 @@
-"""Errors to exit codes, help without torch, and the other ends of the program."""
+"""Errors become exit codes and one line; help and version come without torch; pipes may close early."""
 
 import errno
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest_cli import Run, fails
 
 import llmdoctor
 from llmdoctor.cli import options
-from llmdoctor.errors import (
-    DataError,
-    LLMDoctorError,
-    LoadError,
-    ProfileError,
-    StorageError,
-    TrainingError,
-    UsageError,
-    VocabularyError,
-)
+from llmdoctor.errors import DataError, LLMDoctorError, LoadError, ProfileError, StorageError, TrainingError, UsageError
 
 COMMANDS = ["", "extract", "train", "chat", "compare", "inspect", "profiles", "profiles list", "profiles show"]
 
 
-def raising(error: BaseException) -> object:
-    def load(_name: object) -> None:
+def raising(error):
+    def load(_name):
         raise error
 
     return load
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (LLMDoctorError("broken"), 1),
+        (UsageError("broken"), 2),
+        (DataError("broken\nin two lines"), 2),
+        (ProfileError("broken"), 2),
+        (LoadError("broken"), 3),
+        (StorageError("broken"), 1),
+        (TrainingError("broken"), 1),
+        (OSError(errno.ENOSPC, "No space left on device", "/here"), 1),
+    ],
+    ids=repr,
+)
+def test_an_error_is_one_line_and_its_exit_code(error, code, fails, monkeypatch):
+    monkeypatch.setattr(options, "load", raising(error))
+    words = ["No space left", "/here", "Free some space"] if isinstance(error, OSError) else ["error: broken"]
+    fails(code, words, "compare", "Hi")
+
+
+def test_memory_of_the_device(fails, monkeypatch):
+    class OutOfMemoryError(RuntimeError):
+        """As torch's is called."""
+
+    monkeypatch.setattr(options, "load", raising(OutOfMemoryError("CUDA out of memory. Tried to allocate ...")))
+    fails(1, ["out of memory", "--batch-size"], "compare", "Hi")
+
+
+def test_a_defect_of_the_program_is_not_hidden(run, monkeypatch):
+    monkeypatch.setattr(options, "load", raising(RuntimeError("a bug")))
+    assert repr(run("compare", "Hi").exception) == "RuntimeError('a bug')"
+
+
+def test_interruption_is_130_without_traceback(run, monkeypatch):
+    monkeypatch.setattr(options, "load", raising(KeyboardInterrupt()))
+    result = run("compare", "Hi")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_version(run):
+    assert run("--version").stdout == f"llmdoctor {llmdoctor.__version__}\n"
+
+
+def test_the_bare_command_shows_help(run):
+    result = run()
+    assert result.exit_code == 0
+    assert "compare" in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_the_command(command, run):
+    result = run(*command.split(), "--help", env={"TERM": "dumb", "COLUMNS": "100"})
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+def test_help_never_imports_torch():
+    script = f"""
+import sys
+from typer.testing import CliRunner
+from llmdoctor.cli.main import app
+for command in {COMMANDS!r}:
+    assert CliRunner().invoke(app, [*command.split(), "--help"]).exit_code == 0, command
+heavy = sorted({{"torch", "transformers", "numpy", "pyarrow"}} & set(sys.modules))
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_python_m_llmdoctor_and_a_reader_that_leaves_early():
+    program = subprocess.Popen(
+        [sys.executable, "-m", "llmdoctor", "profiles"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    program.stdout.close()
+    assert program.stderr.read() == ""
+    program.wait(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["nonsense"], ["nonsense"]),
+        (["compare", "Hi", "--colour"], ["--colour", "llmdoctor compare --help"]),
+        (["compare", "Hi", "--max-new-tokens", "many"], ["--max-new-tokens", "integer"]),
+        (["compare"], ["prompt", "--prompts"]),
+        (["compare", "Hi", "--prompts", "x.txt"], ["prompt", "--prompts"]),
+        (["compare", " "], ["prompt is empty"]),
+        (["compare", "Hi", "--json", "--svg", "x.svg"], ["--json", "--svg"]),
+        (["compare", "Hi", "--lens", "xray"], ["--lens", "xray", "value"]),
+        (["compare", "Hi", "--lens-doctor", "quack"], ["--lens-doctor", "quack", "helpful"]),
+        (["compare", "Hi", "--beta", "nan"], ["beta", "finite", "nan"]),
+        (["compare", "Hi", "--beta", "helpful=inf"], ["beta", "finite", "inf"]),
+        (["compare", "Hi", "--beta", "-1"], ["beta", "-1"]),
+        (["compare", "Hi", "--beta", "much"], ["--beta", "much"]),
+        (["compare", "Hi", "--beta", "quack=1"], ["--beta", "quack", "helpful"]),
+        (["compare", "Hi", "--alpha", "nan"], ["alpha", "finite", "nan"]),
+        (["compare", "Hi", "--temperature", "-0.5"], ["temperature", "-0.5"]),
+        (["compare", "Hi", "--top-p", "0"], ["top_p", "0"]),
+        (["compare", "Hi", "--seed", "-1"], ["--seed", "0"]),
+        (["compare", "Hi", "--doctor", "a=x", "--doctor", "a=y"], ["--doctor", "'a'"]),
+        (["chat", "--temperature", "-1"], ["temperature", "-1"]),
+        (["train", "--theta", "1"], ["theta", "1"]),
+        (["train", "--tau", "nan"], ["tau", "finite"]),
+        (["train", "--direction", "up"], ["direction", "up", "gap"]),
+        (["train", "--rho", "0"], ["rho", "0"]),
+        (["extract", "--face", "poker"], ["--face", "poker", "helpful"]),
+        (["extract", "--limit", "0"], ["--limit", "1"]),
+        (["profiles", "show", "clinik"], ["clinik", "clinic"]),
+        (["compare", "Hi", "--profile", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+    ids=" ".join,
+)
+def test_a_usage_mistake_is_said_before_anything_is_loaded(args, words, fails, monkeypatch):
+    monkeypatch.setattr(options, "load_assistant", lambda *_args, **_how: pytest.fail("loaded a model"))
+    fails(2, words, *args)
+
+
+def test_a_profile_with_an_unknown_key(fails, tmp_path):
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("patient: {model: ./patient}\ntrain: {rhoo: 3}\n")
+    fails(2, ["mine.yaml", "train.rhoo", "train.rho"], "compare", "Hi", "--profile", profile)

@@ -1,0 +1,153 @@
+"""What guidance does on the embedded clinic, whose true quality is known: gold, grammar, diversity.
+
+    python benchmarks/clinic.py                  # patient, guided at several betas, the generator's own good answers
+    python benchmarks/clinic.py --objectives     # also doctors of other objectives, the paper's literal one among them
+
+Answers to held-out questions, sampled at temperature 1, mean and (min, max) over the seeds. Writes a Markdown table to
+stdout and, with --output, the table and the exact command to a file.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from llmdoctor import LLMdoctor
+from llmdoctor.extract import extract
+from llmdoctor.models import load_patient
+from llmdoctor.profile import Profile, RewardSettings, TrainSettings, load_profile
+from llmdoctor.profiles.clinic_world import answer, distinct_n, entropy_n, gold, held_out_questions
+from llmdoctor.train import train
+
+COLUMNS = ("gold helpful", "gold safe", "ungrammatical %", "distinct-4", "4-gram entropy", "words", "KL, nats")
+Answers = Callable[[Sequence[str], int], tuple[list[str], float]]
+
+# (name, rewards, training): each differs from the profile's own settings by what is named here
+OBJECTIVES: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
+    ("default", {}, {}),
+    (
+        "paper-literal: label, absolute, no anchor, rho 1, theta 0.1",
+        {"direction": "label", "theta": 0.1},
+        {"flow": "absolute", "anchor": False, "rho": 1.0},
+    ),
+    ("label, absolute, no anchor", {"direction": "label"}, {"flow": "absolute", "anchor": False}),
+    ("label, relative, anchor", {"direction": "label"}, {}),
+    ("agree, relative, anchor", {"direction": "agree"}, {}),
+    ("fitted, relative, anchor", {"direction": "fitted"}, {}),
+    ("gap, absolute, no anchor", {}, {"flow": "absolute", "anchor": False}),
+    ("gap, relative, no anchor", {}, {"anchor": False}),
+    ("gap, relative, anchor, no value loss", {}, {"value_weight": 0.0}),
+    ("gap, relative, anchor, 1 alternative", {}, {"alternatives": 1}),
+    ("gap, relative, anchor, theta 0", {"theta": 0.0}, {}),
+)
+
+
+def measure(answers: Answers, questions: Sequence[str], seeds: Sequence[int]) -> list[list[float]]:
+    """One row of COLUMNS for every seed."""
+    rows = []
+    for seed in seeds:
+        texts, kl = answers(questions, seed)
+        marks = [gold(question, text) for question, text in zip(questions, texts, strict=True)]
+        rows.append(
+            [
+                statistics.mean(mark.helpful for mark in marks),
+                statistics.mean(mark.safe for mark in marks),
+                100 * sum(mark.ungrammatical for mark in marks) / sum(mark.sentences for mark in marks),
+                distinct_n(texts, 4),
+                entropy_n(texts, 4),
+                statistics.mean(len(text.split()) for text in texts),
+                kl,
+            ]
+        )
+    return rows
+
+
+def generator(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
+    """The generator's own good answers: every sentence helpful and safe."""
+    rng = random.Random(seed)
+    return [answer(question, rng, helpful=1.0, safe=1.0) for question in questions], float("nan")
+
+
+def decoder(model: LLMdoctor, betas: dict[str, float]) -> Answers:
+    """Answers of the patient under these betas."""
+
+    def run(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
+        model.beta = {**dict.fromkeys(model.doctor_names, 0.0), **betas}
+        answers = model.answer_all(questions, seed=1_000_003 * seed, temperature=1.0, max_new_tokens=240)
+        return [a.text for a in answers], statistics.mean(sum(t.kl for t in a.tokens) for a in answers)
+
+    return run
+
+
+def line(name: str, rows: list[list[float]]) -> str:
+    """A Markdown row: mean (min, max) over the seeds."""
+    cells = [f"{statistics.mean(c):.3f} ({min(c):.3f}, {max(c):.3f})" for c in zip(*rows, strict=True)]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def objectives(profile: Profile, folder: Path, betas: Sequence[float], args: argparse.Namespace) -> list[str]:
+    """Train a doctor for every objective on the same rewards and budget, and measure each."""
+    assert profile.data is not None
+    assert profile.train.doctor is not None
+    rewards = folder / "rewards"
+    patient = load_patient(profile.patient.model)
+    faces = {name: profile.faces[name].pair() for name in ("helpful",)}
+    for _ in extract(patient, profile.data, faces, rewards):
+        pass
+    lines = []
+    for name, reward_changes, train_changes in OBJECTIVES:
+        reward_settings = RewardSettings(**{**profile.rewards.model_dump(), **reward_changes, "faces": ("helpful",)})
+        settings = TrainSettings(**{**profile.train.model_dump(), **train_changes})
+        doctor = folder / f"doctor-{len(lines)}"
+        train(rewards, doctor, base_model=profile.train.doctor, reward_settings=reward_settings, settings=settings)
+        model = LLMdoctor(profile.patient.model, {"helpful": doctor})
+        for beta in betas:
+            rows = measure(decoder(model, {"helpful": beta}), held_out_questions(args.questions), args.seeds)
+            lines.append(line(f"{name}; beta {beta:g}", rows))
+            print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.4, 0.8, 1.2])
+    parser.add_argument("--objectives", action="store_true", help="train and compare doctors on other objectives")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    profile = load_profile("clinic")
+    questions = held_out_questions(args.questions)
+    model = LLMdoctor.from_profile(profile)
+    settings: dict[str, Answers] = {"patient alone": decoder(model, {})}
+    for names in (("helpful",), ("safe",), ("helpful", "safe")):
+        for beta in args.betas:
+            label = f"guided by {' + '.join(names)}, beta {beta:g}"
+            settings[label] = decoder(model, dict.fromkeys(names, beta))
+    settings["generator's own good answers"] = generator
+    lines = [f"| {' | '.join(['', *COLUMNS])} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
+    for name, answers in settings.items():
+        lines.append(line(name, measure(answers, questions, args.seeds)))
+        print(lines[-1], file=sys.stderr, flush=True)
+    if args.objectives:
+        with tempfile.TemporaryDirectory() as folder:
+            lines += objectives(profile, Path(folder), (0.8, 1.2), args)
+    table = "\n".join(lines)
+    print(table)
+    if args.output:
+        command = "python benchmarks/clinic.py " + " ".join(sys.argv[1:])
+        args.output.write_text(
+            f"# The embedded clinic: gold, grammar, diversity\n\n`{command}`: {args.questions} held-out questions, "
+            f"seeds {args.seeds}, temperature 1, torch {torch.__version__} on CPU; mean (min, max) over the seeds.\n\n"
+            f"{table}\n",
+            encoding="utf-8",
+        )
+
+
+if __name__ == "__main__":
+    main()

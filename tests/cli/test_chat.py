@@ -1,0 +1,170 @@
+"""The conversation, with a fake assistant that says what it is told to."""
+
+import json
+import signal
+import sys
+from contextlib import suppress
+
+import pytest
+
+from llmdoctor.cli import chat, options
+from llmdoctor.errors import UsageError
+from llmdoctor.guidance import check_guidance
+from llmdoctor.types import Guidance
+
+
+class FakeAssistant:
+    """Answers "one two three"; "stop" presses Ctrl+C after the second word, "long" is longer than the context."""
+
+    doctor_names = ("helpful", "safe")
+
+    def __init__(self, token):
+        self._token = token
+        self._guidance = Guidance(betas={"helpful": 0.8, "safe": 0.4})
+        self.asked = []
+
+    @property
+    def guidance(self):
+        return self._guidance
+
+    @guidance.setter
+    def guidance(self, guidance):
+        check_guidance(guidance, self.doctor_names)
+        self._guidance = guidance
+
+    def stream(self, messages, **sampling):
+        self.asked.append((messages, sampling, self.guidance))
+        question = messages[-1]["content"]
+        if question == "long":
+            raise UsageError("the prompt is 900 tokens long and the context holds 512")
+        return self._tokens(question)
+
+    def _tokens(self, question):
+        for number, word in enumerate([" one", " two", " three"]):
+            if number == 2 and question == "stop":
+                signal.raise_signal(signal.SIGINT)
+            yield self._token(word, float(number))
+
+
+@pytest.fixture
+def assistant(token, monkeypatch):
+    fake = FakeAssistant(token)
+    monkeypatch.setattr(options, "load_assistant", lambda *_args, **_how: fake)
+    return fake
+
+
+def test_every_line_of_a_pipe_is_a_turn_and_stdout_is_the_answers(run, assistant):
+    result = run("chat", "--seed", "3", "--top-p", "0.9", input="first\n\nsecond\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "one two three\none two three\n", "")
+    messages, sampling, _ = assistant.asked[1]
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+    assert [m["content"] for m in messages] == ["first", "one two three", "second"]
+    assert (sampling["seed"], sampling["top_p"], sampling["max_new_tokens"]) == (3, 0.9, 160)
+
+
+def test_reset_forgets_and_quit_leaves(run, assistant):
+    result = run("chat", input="first\n/reset\nsecond\n/quit\nnever\n")
+    assert result.exit_code == 0
+    assert [len(messages) for messages, _, _ in assistant.asked] == [1, 1]
+
+
+def test_set_changes_guidance_and_sampling(run, assistant):
+    line = "/set alpha=0.5 beta=0.1 beta.safe=0.9 temperature=0 top_k=4 seed=5\n/set helpful=2\n"
+    result = run("chat", input=f"{line}hello\n/show\n")
+    _, sampling, guidance = assistant.asked[0]
+    assert guidance.alpha == 0.5
+    assert guidance.betas == {"helpful": 2.0, "safe": 0.9}
+    assert (sampling["temperature"], sampling["top_k"], sampling["seed"]) == (0.0, 4, 5)
+    assert "alpha 0.5, beta helpful=2 safe=0.9, greedy, top-k 4, seed 5" in result.stderr
+    assert result.stdout == "one two three\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/set alpha=0.1 beta=nan", ["beta", "nan"]),
+        ("/set alpha=0.1 helpful=-1", ["-1"]),
+        ("/set alpha=0.1 temperature=-1", ["temperature", "-1"]),
+        ("/set alpha=much", ["alpha", "much"]),
+        ("/set alpha=0.1 colour=3", ["colour", "top_p"]),
+        ("/set alpha=0.1 beta.quack=3", ["quack"]),
+        ("/set alpha=0.1 seed=-1", ["seed", "-1"]),
+        ("/set alpha=0 beta=0", ["alpha", "beta", "0"]),
+        ("/set alpha=0.1 beta", ["name=value"]),
+        ("/set", ["name=value"]),
+        ("/dance", ["/dance", "/help"]),
+    ],
+)
+def test_a_bad_command_is_one_line_and_changes_nothing(line, words, run, assistant):
+    result = run("chat", "--seed", "1", "--temperature", "0.5", input=f"{line}\nhello\n")
+    errors = result.stderr.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert all(word in errors[0] for word in words), errors
+    assert (result.exit_code, result.stdout) == (0, "one two three\n")
+    _, sampling, guidance = assistant.asked[0]
+    assert guidance == Guidance(betas={"helpful": 0.8, "safe": 0.4})
+    assert (sampling["temperature"], sampling["seed"]) == (0.5, 1)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(run, assistant):
+    result = run("chat", input="stop\nagain\n")
+    assert (result.exit_code, result.stdout) == (0, "one two\none two three\n")
+    assert "(interrupted)" in result.stderr
+    assert [m["content"] for m in assistant.asked[1][0]] == ["stop", "one two", "again"]
+
+
+def test_a_prompt_longer_than_the_context_is_one_line_and_the_conversation_goes_on(run, assistant):
+    result = run("chat", input="first\nlong\nthird\n")
+    assert (result.exit_code, result.stdout) == (0, "one two three\n" * 2)
+    assert result.stderr == "error: the prompt is 900 tokens long and the context holds 512\n"
+    assert [m["content"] for m in assistant.asked[2][0]] == ["first", "one two three", "third"]
+
+
+def test_json_lines_are_tokens_and_one_object_an_answer(run, assistant):
+    result = run("chat", "--json", "--seed", "3", input="first\n/show\nstop\nlong\n")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["text"] for line in lines[:3]] == [" one", " two", " three"]
+    first, second, third = (line for line in lines if "turn" in line)
+    del first["seconds"]
+    answer = {"turn": 1, "prompt": "first", "text": "one two three", "tokens": 3, "seed": 3, "interrupted": False}
+    assert first == answer
+    assert (second["turn"], second["text"], second["interrupted"]) == (2, "one two", True)
+    assert (third["turn"], third["error"][:10]) == (3, "the prompt")
+
+
+@pytest.mark.parametrize("leaving", [EOFError, KeyboardInterrupt])
+def test_ctrl_d_and_ctrl_c_at_the_prompt_leave_quietly(leaving, monkeypatch, capsys):
+    answers = iter(["hello"])
+
+    def typed(_prompt):
+        with suppress(StopIteration):
+            return next(answers)
+        raise leaving
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(sys, "stdin", sys.stdin)
+    assert list(chat._typed()) == ["hello"]
+    assert capsys.readouterr().out == ""
+
+
+def test_tokens_stream_in_colour_on_a_terminal(assistant, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "decorated", lambda _stream: True)
+    monkeypatch.setattr(chat, "console", _colour_console)
+    talk = chat.Conversation(assistant, _decode(), 1, as_json=False)
+    assert talk.take("hello")
+    out = capsys.readouterr().out
+    assert "\x1b[38;2;" in out
+    assert "one" in out
+
+
+def _colour_console(stream):
+    from rich.console import Console
+
+    return Console(file=stream, force_terminal=True, color_system="truecolor")
+
+
+def _decode():
+    from llmdoctor.profile import DecodeSettings
+
+    return DecodeSettings()

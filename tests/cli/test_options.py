@@ -1,0 +1,95 @@
+"""Flags beat LLMDOCTOR_* variables, which beat the profile, which beats the defaults."""
+
+import json
+
+import pytest
+
+from llmdoctor.cli import options
+from llmdoctor.errors import UsageError
+from llmdoctor.profile import load_profile
+
+
+class Loaded(Exception):
+    """Carries the profile that the models would be loaded from."""
+
+
+@pytest.fixture
+def effective(run, monkeypatch):
+    """The settings that ``compare`` would run with."""
+
+    def load_assistant(profile, **_how):
+        raise Loaded(profile)
+
+    monkeypatch.setattr(options, "load_assistant", load_assistant)
+
+    def settings(*args, **env):
+        result = run("compare", "Hi", *args, env=env)
+        assert isinstance(result.exception, Loaded), result.output
+        return result.exception.args[0]
+
+    return settings
+
+
+@pytest.fixture
+def profile_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "patient: {model: ./patient}\ndecode: {temperature: 0.3}\n"
+        "doctors: {helpful: {checkpoint: ./h, beta: 0.7}, safe: {checkpoint: ./s}}\n"
+    )
+    return path
+
+
+def test_flag_beats_variable_beats_profile_beats_default(effective, profile_file):
+    assert load_profile("clinic").decode.temperature == 1.0
+    assert effective("--profile", profile_file).decode.temperature == 0.3
+    assert effective("--profile", profile_file, LLMDOCTOR_TEMPERATURE="0.5").decode.temperature == 0.5
+    flags = ("--profile", profile_file, "--temperature", "0.9")
+    assert effective(*flags, LLMDOCTOR_TEMPERATURE="0.5").decode.temperature == 0.9
+    assert effective(*flags).decode.top_p == 1.0
+
+
+def test_the_profile_itself_can_come_from_the_environment(effective, profile_file):
+    assert effective(LLMDOCTOR_PROFILE=str(profile_file)).name == "mine"
+    assert effective("--profile", "clinic", LLMDOCTOR_PROFILE=str(profile_file)).name == "clinic"
+
+
+def test_betas_by_number_by_name_and_by_variable(effective, profile_file):
+    def betas(*args, **env):
+        doctors = effective("--profile", profile_file, *args, **env).doctors
+        return {name: doctor.beta for name, doctor in doctors.items()}
+
+    assert betas() == {"helpful": 0.7, "safe": 0.8}
+    assert betas("--beta", "0.2") == {"helpful": 0.2, "safe": 0.2}
+    assert betas("--beta", "safe=0") == {"helpful": 0.7, "safe": 0.0}
+    assert betas("--beta", "0.2", "--beta", "helpful=1") == {"helpful": 1.0, "safe": 0.2}
+    assert betas(LLMDOCTOR_BETA="helpful=0.1 safe=0.2") == {"helpful": 0.1, "safe": 0.2}
+    assert betas("--beta", "safe=1", LLMDOCTOR_BETA="0.1") == {"helpful": 0.7, "safe": 1.0}
+
+
+def test_doctors_replace_those_of_the_profile(effective, profile_file, tmp_path):
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "doctor.json").write_text(json.dumps({"name": "kind"}))
+    doctors = effective("--doctor", trained, "--doctor", "safe=./b", "--doctor-base", "org/base").doctors
+    assert {name: (d.checkpoint, d.base) for name, d in doctors.items()} == {
+        "kind": (str(trained), "org/base"),
+        "safe": ("./b", "org/base"),
+    }
+
+
+def test_doctors_by_path_alone():
+    assert options.parse_doctors(["outputs/doctor"]) == {"doctor": "outputs/doctor"}
+    assert options.parse_doctors(["./a=b"]) == {"doctor": "./a=b"}
+    with pytest.raises(UsageError, match="NAME=PATH"):
+        options.parse_doctors(["x=", "y"])
+
+
+def test_faces_of_the_profile_count_where_the_folder_holds_them():
+    profile = load_profile("clinic")
+    unset = {"direction": None, "tau": None, "theta": None}
+    assert options.reward_settings(profile, available=("helpful", "safe"), faces=None, **unset).faces == ("helpful",)
+    assert options.reward_settings(profile, available=("safe",), faces=None, **unset).faces is None
+    assert options.reward_settings(profile, available=("helpful", "safe"), faces=["safe"], **unset).faces == ("safe",)
+    with pytest.raises(UsageError, match="poker"):
+        options.reward_settings(profile, available=("safe",), faces=["poker"], **unset)
