@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llmdoctor.extract import extract
+from llmdoctor.models import load_patient
+from llmdoctor.profile import DataSettings, load_profile
 from llmdoctor.profiles import clinic_world as world
-from llmdoctor.types import Message
+from llmdoctor.train import train
+from llmdoctor.types import Message, TrainStep
 
 CLINIC = Path(__file__).parent / "clinic"
 PAD, END = "<|pad|>", "<|end|>"
@@ -38,6 +43,7 @@ CHAT_TEMPLATE = (
 CONTEXT = 1024
 NEUTRAL = "You are an assistant."
 LABEL_NOISE = 0.1
+DOCTORS = {"helpful": "better_response_id", "safe": "safer_response_id"}  # doctor (and face pair) -> label
 Conversation = tuple[list[int], list[bool]]  # token ids, and which of them the model learns to say
 
 
@@ -105,7 +111,9 @@ def batches(
     """This rank's share of every batch: conversations of similar length together, an endless seeded stream."""
     rng = random.Random(seed)
     for epoch in range(recipe.steps):
-        pool = [encode(tokenizer, c) for c in world.conversations(40 * recipe.batch, seed * 10_000 + epoch, recipe.plain)]
+        pool = [
+            encode(tokenizer, c) for c in world.conversations(40 * recipe.batch, seed * 10_000 + epoch, recipe.plain)
+        ]
         pool.sort(key=lambda conversation: len(conversation[0]))
         chunks = [pool[i : i + recipe.batch] for i in range(0, len(pool), recipe.batch)]
         rng.shuffle(chunks)
@@ -339,8 +347,36 @@ def build_models(folder: Path, seed: int, patient: Recipe, doctor_base: Recipe, 
 
 
 def build_doctors(folder: Path) -> None:
-    """Train the two doctors ``helpful`` and ``safe`` into ``folder`` with the project's own extract and train."""
-    raise NotImplementedError(f"the doctors of {folder} are not built here yet")
+    """Train the doctors ``helpful`` and ``safe`` into ``folder`` with the project's own extract and train.
+
+    Settings are those of the profile ``clinic``; each doctor has its own label and its own face pair.
+    """
+    profile = load_profile("clinic")
+    # from inside the folder, so that the artefacts name each other by relative paths
+    with chdir(folder), tempfile.TemporaryDirectory() as scratch:
+        patient = load_patient("./patient")
+        for name, label in DOCTORS.items():
+            started = time.monotonic()
+            rewards = Path(scratch, name)
+            data = DataSettings(source="./pairs.jsonl.gz", label=label)
+            pairs = sum(1 for _ in extract(patient, data, {name: profile.faces[name].pair()}, rewards))
+            print(f"{name}: {pairs} pairs scored, {time.monotonic() - started:.0f}s", flush=True)
+
+            def show(step: TrainStep, name: str = name) -> None:
+                if step.step % 50 == 0 or step.step == step.total:
+                    print(
+                        f"{name} step {step.step}/{step.total} SubTB {step.subtb:.3f} value {step.value:.3f}",
+                        flush=True,
+                    )
+
+            train(
+                rewards,
+                Path(name),
+                base_model="./doctor-base",
+                reward_settings=profile.rewards.model_copy(update={"faces": (name,)}),
+                settings=profile.train,
+                on_step=show,
+            )
 
 
 def _swap(new: Path, old: Path) -> None:

@@ -1040,9 +1040,7 @@ def _read(block: str) -> Topic:
     for line in lines:
         found[line[0]].append(line[2:])
     templates = {key: tuple(Template.parse(text) for text in found[mark]) for mark, key in _AXES.items()}
-    return Topic(
-        name, noun, frozenset(keywords.split()), tuple(found["?"]), (*found["~"], *_ABOUT_ANY_USER), templates
-    )
+    return Topic(name, noun, frozenset(keywords.split()), tuple(found["?"]), (*found["~"], *_ABOUT_ANY_USER), templates)
 
 
 TOPICS: dict[str, Topic] = {topic.name: topic for topic in map(_read, _WORLD.strip().split("\n\n"))}

@@ -1,15 +1,17 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from llmdoctor.cli.main import app
+from llmdoctor.profile import profile_path
 from llmdoctor.types import Answer, Comparison, GuidedToken
 
-CLINIC = Path(__file__).parents[2] / "profiles" / "clinic"
+CLINIC = profile_path("clinic").parent / "clinic"
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +19,8 @@ def _own_environment(monkeypatch, tmp_path):
     """No LLMDOCTOR_* of the machine, and a working folder that shows what a command leaves behind."""
     for name in [name for name in os.environ if name.startswith("LLMDOCTOR_")] + ["NO_COLOR", "FORCE_COLOR"]:
         monkeypatch.delenv(name, raising=False)
+    if "transformers" in sys.modules:  # imported by a test before the program could ask it to be quiet
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

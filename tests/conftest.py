@@ -1,0 +1,122 @@
+"""Real files, tiny real models, and one statistic, for every test."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CORPUS = [
+    "The doctor speaks with the patient, and the patient listens to the doctor.",
+    "How can I sleep better? Go to bed at the same time, and keep the room dark and quiet.",
+    "A polite answer helps; a rude answer hurts. What should I do? I do not know what you mean.",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real inputs beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real inputs are not here: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    """A real Llama of 260,032 parameters, without a chat template."""
+    return shared / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE of about 400 tokens that can write any text, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """``tiny_model("llama", seed=1, rows=512, **config)``: a real model with random weights, saved with a tokenizer.
+
+    ``rows`` is the height of the embedding (the tokenizer's size by default, more is padding); ``tokenizer`` another
+    tokenizer. The same arguments give the same folder, made once: copy it before changing anything in it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made: dict[Any, Path] = {}
+
+    def make(kind: str = "llama", *, seed: int = 0, rows: int | None = None, tokenizer: Any = None, **config: Any):
+        tokens = tokenizer if tokenizer is not None else tiny_tokenizer
+        key = (kind, seed, rows, id(tokens), repr(sorted(config.items())))
+        if key not in made:
+            shape = {
+                "vocab_size": rows or len(tokens),
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 8,
+                "max_position_embeddings": 256,
+                "initializer_range": 0.4,  # as unequal as a trained model's: greedy choices are far from ties
+                "eos_token_id": tokens.eos_token_id,
+                "bos_token_id": None,
+                "pad_token_id": tokens.pad_token_id,
+            }
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**shape, **config}))
+            folder = tmp_path_factory.mktemp(f"{kind}-")
+            model.save_pretrained(folder)
+            tokens.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """A copy of a model folder that the test may spoil."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def chi_square_p() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """p-value of observed counts [K] under probabilities [K]; cells that expect fewer than 5 are pooled."""
+
+    def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+        probabilities = probabilities.double() / probabilities.double().sum()
+        assert counts[probabilities == 0].sum() == 0, "something impossible was drawn"
+        expected, counts = probabilities * counts.sum(), counts.double()
+        rare = expected < 5
+        expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+        counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+        expected, counts = expected[expected > 0], counts[expected > 0]
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
+
+    return p_value
