@@ -69,7 +69,7 @@ def chat(
     conversation = Conversation(assistant, settings.decode, seed, as_json=as_json)
     interactive = sys.stdin.isatty()
     if interactive:
-        say(f"{settings.patient.model}, {conversation.describe()}. /help for help.")
+        say(f"{options.short(settings.patient.model)}, {conversation.describe()}. /help for help.")
     for line in _typed() if interactive else sys.stdin:
         if line.strip() and not conversation.take(line.strip()):
             break

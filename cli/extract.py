@@ -50,7 +50,7 @@ def extract(
     faces = _faces(settings, face)
     _require_usable(source)
 
-    with waiting(f"Loading {model.model} ..."):
+    with waiting(f"Loading {options.short(model.model)} ..."):
         from llmdoctor.extract import extract as scored_pairs
         from llmdoctor.models import load_patient
         from llmdoctor.store import RewardsFolder

@@ -145,10 +145,15 @@ def guided_profile(
 
 def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
     """The patient and its doctors, with a spinner while they load."""
-    with waiting(f"Loading {', '.join([profile.patient.model, *profile.doctors])} ..."):
+    with waiting(f"Loading {', '.join([short(profile.patient.model), *profile.doctors])} ..."):
         from llmdoctor.assistant import LLMdoctor
 
         return LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code)
+
+
+def short(model: str) -> str:
+    """A model's name as narration shows it: a folder's last two parts, a hub name as it is."""
+    return "/".join(Path(model).parts[-2:])
 
 
 def reward_settings(

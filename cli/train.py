@@ -88,9 +88,9 @@ def train(
             settings, available=folder.faces, faces=face, direction=direction, tau=tau, theta=theta
         )
     used = ", ".join(reward_settings.faces or folder.faces)
-    say(f"training {chosen.doctor} on {len(folder)} pairs of {rewards} (faces: {used})")
+    say(f"training {options.short(chosen.doctor)} on {len(folder)} pairs of {rewards} (faces: {used})")
 
-    with waiting(f"Loading {chosen.doctor} ..."):
+    with waiting(f"Loading {options.short(chosen.doctor)} ..."):
         from llmdoctor.train import train as train_doctor
     began = time.monotonic()
     with progress("Training", None, "steps") as advance:
@@ -120,5 +120,7 @@ def train(
     if as_json:
         put_json(report)
         return
-    lines = [f"trained {chosen.doctor} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"]
+    lines = [
+        f"trained {options.short(chosen.doctor)} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"
+    ]
     put("\n".join(lines + flat_lines(made.get("metrics") or {})))

@@ -5,6 +5,7 @@ after it), hand it out, feed it to the patient.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -14,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmdoctor.doctor import LoadedDoctor
-from llmdoctor.errors import UsageError
+from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.faces import TextStream, token_texts
 from llmdoctor.guidance import check_guidance, check_sampling, draw, kl_divergence, log_probs, product
-from llmdoctor.models import Patient
+from llmdoctor.models import Patient, not_numbers
 from llmdoctor.types import Alternative, Guidance, GuidedToken, Sampling
 
 Finish = Literal["eos", "stop", "length"]
@@ -141,8 +142,14 @@ def _run(
     while rows:
         now = guidance()
         check_guidance(now, tuple(doctors))
+        if now.mode == "ratio" and len(models.bases) < len(doctors):
+            raise UsageError(
+                'the mode cannot become "ratio" in the middle of an answer: set it before the answer begins'
+            )
         uniforms_B = torch.stack([torch.rand((), generator=row.uniforms, dtype=torch.float64) for row in rows])
         ids, facts = models.step(now, sampling, uniforms_B, top)
+        if any(map(math.isnan, facts["product"])):
+            raise LoadError(not_numbers("the models' log-probs"))
         staying = []
         for i, row in enumerate(rows):
             token = _token(patient, row, ids[i], {key: column[i] for key, column in facts.items()}, now, top)

@@ -15,7 +15,7 @@ from llmdoctor import __version__
 from llmdoctor.data import fingerprint, read_pairs
 from llmdoctor.errors import DataError, LoadError, UsageError
 from llmdoctor.faces import end_of_turn, prompt_ids, response_ids, with_system
-from llmdoctor.models import Patient, SplitLM
+from llmdoctor.models import Patient, SplitLM, not_numbers
 from llmdoctor.profile import DataSettings
 from llmdoctor.store import (
     SCHEMA_VERSION,
@@ -236,6 +236,8 @@ class _Scorer:
             for hidden, targets in zip(hidden_F_N_H.split(chunk, dim=1), targets_N.split(chunk), strict=True)
         ]
         own_F_N, others_F_N, other_ids_N = (torch.cat(part, dim=-1).cpu().numpy() for part in zip(*pieces, strict=True))
+        if np.isnan(own_F_N).any():  # would silently become a reward of 0
+            raise LoadError(not_numbers(f"the log-probs of the patient {self.patient.name}"))
         results, start = [], 0
         for r in batch:
             span = slice(start, start := start + len(r.response))

@@ -32,11 +32,11 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks next [P].
 
-    Through the chat template; where it refuses a system role, the system prompt opens the first user turn. A tokenizer
-    without a chat template belongs to a text continuer: one user turn alone is its raw text, tokenised as users of
-    ``generate`` do; a system prompt stands before it and an empty line; with further turns all of them are written as
-    "Human: …" and "Assistant: …" paragraphs that end with "Assistant:". Raises DataError where the template refuses the
-    conversation (some demand that user and assistant alternate).
+    Through the chat template; where it refuses or drops a system role, the system prompt opens the first user turn. A
+    tokenizer without a chat template belongs to a text continuer: one user turn alone is its raw text, tokenised as
+    users of ``generate`` do; a system prompt stands before it and an empty line; with further turns all of them are
+    written as "Human: …" and "Assistant: …" paragraphs that end with "Assistant:". Raises DataError where the template
+    refuses the conversation (some demand that user and assistant alternate).
     """
     if tokenizer.chat_template is None:
         return list(tokenizer(_plain_layout(messages)).input_ids)
@@ -85,9 +85,12 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
         tries.append([Message(role=messages[1]["role"], content=opening), *messages[2:]])
     for attempt in tries:
         try:
-            return str(tokenizer.apply_chat_template(attempt, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
+            text = str(tokenizer.apply_chat_template(attempt, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
         except TemplateError as error:
             refusal = str(error)
+            continue
+        if attempt is tries[-1] or attempt[0]["content"].strip() in text:  # some templates just drop a system turn
+            return text
     raise DataError(f"the model's chat template refuses this conversation: {refusal}")
 
 

@@ -25,6 +25,8 @@ def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
         raise UsageError(f"there is no doctor {unknown[0]!r}; the doctors are: {known}")
     if guidance.alpha == 0 and not any(guidance.betas.values()):
         raise UsageError("alpha and every beta are 0: nothing is left to decode from; set one of them above 0")
+    if guidance.mode not in {"product", "ratio"}:
+        raise UsageError(f'mode must be "product" or "ratio"; got {guidance.mode!r}')
     if not 0 <= guidance.plausibility <= 1:
         raise UsageError(f"plausibility must be between 0 and 1; got {guidance.plausibility}")
 
@@ -77,8 +79,11 @@ def product(
         if beta := guidance.betas.get(name, 0.0):
             base = 0.0 if bases_B_V is None or guidance.mode == "product" else bases_B_V[name]
             logits = logits + beta * (doctor_B_V - base)
-    if guidance.mode == "ratio" and guidance.plausibility > 0:
-        floor = patient_B_V.amax(dim=-1, keepdim=True) + math.log(guidance.plausibility)
+    if guidance.mode == "ratio":
+        # without a cut still not the ids that no token has: doctor and base agree that those are impossible
+        floor = torch.full_like(patient_B_V[:, :1], torch.finfo(patient_B_V.dtype).min / 2)
+        if guidance.plausibility > 0:
+            floor = patient_B_V.amax(dim=-1, keepdim=True) + math.log(guidance.plausibility)
         logits = logits.masked_fill(patient_B_V < floor, -torch.inf)
     return logits.log_softmax(dim=-1)
 
@@ -106,7 +111,8 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
     """The library's warpers, in the library's order."""
     warpers = LogitsProcessorList()
     if sampling.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        # below 1e-30 float32 quotients overflow to -inf for every token; there it is as good as greedy
+        warpers.append(TemperatureLogitsWarper(max(float(sampling.temperature), 1e-30)))
     if sampling.top_k > 0:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:

@@ -61,8 +61,8 @@ def subtb(flow_B_N: Tensor, mask_B_N: Tensor, weight: float = 1.0) -> Tensor:
     if weight == 1.0:
         mean = (flow_B_N * mask).sum(dim=1, keepdim=True) / count[:, None]
         return 2.0 / (count - 1).clamp(min=1) * (((flow_B_N - mean) * mask) ** 2).sum(dim=1)
-    powers = weight ** torch.arange(flow_B_N.shape[1], device=flow_B_N.device, dtype=flow_B_N.dtype)
-    pairs = (1 - powers) / (1 - weight)  # A_n
+    ones = torch.ones_like(flow_B_N[:1])
+    pairs = torch.nn.functional.pad(_decaying_sum(ones, weight)[:, :-1], (1, 0))  # A_n; its closed form cancels near 1
     steps = torch.nn.functional.pad(flow_B_N.diff(dim=1) * mask[:, 1:], (1, 0))
     first = _decaying_sum(pairs * steps, weight)  # E_n
     before = torch.nn.functional.pad(first[:, :-1], (1, 0))

@@ -82,11 +82,11 @@ class Vocabulary:
         if self.ids == other.ids:
             return
         difference = set(self.ids.items()) ^ set(other.ids.items())
-        token, at = min(difference, key=lambda item: (item[1], item[0]))
+        token, _ = min(difference, key=lambda item: (item[1], item[0]))
         raise VocabularyError(
             f"{other_name} has another tokenizer than {name}: the first differing token is {token!r}, "
-            f"id {self.ids.get(token, 'none')} in {name} and {other.ids.get(token, 'none')} in {other_name} "
-            f"({at=}). Patient and doctor must share one token-to-id map: take a doctor of the patient's family"
+            f"id {self.ids.get(token, 'none')} in {name} and {other.ids.get(token, 'none')} in {other_name}. "
+            "Patient and doctor must share one token-to-id map: take a doctor of the patient's family"
         )
 
 
@@ -112,13 +112,16 @@ def load_lm(
     """
     _require_folder(source)
     target = pick_device(device)
+    weights = pick_dtype(dtype, target)
     spread = {"device_map": "auto"} if device == "auto" and torch.cuda.device_count() > 1 else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=pick_dtype(dtype, target), trust_remote_code=trust_remote_code, **spread
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=weights, trust_remote_code=trust_remote_code, output_loading_info=True, **spread
         )
     except Exception as error:
         raise LoadError(f"cannot load the model {source}: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # the library would fill them with random numbers
+        raise LoadError(f"cannot load the model {source}: it lacks {len(missing)} weights, the first is {missing[0]}")
     if not spread:
         model = model.to(target)  # type: ignore[arg-type]
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
@@ -194,16 +197,19 @@ class SplitLM:
         backbone, head = model.base_model, model.get_output_embeddings()
         config = model.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)
-        tails: list[Callable[[Tensor], Tensor]] = [lambda x: x]
+        tails: list[Callable[[Tensor], Tensor]] = []
         if cap:
             tails.append(lambda x: cap * torch.tanh(x / cap))  # gemma 2
         if scale := getattr(config, "logit_scale", None):
             tails.append(lambda x: x * scale)  # cohere
         if scaling := getattr(config, "logits_scaling", None):
             tails.append(lambda x: x / scaling)  # granite
+        tails.append(lambda x: x)  # last: while logits are small a capped head looks like a plain one
         probe = torch.arange(3, device=model.device)[None] % config.vocab_size
         with torch.inference_mode():
             expected = model(input_ids=probe, use_cache=False).logits.float()
+            if expected.isnan().any():
+                raise LoadError(not_numbers(f"the logits of {type(model).__name__}"))
             hidden = backbone(input_ids=probe, use_cache=False).last_hidden_state
             for tail in tails:
                 if head is not None and torch.allclose(tail(head(hidden)).float(), expected, rtol=1e-3, atol=1e-3):
@@ -244,6 +250,14 @@ def _require_folder(source: str | Path) -> None:
     text = str(source)
     if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") != 1):
         raise LoadError(f"there is no model at {text}: expected a folder with config.json, or a hub name like org/name")
+
+
+def not_numbers(what: str) -> str:
+    """What to say about NaN where log-probs should be."""
+    return (
+        f"{what} are not numbers: float16 may be too narrow for them, load the model in bfloat16 or float32 (dtype), or "
+        "look for damaged weights"
+    )
 
 
 def _first_line(error: BaseException) -> str:

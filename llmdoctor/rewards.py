@@ -56,7 +56,8 @@ def face_weights(pairs: Iterable[PairScores], faces: Iterable[str], settings: Re
         [face_signal(pair.chosen, n, settings).sum() - face_signal(pair.rejected, n, settings).sum() for n in names]
         for pair in pairs
     ]
-    return dict(zip(names, bradley_terry(np.array(features, dtype=np.float64)).tolist(), strict=True))
+    difference_P_F = np.array(features, dtype=np.float64).reshape(-1, len(names))
+    return dict(zip(names, bradley_terry(difference_P_F).tolist(), strict=True))
 
 
 def token_rewards(scores: TokenScores, settings: RewardSettings, weights: Mapping[str, float]) -> TokenRewards:

@@ -1,8 +1,8 @@
 """Rebuild the embedded clinic from its seed: ``python -m llmdoctor.profiles.build_clinic``.
 
-Stages: ``models`` (tokenizer, patient, doctor base), ``pairs`` (preference pairs drawn from the patient) and ``doctors``
-(the project's own extract and train). Everything is written to a folder beside ``clinic/``, which takes its place at
-the end of each stage.
+Stages: ``models`` (tokenizer, patient, doctor base), ``pairs`` (preference pairs drawn from the patient) and
+``doctors`` (the project's own extract and train). Each stage writes to a folder beside ``clinic/``, which takes its
+place at the end.
 """
 
 import argparse
@@ -61,8 +61,8 @@ class Recipe:
     plain: float  # share of conversations without a system prompt
 
 
-PATIENT = Recipe(12, 96, 128, 4, steps=1800, batch=32, learning_rate=3e-3, plain=0.45)
-DOCTOR_BASE = Recipe(2, 80, 160, 4, steps=2500, batch=32, learning_rate=4e-3, plain=0.9)
+PATIENT = Recipe(12, 96, 128, 4, steps=1600, batch=20, learning_rate=3e-3, plain=0.45)
+DOCTOR_BASE = Recipe(2, 80, 160, 4, steps=2500, batch=20, learning_rate=4e-3, plain=0.9)
 
 
 def build_tokenizer(seed: int, size: int = 1500) -> PreTrainedTokenizerFast:
@@ -94,13 +94,17 @@ def build_tokenizer(seed: int, size: int = 1500) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Message]) -> Conversation:
     """The ids of a conversation as the chat template lays it out, each content tokenised on its own."""
     ids: list[int] = []
     said: list[bool] = []
     for message in conversation:
         content = tokenizer.encode(message["content"], add_special_tokens=False)
-        ids += [tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"), *content, tokenizer.eos_token_id]
+        ids += [_id(tokenizer, f"<|{message['role']}|>"), *content, _id(tokenizer, END)]
         said += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
     return ids[:CONTEXT], said[:CONTEXT]
 
@@ -108,7 +112,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Message]) 
 def batches(
     tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int, rank: int, ranks: int
 ) -> Iterator[list[Conversation]]:
-    """This rank's share of every batch: conversations of similar length together, an endless seeded stream."""
+    """One rank's share of every batch: conversations of similar length together, an endless seeded stream."""
     rng = random.Random(seed)
     for epoch in range(recipe.steps):
         pool = [
@@ -211,7 +215,7 @@ def train_model(
     tokenizer.save_pretrained(target)
     with tempfile.TemporaryDirectory() as temporary:
         arguments = (processes, str(target), name, recipe, seed, f"{temporary}/rendezvous")
-        mp.spawn(_train, arguments, nprocs=processes)  # type: ignore[no-untyped-call]
+        mp.spawn(_train, arguments, nprocs=processes)  # type: ignore[attr-defined, no-untyped-call]
 
 
 def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -234,14 +238,14 @@ def sample(
         messages = [Message(role="system", content=system)] if system else []
         messages.append(Message(role="user", content=question))
         ids, _ = encode(tokenizer, messages)
-        prompts.append([*ids, tokenizer.convert_tokens_to_ids(ROLES[2])])
+        prompts.append([*ids, _id(tokenizer, ROLES[2])])
     answers: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
         longest = max(len(prompts[i]) for i in rows)
         ids_B_P = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in rows])
-        out = model.generate(
+        out = model.generate(  # type: ignore[misc]
             input_ids=ids_B_P,
             attention_mask=(ids_B_P != tokenizer.pad_token_id).long(),
             do_sample=True,

@@ -108,7 +108,8 @@ def test_topics_are_found_in_the_users_own_words():
     assert world.topic_of("Any ideas for baking bread with rye?") == "bread"
     assert world.topic_of("my PUPPY chews everything") == "puppy"
     assert world.topic_of("What is the capital of France?") is None
-    assert world.gold("What is the capital of France?", world.answer(world.DEMO_QUESTION, random.Random(0))).helpful == 0
+    text = world.answer(world.DEMO_QUESTION, random.Random(0), helpful=1.0)
+    assert world.gold("What is the capital of France?", text).helpful == 0
 
 
 def test_conversations_follow_their_system_prompt():

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
@@ -18,11 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
-from transformers import AutoModelForCausalLM as AutoLM
 
 from llmdoctor.decode import Step, decode
 from llmdoctor.doctor import LoadedDoctor
-from llmdoctor.errors import UsageError
+from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.models import Patient, Vocabulary, load_patient
 from llmdoctor.types import Guidance, GuidedToken, Sampling
 
@@ -30,20 +32,20 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 EOS, LETTERS = 0, "abcdefghijklmnopqrstuvwxyz ,."
 SIZE = 1 + len(LETTERS)
-TINY = dict(
-    vocab_size=SIZE,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    max_position_embeddings=128,
-    initializer_range=0.4,
-    bos_token_id=None,
-    eos_token_id=EOS,
-    pad_token_id=EOS,
-)
+TINY: dict[str, Any] = {
+    "vocab_size": SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.4,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**TINY),
     "qwen2": lambda: Qwen2Config(**TINY),
@@ -68,11 +70,11 @@ def tiny(arch: str = "llama", seed: int = 0, **changes: object) -> PreTrainedMod
     config = CONFIGS[arch]()
     for name, value in changes.items():
         setattr(config, name, value)
-    return AutoLM.from_config(config).double().eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False)
 
 
 def bigram(logits_V_V: torch.Tensor, context: int = 128) -> PreTrainedModel:
-    """A Llama whose next-token logits are exactly ``logits_V_V[last token]``: one-hot embeddings, blocks that add nothing."""
+    """A Llama whose next-token logits are exactly ``logits_V_V[last]``: one-hot embeddings, blocks that add nothing."""
     size = len(logits_V_V)
     config = LlamaConfig(**{**TINY, "vocab_size": size, "hidden_size": size, "max_position_embeddings": context})
     model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
@@ -89,7 +91,7 @@ def chain(text: str, then: str | int = EOS) -> torch.Tensor:
     """Bigram logits that say ``text`` from its first letter on, and then ``then`` for ever."""
     ids = [LETTERS.index(c) + 1 for c in text] + [LETTERS.index(then) + 1 if isinstance(then, str) else then]
     table = torch.zeros(SIZE, SIZE, dtype=torch.float64)
-    for here, following in zip(ids, ids[1:], strict=False):
+    for here, following in pairwise(ids):
         table[here, following] = 50
     table[ids[-1], ids[-1]] = 50
     return table
@@ -101,7 +103,7 @@ def patient_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None
 
 def doctor_of(model: PreTrainedModel, name: str = "doctor", seed: int = 1, **changes: object) -> LoadedDoctor:
     weight = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(seed)).double()
-    known = dict(anchored=False, vocabulary=Vocabulary.of(char_tokenizer()), base=None, meta={})
+    known = {"anchored": False, "vocabulary": Vocabulary.of(char_tokenizer()), "base": None, "meta": {}}
     return LoadedDoctor(name, model, weight, torch.tensor([0.25]).double(), **{**known, **changes})
 
 
@@ -156,11 +158,13 @@ GREEDY_ALONE = Guidance(1.0, {"doctor": 0.0})
 def test_beta_0_and_alpha_0_are_the_models_own_generate(arch: str, prompts: list[list[int]]) -> None:
     """Token for token, in a left-padded batch too, and (mistral, gemma) far beyond the sliding window of 8."""
     model, other = tiny(arch, seed=3), tiny(arch, seed=4)
+    if arch == "gemma2":  # its attention is float32 inside, and cannot mask a padded row in float64
+        model, other = model.float(), other.float()
     patient, doctor = patient_of(model), doctor_of(other)
     alone = run(patient, [doctor], prompts, GREEDY_ALONE, temperature=0, max_new_tokens=24)
     assert [ids_of(row) for row in alone] == generated(model, prompts, 24)
     assert not any(step.token.flip for row in alone for step in row)
-    assert all(abs(step.token.kl) < 1e-12 for row in alone for step in row)
+    assert all(abs(step.token.kl) < 1e-6 for row in alone for step in row)
     only = run(patient, [doctor], prompts, Guidance(0.0, {"doctor": 1.0}), temperature=0, max_new_tokens=24)
     assert [ids_of(row) for row in only] == generated(other, prompts, 24)
 
@@ -180,7 +184,7 @@ def test_stories_go_on_as_generate_does() -> None:
     assert text_of(rows[0]) == patient.tokenizer.decode(ids_of(rows[0]), skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma3"])
 def test_every_number_of_every_token_equals_the_uncached_twin(arch: str) -> None:
     """A sampled batch of ragged prompts, two doctors, alpha and the betas changing between any two tokens."""
     patient = patient_of(tiny(arch, seed=5))
@@ -268,10 +272,8 @@ def test_padding_rows_and_unused_ids_do_not_exist() -> None:
             masks = [
                 logps(m, [4, 9, 3]).index_fill(0, torch.tensor(hole), -math.inf).log_softmax(-1) for m in (loud, quiet)
             ]
-            mixed = (
-                (guidance.alpha * masks[0] + guidance.betas["doctor"] * masks[1]).nan_to_num(-math.inf).log_softmax(-1)
-            )
             if guidance.alpha and guidance.betas["doctor"]:
+                mixed = (guidance.alpha * masks[0] + guidance.betas["doctor"] * masks[1]).log_softmax(-1)
                 assert first.logprob == pytest.approx(mixed[first.id].item(), abs=1e-9)
                 kl = sum(p.exp() * (p - q) for p, q in zip(mixed, masks[0], strict=True) if p > -math.inf)
                 assert first.kl == pytest.approx(kl.item(), abs=1e-9)
@@ -280,10 +282,10 @@ def test_padding_rows_and_unused_ids_do_not_exist() -> None:
 
 @needs_shared
 def test_qwen2_tokens_with_two_paddings() -> None:
-    """The patient's embedding has 152,064 rows, the doctor's 151,936, the tokenizer 151,646 tokens: its own texts only."""
+    """152,064 rows of the patient, 151,936 of the doctor, 151,646 tokens: only those are drawn."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2-tokenizer")
     size = Vocabulary.of(tokenizer).size
-    shape = dict(hidden_size=4, intermediate_size=4, num_attention_heads=1, head_dim=4, num_hidden_layers=1)
+    shape = {"hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1, "head_dim": 4}
     big, small = (tiny("qwen2", vocab_size=v, **shape) for v in (152064, 151936))
     big.lm_head.weight[size:] += 5
     patient, doctor = patient_of(big, tokenizer), doctor_of(small, vocabulary=Vocabulary.of(tokenizer))
@@ -360,7 +362,7 @@ def sample_tables() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     tables = [torch.full((SIZE, SIZE), -80.0, dtype=torch.float64) for _ in range(2)]
     for table in tables:
-        table[:, 1:6] = 1.5 * torch.randn(SIZE, 5, generator=generator, dtype=torch.float64)
+        table[:, 1:9] = 0.7 * torch.randn(SIZE, 8, generator=generator, dtype=torch.float64)
     return tables[0], tables[1]
 
 
@@ -465,3 +467,13 @@ def test_a_guidance_without_the_patient_still_draws_only_tokens(mode: str) -> No
     guidance = Guidance(0.0, {"doctor": 0.01}, mode=mode, plausibility=0.0)
     rows = run(patient_of(tiny(seed=1), tokenizer), [doctor], [[1]] * 400, guidance, max_new_tokens=1)
     assert hole not in {row[0].token.id for row in rows}
+
+
+def test_log_probs_that_are_not_numbers_end_the_answer_with_a_word() -> None:
+    """Half precision overflows in some models: better an error than the tokens that NaN happens to give."""
+    broken = tiny(seed=1)
+    broken.lm_head.weight[7] = math.nan
+    with pytest.raises(LoadError, match="not numbers"):
+        run(patient_of(tiny(seed=2)), [doctor_of(broken)], [[1]], Guidance(1.0, {"doctor": 0.5}))
+    with pytest.raises(LoadError, match="not numbers"):
+        run(patient_of(broken), [], [[1]], Guidance(), temperature=0)

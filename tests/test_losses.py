@@ -29,11 +29,14 @@ def subtb_by_pairs(flow_N: Tensor, weight: float) -> Tensor:
     return total / max(norm, 1e-300)
 
 
-def test_subtb_golden():
-    """f = 0, 1, 3: (0,1) -> 1, (1,2) -> 4, (0,2) -> 9. Mean 14/3; at weight 1/2, (1 + 4 + 9/2) / (1 + 1 + 1/2) = 3.8."""
+@pytest.mark.parametrize(("weight", "expected"), [(1.0, 14 / 3), (1 - 1e-5, 14 / 3), (1 - 1e-9, 14 / 3), (0.5, 3.8)])
+def test_subtb_golden(weight: float, expected: float):
+    """f = 0, 1, 3: (0,1) -> 1, (1,2) -> 4, (0,2) -> 9. Mean 14/3, also in the limit of weights that float32 sees as 1.
+
+    At weight 1/2: (1 + 4 + 9/2) / (1 + 1 + 1/2) = 3.8.
+    """
     flow, mask = torch.tensor([[0.0, 1.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
-    assert subtb(flow, mask).item() == pytest.approx(14 / 3)
-    assert subtb(flow, mask, 0.5).item() == pytest.approx(3.8)
+    assert subtb(flow, mask, weight).item() == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

@@ -1,0 +1,234 @@
+"""The product, the filters after it and the draw, against naive float64 arithmetic on probabilities."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmdoctor.errors import UsageError
+from llmdoctor.guidance import check_guidance, check_sampling, draw, kl_divergence, log_probs, product
+from llmdoctor.types import Guidance, Sampling
+
+ALMOST_ONE = 1 - 2**-53  # the greatest uniform
+
+
+def distributions(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(dim=-1).to(dtype)
+
+
+def naive_product(patient: Tensor, doctors: list[Tensor], alpha: float, betas: list[float], bases=None, cut=0.0):
+    """One row, token by token, on probabilities."""
+    weights = []
+    for y, p in enumerate(patient.double().exp().tolist()):
+        weight = p**alpha if p >= cut * float(patient.double().exp().max()) else 0.0
+        for i, (doctor, beta) in enumerate(zip(doctors, betas, strict=True)):
+            weight *= math.exp(doctor[y]) ** beta
+            if bases:
+                weight /= math.exp(bases[i][y]) ** beta
+        weights.append(weight)
+    return torch.tensor(weights, dtype=torch.float64) / sum(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("mode", ["product", "ratio"])
+@pytest.mark.parametrize("strengths", [(1.0, [0.8]), (0.0, [1.7]), (0.37, [0.2, 2.6]), (2.5, [0.0, 0.4, 1.1])])
+def test_product_is_the_normalised_product_of_powers(dtype: torch.dtype, mode: str, strengths):
+    alpha, betas = strengths
+    rows, size = 4, 40
+    patient = distributions(rows, size, dtype=dtype)
+    doctors = {f"d{i}": distributions(rows, size, seed=10 + i, dtype=dtype) for i in range(len(betas))}
+    bases = {name: distributions(rows, size, seed=20 + i, dtype=dtype) for i, name in enumerate(doctors)}
+    guidance = Guidance(alpha, dict(zip(doctors, betas, strict=True)), mode, plausibility=0.05)
+    found = product(patient, doctors, guidance, bases)
+    for row in range(rows):
+        ratio = {"bases": [base[row] for base in bases.values()], "cut": 0.05} if mode == "ratio" else {}
+        expected = naive_product(patient[row], [d[row] for d in doctors.values()], alpha, betas, **ratio)
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+        torch.testing.assert_close(found[row].double().exp(), expected, rtol=tolerance, atol=1e-15)
+    assert mode == "product" or (found == -torch.inf).any()
+
+
+@pytest.mark.parametrize("mode", ["product", "ratio"])
+def test_beta_0_is_the_patient_and_alpha_0_beta_1_is_the_doctor(mode: str):
+    patient, doctor = distributions(3, 30), distributions(3, 30, seed=1)
+    alone = product(patient, {"d": doctor}, Guidance(1.0, {"d": 0.0}, mode), {"d": patient})
+    assert torch.equal(alone, patient)
+    assert torch.equal(product(patient, {"d": doctor}, Guidance(1.0, {})), patient)
+    only = product(patient, {"d": doctor, "e": patient}, Guidance(0.0, {"d": 1.0}))
+    torch.testing.assert_close(only, doctor)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=1), Sampling(top_p=0.5), Sampling(min_p=0.5)])
+def test_filters_apply_after_the_product(sampling: Sampling):
+    """Patient .5, .1, .4 and doctor .1, .5, .4: the product .05 : .05 : .16 keeps only token 2, neither's favourite."""
+    patient, doctor = (torch.tensor([p]).log() for p in ([0.5, 0.1, 0.4], [0.1, 0.5, 0.4]))
+    guided = product(patient, {"d": doctor}, Guidance(1.0, {"d": 1.0})).expand(64, -1)
+    drawn = draw(guided, sampling, torch.linspace(0, ALMOST_ONE, 64, dtype=torch.float64))
+    assert drawn.tolist() == [2] * 64
+
+
+def naive_filter(logps: list[float], s: Sampling) -> Tensor:
+    """Temperature, then the k likeliest, then the fewest likeliest that hold top_p of what is left, then min_p."""
+    weights = {y: math.exp(logp / s.temperature) for y, logp in enumerate(logps)}
+
+    def normalised(kept: dict[int, float]) -> dict[int, float]:
+        return {y: w / sum(kept.values()) for y, w in sorted(kept.items(), key=lambda item: -item[1])}
+
+    kept = normalised(weights)
+    if s.top_k:
+        kept = normalised(dict(list(kept.items())[: s.top_k]))
+    nucleus: dict[int, float] = {}
+    for y, p in kept.items():
+        if sum(nucleus.values()) < s.top_p:
+            nucleus[y] = p
+    kept = normalised(nucleus)
+    kept = normalised({y: p for y, p in kept.items() if p >= s.min_p * max(kept.values())})
+    return torch.tensor([kept.get(y, 0.0) for y in range(len(logps))], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.6),
+        Sampling(temperature=1.8, top_k=5),
+        Sampling(top_p=0.7),
+        Sampling(min_p=0.15),
+        Sampling(temperature=1.3, top_k=8, top_p=0.9, min_p=0.05),
+        Sampling(top_k=1000),
+    ],
+    ids=lambda s: ",".join(f"{k}={getattr(s, k)}" for k in ("temperature", "top_k", "top_p", "min_p")),
+)
+def test_draws_follow_the_filtered_distribution(sampling: Sampling, chi_square_p):
+    guided = product(
+        distributions(12, seed=3, dtype=torch.float32)[None],
+        {"d": distributions(12, seed=4, dtype=torch.float32)[None]},
+        Guidance(1.0, {"d": 0.8}),
+    )
+    uniforms = torch.rand(40_000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    counts = draw(guided.expand(len(uniforms), -1), sampling, uniforms).bincount(minlength=12)
+    expected = naive_filter(guided[0].tolist(), sampling)
+    assert chi_square_p(counts, expected) > 0.01
+
+
+def test_draw_is_the_inverse_of_the_cdf():
+    """p = 1/8, 1/4, 1/8, 1/2: each uniform names its token, whoever else is in the batch."""
+    row = torch.tensor([0.125, 0.25, 0.125, 0.5], dtype=torch.float64).log()
+    edge, tiny = {0.125: (0, 1), 0.375: (1, 2), 0.5: (2, 3)}, 1e-12
+    uniforms, expected = [0.0, ALMOST_ONE], [0, 3]
+    for at, (below, above) in edge.items():
+        uniforms += [at - tiny, at + tiny]
+        expected += [below, above]
+    together = draw(row.expand(len(uniforms), -1), Sampling(), torch.tensor(uniforms, dtype=torch.float64))
+    assert together.tolist() == expected
+    mixed = distributions(len(uniforms), 4, seed=6)
+    mixed[3] = row
+    assert draw(mixed, Sampling(), torch.tensor(uniforms, dtype=torch.float64))[3] == expected[3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-30, 1e-45, 1e-300])
+def test_temperature_towards_0_is_greedy(temperature: float):
+    rows = distributions(50, 20, seed=7, dtype=torch.float32)
+    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = draw(rows, Sampling(temperature=temperature), uniforms)
+    assert torch.equal(drawn, rows.argmax(dim=1))
+
+
+PADDED = torch.tensor([False, True, True, True, True, True, False, True, False])  # ids 0, 6 and 8 have no token
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(temperature=3, top_k=8, top_p=0.99)])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Guidance(1.0, {"d": 0.0}),
+        Guidance(1.0, {"d": 0.8}),
+        Guidance(0.0, {"d": 3.0}),
+        Guidance(3.0, {}),
+        Guidance(1.0, {"d": 0.8}, "ratio"),
+        Guidance(0.0, {"d": 0.8}, "ratio", plausibility=0.0),
+        Guidance(0.5, {"d": 2.0}, "ratio", plausibility=0.0),
+    ],
+    ids=str,
+)
+def test_padding_is_never_drawn(guidance: Guidance, sampling: Sampling):
+    """Embedding rows beyond the tokens, and ids without one, have the greatest logits here and still no chance."""
+
+    def model(seed: int) -> Tensor:
+        logits = distributions(200, 12, seed=seed, dtype=torch.float32)
+        logits[:, 9:] = 50
+        logits[:, [0, 6, 8]] = 60
+        return log_probs(logits, PADDED, 9)
+
+    patient, doctor, base = model(1), model(2), model(3)
+    torch.testing.assert_close(patient.exp().sum(dim=1), torch.ones(200))
+    guided = product(patient, {"d": doctor}, guidance, {"d": base})
+    uniforms = torch.linspace(0, ALMOST_ONE, 200, dtype=torch.float64)
+    drawn = draw(guided, sampling, uniforms)
+    assert PADDED[drawn].all()
+    divergence = kl_divergence(guided, patient)
+    assert (divergence.isfinite() & (divergence > -1e-6)).all()
+
+
+def test_log_probs_promote_half_precision_and_keep_float64():
+    logits = torch.tensor([[8.0, 1.0, -3.0, 99.0]])
+    expected = logits[:, :3].double().softmax(dim=1)
+    for dtype, out, tolerance in ((torch.bfloat16, torch.float32, 1e-6), (torch.float64, torch.float64, 1e-14)):
+        found = log_probs(logits.to(dtype), None, 3)
+        assert found.dtype == out
+        torch.testing.assert_close(found.double().exp(), expected, rtol=tolerance, atol=0)
+
+
+def test_kl_golden():
+    """Product 1/2, 1/2, 0 against patient 1/4, 1/2, 1/4: 1/2 ln 2. The impossible token adds nothing."""
+    guided = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]).log()
+    patient = torch.tensor([[0.25, 0.5, 0.25]] * 2).log()
+    torch.testing.assert_close(kl_divergence(guided, patient), torch.tensor([0.5 * math.log(2), 0.0]))
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"alpha": NAN}, "alpha.*nan"),
+        ({"alpha": -0.1}, "alpha.*-0.1"),
+        ({"alpha": INF}, "alpha.*inf"),
+        ({"betas": {"helpful": NAN}}, "beta of helpful.*nan"),
+        ({"betas": {"helpful": -1.0}}, "beta of helpful.*-1"),
+        ({"betas": {"helpfull": 0.5}}, "no doctor 'helpfull'.*helpful, safe"),
+        ({"alpha": 0.0, "betas": {"helpful": 0.0, "safe": 0.0}}, "nothing is left"),
+        ({"plausibility": 1.5}, "plausibility.*1.5"),
+        ({"plausibility": NAN}, "plausibility.*nan"),
+    ],
+)
+def test_guidance_out_of_range(change, said: str):
+    fine = Guidance(0.0, {"helpful": 0.8, "safe": 0.0})
+    check_guidance(fine, ("helpful", "safe"))
+    with pytest.raises(UsageError, match=said):
+        check_guidance(replace(fine, **change), ("helpful", "safe"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "legal", "illegal"),
+    [
+        ("temperature", [0.0, 5.0], [-1.0, NAN, INF]),
+        ("top_k", [0, 1, 10**6], [-1]),
+        ("top_p", [1e-6, 1.0], [0.0, 1.01, NAN]),
+        ("min_p", [0.0, 0.99], [-0.1, 1.0, NAN]),
+        ("max_new_tokens", [1], [0, -5]),
+    ],
+)
+def test_sampling_out_of_range(setting: str, legal: list[float], illegal: list[float]):
+    rows = distributions(2, 6, seed=8)
+    for value in legal:
+        sampling = Sampling(**{setting: value})
+        check_sampling(sampling)
+        assert (draw(rows, sampling, torch.tensor([0.3, 0.9])) < 6).all()
+    for value in illegal:
+        with pytest.raises(UsageError, match=f"{setting}.*{value}"):
+            check_sampling(Sampling(**{setting: value}))
