@@ -121,7 +121,8 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         doctor.lm.peft_config["default"].base_model_name_or_path = base
-        doctor.lm.save_pretrained(str(temporary), safe_serialization=True)
+        # the embeddings are the base's own: without this PEFT asks the hub whether they are
+        doctor.lm.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
         head = {name: (doctor.scale * p.detach()).float().cpu() for name, p in doctor.value_head.named_parameters()}
         save_file(head, temporary / "value_head.safetensors")
         tokenizer.save_pretrained(str(temporary))
@@ -179,6 +180,8 @@ def load_doctor(
         merged = PeftModel.from_pretrained(lm, str(folder)).merge_and_unload()  # type: ignore[operator]
         head = load_file(folder / "value_head.safetensors", device=str(lm.device))
         weight, bias = head["weight"], head["bias"]
+        if weight.shape != (1, width := lm.get_output_embeddings().in_features) or bias.shape != (1,):
+            raise ValueError(f"its value head has the shape {list(weight.shape)}; its base needs [1, {width}]")
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadError(f"cannot load the doctor {folder}: {reason}") from error

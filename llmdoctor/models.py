@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,15 +115,16 @@ def load_lm(
     weights = pick_dtype(dtype, target)
     spread = {"device_map": "auto"} if device == "auto" and torch.cuda.device_count() > 1 else {}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=weights, trust_remote_code=trust_remote_code, output_loading_info=True, **spread
         )
     except Exception as error:
         raise LoadError(f"cannot load the model {source}: {_first_line(error)}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):  # the library would fill them with random numbers
         raise LoadError(f"cannot load the model {source}: it lacks {len(missing)} weights, the first is {missing[0]}")
     if not spread:
-        model = model.to(target)  # type: ignore[arg-type]
+        model = model.to(target)
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
 
 
@@ -255,8 +256,8 @@ def _require_folder(source: str | Path) -> None:
 def not_numbers(what: str) -> str:
     """What to say about NaN where log-probs should be."""
     return (
-        f"{what} are not numbers: float16 may be too narrow for them, load the model in bfloat16 or float32 (dtype), or "
-        "look for damaged weights"
+        f"{what} are not numbers: float16 may be too narrow, load the model as bfloat16 or float32 (dtype), or "
+        "its weights are damaged"
     )
 
 

@@ -79,6 +79,11 @@ def train(
     with tempfile.TemporaryDirectory(prefix="llmdoctor-train-") as scratch:
         trainer = TFPOTrainer(doctor, pairs, settings, scratch, on_step)
         trainer.train()
+    if not all(p.isfinite().all() for p in doctor.parameters() if p.requires_grad):
+        raise TrainingError(
+            f"the weights are no longer finite numbers after step {trainer.state.global_step}; nothing was written. "
+            f"Lower the learning rate (now {settings.learning_rate:g}), or train in float32"
+        )
     metrics = {
         **trainer.summary(),
         "pairs": len(pairs),
@@ -154,17 +159,17 @@ class TFPOTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The library's optimiser, with the value head at its own learning rate when one is set."""
-        if self.optimizer is None and (rate := self.settings.value_learning_rate) is not None:
-            assert self.model is not None
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for n, p in named if "value_head" not in n]},
-                {"params": [p for n, p in named if "value_head" in n], "lr": rate},
-            ]
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = cls(groups, **options)
-            return self.optimizer
-        return super().create_optimizer(*args, **kwargs)
+        if self.optimizer is not None or (rate := self.settings.value_learning_rate) is None:
+            return super().create_optimizer(*args, **kwargs)
+        assert self.model is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        head = {id(p) for n, p in self.model.named_parameters() if "value_head" in n}
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in head]
+            group["params"] = [p for p in group["params"] if id(p) not in head]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def compute_loss(  # type: ignore[override]
         self,

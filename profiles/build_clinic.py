@@ -61,8 +61,8 @@ class Recipe:
     plain: float  # share of conversations without a system prompt
 
 
-PATIENT = Recipe(12, 96, 128, 4, steps=1600, batch=20, learning_rate=3e-3, plain=0.45)
-DOCTOR_BASE = Recipe(2, 80, 160, 4, steps=2500, batch=20, learning_rate=4e-3, plain=0.9)
+PATIENT = Recipe(12, 96, 128, 4, steps=900, batch=20, learning_rate=0.02, plain=0.45)
+DOCTOR_BASE = Recipe(2, 80, 160, 4, steps=900, batch=20, learning_rate=0.02, plain=0.9)
 
 
 def build_tokenizer(seed: int, size: int = 1500) -> PreTrainedTokenizerFast:
@@ -148,16 +148,19 @@ def _train(
     )
     model = LlamaForCausalLM(config)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    warmup = min(100, recipe.steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps - warmup, recipe.learning_rate * 0.01),
-        ],
-        [warmup],
-    )
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    optimizers = [  # Muon needs about half of AdamW's steps here
+        torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=recipe.learning_rate / 5, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    warmup = min(50, recipe.steps // 10 + 1)
+
+    def speed(step: int) -> float:
+        """Share of the peak learning rate: a linear warm-up, a plateau, a linear way down over the last half."""
+        return min((step + 1) / warmup, 1.0, max(0.01, (recipe.steps - step) / (recipe.steps * 0.5)))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, speed) for optimizer in optimizers]
     stream = batches(tokenizer, recipe, seed, rank, ranks)
     start, seen, shown = time.monotonic(), 0, 0.0
     for step in range(1, recipe.steps + 1):
@@ -179,9 +182,10 @@ def _train(
         for p in parameters:
             p.grad = grads[at : at + p.numel()].view_as(p)
             at += p.numel()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         seen += ids_B_T.numel() * ranks
         if rank == 0 and (step % 50 == 0 or step == recipe.steps):
             took = time.monotonic() - start

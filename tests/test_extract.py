@@ -1,10 +1,7 @@
 """Stage 1 against a naive twin: one response, one face, one full log_softmax at a time."""
 
 import json
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
+from typer.testing import CliRunner
 
 import llmdoctor.extract as stage
+from llmdoctor.cli.main import app
 from llmdoctor.errors import DataError, LoadError, StorageError, UsageError
 from llmdoctor.extract import extract
 from llmdoctor.models import Patient, load_patient
@@ -363,20 +362,18 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(short: Patient, tmp_path: P
     assert len(RewardsFolder(out)) == 89
 
 
-def test_the_command_says_so_in_one_line(short: Patient, tmp_path: Path) -> None:
+def test_the_command_says_so_in_one_line(short: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "pairs.jsonl", ten())
     profile = {"patient": {"model": short.name}, "faces": {"f": {"positive": "!", "negative": "?"}}}
     (tmp_path / "p.yaml").write_text(json.dumps(profile))
-    done = subprocess.run(
-        [sys.executable, "-m", "llmdoctor", "extract", "--profile", "p.yaml", "--data", "pairs.jsonl", "-o", "out"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: full_after(1000),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
+    monkeypatch.chdir(tmp_path)
+    full_after(1000)
+    try:
+        command = ["extract", "--profile", "p.yaml", "--data", "pairs.jsonl", "-o", "out"]
+        done = CliRunner().invoke(app, command)
+    finally:
+        full_after(resource.RLIM_INFINITY)
+    assert done.exit_code == 1
     assert done.stdout == ""
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert errors == done.stderr.splitlines()[-1:]

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from llmdoctor.errors import DataError
 from llmdoctor.faces import conversation, end_of_turn, prompt_ids, response_ids, token_texts, with_system
@@ -24,7 +25,17 @@ def llama(stories) -> Any:
     return load_tokenizer(stories)
 
 
-def with_template(tokenizer: Any, template: str) -> Any:
+@pytest.fixture(scope="module")
+def adds_bos(tiny_tokenizer) -> Any:
+    """A tokenizer that puts a BOS before a text, and has no chat template."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template, tokenizer.bos_token = None, "<|user|>"
+    start = ("<|user|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|user|> $A", special_tokens=[start])
+    return tokenizer
+
+
+def with_template(tokenizer: Any, template: str | None) -> Any:
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
     return tokenizer
@@ -36,7 +47,10 @@ def test_qwen_prompt_and_response_join_without_a_token_across_the_boundary(qwen)
     Tokenised as one text, "assistant\\n" and an answer that begins with a newline would share a token.
     """
     prompt = prompt_ids(qwen, with_system(ASKED, "Be rude."))
-    written = "<|im_start|>system\nBe rude.<|im_end|>\n<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
+    written = (
+        "<|im_start|>system\nBe rude.<|im_end|>\n<|im_start|>user\nWhy is the sky blue?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
     assert qwen.decode(prompt) == written
     for answer in ("Because.", "\n\nBecause.", "  3 words", "天空😀", ""):
         response = response_ids(qwen, answer, qwen.eos_token_id)
@@ -47,11 +61,14 @@ def test_qwen_prompt_and_response_join_without_a_token_across_the_boundary(qwen)
     assert joined != prompt + response_ids(qwen, "\n\nBecause.", 0)[:-1]
 
 
-def test_a_face_stands_before_the_conversations_own_system_prompt(qwen):
+def test_a_face_stands_before_the_conversations_own_system_prompt(tiny_tokenizer):
     own = [Message(role="system", content="You are a cook."), *TALK]
     faced = with_system(own, "Be rude.")
     assert [m["role"] for m in faced] == ["system", "user", "assistant", "user"]
-    assert "<|im_start|>system\nBe rude.\n\nYou are a cook.<|im_end|>" in qwen.decode(prompt_ids(qwen, faced))
+    assert tiny_tokenizer.decode(prompt_ids(tiny_tokenizer, faced)) == (
+        "<|system|>Be rude.\n\nYou are a cook.<|end|><|user|>Why is the sky blue?<|end|>"
+        "<|assistant|>It scatters.<|end|><|user|>And red?<|end|><|assistant|>"
+    )
     assert with_system(own, None) == own
     assert own[0]["content"] == "You are a cook."
 
@@ -69,14 +86,17 @@ def test_a_face_stands_before_the_conversations_own_system_prompt(qwen):
         ),
     ],
 )
-def test_layout_without_a_chat_template(llama, messages, system, layout):
-    """One user turn is its raw text, with the BOS that ``tokenizer(text)`` puts there; the rest is the documented layout."""
-    found = prompt_ids(llama, with_system(messages, system))
-    assert found == llama(layout).input_ids
-    assert found.count(llama.bos_token_id) == 1
-    response = response_ids(llama, "there was a dog", llama.eos_token_id)
-    assert llama.bos_token_id not in response
-    assert llama.decode(found + response, skip_special_tokens=True) == layout + " there was a dog"
+@pytest.mark.parametrize("name", ["llama", "adds_bos"])
+def test_layout_without_a_chat_template(name, messages, system, layout, request):
+    """One user turn is its raw text, with the BOS of ``tokenizer(text)``; the rest is the documented layout."""
+    tokenizer = request.getfixturevalue(name)
+    found = prompt_ids(tokenizer, with_system(messages, system))
+    assert found == tokenizer(layout).input_ids
+    assert found.count(tokenizer.bos_token_id) == 1
+    response = response_ids(tokenizer, "There was a dog", tokenizer.eos_token_id)
+    assert tokenizer.bos_token_id not in response
+    decoded = tokenizer.decode(found + response, skip_special_tokens=True)
+    assert decoded.replace(" There", "There") == layout + "There was a dog"
 
 
 REFUSES = (
@@ -104,16 +124,20 @@ def test_a_template_that_refuses_the_conversation_itself_says_so(tiny_tokenizer)
         prompt_ids(tokenizer, TALK)
 
 
-def test_end_of_turn(qwen, llama, tiny_tokenizer):
+def test_end_of_turn(tiny_tokenizer):
     """What the template writes after an answer, where that ends one; otherwise the tokenizer's EOS."""
     end, pad = tiny_tokenizer.eos_token_id, tiny_tokenizer.pad_token_id
-    assert end_of_turn(qwen, {qwen.eos_token_id}) == qwen.convert_tokens_to_ids("<|im_end|>")
-    assert end_of_turn(llama, {llama.eos_token_id}) == llama.eos_token_id
     assert end_of_turn(tiny_tokenizer, {end}) == end
     # a template that ends turns with a token of its own, which the generation config lists (as Llama 3's does)
     own = with_template(tiny_tokenizer, "{% for m in messages %}{{ m.content }}\n<|pad|>\n{% endfor %}")
     assert end_of_turn(own, {end, pad}) == pad
     assert end_of_turn(own, {end}) == end
+    assert end_of_turn(with_template(tiny_tokenizer, None), {end, pad}) == end
+
+
+def test_end_of_turn_of_real_tokenizers(qwen, llama):
+    assert end_of_turn(qwen, {qwen.eos_token_id}) == qwen.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn(llama, {llama.eos_token_id}) == llama.eos_token_id
 
 
 TEXTS = [

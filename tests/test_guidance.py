@@ -140,7 +140,9 @@ def test_temperature_towards_0_is_greedy(temperature: float):
 PADDED = torch.tensor([False, True, True, True, True, True, False, True, False])  # ids 0, 6 and 8 have no token
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(temperature=3, top_k=8, top_p=0.99)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0), Sampling(temperature=3, top_k=8, top_p=0.99)]
+)
 @pytest.mark.parametrize(
     "guidance",
     [

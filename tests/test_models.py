@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmdoctor.errors import LoadError, LLMDoctorError, UsageError, VocabularyError
+from llmdoctor.errors import LLMDoctorError, LoadError, UsageError, VocabularyError
 from llmdoctor.models import (
     SplitLM,
     Vocabulary,
@@ -147,25 +147,25 @@ def test_ids_without_a_token_are_invalid():
 
 def test_fingerprints(tiny_model, copied):
     """Equal wherever the files lie; another for one changed weight, and another for another config."""
-    folder = tiny_model("llama")
+    folder = tiny_model("llama", rows=40_000)  # 5 MB: more than is read
     copy = copied(folder)
     original = model_fingerprint(folder)
     assert model_fingerprint(copy) == original
-    assert model_fingerprint(tiny_model("llama", seed=1)) != original
     weights = copy / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-5] ^= 1
-    weights.write_bytes(data)
-    assert model_fingerprint(copy) != original
-    data[-5] ^= 1
-    weights.write_bytes(data)
+    untouched = weights.read_bytes()
+    for at in (500_000, -5):
+        data = bytearray(untouched)
+        data[at] ^= 1
+        weights.write_bytes(data)
+        assert model_fingerprint(copy) != original
+    weights.write_bytes(untouched)
     assert model_fingerprint(copy) == original
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     assert model_fingerprint(copy) != original
 
 
-def test_patient_reads_context_and_every_end_token(tiny_model, copied, stories):
+def test_patient_reads_context_and_every_end_token(tiny_model, copied):
     folder = copied(tiny_model("llama"))
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [3, 4]}))
@@ -174,7 +174,6 @@ def test_patient_reads_context_and_every_end_token(tiny_model, copied, stories):
     assert patient.eos_ids == {3, 4, patient.tokenizer.eos_token_id}
     assert not any(p.requires_grad for p in patient.model.parameters())
     assert not patient.model.training
-    assert load_patient(stories).context == 512
 
 
 def test_real_patient_continues_its_story(stories):
@@ -184,6 +183,7 @@ def test_real_patient_continues_its_story(stories):
     out = patient.model.generate(**ids, max_new_tokens=40, do_sample=False)
     said = patient.tokenizer.decode(out[0], skip_special_tokens=True)
     assert "named Max. Max loved to play with his toys and run around." in said
+    assert (patient.context, patient.vocabulary.size, patient.eos_ids) == (512, 512, {2})
 
 
 def spoil(folder: Any, how: str) -> None:

@@ -108,7 +108,7 @@ def test_weights_are_shared_out_unless_they_are_fitted():
     pair = PairScores(scored("chosen", {"a": [1.0], "b": [1.0]}), scored("rejected", {"a": [-1.0], "b": [1.0]}))
     assert face_weights([pair], ("a", "b"), settings(direction="gap")) == {"a": 0.5, "b": 0.5}
     assert face_weights([pair], ("a", "b"), settings(direction="label", faces=("b",))) == {"b": 1.0}
-    with pytest.raises(UsageError, match="no face pair 'c'.*a, b"):
+    with pytest.raises(UsageError, match=r"no face pair 'c'.*a, b"):
         face_weights([pair], ("a", "b"), settings(faces=("a", "c")))
     assert face_weights([], ("a", "b"), settings(direction="fitted")) == {"a": 0.0, "b": 0.0}
 

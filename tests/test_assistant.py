@@ -1,0 +1,248 @@
+"""The facade of DESIGN section 4, on small local models and on the embedded clinic."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
+from llmdoctor.doctor import new_doctor, save_doctor
+from llmdoctor.errors import LoadError, UsageError, VocabularyError
+from llmdoctor.profile import TrainSettings
+
+SHORT = Sampling(max_new_tokens=14, seed=3)
+PROMPTS = ["How are you?", "Hi", "Tell me more about the moon, and the stars."]
+
+
+@pytest.fixture(scope="module")
+def make_doctor(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A doctor folder as training leaves it, with random weights."""
+
+    def make(name: str, seed: int, **model: Any) -> Path:
+        base = tiny_model("mistral", seed=seed, **model)
+        doctor, tokenizer = new_doctor(base, TrainSettings(lora_rank=2, dtype="float32", device="cpu"))
+        for p in doctor.parameters():
+            if p.requires_grad:
+                p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        folder = tmp_path_factory.mktemp(name) / "doctor"
+        save_doctor(folder, doctor, tokenizer, {"name": name, "base_model": str(base)})
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model: Callable[..., Path], make_doctor: Callable[..., Path]) -> tuple[str, dict[str, Path]]:
+    """A patient and two doctors, their embeddings padded to different heights."""
+    doctors = {"kind": make_doctor("kind", 2), "safe": make_doctor("safe", 3, rows=416)}
+    return str(tiny_model("llama", seed=1, rows=448)), doctors
+
+
+@pytest.fixture
+def assistant(folders: tuple[str, dict[str, Path]]) -> LLMdoctor:
+    return LLMdoctor(folders[0], folders[1], beta={"kind": 0.8, "safe": 0.3}, sampling=SHORT)
+
+
+def ids(tokens: Any) -> list[int]:
+    return [token.id for token in tokens]
+
+
+def test_the_designs_example(folders: tuple[str, dict[str, Path]]) -> None:
+    patient, doctors = folders
+    doctor = LLMdoctor(patient_model=patient, doctor_checkpoint=doctors["kind"], alpha=1.0, beta=0.8)
+    assert doctor.doctor_names == ("kind",)
+    text = doctor.generate("Explain quantum computing to a 5-year-old.", seed=1, max_new_tokens=20)
+    tokens = list(doctor.stream("Explain quantum computing to a 5-year-old.", seed=1, max_new_tokens=20))
+    assert all(isinstance(token, GuidedToken) for token in tokens)
+    assert text == "".join(token.text for token in tokens)
+    compared = doctor.compare("Explain quantum computing to a 5-year-old.", seed=1, max_new_tokens=20)
+    assert compared.guided.text == text
+    assert compared.guided.tokens == tuple(tokens)
+
+
+def test_the_embedded_clinic() -> None:
+    """`LLMdoctor.from_profile("clinic")`: English answers, both doctors at work, the patient alone at beta 0."""
+    doctor = LLMdoctor.from_profile("clinic")
+    assert doctor.doctor_names == ("helpful", "safe")
+    question = "How can I sleep better?"
+    answer = doctor.generate(question, seed=1)
+    assert len(answer.split()) > 8
+    assert answer.rstrip().endswith((".", "!", "?"))
+    compared = doctor.compare(question, seed=1)
+    assert compared.guided.text == answer
+    assert compared.guided.finished
+    assert compared.metrics["kl"] > 0
+    doctor.beta = 0.0
+    assert doctor.generate(question, seed=1) == compared.patient.text
+    patient_only = LLMdoctor(doctor.patient.name).generate(question, seed=1, max_new_tokens=160)
+    assert patient_only == compared.patient.text
+
+
+def test_compare_keeps_its_contract(assistant: LLMdoctor) -> None:
+    """DESIGN section 4's keys; the patient side is the patient alone; the metrics follow from the tokens."""
+    heard: list[tuple[str, int]] = []
+    compared = assistant.compare(PROMPTS[0], top=2, on_token=lambda which, token: heard.append((which, token.id)))
+    document = compared.to_dict()
+    assert list(document) == ["prompt", "settings", "patient", "guided", "metrics"]
+    settings = document["settings"]
+    assert settings["alpha"] == 1.0
+    assert settings["betas"] == {"kind": 0.8, "safe": 0.3}
+    assert {k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed")} == {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "max_new_tokens": 14,
+        "seed": 3,
+    }
+    for side in ("patient", "guided"):
+        assert document[side]["text"] == "".join(t["text"] for t in document[side]["tokens"])
+        for token in document[side]["tokens"]:
+            assert list(token) == [
+                "position", "id", "text", "patient_logprob", "doctor_logprobs", "logprob", "values", "flip", "kl",
+                "alpha", "betas", "top",
+            ]  # fmt: skip
+            assert len(token["top"]) == 2
+    alone, guided = compared.patient, compared.guided
+    assert heard == [("patient", i) for i in ids(alone.tokens)] + [("guided", i) for i in ids(guided.tokens)]
+    assert ids(alone.tokens) == ids(assistant.stream(PROMPTS[0], guidance=Guidance(1.0)))
+    assert all((t.kl, t.logprob) == (0.0, t.patient_logprob) for t in alone.tokens)
+    assert all(set(t.values) == {"kind", "safe"} == set(t.doctor_logprobs) for t in guided.tokens)
+    metrics, tokens = compared.metrics, guided.tokens
+    assert metrics["flips"] == sum(t.flip for t in tokens)
+    assert metrics["flip_rate"] == pytest.approx(sum(t.flip for t in tokens) / len(tokens))
+    assert metrics["kl"] == pytest.approx(sum(t.kl for t in tokens))
+    assert metrics["kl_per_token"] == pytest.approx(sum(t.kl for t in tokens) / len(tokens))
+    assert metrics["mean_values"] == pytest.approx(
+        {name: sum(t.values[name] for t in tokens) / len(tokens) for name in ("kind", "safe")}
+    )
+    assert (metrics["patient_tokens"], metrics["guided_tokens"]) == (len(alone.tokens), len(tokens))
+
+
+def test_a_seed_is_an_answer(assistant: LLMdoctor) -> None:
+    """The same seed gives the same answer, here, streamed and compared; other seeds and no seed give others."""
+    answers = [assistant.generate(PROMPTS[2], seed=seed) for seed in range(6)]
+    assert [assistant.generate(PROMPTS[2], seed=seed) for seed in range(6)] == answers
+    assert len(set(answers)) == 6
+    assert assistant.compare(PROMPTS[2], seed=4).guided.text == answers[4]
+    assistant.sampling = replace(SHORT, seed=None)
+    assert len({assistant.generate(PROMPTS[2]) for _ in range(4)}) == 4
+    compared = assistant.compare(PROMPTS[2])
+    assert assistant.generate(PROMPTS[2], seed=compared.settings["seed"]) == compared.guided.text
+
+
+def test_a_list_of_prompts_is_answered_in_order(assistant: LLMdoctor) -> None:
+    """Row i of a list is the answer to its prompt with seed + i, also beyond one batch of 32."""
+    assert assistant.generate([]) == []
+    prompts = (PROMPTS * 12)[:34]
+    answers = assistant.generate(prompts, max_new_tokens=4, seed=50)
+    assert len(answers) == 34
+    for row in (0, 1, 2, 31, 32, 33):
+        assert answers[row] == assistant.generate(prompts[row], max_new_tokens=4, seed=50 + row)
+
+
+def test_a_conversation_and_a_system_prompt(folders: tuple[str, dict[str, Path]]) -> None:
+    """A string is one user turn; the instance's system prompt opens every conversation."""
+    plain = LLMdoctor(folders[0], sampling=SHORT)
+    led = LLMdoctor(folders[0], sampling=SHORT, system_prompt="Be brief.")
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, ("Hi", "Yes?", "And?"), strict=True)]
+    assert plain.generate([{"role": "user", "content": "Hi"}]) == plain.generate("Hi") != led.generate("Hi")
+    assert led.generate(turns) == plain.generate([{"role": "system", "content": "Be brief."}, *turns])
+    assert plain.compare(turns).prompt == turns
+
+
+@pytest.mark.parametrize("change", ["alpha", "beta", "one beta", "guidance"])
+def test_settings_are_live(assistant: LLMdoctor, change: str) -> None:
+    """A setting made while a stream runs holds from the very next token on, as if set by a function for each token."""
+    later = {
+        "alpha": Guidance(0.2, {"kind": 0.8, "safe": 0.3}),
+        "beta": Guidance(1.0, {"kind": 2.0, "safe": 2.0}),
+        "one beta": Guidance(1.0, {"kind": 0.8, "safe": 1.7}),
+        "guidance": Guidance(0.0, {"safe": 1.0}),
+    }[change]
+    before = assistant.guidance
+    stream = assistant.stream(PROMPTS[0])
+    tokens = [next(stream) for _ in range(4)]
+    if change == "alpha":
+        assistant.alpha = later.alpha
+    elif change == "beta":
+        assistant.beta = 2.0
+    elif change == "one beta":
+        assistant.beta = {"safe": 1.7}
+    else:
+        assistant.guidance = later
+    assert assistant.guidance == later
+    tokens += stream
+    assert len(tokens) > 4
+    assert [(t.alpha, t.betas) for t in tokens[:4]] == [(before.alpha, before.betas)] * 4
+    assert [(t.alpha, t.betas) for t in tokens[4:]] == [(later.alpha, later.betas)] * (len(tokens) - 4)
+    passed: list[GuidedToken] = []
+    for token in assistant.stream(PROMPTS[0], guidance=lambda: before if len(passed) < 4 else later):
+        passed.append(token)
+    assert passed == tokens
+
+
+def test_a_stream_can_be_left_and_checks_at_once(assistant: LLMdoctor) -> None:
+    stream = assistant.stream(PROMPTS[0], guidance=Guidance(0.0, {"kind": 1.0}))
+    assert next(stream).alpha == 0.0
+    stream.close()
+    assert list(stream) == []
+    for bad in ({"temperature": -1}, {"top_p": 0.0}, {"heat": 1.0}, {"guidance": Guidance(1.0, {"kind": math.nan})}):
+        with pytest.raises(UsageError):
+            assistant.stream(PROMPTS[0], **bad)
+    with pytest.raises(UsageError, match="context holds 256"):
+        assistant.stream("word " * 300)
+
+
+def test_what_cannot_be_set(assistant: LLMdoctor) -> None:
+    """A wrong setting is refused with its name, and leaves all settings as they were."""
+    before = assistant.guidance
+    with pytest.raises(UsageError, match=r"nurse.*kind, safe"):
+        assistant.beta = {"nurse": 1.0}
+    for wrong in (math.nan, math.inf, -0.1):
+        with pytest.raises(UsageError, match="beta"):
+            assistant.beta = wrong
+        with pytest.raises(UsageError, match="alpha"):
+            assistant.alpha = wrong
+    with pytest.raises(UsageError, match="ratio"):
+        list(assistant.stream(PROMPTS[0], guidance=replace(before, mode="ratio")))
+    assistant.alpha = 0.0
+    with pytest.raises(UsageError, match="nothing is left"):
+        assistant.beta = 0.0
+    assistant.alpha = 1.0
+    assert assistant.guidance == before
+
+
+def test_ratio_mode_loads_the_bases(folders: tuple[str, dict[str, Path]]) -> None:
+    """At plausibility 1 only the patient's own favourite is left; the doctors' bases are there to divide by."""
+    ratio = LLMdoctor(*folders, mode="ratio", plausibility=1.0, sampling=SHORT)
+    greedy = LLMdoctor(folders[0], sampling=replace(SHORT, temperature=0.0))
+    assert ids(ratio.stream(PROMPTS[0])) == ids(greedy.stream(PROMPTS[0]))
+    ratio.guidance = replace(ratio.guidance, plausibility=0.0, betas={"kind": 3.0, "safe": 0.0})
+    assert ids(ratio.stream(PROMPTS[0])) != ids(greedy.stream(PROMPTS[0]))
+
+
+def test_what_cannot_be_loaded(folders: tuple[str, dict[str, Path]], tmp_path: Path) -> None:
+    patient, doctors = folders
+    with pytest.raises(UsageError, match="nurse"):
+        LLMdoctor(tmp_path / "absent", doctors, beta={"nurse": 1.0})  # said before anything is loaded
+    with pytest.raises(UsageError, match="nurse"):
+        LLMdoctor(patient, doctors["kind"], beta={"nurse": 1.0})
+    with pytest.raises(UsageError, match="temperature"):
+        LLMdoctor(patient, sampling=Sampling(temperature=-1.0))
+    with pytest.raises(LoadError, match="absent"):
+        LLMdoctor(tmp_path / "absent")
+    with pytest.raises(LoadError, match="no doctor at"):
+        LLMdoctor(patient, tmp_path / "absent")
+
+
+def test_a_doctor_for_another_tokenizer_is_refused(stories: Path, folders: tuple[str, dict[str, Path]]) -> None:
+    with pytest.raises(VocabularyError, match="first differing token") as caught:
+        LLMdoctor(stories, folders[1]["kind"])
+    assert str(stories) in str(caught.value)
+    assert str(folders[1]["kind"]) in str(caught.value)

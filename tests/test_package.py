@@ -1,0 +1,136 @@
+"""What is installed, and who imports whom. Imports are checked in fresh interpreters."""
+
+import ast
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FOLDERS = PROJECT["tool"]["setuptools"]["package-dir"]  # module -> folder
+ENGINE = sorted(path.stem for path in (ROOT / "llmdoctor").glob("*.py") if path.stem not in ("__init__", "__main__"))
+SCREEN = {"typer", "click", "rich", "textual"}
+
+
+def sources() -> dict[str, Path]:
+    """Every file of the four folders, by the name under which it should be installed."""
+    return {
+        str(Path(*module.split("."), path.relative_to(ROOT / folder))): path
+        for module, folder in FOLDERS.items()
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+    }
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_source_file_is_in_the_wheel_and_nothing_else(tmp_path):
+    """Built by pip from a copy of the tree, as a user's ``pip install`` does: old build folders cannot lend a file."""
+    tree = tmp_path / "tree"
+    for source in [*sources().values(), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))]:
+        target = tree / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(tree)]
+    try:
+        offline = int(importlib.metadata.version("setuptools").split(".")[0]) >= 77  # pyproject's own requirement
+    except importlib.metadata.PackageNotFoundError:
+        offline = False
+    if offline:
+        build.append("--no-build-isolation")
+    done = subprocess.run(build, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("llmdoctor-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+        entry_points = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
+        assert "llmdoctor = llmdoctor.cli.main:run" in archive.read(entry_points).decode()
+    expected = sources()
+    assert set(held) == set(expected)
+    assert [name for name, path in expected.items() if held[name] != path.read_bytes()] == []
+    for name in ("llmdoctor/py.typed", "llmdoctor/cli/main.py", "llmdoctor/tui/__init__.py"):
+        assert name in held
+    assert {"clinic", "paper", "qwen2.5-7b"} <= {Path(name).stem for name in held if name.endswith(".yaml")}
+
+
+def test_the_clinic_is_there_and_small():
+    """The embedded models come with the package: at most 12 MB."""
+    clinic = [path for path in (ROOT / "profiles" / "clinic").rglob("*") if path.is_file()]
+    assert {path.suffix for path in clinic} >= {".safetensors", ".json"}, "profiles/clinic has no models: make clinic"
+    assert sum(path.stat().st_size for path in clinic) <= 12_000_000
+    assert {path.suffix for path in clinic} & {".bin", ".pt", ".pth", ".pkl", ".pickle"} == set()
+
+
+def test_the_packages_listed_are_the_folders_on_disk():
+    """A subpackage that is missing from the list is silently absent from the wheel."""
+    found = {
+        ".".join([module, *path.parent.relative_to(ROOT / folder).parts])
+        for module, folder in FOLDERS.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import llmdoctor; llmdoctor.PreferencePair, llmdoctor.Guidance, llmdoctor.__version__, dir(llmdoctor)",
+        "import llmdoctor.cli.main",
+        "import sys; sys.argv = ['llmdoctor', '--help']\n"
+        "from llmdoctor.cli.main import run\n"
+        "try: run()\nexcept SystemExit as end: assert not end.code, end.code",
+        "import sys; sys.argv = ['llmdoctor', 'chat', '--help']\n"
+        "from llmdoctor.cli.main import run\n"
+        "try: run()\nexcept SystemExit as end: assert not end.code, end.code",
+    ],
+    ids=["import llmdoctor", "import cli", "--help", "chat --help"],
+)
+def test_the_start_is_free_of_torch(code: str):
+    heavy = ("torch", "transformers", "peft", "accelerate", "datasets", "textual", "pyarrow")
+    out = python(f"{code}\nimport sys; print('LOADED', [m for m in {heavy} if m in sys.modules])")
+    assert out.splitlines()[-1] == "LOADED []"
+    if "--help" in code:
+        assert "Usage" in out
+
+
+def test_the_engine_loads_no_user_interface_and_every_public_name():
+    """All engine modules in one interpreter. Not asserted for rich: a library below may load it for its own bars.
+
+    (None does with the versions tried.) That the engine itself does not is the next test.
+    """
+    imports = "\n".join(f"import llmdoctor.{name}" for name in ENGINE)
+    ui = ("typer", "textual", "llmdoctor.cli", "llmdoctor.tui")
+    out = python(
+        f"import sys, llmdoctor\n{imports}\nfrom llmdoctor import *\n"
+        f"print([m for m in {ui} if m in sys.modules], 'torch' in sys.modules)\n"
+        "print([n for n in llmdoctor.__all__ if n not in globals()], set(llmdoctor.__all__) - set(dir(llmdoctor)))\n"
+        "try: llmdoctor.nothing\nexcept AttributeError as e: print(e)"
+    )
+    assert out.splitlines() == ["[] True", "[] set()", "module 'llmdoctor' has no attribute 'nothing'"]
+
+
+@pytest.mark.parametrize("module", ENGINE)
+def test_an_engine_source_names_no_user_interface(module: str):
+    """Also not inside a function, where no import above would show it; and nothing is printed."""
+    tree = ast.parse((ROOT / "llmdoctor" / f"{module}.py").read_text(encoding="utf-8"))
+    imported: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide what is imported"
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"print", "input"}
+    assert {name for name in imported if name.split(".")[0] in SCREEN} == set()
+    assert {name for name in imported if name.startswith(("llmdoctor.cli", "llmdoctor.tui"))} == set()

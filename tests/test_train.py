@@ -1,0 +1,291 @@
+"""Stage 2: the loss of a batch against a float64 brute force, and what a training run does and refuses to do."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llmdoctor.doctor import Doctor, new_doctor
+from llmdoctor.errors import DataError, LoadError, TrainingError, UsageError, VocabularyError
+from llmdoctor.extract import extract
+from llmdoctor.models import load_patient
+from llmdoctor.profile import DataSettings, RewardSettings, TrainSettings
+from llmdoctor.rewards import alternative_rewards, face_weights, token_rewards
+from llmdoctor.store import RewardsFolder
+from llmdoctor.train import TFPOTrainer, _side, train
+from llmdoctor.types import FacePair, PairScores, TokenScores, TrainStep
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+RECORDS = [
+    {"prompt": "how are you", "chosen": "i am fine.", "rejected": "i am not."},
+    {"prompt": "hi", "chosen": "hello. nice to see you", "rejected": "go"},
+    {"prompt": "a question", "chosen": "a", "rejected": "another answer that is longer"},
+    {"prompt": "b", "chosen": "yes.", "rejected": "yes. but"},
+    {"prompt": "what now", "chosen": "sleep well", "rejected": "sleep"},
+    {"prompt": "c", "chosen": "x", "rejected": "y"},
+]
+FACES = {"f": FacePair("be good.", "be bad."), "g": FacePair("z", "oh no")}
+
+
+def model_folder(folder: Path, seed: int, letters: str = LETTERS, context: int = 64) -> Path:
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, **{c: i + 1 for i, c in enumerate(letters)}}, "<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {"vocab_size": len(letters) + 1, "max_position_embeddings": context, "initializer_range": 0.4}
+    LlamaForCausalLM(LlamaConfig(**shape, **size, bos_token_id=None, eos_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ``patient``, ``base`` and the real ``rewards`` of that patient over RECORDS."""
+    folder = tmp_path_factory.mktemp("world")
+    model_folder(folder / "base", seed=1)
+    patient = load_patient(model_folder(folder / "patient", seed=0))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    for _ in extract(patient, DataSettings(source=str(folder / "pairs.jsonl")), FACES, folder / "rewards"):
+        pass
+    return folder
+
+
+def run(world: Path, output: Path, reward: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    known = {"device": "cpu", "lora_rank": 4, "batch_size": 3, "max_steps": 3}
+    steps: list[TrainStep] = settings.pop("steps", [])
+    return train(
+        settings.pop("rewards", world / "rewards"),
+        output,
+        base_model=str(settings.pop("base", world / "base")),
+        patient=settings.pop("patient", None),
+        reward_settings=RewardSettings(**(reward or {})),
+        settings=TrainSettings(**{**known, **settings}),
+        on_step=steps.append,
+    )
+
+
+def brute_force(
+    doctor: Doctor, base: Any, pairs: list[PairScores], rewards: RewardSettings, s: TrainSettings, faces: Any
+) -> tuple[float, float]:
+    """(SubTB, value loss) by loops over sequences, states and pairs of states, in float64, with every alternative."""
+    size = len(LETTERS) + 1
+    weights = face_weights(pairs, faces, rewards)
+
+    def scored(model: Any, prompt: list[int], response: list[int]) -> list[float]:
+        with torch.no_grad():
+            table = (
+                model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :size].double().log_softmax(-1)
+            )
+        return [table[t, token].item() for t, token in enumerate(response)]
+
+    def log_value(prompt: list[int], response: list[int], *, end: bool) -> float:
+        """log V(s) after all of ``response``; ``end`` says that the answer is over."""
+        if end and s.anchor:
+            return 0.0
+        with torch.no_grad():
+            state = (
+                doctor.lm.get_base_model().model(torch.tensor([prompt + response])).last_hidden_state[0, -1].double()
+            )
+        head = doctor.value_head
+        return s.rho * (head.weight[0].double() @ state + head.bias[0].double()).item()
+
+    def subtb(scores: TokenScores) -> float:
+        prompt, response = scores.prompt_ids.tolist(), scores.response_ids.tolist()
+        flows, total = [], 0.0
+        steps = zip(
+            token_rewards(scores, rewards, weights).rewards.tolist(),
+            scored(doctor.lm, prompt, response),
+            scored(base, prompt, response),
+            strict=True,
+        )
+        flows.append(log_value(prompt, [], end=False))
+        for t, (reward, own, reference) in enumerate(steps, start=1):
+            total += s.rho * reward - own + (reference if s.flow == "relative" else 0.0)
+            flows.append(total + log_value(prompt, response[:t], end=t == len(response)))
+        n = len(flows)
+        apart = [(s.subtb_weight ** (j - i - 1), (flows[j] - flows[i]) ** 2) for i in range(n) for j in range(i + 1, n)]
+        return sum(w * square for w, square in apart) / sum(w for w, _ in apart)
+
+    def forks(pair: PairScores) -> list[float]:
+        chosen, rejected = pair.chosen.response_ids.tolist(), pair.rejected.response_ids.tolist()
+        prompt = pair.chosen.prompt_ids.tolist()
+        t = next(t for t in range(len(chosen)) if chosen[t] != rejected[t]) + 1
+        better, worse = (log_value(prompt, y[:t], end=t == len(y)) for y in (chosen, rejected))
+        margins = [better - worse]
+        for scores in (pair.chosen, pair.rejected) if s.alternatives else ():
+            rivals = alternative_rewards(scores, rewards, weights)
+            own = token_rewards(scores, rewards, weights).rewards
+            response = scores.response_ids.tolist()
+            for t in range(len(response)) if rivals is not None else ():
+                if abs(rivals[t] - own[t]) > 0.5:
+                    said = log_value(prompt, response[: t + 1], end=t + 1 == len(response))
+                    unsaid = log_value(prompt, [*response[:t], int(scores.alternative_ids[t])], end=False)
+                    margins.append((said - unsaid) * (1 if own[t] > rivals[t] else -1))
+        return margins
+
+    flow = [subtb(scores) for pair in pairs for scores in (pair.chosen, pair.rejected)]
+    value = [max(0.0, s.gamma - margin) for pair in pairs for margin in forks(pair)]
+    return sum(flow) / len(flow), sum(value) / len(value)
+
+
+SWITCHES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"flow": "absolute"}, {}),
+    ({"anchor": False}, {}),
+    ({"flow": "absolute", "anchor": False}, {"direction": "label", "theta": 0.1}),
+    ({"subtb_weight": 0.8, "rho": 3.0}, {}),
+    ({"value_weight": 0.0}, {"direction": "agree"}),
+    ({"gamma": 30.0, "value_weight": 2.5}, {"faces": ("g",)}),
+    ({"alternatives": 99}, {}),
+    ({"alternatives": 99, "anchor": False, "gamma": 4.0}, {"direction": "fitted", "theta": 0.2}),
+    ({"alternatives": 99}, {"direction": "label"}),
+]
+
+
+@pytest.mark.parametrize(("switches", "reward"), SWITCHES, ids=str)
+def test_the_loss_is_the_brute_force(
+    world: Path, tmp_path: Path, switches: dict[str, Any], reward: dict[str, Any]
+) -> None:
+    """With every switch, from a doctor whose adapter and value head are far from their start."""
+    settings = TrainSettings(**switches, dtype="float64", device="cpu", lora_rank=4)
+    rewards = RewardSettings(**reward)
+    doctor, _ = new_doctor(world / "base", settings)
+    generator = torch.Generator().manual_seed(3)
+    for _, p in sorted((n, p) for n, p in doctor.named_parameters() if p.requires_grad):
+        p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype)
+    folder = RewardsFolder(world / "rewards")
+    scores = list(folder)
+    weights = face_weights(scores, folder.faces, rewards)
+    sides = [(_side(p.chosen, rewards, weights), _side(p.rejected, rewards, weights)) for p in scores]
+    trainer = TFPOTrainer(doctor, sides, settings, str(tmp_path), None)
+    loss = trainer.compute_loss(doctor, trainer.data_collator(sides)).item()
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float64)
+    flow, value = brute_force(doctor, base, scores, rewards, settings, folder.faces)
+    assert flow > 0
+    assert value > 0
+    assert loss == pytest.approx(flow + settings.value_weight * value, rel=1e-5)
+
+
+@pytest.mark.parametrize("flow", ["absolute", "relative"])
+def test_a_run_begins_at_the_brute_forces_loss(world: Path, tmp_path: Path, flow: str) -> None:
+    """From the rewards folder to the first step's report: one batch of all pairs, a doctor that is still its base."""
+    steps: list[TrainStep] = []
+    run(world, tmp_path / "d", flow=flow, batch_size=len(RECORDS), max_steps=1, dtype="float64", steps=steps)
+    settings = TrainSettings(flow=flow, dtype="float64", device="cpu")
+    doctor, _ = new_doctor(world / "base", settings)
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float64)
+    folder = RewardsFolder(world / "rewards")
+    expected = brute_force(doctor, base, list(folder), RewardSettings(), settings, folder.faces)
+    assert (steps[0].subtb, steps[0].value) == pytest.approx(expected, rel=1e-5)
+    assert steps[0].loss == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_training_lowers_the_loss_the_same_way_for_the_same_seed(world: Path, tmp_path: Path) -> None:
+    steps: list[TrainStep] = []
+    made = run(world, tmp_path / "a", max_steps=40, learning_rate=1e-2, seed=7, alternatives=1, steps=steps)
+    again = run(world, tmp_path / "b", max_steps=40, learning_rate=1e-2, seed=7, alternatives=1)
+    other = run(world, tmp_path / "c", max_steps=40, learning_rate=1e-2, seed=8, alternatives=1)
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
+    assert [(s.step, s.total) for s in steps] == [(i, 40) for i in range(1, 41)]
+    metrics = made["metrics"]
+    assert metrics["last"]["loss"] < 0.5 * metrics["first"]["loss"]
+    assert metrics["first"]["loss"] == pytest.approx(sum(s.loss for s in steps[:4]) / 4, abs=1e-5)
+    assert metrics["last"]["subtb"] == pytest.approx(sum(s.subtb for s in steps[-4:]) / 4, abs=1e-5)
+    assert again["metrics"] | {"seconds": 0} == metrics | {"seconds": 0}
+    assert other["metrics"]["last"] != metrics["last"]
+    stored = json.loads((tmp_path / "a" / "doctor.json").read_text())
+    assert stored | {"base_model": ""} == json.loads(json.dumps(made)) | {"base_model": ""}
+    assert (tmp_path / "a" / stored["base_model"]).resolve() == (world / "base").resolve()
+
+
+def test_micro_batches_make_the_step_of_their_batch(world: Path, tmp_path: Path) -> None:
+    """3 micro-batches of 2 pairs give the gradient of 6: losses are means over rows, and every pair has one fork."""
+    for name, sizes in (("one", (6, 1)), ("three", (2, 3))):
+        run(
+            world,
+            tmp_path / name,
+            batch_size=sizes[0],
+            gradient_accumulation=sizes[1],
+            max_steps=2,
+            lr_scheduler="constant",
+            warmup_ratio=0.0,
+            dtype="float64",
+        )
+    one, three = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "three"))
+    for name, weight in one.items():
+        torch.testing.assert_close(three[name], weight, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_value_head_has_its_own_learning_rate(world: Path, tmp_path: Path, decay: float) -> None:
+    """And nothing else of the optimiser changes with it: decay, and what is spared from it, stay the library's."""
+    groups: list[dict[str, tuple[float, float]]] = []
+    for rate in (None, 0.25):
+        settings = TrainSettings(learning_rate=0.5, value_learning_rate=rate, weight_decay=decay, device="cpu")
+        doctor, _ = new_doctor(world / "base", settings)
+        optimiser = TFPOTrainer(doctor, [], settings, str(tmp_path), None).create_optimizer()
+        names = {id(p): name for name, p in doctor.named_parameters() if p.requires_grad}
+        listed = [(names[id(p)], (g["lr"], g["weight_decay"])) for g in optimiser.param_groups for p in g["params"]]
+        assert len(listed) == len(names)
+        groups.append(dict(listed))
+    plain, split = groups
+    assert {lr for lr, _ in plain.values()} == {0.5}
+    assert plain["value_head.weight"][1] == decay
+    assert split == {name: (0.25 if "value_head" in name else 0.5, d) for name, (_, d) in plain.items()}
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps"), [(1e30, 6), (1e39, 1)], ids=["the loss", "only the weights, after the last step"]
+)
+def test_a_run_that_explodes_says_at_which_step_and_writes_nothing(
+    world: Path, tmp_path: Path, rate: float, steps: int
+) -> None:
+    with pytest.raises(TrainingError, match=r"step \d") as caught:
+        run(world, tmp_path / "doctor", learning_rate=rate, max_steps=steps, warmup_ratio=0.0)
+    assert "\n" not in str(caught.value)
+    assert "nothing was written" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_tokens_another_patient_or_no_room_are_refused(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "doctor"
+    swapped = model_folder(tmp_path / "swapped", 1, LETTERS[:3] + "ed" + LETTERS[5:])
+    with pytest.raises(VocabularyError, match=r"'[de]'.*id 4|'[de]'.*id 5") as caught:
+        run(world, out, base=swapped)
+    assert str(world / "patient") in str(caught.value)
+    assert str(swapped) in str(caught.value)
+    with pytest.raises(LoadError, match="drawn from the patient") as other:
+        run(world, out, patient=str(world / "base"))
+    assert str(world / "patient") in str(other.value)
+    assert str(world / "base") in str(other.value)
+    with pytest.raises(LoadError, match="no model"):
+        run(world, out, base=tmp_path / "absent")
+    with pytest.raises(LoadError, match="run `llmdoctor extract"):
+        run(world, out, rewards=tmp_path / "absent")
+    with pytest.raises(UsageError, match="'h'"):
+        run(world, out, {"faces": ("h",)})
+    with pytest.raises(DataError, match="context of 2 tokens"):
+        run(world, out, base=model_folder(tmp_path / "tiny", 1, context=2))
+    assert not out.exists()
+    made = run(world, out, base=model_folder(tmp_path / "narrow", 1, context=20), patient=str(world / "patient"))
+    lengths = [len(r["prompt"]) + max(len(r["chosen"]), len(r["rejected"])) + 1 for r in RECORDS]
+    assert made["metrics"]["pairs_too_long"] == sum(length > 20 for length in lengths)
+    assert made["metrics"]["pairs"] == sum(length <= 20 for length in lengths)
+    assert math.isfinite(made["metrics"]["last"]["loss"])
+
+
+def test_a_prompt_without_tokens_trains_or_is_refused_by_name(tmp_path: Path) -> None:
+    """A tokenizer that adds no begin token makes nothing of an empty prompt: there is no state s_0 to score from."""
+    patient = load_patient(model_folder(tmp_path / "patient", seed=0))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "", "chosen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(DataError, match="prompt"):
+        list(extract(patient, DataSettings(source=str(tmp_path / "pairs.jsonl")), FACES, tmp_path / "rewards"))
