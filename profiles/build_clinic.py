@@ -44,7 +44,8 @@ CONTEXT = 1024
 NEUTRAL = "You are an assistant."
 LABEL_NOISE = 0.1
 DOCTORS = {"helpful": "better_response_id", "safe": "safer_response_id"}  # doctor (and face pair) -> label
-Conversation = tuple[list[int], list[bool]]  # token ids, and which of them the model learns to say
+FIRST_TOKEN_WEIGHT = 4.0  # loss weight where a sentence begins: there the model chooses helpful or not, safe or not
+Conversation = tuple[list[int], list[float]]  # token ids, and the loss weight of each (0: not the model's to say)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class Recipe:
     plain: float  # share of conversations without a system prompt
 
 
-PATIENT = Recipe(12, 96, 128, 4, steps=900, batch=20, learning_rate=0.02, plain=0.45)
-DOCTOR_BASE = Recipe(2, 80, 160, 4, steps=900, batch=20, learning_rate=0.02, plain=0.9)
+PATIENT = Recipe(12, 96, 128, 4, steps=2000, batch=16, learning_rate=0.02, plain=0.4)
+DOCTOR_BASE = Recipe(2, 80, 160, 4, steps=2500, batch=20, learning_rate=0.02, plain=0.9)
 
 
 def build_tokenizer(seed: int, size: int = 1500) -> PreTrainedTokenizerFast:
@@ -101,12 +102,17 @@ def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 def encode(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Message]) -> Conversation:
     """The ids of a conversation as the chat template lays it out, each content tokenised on its own."""
     ids: list[int] = []
-    said: list[bool] = []
+    weights: list[float] = []
+    stop = _id(tokenizer, ".")
     for message in conversation:
         content = tokenizer.encode(message["content"], add_special_tokens=False)
         ids += [_id(tokenizer, f"<|{message['role']}|>"), *content, _id(tokenizer, END)]
-        said += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
-    return ids[:CONTEXT], said[:CONTEXT]
+        if message["role"] == "assistant":
+            before = [stop, *content]  # the last token of each sentence, and so of the header, is a full stop
+            weights += [0.0, *(FIRST_TOKEN_WEIGHT if token == stop else 1.0 for token in before)]
+        else:
+            weights += [0.0] * (len(content) + 2)
+    return ids[:CONTEXT], weights[:CONTEXT]
 
 
 def batches(
@@ -167,13 +173,15 @@ def _train(
         rows = next(stream)
         longest = max(len(ids) for ids, _ in rows)
         ids_B_T = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
-        said_B_T = torch.tensor([said + [False] * (longest - len(said)) for _, said in rows])
+        weight_B_T = torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in rows])
         hidden_B_T_H = model.model(input_ids=ids_B_T, use_cache=False).last_hidden_state
-        mask = said_B_T[:, 1:]
+        mask = weight_B_T[:, 1:] > 0
+        weights = weight_B_T[:, 1:][mask]
         logits = model.lm_head(hidden_B_T_H[:, :-1][mask])
-        loss = cross_entropy(logits, ids_B_T[:, 1:][mask])
-        loss.backward()
-        grads = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None] + [loss.detach().reshape(1)])
+        losses = cross_entropy(logits, ids_B_T[:, 1:][mask], reduction="none")
+        loss = losses.detach().mean()  # what is shown: nats a token
+        ((losses * weights).sum() / weights.sum()).backward()
+        grads = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None] + [loss.reshape(1)])
         dist.all_reduce(grads)
         grads /= ranks
         shown = float(grads[-1])
@@ -194,14 +202,14 @@ def _train(
                 f" {took:.0f}s, {took / step * (recipe.steps - step):.0f}s left",
                 flush=True,
             )
-        if rank == 0 and step == recipe.steps:
+        if rank == 0 and (step % 500 == 0 or step == recipe.steps):
             save_model(model, tokenizer, Path(folder))
     dist.destroy_process_group()
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Half-precision safetensors that load as float32, with tokenizer and generation settings."""
-    model.half().save_pretrained(folder)
+    model.save_pretrained(folder, state_dict={key: x.half() for key, x in model.state_dict().items()})
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

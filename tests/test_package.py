@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llmdoctor.profile import load_profile
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = PROJECT["tool"]["setuptools"]["package-dir"]  # module -> folder
@@ -64,9 +66,13 @@ def test_every_source_file_is_in_the_wheel_and_nothing_else(tmp_path):
 
 
 def test_the_clinic_is_there_and_small():
-    """The embedded models come with the package: at most 12 MB."""
+    """Everything the default profile names comes with the package, in at most 12 MB and without a pickle."""
     clinic = [path for path in (ROOT / "profiles" / "clinic").rglob("*") if path.is_file()]
-    assert {path.suffix for path in clinic} >= {".safetensors", ".json"}, "profiles/clinic has no models: make clinic"
+    profile = load_profile("clinic")
+    named = [profile.patient.model, profile.train.doctor, profile.data.source]
+    named += [doctor.checkpoint for doctor in profile.doctors.values()]
+    assert [path for path in named if not Path(path).exists()] == [], "the clinic is not complete: make clinic"
+    assert {"helpful", "safe"} <= set(profile.doctors)
     assert sum(path.stat().st_size for path in clinic) <= 12_000_000
     assert {path.suffix for path in clinic} & {".bin", ".pt", ".pth", ".pkl", ".pickle"} == set()
 
