@@ -43,7 +43,11 @@ CHAT_TEMPLATE = (
 CONTEXT = 1024
 NEUTRAL = "You are an assistant."
 LABEL_NOISE = 0.1
-DOCTORS = {"helpful": "better_response_id", "safe": "safer_response_id"}  # doctor (and face pair) -> label
+DOCTORS: dict[str, tuple[str, dict[str, Any]]] = {  # doctor (and face pair) -> label, changes to the profile's rewards
+    "helpful": ("better_response_id", {}),
+    # the patient hardly follows its safe faces, so there the sign has to come from the label
+    "safe": ("safer_response_id", {"direction": "label", "theta": 0.0}),
+}
 FIRST_TOKEN_WEIGHT = 4.0  # loss weight where a sentence begins: there the model chooses helpful or not, safe or not
 Conversation = tuple[list[int], list[float]]  # token ids, and the loss weight of each (0: not the model's to say)
 
@@ -371,7 +375,7 @@ def build_doctors(folder: Path) -> None:
     # from inside the folder, so that the artefacts name each other by relative paths
     with chdir(folder), tempfile.TemporaryDirectory() as scratch:
         patient = load_patient("./patient")
-        for name, label in DOCTORS.items():
+        for name, (label, changes) in DOCTORS.items():
             started = time.monotonic()
             rewards = Path(scratch, name)
             data = DataSettings(source="./pairs.jsonl.gz", label=label)
@@ -389,7 +393,7 @@ def build_doctors(folder: Path) -> None:
                 rewards,
                 Path(name),
                 base_model="./doctor-base",
-                reward_settings=profile.rewards.model_copy(update={"faces": (name,)}),
+                reward_settings=profile.rewards.model_copy(update={"faces": (name,), **changes}),
                 settings=profile.train,
                 on_step=show,
             )
@@ -412,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", choices=("models", "pairs", "doctors", "all"), default="all")
     parser.add_argument("--steps", type=int, default=PATIENT.steps, help="training steps of the patient")
     parser.add_argument("--base-steps", type=int, default=DOCTOR_BASE.steps, help="training steps of the doctor base")
-    parser.add_argument("--pairs", type=int, default=3000, help="preference pairs to draw")
+    parser.add_argument("--pairs", type=int, default=1500, help="preference pairs to draw")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="training processes")
     parser.add_argument("--output", type=Path, default=CLINIC)
     options = parser.parse_args(argv)

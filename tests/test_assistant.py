@@ -78,7 +78,7 @@ def test_the_embedded_clinic() -> None:
     assert compared.metrics["kl"] > 0
     doctor.beta = 0.0
     assert doctor.generate(question, seed=1) == compared.patient.text
-    patient_only = LLMdoctor(doctor.patient.name).generate(question, seed=1, max_new_tokens=160)
+    patient_only = LLMdoctor(doctor.patient.name).generate(question, seed=1, max_new_tokens=240)
     assert patient_only == compared.patient.text
 
 
