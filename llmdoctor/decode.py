@@ -237,7 +237,7 @@ class _Models:
             hidden_B_H = self.cached[name].hidden_B_H
             assert hidden_B_H is not None
             columns[f"value {name}"] = doctor.log_value(hidden_B_H).to(product_B_V)
-        table = torch.stack([column.to(torch.float64) for column in columns.values()]).tolist()
+        table = torch.stack([column.to(product_B_V.dtype) for column in columns.values()]).tolist()
         facts |= dict(zip(columns, table, strict=True))
         ids = ids_B.tolist()
         for name, doctor in self.doctors.items():

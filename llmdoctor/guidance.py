@@ -102,7 +102,8 @@ def draw(product_B_V: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     if sampling.temperature == 0:
         return product_B_V.argmax(dim=-1)
     scores = _warpers(sampling)(None, product_B_V)  # type: ignore[arg-type]  # these warpers read no input ids
-    cumulative_B_V = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    exact = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative_B_V = scores.softmax(dim=-1, dtype=exact).cumsum(dim=-1)
     target_B_1 = uniforms_B.to(cumulative_B_V)[:, None] * cumulative_B_V[:, -1:]
     return torch.searchsorted(cumulative_B_V, target_B_1, right=True)[:, 0].clamp(max=product_B_V.shape[-1] - 1)
 

@@ -249,7 +249,9 @@ def token_log_probs(lm: SplitLM, hidden_N_H: Tensor, ids_N: Tensor, vocabulary_s
 def _require_folder(source: str | Path) -> None:
     """A clear word about a path that does not exist, before the hub is asked for it."""
     text = str(source)
-    if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") != 1):
+    # a folder beside it is here: a misspelt path, not a hub name, for which the hub would be asked for a long time
+    looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir()
+    if not Path(text).exists() and looks_local:
         raise LoadError(f"there is no model at {text}: expected a folder with config.json, or a hub name like org/name")
 
 
