@@ -59,7 +59,7 @@ def test_every_line_of_a_pipe_is_a_turn_and_stdout_is_the_answers(run, assistant
     messages, sampling, _ = assistant.asked[1]
     assert [m["role"] for m in messages] == ["user", "assistant", "user"]
     assert [m["content"] for m in messages] == ["first", "one two three", "second"]
-    assert (sampling["seed"], sampling["top_p"], sampling["max_new_tokens"]) == (3, 0.9, 160)
+    assert (sampling["seed"], sampling["top_p"], sampling["max_new_tokens"]) == (3, 0.9, 240)
 
 
 def test_reset_forgets_and_quit_leaves(run, assistant):
