@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -125,3 +126,11 @@ def foreign_patient(tmp_path):
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     path.write_text(json.dumps(data))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """Python's own handler: where the tests run in the background, the shell has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
