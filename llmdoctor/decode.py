@@ -35,8 +35,8 @@ class Step(NamedTuple):
 class CachedModel:
     """A causal LM and its KV cache over a left-padded batch; ``feed`` gives the logits after the last token fed."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, *, keeps_hidden: bool = False) -> None:
+        self.model, self.keeps_hidden = model, keeps_hidden
         self.cache: Any = None  # of the kind that the model itself makes
         self.hidden_B_H: Tensor | None = None  # what the LM head read last
         accepted = inspect.signature(model.forward).parameters
@@ -50,11 +50,13 @@ class CachedModel:
             if "position_ids" in self._takes:
                 extra["position_ids"] = (mask_B_L.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_B_T.shape[1] :]
         ids = ids_B_T.to(self.model.device)
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(self._keep_hidden) if self.keeps_hidden else None
         try:
             out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra)
         finally:
-            hook.remove()
+            if hook:
+                hook.remove()
         self.cache = out.past_key_values
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
@@ -186,7 +188,7 @@ class _Models:
         self.eos_ids = patient.eos_ids
         self.valid = patient.vocabulary.valid(patient.model.device)
         self.patient = CachedModel(patient.model)
-        self.cached = {name: CachedModel(doctor.model) for name, doctor in doctors.items()}
+        self.cached = {name: CachedModel(doctor.model, keeps_hidden=True) for name, doctor in doctors.items()}
         self.bases: dict[str, CachedModel] = {}
         if with_bases:
             for name, doctor in doctors.items():
