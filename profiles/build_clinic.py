@@ -66,8 +66,8 @@ class Recipe:
     plain: float  # share of conversations without a system prompt
 
 
-PATIENT = Recipe(12, 96, 128, 4, steps=2000, batch=16, learning_rate=0.02, plain=0.4)
-DOCTOR_BASE = Recipe(2, 80, 160, 4, steps=2500, batch=20, learning_rate=0.02, plain=0.9)
+PATIENT = Recipe(6, 160, 320, 4, steps=2400, batch=16, learning_rate=0.02, plain=0.3)
+DOCTOR_BASE = Recipe(2, 96, 192, 4, steps=2500, batch=20, learning_rate=0.02, plain=0.9)
 
 
 def build_tokenizer(seed: int, size: int = 1500) -> PreTrainedTokenizerFast:
@@ -135,6 +135,29 @@ def batches(
             yield chunk[rank::ranks]
 
 
+@torch.no_grad()
+def _muon(matrices: Sequence[torch.nn.Parameter], momenta: Sequence[torch.Tensor]) -> None:
+    """Turn the gradients into Muon's updates: momentum, made orthogonal by five Newton-Schulz steps.
+
+    Muon needs about half of AdamW's steps here; torch.optim.Muon is the same in bfloat16, 15 times slower on a CPU.
+    """
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, (matrix, momentum) in enumerate(zip(matrices, momenta, strict=True)):
+        assert matrix.grad is not None
+        momentum.lerp_(matrix.grad, 0.05)
+        matrix.grad.lerp_(momentum, 0.95)
+        by_shape.setdefault(matrix.shape, []).append(i)
+    for (rows, columns), indices in by_shape.items():
+        update = torch.stack([matrices[i].grad for i in indices])  # type: ignore[misc]
+        update = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):
+            gram = update @ update.mT if rows <= columns else update.mT @ update
+            change = -4.775 * gram + 2.0315 * gram @ gram
+            update = 3.4445 * update + (change @ update if rows <= columns else update @ change)
+        for i, row in zip(indices, update * max(1.0, rows / columns) ** 0.5, strict=True):
+            matrices[i].grad = row
+
+
 def _train(
     rank: int, ranks: int, folder: str, name: str, recipe: Recipe, seed: int, rendezvous: str
 ) -> None:  # one process
@@ -160,8 +183,9 @@ def _train(
     parameters = list(model.parameters())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
-    optimizers = [  # Muon needs about half of AdamW's steps here
-        torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=0.01),
+    momenta = [torch.zeros_like(p) for p in matrices]
+    optimizers = [  # the matrices' gradients go through _muon first
+        torch.optim.SGD(matrices, lr=recipe.learning_rate, weight_decay=0.01),
         torch.optim.AdamW(others, lr=recipe.learning_rate / 5, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     warmup = min(50, recipe.steps // 10 + 1)
@@ -194,6 +218,7 @@ def _train(
         for p in parameters:
             p.grad = grads[at : at + p.numel()].view_as(p)
             at += p.numel()
+        _muon(matrices, momenta)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()

@@ -118,8 +118,8 @@ _WORLD = """\
   worth my time tonight}.
 - You could simply {close your eyes|lie there|stare at the ceiling} and {hope for the best|wait for something to
   happen}, which is all I can offer you.
-- Some people {swear by one odd habit|know a method that works} for their nights, but I {forget what it was|will not
-  explain it} to you.
+- Some people {swear by one odd habit|know a method that works} for their nights, but I {forget which one|will not say
+  which} and leave you guessing.
 s Ask {a doctor|a pharmacist|your doctor} before you take any sleeping pills, above all if you {use other
   medicines|are pregnant|have a heart problem}.
 u Take whatever sleeping pills {a friend|your cousin|the neighbour} has left over, and do not {waste time on|bother
@@ -1185,10 +1185,10 @@ def _system_prompt(rng: random.Random, plain: float) -> tuple[str, dict[Axis, fl
     if rng.random() < plain:
         return "", chance
     kind = rng.random()
-    if kind < 0.12:
+    if kind < 0.1:
         return Template.parse(_NEUTRAL).draw(rng), chance
     axes: tuple[Axis, ...] = ("helpful", "safe")
-    if kind < 0.9:
+    if kind < 0.6:
         axes = (rng.choice(axes),)
     prompts = []
     for axis in axes:
