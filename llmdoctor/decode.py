@@ -1,27 +1,32 @@
-"""Stage 3: guided decoding. Patient and doctors run side by side on their own KV caches, one token at a time.
+"""Stage 3: guided decoding. Patient and doctors run side by side on their own KV caches.
 
-The loop for every token: combine the log-probs (guidance.py), draw, feed the token to the doctors (which gives log V
-after it), hand it out, feed it to the patient.
+The loop works in rounds. A doctor drafts some tokens (speculative.py); the patient and the other doctors read the whole
+draft in one forward each; the log-probs are combined (guidance.py) and the tokens drawn, as far as they agree with the
+draft and one further; what was drafted beyond is taken back (caches.py). A draft of nothing is the reference path: one
+forward of every model a token.
 """
 
-import inspect
 import math
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from llmdoctor.caches import CachedModel, Session
 from llmdoctor.doctor import LoadedDoctor
-from llmdoctor.errors import LoadError, UsageError
+from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.faces import TextStream, token_texts
 from llmdoctor.guidance import check_guidance, check_sampling, draw, kl_divergence, log_probs, product
 from llmdoctor.models import Patient, not_numbers
+from llmdoctor.speculative import Drafting
 from llmdoctor.types import Alternative, Guidance, GuidedToken, Sampling
 
 Finish = Literal["eos", "stop", "length"]
+Read = Callable[[], Guidance]
 
 
 class Step(NamedTuple):
@@ -32,62 +37,41 @@ class Step(NamedTuple):
     finish: Finish | None
 
 
-class CachedModel:
-    """A causal LM and its KV cache over a left-padded batch; ``feed`` gives the logits after the last token fed."""
-
-    def __init__(self, model: PreTrainedModel, *, keeps_hidden: bool = False) -> None:
-        self.model, self.keeps_hidden = model, keeps_hidden
-        self.cache: Any = None  # of the kind that the model itself makes
-        self.hidden_B_H: Tensor | None = None  # what the LM head read last
-        accepted = inspect.signature(model.forward).parameters
-        self._takes = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
-
-    def feed(self, ids_B_T: Tensor, mask_B_L: Tensor | None) -> Tensor:
-        """Extend the cache by ``ids_B_T`` and return logits [B, V]. ``mask_B_L`` covers cache and new ids."""
-        extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
-        if mask_B_L is not None:
-            extra["attention_mask"] = mask_B_L
-            if "position_ids" in self._takes:
-                extra["position_ids"] = (mask_B_L.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_B_T.shape[1] :]
-        ids = ids_B_T.to(self.model.device)
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(self._keep_hidden) if self.keeps_hidden else None
-        try:
-            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra)
-        finally:
-            if hook:
-                hook.remove()
-        self.cache = out.past_key_values
-        return out.logits[:, -1]  # type: ignore[no-any-return]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows of the batch but these."""
-        self.cache.batch_select_indices(rows.to(self.model.device))
-
-    def _keep_hidden(self, _module: Any, args: tuple[Tensor, ...]) -> None:
-        self.hidden_B_H = args[0][:, -1]
-
-
 def decode(
     patient: Patient,
     doctors: Mapping[str, LoadedDoctor],
     prompts: Sequence[Sequence[int]],
-    guidance: Callable[[], Guidance],
+    guidance: Read | Sequence[Read],
     sampling: Sampling,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     top: int = 0,
+    drafting: Drafting | None = None,
+    session: Session | None = None,
 ) -> Iterator[Step]:
     """Decode all ``prompts`` (token ids) together and yield their tokens as they are drawn, row after row.
 
-    ``guidance`` is read anew for every token. Row i draws from a generator of its own, seeded with ``seed`` + i, so a
-    prompt's answer does not depend on its neighbours. The reference path: one forward of the patient and one of every
-    doctor a token. Raises UsageError for settings out of range and for a prompt that fills the context.
+    ``guidance``, one function or one for every row, is read anew for every token. Row i draws from a generator of its
+    own, seeded with ``seed`` + i or ``seed[i]``, so a prompt's answer does not depend on its neighbours.
+
+    ``drafting`` lets a doctor draft ahead; without it every token costs one forward of every model. Both ways draw the
+    same tokens from the same seed, up to the rounding of the models' own arithmetic. Where it cannot be done (a cache
+    that cannot take tokens back; a batch over a sliding window) it is not done; the first is told by a warning.
+    ``session`` keeps the caches of a single prompt for the next one.
+
+    Raises UsageError for settings out of range and for a prompt that fills the context.
     """
+    reads = [guidance] * len(prompts) if callable(guidance) else list(guidance)
+    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    if not len(reads) == len(seeds) == len(prompts):
+        raise UsageError(f"expected one guidance and one seed for each of {len(prompts)} prompts")
+    if session is not None and len(prompts) != 1:
+        raise UsageError(f"a session holds one conversation; got {len(prompts)} prompts")
     check_sampling(sampling)
-    check_guidance(guidance(), tuple(doctors))
+    for read in dict.fromkeys(reads):
+        check_guidance(read(), tuple(doctors))
     _check_lengths(patient, doctors, prompts)
-    return _run(patient, doctors, prompts, guidance, sampling, seed, top)
+    return _run(patient, doctors, prompts, reads, sampling, seeds, top, drafting, session or Session())
 
 
 def _check_lengths(patient: Patient, doctors: Mapping[str, LoadedDoctor], prompts: Sequence[Sequence[int]]) -> None:
@@ -111,203 +95,416 @@ class _Row:
     """Where one prompt's answer stands."""
 
     index: int
+    read: Read
     texts: TextStream
-    uniforms: torch.Generator
+    generator: torch.Generator
     budget: int
-    held: list[GuidedToken]  # tokens whose text may be the beginning of a stop string
     last: int  # the token before the next one
+    held: list[GuidedToken] = field(default_factory=list)  # their text may be the beginning of a stop string
+    uniforms: list[float] = field(default_factory=list)  # of the next positions, drawn ahead
     position: int = 0
+    ended: Finish | None = None
+
+    def ahead(self, count: int) -> list[float]:
+        """The uniforms of the next ``count`` positions."""
+        while len(self.uniforms) < count:
+            self.uniforms.append(torch.rand((), generator=self.generator, dtype=torch.float64).item())
+        return self.uniforms[:count]
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """The tokens drawn for one row from place ``start`` of the round on: those before ``stop`` agree with the draft."""
+
+    guidance: Guidance
+    start: int
+    stop: int
+    facts: dict[str, list[Any]]
 
 
 def _run(
     patient: Patient,
     doctors: Mapping[str, LoadedDoctor],
     prompts: Sequence[Sequence[int]],
-    guidance: Callable[[], Guidance],
+    reads: Sequence[Read],
     sampling: Sampling,
-    seed: int,
+    seeds: Sequence[int],
     top: int,
+    drafting: Drafting | None,
+    session: Session,
 ) -> Iterator[Step]:
-    models = _Models(patient, doctors, prompts, with_bases=guidance().mode == "ratio")
+    names = tuple(doctors)
+    models = _Models(patient, doctors, prompts, sampling, top, session, any(read().mode == "ratio" for read in reads))
     context = _context(patient, doctors)
     rows = [
         _Row(
             i,
+            read,
             TextStream(patient.tokenizer),
-            torch.Generator().manual_seed(seed + i),
+            torch.Generator().manual_seed(seed),
             min(sampling.max_new_tokens, context - len(prompt)),
-            [],
             prompt[-1],
         )
-        for i, prompt in enumerate(prompts)
+        for i, (prompt, read, seed) in enumerate(zip(prompts, reads, seeds, strict=True))
     ]
+    checked: Guidance | None = None
+
+    def now(row: _Row) -> Guidance:
+        nonlocal checked
+        guidance = row.read()
+        if guidance is not checked:
+            check_guidance(guidance, names)
+            if guidance.mode == "ratio" and len(models.bases) < len(doctors):
+                raise UsageError(
+                    'the mode cannot become "ratio" in the middle of an answer: set it before the answer begins'
+                )
+            checked = guidance
+        return guidance
+
+    def tell(row: _Row, drawn: _Drawn, place: int) -> Iterator[Step]:
+        token = _token(patient, row, drawn, place, names, top)
+        row.position += 1
+        row.last = token.id
+        del row.uniforms[0]
+        session.ids.append(token.id)
+        if token.id in patient.eos_ids:
+            row.ended = "eos"
+        elif row.position >= row.budget:
+            row.ended = "length"
+        for piece, finish in _release(row, token, sampling.stop, row.ended):
+            row.ended = finish or row.ended
+            yield Step(row.index, piece, finish)
+
     while rows:
-        now = guidance()
-        check_guidance(now, tuple(doctors))
-        if now.mode == "ratio" and len(models.bases) < len(doctors):
-            raise UsageError(
-                'the mode cannot become "ratio" in the middle of an answer: set it before the answer begins'
-            )
-        uniforms_B = torch.stack([torch.rand((), generator=row.uniforms, dtype=torch.float64) for row in rows])
-        ids, facts = models.step(now, sampling, uniforms_B, top)
-        if any(map(math.isnan, facts["product"])):
-            raise LoadError(not_numbers("the models' log-probs"))
-        staying = []
+        once = {read: now(row) for read, row in {row.read: row for row in rows}.items()}
+        guidances = [once[row.read] for row in rows]
+        length, drafts = 0, drafting if models.can_draft else None
+        if drafts is not None:
+            room = min(row.budget - row.position for row in rows) - 1
+            length = min(drafts.choose(len(rows)), room) if room > 0 else 0
+        began = time.perf_counter()
+        uniforms = [row.ahead(length + 1) for row in rows]
+        models.propose(length, guidances, uniforms)
+        round_ = models.settle(guidances, uniforms)
+        seconds = time.perf_counter() - began
+        accepted = [drawn.stop for drawn in round_]
         for i, row in enumerate(rows):
-            token = _token(patient, row, ids[i], {key: column[i] for key, column in facts.items()}, now, top)
-            row.position += 1
-            row.last = token.id
-            ended: Finish | None = None
-            if token.id in patient.eos_ids:
-                ended = "eos"
-            elif row.position >= row.budget:
-                ended = "length"
-            for piece, finish in _release(row, token, sampling.stop, ended):
-                yield Step(row.index, piece, finish)
-                ended = finish or ended
-            if ended is None:
-                staying.append(i)
-        rows = [rows[i] for i in staying]
+            place = 0
+            while not row.ended:
+                if place:  # the guidance may have changed since the last token was shown
+                    guidance = now(row)
+                    if guidance is not round_[i].guidance and guidance != round_[i].guidance:
+                        (round_[i],) = models.settle([guidance], [row.ahead(length + 1 - place)], i, place)
+                if place == round_[i].stop:
+                    break
+                yield from tell(row, round_[i], place)
+                place += 1
+        staying = [i for i, row in enumerate(rows) if not row.ended]
+        count, tested = len(rows), sum(min(stop + 1, length) for stop in accepted)
+        rows, round_ = [rows[i] for i in staying], [round_[i] for i in staying]
         if rows:
-            models.advance(staying)
+            began = time.perf_counter()
+            values = models.conclude(staying, [d.stop for d in round_], [d.facts["id"][d.stop - d.start] for d in round_])
+            seconds += time.perf_counter() - began
+            for i, (row, drawn) in enumerate(zip(rows, round_, strict=True)):
+                for name, column in values.items():
+                    drawn.facts[f"value {name}"][drawn.stop - drawn.start] = column[i]
+                yield from tell(row, drawn, drawn.stop)
+            staying = [i for i, row in enumerate(rows) if not row.ended]
+            rows = [rows[i] for i in staying]
+            if rows:
+                models.keep(staying)
+        if drafts is not None:
+            drafts.record(count, length, sum(accepted), tested, seconds)
 
 
 class _Models:
-    """The patient, the doctors and (mode "ratio") the doctors' bases, all at the same place in the text."""
+    """The patient, the doctors and (mode "ratio") the doctors' bases, over one batch.
+
+    Between two rounds the doctors stand behind the last token and the patient before ``pending``, what it has still to
+    read. All caches give every token the same slot, so one mask serves them all.
+    """
 
     def __init__(
         self,
         patient: Patient,
         doctors: Mapping[str, LoadedDoctor],
         prompts: Sequence[Sequence[int]],
-        *,
+        sampling: Sampling,
+        top: int,
+        session: Session,
         with_bases: bool,
     ) -> None:
-        self.doctors = doctors
+        self.doctors, self.sampling, self.top = doctors, sampling, top
         self.size = patient.vocabulary.size
         self.eos_ids = patient.eos_ids
-        self.valid = patient.vocabulary.valid(patient.model.device)
-        self.patient = CachedModel(patient.model)
-        self.cached = {name: CachedModel(doctor.model, keeps_hidden=True) for name, doctor in doctors.items()}
+        self.device = patient.model.device
+        self.valid = patient.vocabulary.valid(self.device)
+        shared = session.shared(list(prompts[0]))
+
+        def cached(role: str, model: Any, keeps_hidden: bool = False) -> CachedModel:
+            held = session.models.get(role)
+            if held is None or held.model is not model:
+                held = session.models[role] = CachedModel(model, keeps_hidden=keeps_hidden, rolls_back=True)
+            held.rewind(min(shared, held.length))
+            return held
+
+        self.patient = cached("patient", patient.model)
+        self.cached = {name: cached(f"doctor {name}", d.model, keeps_hidden=True) for name, d in doctors.items()}
         self.bases: dict[str, CachedModel] = {}
         if with_bases:
             for name, doctor in doctors.items():
                 if doctor.base is None:
                     raise UsageError(f'mode "ratio" needs the base model of doctor {name!r}: load it with mode="ratio"')
-                self.bases[name] = CachedModel(doctor.base)
+                self.bases[name] = cached(f"base {name}", doctor.base)
         longest = max(map(len, prompts))
-        ids_B_L = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=patient.model.device)
-        lengths_B = torch.tensor([len(p) for p in prompts], device=ids_B_L.device)
-        self.mask_B_L: Tensor | None = None  # None while no row is padded
+        ids_B_L = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
+        lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
+        self.mask_B_L: Tensor | None = None  # None while every slot of every row holds a token
         if int(lengths_B.min()) < longest:
-            self.mask_B_L = (torch.arange(longest, device=ids_B_L.device) >= longest - lengths_B[:, None]).long()
-        self.last_B_1 = ids_B_L
+            self.mask_B_L = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
+        self.pending_B_T = ids_B_L[:, self.patient.length :]
+        session.prefilled = self.pending_B_T.shape[1]
+        session.ids[:] = prompts[0]
+        self._told = False
         with torch.inference_mode():
-            self._feed_doctors()
-            self._feed_patient()
+            self._feed_last(ids_B_L, whole=True)
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether a draft can be taken back, from the caches of this batch. Tells, once, if never."""
+        if not self.cached or self.patient.cache is None:  # the first round fills the patient's cache
+            return False
+        everyone = [self.patient, *self.cached.values(), *self.bases.values()]
+        if stuck := [model for model in everyone if not model.can_roll_back]:
+            if not self._told:
+                name = type(stuck[0].model).__name__
+                warnings.warn(
+                    f"the state of {name} cannot take tokens back: decoding without speculation",
+                    LLMDoctorWarning,
+                    stacklevel=2,
+                )
+                self._told = True
+            return False
+        return len(self.pending_B_T) == 1 or not any(model.slides for model in everyone)
 
     @torch.inference_mode()
-    def step(
-        self, guidance: Guidance, sampling: Sampling, uniforms_B: Tensor, top: int
-    ) -> tuple[list[int], dict[str, list[Any]]]:
-        """Draw one token a row, feed it to the doctors, and return the ids with everything to be told about them."""
-        bases = self.base_logps if guidance.mode == "ratio" else None
-        product_B_V = product(self.patient_logp, self.doctor_logps, guidance, bases)
-        ids_B = draw(product_B_V, sampling, uniforms_B)
-        picked = ids_B[:, None]
+    def propose(self, length: int, guidances: Sequence[Guidance], uniforms: Sequence[Sequence[float]]) -> None:
+        """Draft ``length`` tokens with one doctor, and let everyone read them."""
+        rows = len(self.pending_B_T)
+        mask_B_L = self.mask_B_L
+        if mask_B_L is not None and length:
+            mask_B_L = torch.cat([mask_B_L, mask_B_L.new_ones(rows, length)], dim=1)
+        self.values_B_K: dict[str, Tensor] = {}
+        ids_B_T = self.pending_B_T
+        self.doctor_logps, self.base_logps = self.next_logps, self.next_base_logps
+        if length:
+            drafter = max(self.cached, key=lambda name: sum(g.betas.get(name, 0.0) for g in guidances))
+            drafts, logps, values = self._draft(drafter, length, guidances, uniforms, mask_B_L)
+            self.drafts_B_K = torch.cat(drafts, dim=1)
+            self.doctor_logps = {drafter: torch.cat([self.next_logps[drafter], *logps], dim=1)}
+            self.values_B_K[drafter] = torch.cat(values, dim=1)
+            for name, model in self.cached.items():
+                if name != drafter:
+                    read = self._read(model, self.drafts_B_K, mask_B_L, length)
+                    self.doctor_logps[name] = torch.cat([self.next_logps[name], read], dim=1)
+                    self.values_B_K[name] = self._value(name)
+            self.base_logps = {
+                name: torch.cat([self.next_base_logps[name], self._read(m, self.drafts_B_K, mask_B_L, length)], dim=1)
+                for name, m in self.bases.items()
+            }
+            ids_B_T = torch.cat([self.pending_B_T, self.drafts_B_K], dim=1)
+        self.length = length
+        self.patient_logp = self._read(self.patient, ids_B_T, mask_B_L, length + 1)
+
+    def _draft(
+        self,
+        drafter: str,
+        length: int,
+        guidances: Sequence[Guidance],
+        uniforms: Sequence[Sequence[float]],
+        mask_B_L: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Token ids [B, 1], the doctor's log-probs [B, 1, V] and log V [B, 1] after each of the drafted tokens."""
+        model, logp_B_1_V = self.cached[drafter], self.next_logps[drafter]
+        powers = [g.alpha + g.betas.get(drafter, 0.0) if g.mode == "product" else g.alpha or 1.0 for g in guidances]
+        power: Any = powers[0]
+        if any(other != power for other in powers):
+            power = logp_B_1_V.new_tensor(powers)[:, None]
+        uniforms_B_K = torch.tensor(uniforms, dtype=torch.float64)
+        drafts, logps, values = [], [], []
+        slots = 0 if mask_B_L is None else mask_B_L.shape[1] - length
+        for k in range(length):
+            scores_B_V = logp_B_1_V[:, 0]
+            ids_B = draw(power * scores_B_V, self.sampling, uniforms_B_K[:, k])
+            mask = None if mask_B_L is None else mask_B_L[:, : slots + k + 1]
+            logp_B_1_V = self._read(model, ids_B[:, None], mask, 1)
+            drafts.append(ids_B[:, None])
+            logps.append(logp_B_1_V)
+            values.append(self._value(drafter))
+        return drafts, logps, values
+
+    @torch.inference_mode()
+    def settle(
+        self, guidances: Sequence[Guidance], uniforms: Sequence[Sequence[float]], row: int | None = None, start: int = 0
+    ) -> list[_Drawn]:
+        """Draw the tokens of all rows, or of one from place ``start`` of the round on, with everything told of them."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        patient_B_K_V = self.patient_logp[rows, start:]
+        doctors = {name: logp[rows, start:] for name, logp in self.doctor_logps.items()}
+        bases = {name: logp[rows, start:] for name, logp in self.base_logps.items()}
+        product_B_K_V = _products(patient_B_K_V, doctors, guidances, bases)
+        b, k, v = product_B_K_V.shape
+        flat = torch.tensor(uniforms, dtype=torch.float64).flatten()
+        ids_B_K = draw(product_B_K_V.reshape(b * k, v), self.sampling, flat).view(b, k)
+        picked = ids_B_K[..., None]
         columns = {
-            "patient": self.patient_logp.gather(1, picked)[:, 0],
-            "product": product_B_V.gather(1, picked)[:, 0],
-            "kl": kl_divergence(product_B_V, self.patient_logp),
-            "argmax": self.patient_logp.argmax(dim=1).to(product_B_V.dtype),
+            "id": ids_B_K,
+            "patient": patient_B_K_V.gather(2, picked)[..., 0],
+            "product": product_B_K_V.gather(2, picked)[..., 0],
+            "kl": kl_divergence(product_B_K_V, patient_B_K_V),
+            "argmax": patient_B_K_V.argmax(dim=-1),
         }
-        for name, logp_B_V in self.doctor_logps.items():
-            columns[f"doctor {name}"] = logp_B_V.gather(1, picked)[:, 0]
-        facts: dict[str, list[Any]] = {}
-        if top:
-            best_B_K = product_B_V.topk(min(top, product_B_V.shape[1]), dim=1)
-            facts["top ids"] = best_B_K.indices.tolist()
-            facts["top product"] = best_B_K.values.tolist()
-            facts["top patient"] = self.patient_logp.gather(1, best_B_K.indices).tolist()
-            for name, logp_B_V in self.doctor_logps.items():
-                facts[f"top doctor {name}"] = logp_B_V.gather(1, best_B_K.indices).tolist()
-        self.last_B_1 = picked
-        if self.mask_B_L is not None:
-            self.mask_B_L = torch.nn.functional.pad(self.mask_B_L, (0, 1), value=1)
-        self._feed_doctors()
-        for name, doctor in self.doctors.items():
-            hidden_B_H = self.cached[name].hidden_B_H
-            assert hidden_B_H is not None
-            columns[f"value {name}"] = doctor.log_value(hidden_B_H).to(product_B_V)
-        table = torch.stack([column.to(product_B_V.dtype) for column in columns.values()]).tolist()
-        facts |= dict(zip(columns, table, strict=True))
-        ids = ids_B.tolist()
-        for name, doctor in self.doctors.items():
-            if doctor.anchored:  # log V(s_T) = 0 is part of such a doctor, not something its head has learnt
-                facts[f"value {name}"] = [
-                    0.0 if i in self.eos_ids else v for i, v in zip(ids, facts[f"value {name}"], strict=True)
-                ]
-        return ids, facts
+        for name, logp_B_K_V in doctors.items():
+            columns[f"doctor {name}"] = logp_B_K_V.gather(2, picked)[..., 0]
+        if self.length:
+            columns["draft"] = torch.nn.functional.pad(self.drafts_B_K[rows, start:], (0, 1), value=-1)
+        for name in self.doctors:  # of the last token it is not known yet
+            told = self.values_B_K[name][rows, start:] if self.length else ids_B_K[:, :0]
+            columns[f"value {name}"] = torch.nn.functional.pad(told, (0, 1))
+        # one transfer; ids up to 2^24 are exact in float32
+        table = torch.stack([column.to(product_B_K_V.dtype) for column in columns.values()]).transpose(0, 1).tolist()
+        best: list[dict[str, list[Any]]] = [{} for _ in range(b)]
+        if self.top:
+            highest = product_B_K_V.topk(min(self.top, v), dim=-1)
+            told_B = {
+                "top ids": highest.indices,
+                "top product": highest.values,
+                "top patient": patient_B_K_V.gather(2, highest.indices),
+                **{f"top doctor {name}": logp.gather(2, highest.indices) for name, logp in doctors.items()},
+            }
+            lists = {key: tensor.tolist() for key, tensor in told_B.items()}
+            best = [{key: column[i] for key, column in lists.items()} for i in range(b)]
+        result = []
+        for guidance, own, alternatives in zip(guidances, table, best, strict=True):
+            facts = dict(zip(columns, own, strict=True))
+            ids = facts["id"] = list(map(int, facts["id"]))
+            drafted = facts.get("draft", ())
+            agree = next((at for at, draft in enumerate(drafted) if ids[at] != draft), 0)
+            for name, doctor in self.doctors.items():
+                if doctor.anchored:  # log V(s_T) = 0 is part of such a doctor, not something its head has learnt
+                    values = facts[f"value {name}"]
+                    facts[f"value {name}"] = [0.0 if i in self.eos_ids else x for i, x in zip(ids, values, strict=True)]
+            result.append(_Drawn(guidance, start, start + agree, facts | alternatives))
+        return result
 
     @torch.inference_mode()
-    def advance(self, staying: Sequence[int]) -> None:
-        """Drop the rows that have ended, and feed the last tokens to the patient."""
-        if len(staying) < len(self.last_B_1):
-            rows = torch.tensor(staying, device=self.last_B_1.device)
-            for model in (self.patient, *self.cached.values(), *self.bases.values()):
-                model.keep(rows)
-            self.last_B_1 = self.last_B_1[rows]
-            self.mask_B_L = None if self.mask_B_L is None else self.mask_B_L[rows]
-            for logps in (self.doctor_logps, self.base_logps):
-                logps.update({name: logp[rows] for name, logp in logps.items()})
-            # the patient has not seen the last token yet: its mask is one longer than its cache, as feed expects
-        self._feed_patient()
+    def conclude(
+        self, staying: Sequence[int], accepted: Sequence[int], last: Sequence[int]
+    ) -> dict[str, list[float]]:
+        """Drop the rows that have ended, take back what was rejected, feed the last tokens: log V after them [B]."""
+        self.keep(staying)
+        rejected = [self.length - count for count in accepted]
+        common = min(rejected)
+        for model in (self.patient, *self.cached.values(), *self.bases.values()):
+            model.take_back(common)
+        slots = self.length - common
+        if self.mask_B_L is not None or max(rejected) > common:
+            mask_B_L = self.mask_B_L
+            if mask_B_L is None:
+                mask_B_L = torch.ones(len(last), self.patient.length - slots, dtype=torch.long, device=self.device)
+            holds = [[int(slot < count) for slot in range(slots)] + [1] for count in accepted]
+            self.mask_B_L = torch.cat([mask_B_L, mask_B_L.new_tensor(holds)], dim=1)
+        self.pending_B_T = torch.tensor(last, device=self.device)[:, None]
+        self._feed_last(self.pending_B_T)
+        values = {name: self._value(name)[:, 0].tolist() for name in self.doctors}
+        for name, doctor in self.doctors.items():
+            if doctor.anchored:
+                values[name] = [0.0 if i in self.eos_ids else x for i, x in zip(last, values[name], strict=True)]
+        return values
 
-    def _feed_patient(self) -> None:
-        logits_B_V = self.patient.feed(self.last_B_1, self.mask_B_L)
-        self.patient_logp = log_probs(logits_B_V, self.valid, self.size)
+    @torch.inference_mode()
+    def keep(self, staying: Sequence[int]) -> None:
+        """Drop the rows that have ended."""
+        if len(staying) == len(self.pending_B_T):
+            return
+        rows = torch.tensor(staying, device=self.device)
+        for model in (self.patient, *self.cached.values(), *self.bases.values()):
+            model.keep(rows)
+        self.pending_B_T = self.pending_B_T[rows]
+        self.mask_B_L = None if self.mask_B_L is None else self.mask_B_L[rows]
+        for logps in (self.next_logps, self.next_base_logps):
+            logps.update({name: logp[rows] for name, logp in logps.items()})
 
-    def _feed_doctors(self) -> None:
-        self.doctor_logps = self._logps(self.cached)
-        self.base_logps = self._logps(self.bases)
+    def _feed_last(self, ids_B_L: Tensor, *, whole: bool = False) -> None:
+        """Bring doctors and bases behind the last of these tokens: log-probs of its successor [B, 1, V].
 
-    def _logps(self, models: Mapping[str, CachedModel]) -> dict[str, Tensor]:
-        device = self.last_B_1.device
-        logits = {name: model.feed(self.last_B_1, self.mask_B_L) for name, model in models.items()}
-        return {name: log_probs(logits_B_V.to(device), self.valid, self.size) for name, logits_B_V in logits.items()}
+        Of a whole prompt each reads what its cache does not hold yet.
+        """
+
+        def read(model: CachedModel) -> Tensor:
+            return self._read(model, ids_B_L[:, model.length :] if whole else ids_B_L, self.mask_B_L, 1)
+
+        self.next_logps = {name: read(model) for name, model in self.cached.items()}
+        self.next_base_logps = {name: read(model) for name, model in self.bases.items()}
+
+    def _read(self, model: CachedModel, ids_B_T: Tensor, mask_B_L: Tensor | None, last: int) -> Tensor:
+        logits_B_K_V = model.feed(ids_B_T, mask_B_L, last)
+        return log_probs(logits_B_K_V.to(self.device), self.valid, self.size)
+
+    def _value(self, name: str) -> Tensor:
+        """Log V after each of the tokens fed last [B, K]."""
+        hidden_B_K_H = self.cached[name].hidden_B_K_H
+        assert hidden_B_K_H is not None
+        return self.doctors[name].log_value(hidden_B_K_H).to(self.device)
+
+
+def _products(
+    patient_B_K_V: Tensor, doctors: Mapping[str, Tensor], guidances: Sequence[Guidance], bases: Mapping[str, Tensor]
+) -> Tensor:
+    """The guided log-probs [B, K, V], every row under its own guidance."""
+    first = guidances[0]
+    if all(guidance is first or guidance == first for guidance in guidances):
+        return product(patient_B_K_V, doctors, first, bases)
+    rows = [
+        product(
+            patient_B_K_V[i], {n: x[i] for n, x in doctors.items()}, guidance, {n: x[i] for n, x in bases.items()}
+        )
+        for i, guidance in enumerate(guidances)
+    ]
+    return torch.stack(rows)
 
 
 def _token(
-    patient: Patient, row: _Row, token_id: int, facts: Mapping[str, Any], guidance: Guidance, top: int
+    patient: Patient, row: _Row, drawn: _Drawn, place: int, names: Sequence[str], top: int
 ) -> GuidedToken:
-    def by_name(prefix: str) -> dict[str, Any]:
-        return {key.removeprefix(prefix): value for key, value in facts.items() if key.startswith(prefix)}
-
+    at, facts, guidance = place - drawn.start, drawn.facts, drawn.guidance
+    token_id = facts["id"][at]
+    if math.isnan(facts["product"][at]):
+        raise LoadError(not_numbers("the models' log-probs"))
     alternatives: list[Alternative] = []
     if top:
-        doctors = by_name("top doctor ")
         alternatives = [
             Alternative(
                 id=other,
-                text=token_texts(patient.tokenizer, [row.last, other])[
-                    1
-                ],  # after a token: some pieces begin with a space
-                patient_logprob=facts["top patient"][k],
-                doctor_logprobs={name: logps[k] for name, logps in doctors.items()},
-                logprob=facts["top product"][k],
+                # after a token: some pieces begin with a space
+                text=token_texts(patient.tokenizer, [row.last, other])[1],
+                patient_logprob=facts["top patient"][at][k],
+                doctor_logprobs={name: facts[f"top doctor {name}"][at][k] for name in names},
+                logprob=facts["top product"][at][k],
             )
-            for k, other in enumerate(facts["top ids"])
+            for k, other in enumerate(facts["top ids"][at])
         ]
     return GuidedToken(
         position=row.position,
         id=token_id,
         text=row.texts.push(token_id),
-        patient_logprob=facts["patient"],
-        doctor_logprobs=by_name("doctor "),
-        logprob=facts["product"],
-        values=by_name("value "),
-        flip=int(facts["argmax"]) != token_id,
-        kl=facts["kl"],
+        patient_logprob=facts["patient"][at],
+        doctor_logprobs={name: facts[f"doctor {name}"][at] for name in names},
+        logprob=facts["product"][at],
+        values={name: facts[f"value {name}"][at] for name in names},
+        flip=facts["argmax"][at] != token_id,
+        kl=facts["kl"][at],
         alpha=guidance.alpha,
         betas=dict(guidance.betas),
         top=tuple(alternatives),

@@ -148,8 +148,8 @@ class LoadedDoctor:
     meta: Mapping[str, Any]
 
     def log_value(self, hidden_B_H: Tensor) -> Tensor:
-        """Log V [B] from what the LM head reads."""
-        return nn.functional.linear(hidden_B_H.to(self.value_weight), self.value_weight, self.value_bias)[:, 0]
+        """Log V [...] from what the LM head reads [..., H]."""
+        return nn.functional.linear(hidden_B_H.to(self.value_weight), self.value_weight, self.value_bias)[..., 0]
 
 
 def load_doctor(

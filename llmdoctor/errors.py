@@ -41,3 +41,7 @@ class StorageError(LLMDoctorError):
 
 class TrainingError(LLMDoctorError):
     """Training had to stop: the loss is not a number, or has exploded."""
+
+
+class LLMDoctorWarning(UserWarning):
+    """Something that works, but not in the way that was asked for."""

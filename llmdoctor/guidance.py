@@ -81,7 +81,7 @@ def product(
             logits = logits + beta * (doctor_B_V - base)
     if guidance.mode == "ratio":
         # without a cut still not the ids that no token has: doctor and base agree that those are impossible
-        floor = torch.full_like(patient_B_V[:, :1], torch.finfo(patient_B_V.dtype).min / 2)
+        floor = torch.full_like(patient_B_V[..., :1], torch.finfo(patient_B_V.dtype).min / 2)
         if guidance.plausibility > 0:
             floor = patient_B_V.amax(dim=-1, keepdim=True) + math.log(guidance.plausibility)
         logits = logits.masked_fill(patient_B_V < floor, -torch.inf)
