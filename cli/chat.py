@@ -41,6 +41,7 @@ def chat(
     min_p: options.MinP = None,
     max_new_tokens: options.MaxNewTokens = None,
     seed: options.Seed = None,
+    speculation: options.Speculation = None,
     plain: Annotated[bool, option("--plain", "A conversation line by line (today the only kind).")] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -63,6 +64,7 @@ def chat(
             "top_p": top_p,
             "min_p": min_p,
             "max_new_tokens": max_new_tokens,
+            "speculation": speculation,
         },
     )
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
@@ -94,8 +96,11 @@ class Conversation:
     """A conversation and its settings: what a line of the user does to them, and what it prints."""
 
     def __init__(self, assistant: "LLMdoctor", decode: "DecodeSettings", seed: int | None, *, as_json: bool) -> None:
+        from llmdoctor.caches import Session
+
         self.assistant, self.decode, self.seed, self.as_json = assistant, decode, seed, as_json
         self.messages: list[Message] = []
+        self._session = Session()
         self.turn = 0
         self._coloured = not as_json and decorated(sys.stdout)
         self._greatest = 0.0
@@ -178,7 +183,7 @@ class Conversation:
         began, count, interrupted = time.monotonic(), 0, False
         self.turn += 1
         try:
-            for token in self.assistant.stream(messages, seed=seed, **how):  # type: ignore[arg-type]
+            for token in self.assistant.stream(messages, seed=seed, session=self._session, **how):  # type: ignore[arg-type]
                 count += 1
                 piece = clean(token.text) if any(pieces) else clean(token.text).lstrip()
                 pieces.append(piece)

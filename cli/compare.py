@@ -1,7 +1,7 @@
 """``llmdoctor compare``: the patient alone beside the guided patient."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,7 @@ def compare(
     min_p: options.MinP = None,
     max_new_tokens: options.MaxNewTokens = None,
     seed: options.Seed = None,
+    speculation: options.Speculation = None,
     top: Annotated[int, option("--top", "Alternatives of every token in JSON.", metavar="N", min=0)] = 0,
     lens: Annotated[
         str, option("--lens", "Colour tokens by value (default), ratio, kl, flips or off.", metavar="KIND")
@@ -71,6 +72,7 @@ def compare(
             "top_p": top_p,
             "min_p": min_p,
             "max_new_tokens": max_new_tokens,
+            "speculation": speculation,
         },
     )
     if lens_doctor is not None and lens_doctor not in settings.doctors:
@@ -108,16 +110,19 @@ def _prompts(prompt: str | None, file: Path | None) -> "list[Prompt]":
 
 
 def _compared(assistant: "LLMdoctor", prompts: "Sequence[Prompt]", **how: Any) -> "Iterator[Comparison]":
-    for number, prompt in enumerate(prompts, start=1):
+    counts = {"patient": 0, "guided": 0}
+    shown: list[Callable[[str], None]] = []
+
+    def on_token(side: str, _token: "GuidedToken") -> None:
+        counts[side] += 1
+        shown[-1](f"Asking: {asked}{counts['patient']} tokens alone, {counts['guided']} guided")
+
+    results = assistant.compare_all(prompts, on_token=on_token, **how)
+    for number in range(1, len(prompts) + 1):
         asked = f"prompt {number} of {len(prompts)}, " if len(prompts) > 1 else ""
         with waiting("Asking ...") as show:
-            counts = {"patient": 0, "guided": 0}
-
-            def on_token(side: str, _token: "GuidedToken", asked: str = asked, counts: dict[str, int] = counts) -> None:
-                counts[side] += 1
-                show(f"Asking: {asked}{counts['patient']} tokens alone, {counts['guided']} guided")
-
-            result = assistant.compare(prompt, on_token=on_token, **how)
+            shown.append(show)
+            result = next(results)
         yield result
 
 

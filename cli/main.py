@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from llmdoctor import __version__
 from llmdoctor.cli import chat, compare, extract, inspect, profiles, train
 from llmdoctor.cli.terminal import clean, say
-from llmdoctor.errors import LLMDoctorError
+from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning
 
 # Libraries below talk and draw bars on their own; this program does its own narration. A variable already set wins.
 _QUIET = {
@@ -60,9 +60,15 @@ def _prepare() -> None:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore")
+        warnings.filterwarnings("once", category=LLMDoctorWarning)
+        warnings.showwarning = _warn
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding lacks
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    say(f"warning: {message}")
 
 
 def _fail(message: str, code: int) -> NoReturn:

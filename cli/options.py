@@ -63,6 +63,10 @@ Temperature = Annotated[float | None, option("--temperature", "0 is greedy.")]
 TopK = Annotated[int | None, option("--top-k", "Keep the k likeliest tokens (0: off).")]
 TopP = Annotated[float | None, option("--top-p", "Keep the likeliest tokens that make up p, in (0, 1].")]
 MinP = Annotated[float | None, option("--min-p", "Drop tokens below this part of the likeliest, in [0, 1).")]
+Speculation = Annotated[
+    bool | None,
+    option("--speculation/--no-speculation", "Let a doctor draft ahead (default); the answers stay the same."),
+]
 MaxNewTokens = Annotated[int | None, option("--max-new-tokens", "Longest answer.", metavar="N")]
 
 

@@ -204,7 +204,9 @@ def _run(
         rows, round_ = [rows[i] for i in staying], [round_[i] for i in staying]
         if rows:
             began = time.perf_counter()
-            values = models.conclude(staying, [d.stop for d in round_], [d.facts["id"][d.stop - d.start] for d in round_])
+            values = models.conclude(
+                staying, [d.stop for d in round_], [d.facts["id"][d.stop - d.start] for d in round_]
+            )
             seconds += time.perf_counter() - began
             for i, (row, drawn) in enumerate(zip(rows, round_, strict=True)):
                 for name, column in values.items():
@@ -399,9 +401,7 @@ class _Models:
         return result
 
     @torch.inference_mode()
-    def conclude(
-        self, staying: Sequence[int], accepted: Sequence[int], last: Sequence[int]
-    ) -> dict[str, list[float]]:
+    def conclude(self, staying: Sequence[int], accepted: Sequence[int], last: Sequence[int]) -> dict[str, list[float]]:
         """Drop the rows that have ended, take back what was rejected, feed the last tokens: log V after them [B]."""
         self.keep(staying)
         rejected = [self.length - count for count in accepted]
@@ -467,17 +467,13 @@ def _products(
     if all(guidance is first or guidance == first for guidance in guidances):
         return product(patient_B_K_V, doctors, first, bases)
     rows = [
-        product(
-            patient_B_K_V[i], {n: x[i] for n, x in doctors.items()}, guidance, {n: x[i] for n, x in bases.items()}
-        )
+        product(patient_B_K_V[i], {n: x[i] for n, x in doctors.items()}, guidance, {n: x[i] for n, x in bases.items()})
         for i, guidance in enumerate(guidances)
     ]
     return torch.stack(rows)
 
 
-def _token(
-    patient: Patient, row: _Row, drawn: _Drawn, place: int, names: Sequence[str], top: int
-) -> GuidedToken:
+def _token(patient: Patient, row: _Row, drawn: _Drawn, place: int, names: Sequence[str], top: int) -> GuidedToken:
     at, facts, guidance = place - drawn.start, drawn.facts, drawn.guidance
     token_id = facts["id"][at]
     if math.isnan(facts["product"][at]):

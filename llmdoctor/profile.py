@@ -128,7 +128,10 @@ class DoctorSettings(_Settings):
 
 
 class DecodeSettings(_Settings):
-    """Stage 3; the fields mean what they mean in `llmdoctor.types.Guidance` and `llmdoctor.types.Sampling`."""
+    """Stage 3; the fields mean what they mean in `llmdoctor.types.Guidance` and `llmdoctor.types.Sampling`.
+
+    ``speculation``: a doctor drafts, the patient checks several tokens at a time. The same answers, sooner.
+    """
 
     alpha: NonNegative = 1.0
     mode: Literal["product", "ratio"] = "product"
@@ -139,6 +142,7 @@ class DecodeSettings(_Settings):
     min_p: float = Field(default=0.0, ge=0, lt=1)
     max_new_tokens: Count = 256
     stop: tuple[str, ...] = ()
+    speculation: bool = True
 
 
 class Profile(_Settings):

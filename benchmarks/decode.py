@@ -1,0 +1,455 @@
+"""How fast guided decoding is: patient.generate, the usual ways to guide it, and this project's two paths.
+
+    python benchmarks/decode.py                                  # the embedded clinic, batches of 1, 8 and 32
+    python benchmarks/decode.py --models clinic,stories,qwen --cache outputs/bench-models --train-seconds 150
+
+All ways answer the same prompts in one run, in turn, after a warm-up; the figures are medians over the repeats with
+(least, greatest), and every ratio is taken within one repeat. Tokens are counted as they were drawn, the end token
+included, nothing after it. ``--clock cpu`` counts this process's CPU time instead of the wall's: for a machine that
+others use, with one thread.
+
+``stories`` is a real Llama of 260,000 parameters with a one-layer doctor; ``qwen`` a Qwen2-shaped patient of 61 million
+parameters and a doctor of 6 million over Qwen2's real vocabulary. What is missing of them is trained from nothing for
+``--train-seconds`` each and kept in ``--cache``: the doctor of the stories on stories that the patient tells, both
+Qwen2 models on the same HH-RLHF text, so that the doctor agrees with its patient as far as two models of one text do.
+Only tokens of that text are trained; all others get one embedding, whose logit is low.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from llmdoctor import Guidance, LLMdoctor, Sampling, caches, decode, speculative
+from llmdoctor.doctor import LoadedDoctor
+from llmdoctor.faces import conversation, prompt_ids
+from llmdoctor.models import Patient, Vocabulary, load_lm, load_patient, pick_device
+from llmdoctor.profiles.clinic_world import held_out_questions
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+Case = tuple[Patient, dict[str, LoadedDoctor], Guidance, list[list[int]]]
+Way = Callable[[list[list[int]], int], int]  # (prompts, seed) -> tokens drawn
+
+
+class Guided(LogitsProcessor):
+    """The usual way to guide ``generate``: a processor that runs the doctors, with their caches, on every step."""
+
+    def __init__(self, doctors: dict[str, LoadedDoctor], guidance: Guidance, pads: int, vocabulary: int) -> None:
+        self.models = {name: (doctor.model, guidance.betas[name]) for name, doctor in doctors.items()}
+        self.alpha, self.pads, self.vocabulary = guidance.alpha, pads, vocabulary
+        self.caches: dict[str, Any] = dict.fromkeys(doctors)
+        self.mask: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = (input_ids != self.pads).long()
+            fresh = input_ids
+        else:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+            fresh = input_ids[:, -1:]
+        size = self.vocabulary
+        mixed = self.alpha * scores[:, :size].log_softmax(-1)
+        for name, (model, beta) in self.models.items():
+            positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
+            out = model(
+                input_ids=fresh,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.caches[name],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            self.caches[name] = out.past_key_values
+            mixed = mixed + beta * out.logits[:, -1, :size].log_softmax(-1)
+        return torch.nn.functional.pad(mixed, (0, scores.shape[1] - size), value=-torch.inf)
+
+
+def generator(
+    model: PreTrainedModel, patient: Patient, tokens: int, how: Sampling, pad: int, guide: Any = None, **more: Any
+) -> Way:
+    """``model.generate`` on a left-padded batch, as fast as it goes."""
+    ends = sorted(patient.eos_ids)
+
+    def run(prompts: list[list[int]], seed: int) -> int:
+        torch.manual_seed(seed)
+        longest = max(map(len, prompts))
+        device = model.device
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        sampled = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            pad_token_id=pad,
+            eos_token_id=ends or None,
+            logits_processor=LogitsProcessorList([guide()]) if guide else None,
+            **(sampled if how.temperature else {"do_sample": False}),
+            **more,
+        )
+        count = 0
+        for row in out[:, longest:].tolist():
+            end = next((i for i, token in enumerate(row) if token in patient.eos_ids), len(row) - 1)
+            count += end + 1
+        return count
+
+    return run
+
+
+class Counting(speculative.AdaptiveLength):
+    """The library's own choice of lengths, with the totals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total_accepted = self.total_tested = self.rounds = 0
+        self.lengths: Counter[int] = Counter()
+
+    def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+        super().record(rows, length, accepted, tested, seconds)
+        self.total_accepted += accepted
+        self.total_tested += tested
+        self.rounds += rows
+        self.lengths[length] += 1
+
+
+class Fixed(Counting):
+    """One length, with the totals."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def choose(self, rows: int) -> int:
+        return self.length
+
+
+def ours(case: Case, how: Sampling, drafting: speculative.Drafting | None) -> Way:
+    """This project's decoder, all numbers of every token included."""
+    patient, doctors, guidance, _ = case
+
+    def run(prompts: list[list[int]], seed: int) -> int:
+        return sum(
+            1
+            for _ in decode.decode(patient, doctors, prompts, lambda: guidance, how, seed=seed, drafting=drafting)
+        )
+
+    return run
+
+
+@contextmanager
+def parts(patient: Patient, now: Callable[[], float]) -> Iterator[dict[str, float]]:
+    """Seconds by part while it is open: the forwards of patient and doctors, and what combines their log-probs."""
+    spent: dict[str, float] = Counter()
+    inside = 0.0
+    feed, settle, draw = caches.CachedModel.feed, decode._Models.settle, decode.draw
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **more: Any) -> Any:
+            nonlocal inside
+            began, before = now(), inside
+            result = call(*args, **more)
+            own = now() - began - (inside - before)
+            inside += own
+            key = name or ("patient" if args[0].model is patient.model else "doctors")
+            spent[key] += own
+            return result
+
+        return run
+
+    caches.CachedModel.feed = timed("", feed)  # type: ignore[method-assign]
+    decode._Models.settle = timed("combining", settle)  # type: ignore[method-assign]
+    decode.draw = timed("combining", draw)  # type: ignore[attr-defined]
+    began = now()
+    try:
+        yield spent
+    finally:
+        caches.CachedModel.feed, decode._Models.settle = feed, settle  # type: ignore[method-assign]
+        decode.draw = draw  # type: ignore[attr-defined]
+        spent["Python"] = now() - began - sum(spent.values())
+
+
+def clinic(device: str, names: Sequence[str]) -> Case:
+    loaded = LLMdoctor.from_profile("clinic", device=device)
+    doctors = {name: loaded._doctors[name] for name in names}
+    prompts = [prompt_ids(loaded.patient.tokenizer, conversation(q)) for q in held_out_questions(64)]
+    return loaded.patient, doctors, Guidance(1.0, {name: loaded.beta[name] for name in names}), prompts
+
+
+def small_doctor(model: PreTrainedModel, patient: Patient) -> LoadedDoctor:
+    """A plain model as a doctor, its value head at zero."""
+    width = model.get_output_embeddings().in_features
+    zeros = torch.zeros(1, width, device=model.device, dtype=model.dtype)
+    return LoadedDoctor("doctor", model, zeros, zeros[0, :1], False, patient.vocabulary, None, {})
+
+
+def trained(model: PreTrainedModel, ids: Tensor, seconds: float, rate: float, kept: Tensor | None = None) -> None:
+    """Train on windows of ``ids`` [N] for so long; with ``kept``, only the logits of these tokens."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    targets = ids
+    if kept is not None:
+        place = torch.full((model.config.vocab_size,), -1)
+        place[kept] = torch.arange(len(kept))
+        targets = place[ids]
+    window, rows = 128, 8
+    began, step, loss = time.monotonic(), 0, torch.zeros(())
+    while (spent := time.monotonic() - began) < seconds:
+        starts = torch.randint(len(ids) - window - 1, (rows,)).tolist()
+        batch = torch.stack([ids[s : s + window] for s in starts])
+        wanted = torch.stack([targets[s + 1 : s + window + 1] for s in starts])
+        hidden = model.base_model(input_ids=batch).last_hidden_state
+        head = model.get_output_embeddings().weight
+        logits = hidden @ (head if kept is None else head[kept]).T
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * max(0.1, 1 - spent / seconds)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+    if kept is not None:  # the tokens that were not trained share one row, whose logit is 12 below the mean's own
+        with torch.no_grad():
+            mean = model.base_model(input_ids=ids[:512][None]).last_hidden_state[0].mean(0)
+            row = -12 * mean / mean.dot(mean)
+            others = torch.ones(model.config.vocab_size, dtype=torch.bool)
+            others[kept] = False
+            model.get_input_embeddings().weight[others] = row
+    print(f"  trained {step} steps of {rows * window} tokens, loss {loss.item():.2f}", file=sys.stderr)
+
+
+def made(folder: Path, make: Callable[[], PreTrainedModel]) -> Path:
+    """The folder, made when it is not there."""
+    if not (folder / "config.json").is_file():
+        print(f"making {folder}", file=sys.stderr)
+        model = make()
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+    return folder
+
+
+def stories(device: str, cache: Path, seconds: float) -> Case:
+    patient = load_patient(DATA / "stories260k", device=device)
+
+    def make() -> PreTrainedModel:
+        torch.manual_seed(0)
+        opening = torch.tensor([patient.tokenizer("Once upon a time").input_ids] * 64, device=patient.model.device)
+        told = patient.model.generate(opening, do_sample=True, max_new_tokens=250, pad_token_id=0).cpu()
+        config = patient.model.config.to_dict() | {"num_hidden_layers": 1}
+        model = LlamaForCausalLM(LlamaConfig(**config))
+        trained(model, told.flatten(), seconds, 3e-3)
+        return model
+
+    doctor = load_lm(made(cache / "stories-doctor", make), device=device)
+    openings = ("Once upon a time, there was a little dog", "Lily and Tom went to the park", "The sun was", "One day, a boy")
+    prompts = [list(patient.tokenizer(text).input_ids) for text in openings]
+    return patient, {"doctor": small_doctor(doctor, patient)}, Guidance(1.0, {"doctor": 0.8}), prompts
+
+
+def qwen(device: str, cache: Path, seconds: float) -> Case:
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "qwen2-tokenizer")
+    with gzip.open(DATA / "hh-rlhf" / "harmless-base_test.jsonl.gz", "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["chosen"].strip() for line in lines]
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    ids = torch.tensor([i for text in texts for i in [*tokenizer(text).input_ids, end]])
+    kept = ids.unique()
+
+    def make(hidden: int, layers: int, heads: int) -> Callable[[], PreTrainedModel]:
+        def build() -> PreTrainedModel:
+            torch.manual_seed(0)
+            config = Qwen2Config(
+                vocab_size=151936,
+                hidden_size=hidden,
+                intermediate_size=4 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=1,
+                max_position_embeddings=2048,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+            model = Qwen2ForCausalLM(config)
+            trained(model, ids, seconds, 2e-3, kept)
+            return model
+
+        return build
+
+    lms = [
+        load_lm(made(cache / f"qwen-{name}", make(*shape)), device=device)
+        for name, shape in (("patient", (320, 8, 5)), ("doctor", (40, 2, 2)))
+    ]
+    patient = Patient(lms[0], tokenizer, "qwen-shaped 61M")
+    assert patient.vocabulary.size <= 151936
+    prompts = [tokenizer(text[: text.index("Assistant:") + 10]).input_ids for text in texts[:64]]
+    prompts = [prompt[-96:] for prompt in prompts]
+    return patient, {"doctor": small_doctor(lms[1], patient)}, Guidance(1.0, {"doctor": 0.8}), prompts
+
+
+def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> Iterator[str]:
+    """Markdown rows of one pair of models."""
+    patient, doctors, guidance, prompts = case
+    device = patient.model.device
+    pad = patient.tokenizer.pad_token_id
+    if pad is None:
+        pad = 0
+    tokens = how.max_new_tokens
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if args.clock == "cpu" else time.perf_counter()
+
+    def guide() -> Guided:
+        return Guided(doctors, guidance, pad, patient.vocabulary.size)
+
+    for size in args.batch:
+        speculating = Counting() if args.length is None else Fixed(args.length)
+        first = next(iter(doctors.values())).model
+        ways: dict[str, Way] = {
+            "patient.generate": generator(patient.model, patient, tokens, how, pad),
+            "patient.generate, static cache": generator(
+                patient.model,
+                patient,
+                tokens,
+                how,
+                pad,
+                cache_implementation="static",
+                disable_compile=device.type != "cuda",
+            ),
+            "doctor.generate": generator(first, patient, tokens, how, pad),
+            "generate + LogitsProcessor": generator(patient.model, patient, tokens, how, pad, guide),
+            "reference path": ours(case, how, None),
+            "speculative path": ours(case, how, speculating),
+        }
+        asked = [[prompts[(r * size + i) % len(prompts)] for i in range(size)] for r in range(args.repeats + 1)]
+        rates: dict[str, list[float]] = {way: [] for way in ways}
+        for repeat, batch in enumerate(asked):
+            for way, run in list(ways.items()):
+                began = now()
+                try:
+                    count = run(batch, repeat)
+                except Exception as error:
+                    if "static" not in way:
+                        raise
+                    print(f"{name}: no static cache: {error}", file=sys.stderr)
+                    del ways[way], rates[way]
+                    continue
+                if repeat:  # the first is the warm-up
+                    rates[way].append(count / (now() - began))
+            print(f"{name}, batch {size}: {repeat} of {args.repeats}", file=sys.stderr, end="\r")
+        print(file=sys.stderr)
+        for way, rate in rates.items():
+            ratio = [own / alone for own, alone in zip(rate, rates["patient.generate"], strict=True)]
+            note = ""
+            if way == "reference path":
+                sums = [1 / (1 / p + len(doctors) / d) for p, d in zip(rates["patient.generate"], rates["doctor.generate"], strict=True)]
+                of_sum = statistics.median(own / both for own, both in zip(rate, sums, strict=True))
+                usual = rates["generate + LogitsProcessor"]
+                of_usual = statistics.median(own / other for own, other in zip(rate, usual, strict=True))
+                note = f"{of_sum:.2f} of 1 / (1/patient + {len(doctors)}/doctor), {of_usual:.2f} of the processor's"
+            if way == "speculative path" and speculating.rounds:
+                drawn = 1 + speculating.total_accepted / speculating.rounds
+                often = ", ".join(str(k) for k, _ in speculating.lengths.most_common(2))
+                accepted = speculating.total_accepted / max(1, speculating.total_tested)
+                note = f"acceptance {accepted:.3f}, {drawn:.2f} tokens a patient forward, drafts mostly of {often}"
+            yield f"| {name} | {size} | {way} | {spread(rate, '.1f')} | {spread(ratio, '.2f')} | {note} |"
+        for way in ("reference path", "speculative path"):
+            with parts(patient, now) as spent:
+                count = sum(ways[way](batch, 100 + r) for r, batch in enumerate(asked[1:]))
+            total = sum(spent.values())
+            shares = ", ".join(f"{part} {1e3 * s / count:.2f} ms ({s / total:.0%})" for part, s in spent.items())
+            yield f"| {name} | {size} | {way}, a token by part | | | {shares} |"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    return (
+        f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="clinic", help="of clinic, clinic-one, stories, qwen; with commas")
+    parser.add_argument("--batch", default="1,8,32", help="batch sizes, with commas")
+    parser.add_argument("--tokens", type=int, default=120, help="longest answer")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--length", type=int, help="draft always so many tokens (default: adaptive)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--cache", type=Path, default=Path("outputs/bench-models"), help="where trained models are kept")
+    parser.add_argument("--train-seconds", type=float, default=150.0, help="for each model that is trained")
+    parser.add_argument("--output", type=Path, help="write the table there too")
+    args = parser.parse_args()
+    args.batch = [int(size) for size in args.batch.split(",")]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    how = Sampling(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.tokens)
+    makers: dict[str, Callable[[], Case]] = {
+        "clinic": lambda: clinic(args.device, ("helpful", "safe")),
+        "clinic-one": lambda: clinic(args.device, ("helpful",)),
+        "stories": lambda: stories(args.device, args.cache, args.train_seconds),
+        "qwen": lambda: qwen(args.device, args.cache, args.train_seconds),
+    }
+    clock = "this process's CPU time" if args.clock == "cpu" else "wall time"
+    lines = [
+        f"`python {' '.join(sys.argv)}`",
+        "",
+        f"{machine(pick_device(args.device))}; {clock}; medians of {args.repeats} (least–greatest).",
+        "",
+        "| models | batch | way | tokens/s | times patient.generate | |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
+    for name in args.models.split(","):
+        for line in measure(name, makers[name](), how, args):
+            lines.append(line)
+            print(line, flush=True)
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
