@@ -46,7 +46,7 @@ from transformers import (
 from llmdoctor import Guidance, LLMdoctor, Sampling, caches, decode, speculative
 from llmdoctor.doctor import LoadedDoctor
 from llmdoctor.faces import conversation, prompt_ids
-from llmdoctor.models import Patient, Vocabulary, load_lm, load_patient, pick_device
+from llmdoctor.models import Patient, load_lm, load_patient, pick_device
 from llmdoctor.profiles.clinic_world import held_out_questions
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -64,6 +64,7 @@ class Guided(LogitsProcessor):
         self.mask: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] of the product."""
         if self.mask is None:
             self.mask = (input_ids != self.pads).long()
             fresh = input_ids
@@ -128,6 +129,7 @@ class Counting(speculative.AdaptiveLength):
         self.lengths: Counter[int] = Counter()
 
     def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+        """See ``Drafting``."""
         super().record(rows, length, accepted, tested, seconds)
         self.total_accepted += accepted
         self.total_tested += tested
@@ -143,17 +145,17 @@ class Fixed(Counting):
         self.length = length
 
     def choose(self, rows: int) -> int:
+        """See ``Drafting``."""
         return self.length
 
 
 def ours(case: Case, how: Sampling, drafting: speculative.Drafting | None) -> Way:
-    """This project's decoder, all numbers of every token included."""
+    """The project's own decoder, all numbers of every token included."""
     patient, doctors, guidance, _ = case
 
     def run(prompts: list[list[int]], seed: int) -> int:
         return sum(
-            1
-            for _ in decode.decode(patient, doctors, prompts, lambda: guidance, how, seed=seed, drafting=drafting)
+            1 for _ in decode.decode(patient, doctors, prompts, lambda: guidance, how, seed=seed, drafting=drafting)
         )
 
     return run
@@ -263,7 +265,12 @@ def stories(device: str, cache: Path, seconds: float) -> Case:
         return model
 
     doctor = load_lm(made(cache / "stories-doctor", make), device=device)
-    openings = ("Once upon a time, there was a little dog", "Lily and Tom went to the park", "The sun was", "One day, a boy")
+    openings = (
+        "Once upon a time, there was a little dog",
+        "Lily and Tom went to the park",
+        "The sun was",
+        "One day, a boy",
+    )
     prompts = [list(patient.tokenizer(text).input_ids) for text in openings]
     return patient, {"doctor": small_doctor(doctor, patient)}, Guidance(1.0, {"doctor": 0.8}), prompts
 
@@ -366,7 +373,10 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
             ratio = [own / alone for own, alone in zip(rate, rates["patient.generate"], strict=True)]
             note = ""
             if way == "reference path":
-                sums = [1 / (1 / p + len(doctors) / d) for p, d in zip(rates["patient.generate"], rates["doctor.generate"], strict=True)]
+                sums = [
+                    1 / (1 / p + len(doctors) / d)
+                    for p, d in zip(rates["patient.generate"], rates["doctor.generate"], strict=True)
+                ]
                 of_sum = statistics.median(own / both for own, both in zip(rate, sums, strict=True))
                 usual = rates["generate + LogitsProcessor"]
                 of_usual = statistics.median(own / other for own, other in zip(rate, usual, strict=True))
@@ -417,7 +427,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--cache", type=Path, default=Path("outputs/bench-models"), help="where trained models are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("outputs/bench-models"), help="where trained models are kept"
+    )
     parser.add_argument("--train-seconds", type=float, default=150.0, help="for each model that is trained")
     parser.add_argument("--output", type=Path, help="write the table there too")
     args = parser.parse_args()

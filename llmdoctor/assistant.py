@@ -174,6 +174,8 @@ class LLMdoctor:
         each = [guidance] * len(prompts) if guidance is None or isinstance(guidance, Guidance) else guidance
         if len(each) != len(prompts):
             raise UsageError(f"expected one guidance for each of {len(prompts)} prompts, got {len(each)}")
+        if len(seeds) != len(prompts):
+            raise UsageError(f"expected one seed for each of {len(prompts)} prompts, got {len(seeds)}")
         reads = [self._read(one) for one in each]
         answers: list[Answer] = []
         for start in range(0, len(prompts), _BATCH_ROWS):

@@ -11,12 +11,11 @@ the text to the length of the drafts, and the guided answer's luck is then no lo
 """
 
 from collections import defaultdict, deque
-from statistics import median
 from typing import Protocol
 
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-_FIRST = (4, 0, 8, 4, 0, 8)  # tried before anything is known
-_PROBE_EVERY = 32
+_FIRST = (4, 0, 8, 4, 0, 8, 4, 0, 8)  # tried before anything is known
+_PROBE_EVERY = 48
 
 
 class Drafting(Protocol):
@@ -48,7 +47,8 @@ class AdaptiveLength:
     """The length with the most tokens a second, by the acceptance and the round times measured so far.
 
     With acceptance a, a draft of k gives 1 + a + ... + a^k tokens a round. A round's time is taken as linear in k from
-    1 on (medians of recent rounds, so that a hiccup of the machine does not count); 0, the reference path, has its own.
+    1 on (the shortest of recent rounds, so that a hiccup of the machine does not count); 0, the reference path, has its
+    own.
     Keep one object as long as the models: it goes on learning, and every size of batch is learnt apart.
     """
 
@@ -70,7 +70,7 @@ class AdaptiveLength:
         if count < len(_FIRST):
             return _FIRST[count]
         best = self._best(self._seconds[size])
-        if count % _PROBE_EVERY:
+        if count % _PROBE_EVERY > 2:
             return best
         # what is not used is not measured: look, now and then, at what lies beside the best
         at = LENGTHS.index(best)
@@ -79,15 +79,15 @@ class AdaptiveLength:
         return (0, LENGTHS[max(0, at - 1)], LENGTHS[min(at + 1, len(LENGTHS) - 1)])[count // _PROBE_EVERY % 3]
 
     def _best(self, seconds: dict[int, deque[float]]) -> int:
-        points = [(k, median(times)) for k, times in seconds.items() if k and times]
-        if not points or not seconds.get(0):
+        points = [(k, min(times)) for k, times in seconds.items() if k and len(times) > 2]
+        if not points or len(seconds[0]) < 3:
             return _FIRST[0]
         # least squares of time over length, a line that does not fall
         n = len(points)
         mean_k, mean_t = (sum(column) / n for column in zip(*points, strict=True))
         spread = sum((k - mean_k) ** 2 for k, _ in points)
         slope = max(0.0, sum((k - mean_k) * (t - mean_t) for k, t in points) / spread if spread else mean_t / 16)
-        best, rate, expected = 0, 1 / median(seconds[0]), 1.0
+        best, rate, expected = 0, 1 / min(seconds[0]), 1.0
         for k in range(1, LENGTHS[-1] + 1):
             expected += self.acceptance**k
             time = mean_t + slope * (k - mean_k)
@@ -98,6 +98,6 @@ class AdaptiveLength:
     def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
         self._seconds[rows.bit_length()][length].append(seconds)
-        keep = 0.97**tested
+        keep = 0.985**tested
         self._accepted = keep * self._accepted + accepted
         self._tested = keep * self._tested + tested
