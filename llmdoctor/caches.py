@@ -23,7 +23,7 @@ class CachedModel:
         accepted = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
         self._head = model.get_output_embeddings()
-        self._slides = self._feeding = False
+        self._slides = self._busy = False
         self._recorded = 0  # tokens fed since a sliding layer last let go of what its window has passed
 
     def feed(self, ids_B_T: Tensor, mask_B_L: Tensor | None = None, last: int = 1) -> Tensor:
@@ -34,7 +34,7 @@ class CachedModel:
             if "position_ids" in self._takes:
                 extra["position_ids"] = (mask_B_L.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_B_T.shape[1] :]
         hook = self._head.register_forward_pre_hook(self._keep_hidden) if self.keeps_hidden else None
-        self._feeding = True  # stays so when the forward is interrupted: the layers then differ in length
+        self._busy = True  # stays so when the forward is interrupted: the layers then differ in length
         try:
             ids = ids_B_T.to(self.model.device)
             out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **extra)
@@ -49,7 +49,7 @@ class CachedModel:
         else:
             self._recorded += ids_B_T.shape[1]
         self.length += ids_B_T.shape[1]
-        self._feeding = False
+        self._busy = False
         if self.hidden_B_K_H is not None:
             self.hidden_B_K_H = self.hidden_B_K_H[:, -last:]
         return out.logits[:, -last:]  # type: ignore[no-any-return]
@@ -60,20 +60,22 @@ class CachedModel:
         return bool(getattr(self.cache, "is_croppable", False))
 
     @property
-    def slides(self) -> bool:
-        """Whether a layer sees only a window of slots, so that no slot in it may be masked."""
-        return self._slides
+    def may_have_holes(self) -> bool:
+        """Whether slots may be masked between others: not in a window, nor where positions are counted by slot."""
+        return not self._slides and "position_ids" in self._takes
 
     def take_back(self, tokens: int) -> None:
         """Drop the last ``tokens`` slots, of those fed since the last call."""
         if tokens or (self._slides and self.rolls_back):  # a recording window grows until it is cropped, if by nothing
+            self._busy = True
             self.cache.crop(-tokens)
             self._recorded = 0
-        self.length -= tokens
+            self.length -= tokens
+            self._busy = False
 
     def rewind(self, length: int) -> None:
         """Go back to the first ``length`` tokens where the cache allows it, and to nothing where it does not."""
-        if self._feeding and self.cache is not None:
+        if self._busy and self.cache is not None:
             self._mend()
         excess = self.length - length
         kept = self.cache is not None and excess >= 0 and (excess == 0 or self.can_roll_back)
@@ -99,7 +101,7 @@ class CachedModel:
             for layer in layers:
                 if excess := layer.get_seq_length() - self.length:
                     layer.crop(-excess)
-        self._feeding = False
+        self._busy = False
 
     def _keep_hidden(self, _module: Any, args: tuple[Tensor, ...]) -> None:
         self.hidden_B_K_H = args[0]

@@ -166,7 +166,8 @@ def _run(
         row.position += 1
         row.last = token.id
         del row.uniforms[0]
-        session.ids.append(token.id)
+        if len(prompts) == 1:
+            session.ids.append(token.id)
         if token.id in patient.eos_ids:
             row.ended = "eos"
         elif row.position >= row.budget:
@@ -288,7 +289,7 @@ class _Models:
                 )
                 self._told = True
             return False
-        return len(self.pending_B_T) == 1 or not any(model.slides for model in everyone)
+        return len(self.pending_B_T) == 1 or all(model.may_have_holes for model in everyone)
 
     @torch.inference_mode()
     def propose(self, length: int, guidances: Sequence[Guidance], uniforms: Sequence[Sequence[float]]) -> None:

@@ -273,7 +273,7 @@ def test_speculation_changes_nothing_but_the_time(folders: tuple[str, dict[str, 
         plain.generate(prompt, guidance=own, seed=seed)
         for prompt, own, seed in zip(PROMPTS, each, (5, 9, 5), strict=True)
     ]
-    assert set(fast._drafting._rounds) == {1, 2}  # drafted for one row, and for two or three
+    assert set(fast._drafting._rounds) == {1}  # drafted for one row; these doctors have windows, which no batch may cut
     assert plain._drafting._rounds == {}
     together = [compared.to_dict() for compared in fast.compare_all(PROMPTS)]
     for prompt, compared in zip(PROMPTS, together, strict=True):
