@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from llmdoctor.graphs import run_step, step_graph
+
 
 class CachedModel:
     """A causal LM and its KV cache over a batch; ``length`` slots are filled, the same number in every row.
@@ -23,11 +25,22 @@ class CachedModel:
         accepted = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
         self._head = model.get_output_embeddings()
-        self._slides = self._busy = False
+        self._slides = self._plain = self._busy = False
         self._recorded = 0  # tokens fed since a sliding layer last let go of what its window has passed
 
     def feed(self, ids_B_T: Tensor, mask_B_L: Tensor | None = None, last: int = 1) -> Tensor:
         """Extend the cache by ``ids_B_T``; logits [B, last, V] after the last tokens. The mask covers both."""
+        if (
+            ids_B_T.shape[1] == last
+            and self.cache is not None
+            and self._plain
+            and (graph := step_graph(self.model, self.cache.layers))
+        ):
+            self._busy = True
+            logits_B_K_V, self.hidden_B_K_H = run_step(graph, ids_B_T, mask_B_L, self.cache.layers)
+            self.length += last
+            self._busy = False
+            return logits_B_K_V
         extra: dict[str, Any] = {"logits_to_keep": last} if "logits_to_keep" in self._takes else {}
         if mask_B_L is not None:
             extra["attention_mask"] = mask_B_L
@@ -44,6 +57,8 @@ class CachedModel:
         if self.cache is None:
             self.cache = out.past_key_values
             self._slides = any(getattr(self.cache, "is_sliding", ()))
+            layers = getattr(self.cache, "layers", ())
+            self._plain = all(type(layer) is DynamicLayer for layer in layers) and "position_ids" in self._takes
             if self.rolls_back and self.can_roll_back and hasattr(self.cache, "activate_past_recording"):
                 self.cache.activate_past_recording()
         else:

@@ -303,10 +303,10 @@ class _Models:
         self.doctor_logps, self.base_logps = self.next_logps, self.next_base_logps
         if length:
             drafter = max(self.cached, key=lambda name: sum(g.betas.get(name, 0.0) for g in guidances))
-            drafts, logps, values = self._draft(drafter, length, guidances, uniforms, mask_B_L)
-            self.drafts_B_K = torch.cat(drafts, dim=1)
-            self.doctor_logps = {drafter: torch.cat([self.next_logps[drafter], *logps], dim=1)}
-            self.values_B_K[drafter] = torch.cat(values, dim=1)
+            self.drafts_B_K, logps_B_K_V, self.values_B_K[drafter] = self._draft(
+                drafter, length, guidances, uniforms, mask_B_L
+            )
+            self.doctor_logps = {drafter: torch.cat([self.next_logps[drafter], logps_B_K_V], dim=1)}
             for name, model in self.cached.items():
                 if name != drafter:
                     read = self._read(model, self.drafts_B_K, mask_B_L, length)
@@ -327,25 +327,30 @@ class _Models:
         guidances: Sequence[Guidance],
         uniforms: Sequence[Sequence[float]],
         mask_B_L: Tensor | None,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Token ids [B, 1], the doctor's log-probs [B, 1, V] and log V [B, 1] after each of the drafted tokens."""
-        model, logp_B_1_V = self.cached[drafter], self.next_logps[drafter]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids [B, K], and the doctor's log-probs [B, K, V] and log V [B, K] after each of them."""
+        model, logits_B_V = self.cached[drafter], self.next_logps[drafter][:, 0]
         powers = [g.alpha + g.betas.get(drafter, 0.0) if g.mode == "product" else g.alpha or 1.0 for g in guidances]
         power: Any = powers[0]
         if any(other != power for other in powers):
-            power = logp_B_1_V.new_tensor(powers)[:, None]
+            power = logits_B_V.new_tensor(powers)[:, None]
         uniforms_B_K = torch.tensor(uniforms, dtype=torch.float64)
-        drafts, logps, values = [], [], []
+        drafts: list[Tensor] = []
+        logits: list[Tensor] = []
+        hidden: list[Tensor] = []
         slots = 0 if mask_B_L is None else mask_B_L.shape[1] - length
         for k in range(length):
-            scores_B_V = logp_B_1_V[:, 0]
-            ids_B = draw(power * scores_B_V, self.sampling, uniforms_B_K[:, k])
-            mask = None if mask_B_L is None else mask_B_L[:, : slots + k + 1]
-            logp_B_1_V = self._read(model, ids_B[:, None], mask, 1)
-            drafts.append(ids_B[:, None])
-            logps.append(logp_B_1_V)
-            values.append(self._value(drafter))
-        return drafts, logps, values
+            ids_B_1 = draw(power * logits_B_V, self.sampling, uniforms_B_K[:, k])[:, None]
+            read_B_1_V = model.feed(ids_B_1, None if mask_B_L is None else mask_B_L[:, : slots + k + 1])
+            drafts.append(ids_B_1)
+            logits.append(read_B_1_V)
+            assert model.hidden_B_K_H is not None
+            hidden.append(model.hidden_B_K_H)
+            logits_B_V = read_B_1_V[:, 0, : self.size].to(
+                logits_B_V
+            )  # good enough for a guess; the rest is done at once
+        logps_B_K_V = log_probs(torch.cat(logits, dim=1).to(self.device), self.valid, self.size)
+        return torch.cat(drafts, dim=1), logps_B_K_V, self._value(drafter, torch.cat(hidden, dim=1))
 
     @torch.inference_mode()
     def settle(
@@ -453,9 +458,9 @@ class _Models:
         logits_B_K_V = model.feed(ids_B_T, mask_B_L, last)
         return log_probs(logits_B_K_V.to(self.device), self.valid, self.size)
 
-    def _value(self, name: str) -> Tensor:
-        """Log V after each of the tokens fed last [B, K]."""
-        hidden_B_K_H = self.cached[name].hidden_B_K_H
+    def _value(self, name: str, hidden_B_K_H: Tensor | None = None) -> Tensor:
+        """Log V [B, K] from what the doctor's LM head read, at the latest feed if not given."""
+        hidden_B_K_H = self.cached[name].hidden_B_K_H if hidden_B_K_H is None else hidden_B_K_H
         assert hidden_B_K_H is not None
         return self.doctors[name].log_value(hidden_B_K_H).to(self.device)
 
