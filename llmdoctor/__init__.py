@@ -20,12 +20,14 @@ _HOME = {
     "LLMDoctorError": "errors",
     "PreferencePair": "types",
     "Sampling": "types",
+    "Session": "caches",
     "TokenRewards": "types",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor as LLMdoctor
+    from llmdoctor.caches import Session as Session
     from llmdoctor.errors import LLMDoctorError as LLMDoctorError
     from llmdoctor.types import Comparison as Comparison
     from llmdoctor.types import Guidance as Guidance
