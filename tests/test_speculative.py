@@ -255,36 +255,30 @@ def test_the_next_turn_reads_only_what_is_new(arch: str, drafting: Any) -> None:
             same(again, run(patient, [doctor], [other], guidance, **how))
 
 
-def test_an_interrupt_within_a_forward() -> None:
+@pytest.mark.parametrize("who", ["patient", "doctor"])
+def test_an_interrupt_within_a_forward(who: str) -> None:
     """Ctrl+C lands in the middle of a model more often than between two: the layers that had gone on are cut back."""
     patient, doctor = patient_of(tiny("llama", seed=3)), doctor_of(tiny("llama", seed=4))
-    guidance = Guidance(0.8, {"doctor": 0.9})
-    for model in (patient.model, doctor.model):
-        session = Session()
-        steps = decode(
-            patient,
-            {"doctor": doctor},
-            PROMPTS[1:2],
-            lambda: guidance,
-            Sampling(),
-            seed=1,
-            drafting=FixedLength(3),
-            session=session,
-        )
-        said = [next(steps).token.id for _ in range(3)]
+    guidance, session, prompt = Guidance(0.8, {"doctor": 0.9}), Session(), PROMPTS[1]
+    named, drafting = {"doctor": doctor}, FixedLength(1)
+    steps = decode(patient, named, [prompt], lambda: guidance, Sampling(), seed=1, drafting=drafting, session=session)
+    said = [next(steps).token.id]
 
-        def interrupt(*_: Any) -> None:
-            raise KeyboardInterrupt
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            said.extend(step.token.id for step in steps)
-        hook.remove()
-        turn = [*PROMPTS[1], *session.ids[len(PROMPTS[1]) :], 4, 5]
-        assert session.ids[len(PROMPTS[1]) :][: len(said)] == said
-        again = run(patient, [doctor], [turn], guidance, session=session, max_new_tokens=8)
-        assert session.prefilled <= 4
-        same(again, run(patient, [doctor], [turn], guidance, max_new_tokens=8))
+    model = patient.model if who == "patient" else doctor.model
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    hook.remove()
+    layers = session.models["patient" if who == "patient" else "doctor doctor"].cache.layers
+    assert layers[0].keys.shape[-2] > layers[1].keys.shape[-2]
+    assert session.ids == prompt + said
+    turn = [*prompt, *said, 4, 5]
+    again = run(patient, [doctor], [turn], guidance, session=session, max_new_tokens=8)
+    assert session.prefilled <= 3
+    same(again, run(patient, [doctor], [turn], guidance, max_new_tokens=8))
 
 
 def recurrent() -> Any:
