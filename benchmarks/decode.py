@@ -12,7 +12,8 @@ others use, with one thread.
 parameters and a doctor of 6 million over Qwen2's real vocabulary. What is missing of them is trained from nothing for
 ``--train-seconds`` each and kept in ``--cache``: the doctor of the stories on stories that the patient tells, both
 Qwen2 models on the same HH-RLHF text, so that the doctor agrees with its patient as far as two models of one text do.
-Only tokens of that text are trained; all others get one embedding, whose logit is low.
+Of that text only the 4096 most frequent tokens are kept and trained; all others share one embedding, whose logit is
+low.
 """
 
 import argparse
@@ -207,24 +208,15 @@ def small_doctor(model: PreTrainedModel, patient: Patient) -> LoadedDoctor:
     return LoadedDoctor("doctor", model, zeros, zeros[0, :1], False, patient.vocabulary, None, {})
 
 
-def trained(model: PreTrainedModel, ids: Tensor, seconds: float, rate: float, kept: Tensor | None = None) -> None:
-    """Train on windows of ``ids`` [N] for so long; with ``kept``, only the logits of these tokens."""
+def trained(model: PreTrainedModel, ids: Tensor, seconds: float, rate: float) -> None:
+    """Train on windows of ``ids`` [N] for so long."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
-    targets = ids
-    if kept is not None:
-        place = torch.full((model.config.vocab_size,), -1)
-        place[kept] = torch.arange(len(kept))
-        targets = place[ids]
     window, rows = 128, 8
     began, step, loss = time.monotonic(), 0, torch.zeros(())
     while (spent := time.monotonic() - began) < seconds:
-        starts = torch.randint(len(ids) - window - 1, (rows,)).tolist()
-        batch = torch.stack([ids[s : s + window] for s in starts])
-        wanted = torch.stack([targets[s + 1 : s + window + 1] for s in starts])
-        hidden = model.base_model(input_ids=batch).last_hidden_state
-        head = model.get_output_embeddings().weight
-        logits = hidden @ (head if kept is None else head[kept]).T
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        starts = torch.randint(len(ids) - window, (rows,)).tolist()
+        batch = torch.stack([ids[start : start + window] for start in starts])
+        loss = model(input_ids=batch, labels=batch).loss
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 20) * max(0.1, 1 - spent / seconds)
         optimiser.zero_grad()
@@ -232,14 +224,23 @@ def trained(model: PreTrainedModel, ids: Tensor, seconds: float, rate: float, ke
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         step += 1
-    if kept is not None:  # the tokens that were not trained share one row, whose logit is 12 below the mean's own
-        with torch.no_grad():
-            mean = model.base_model(input_ids=ids[:512][None]).last_hidden_state[0].mean(0)
-            row = -12 * mean / mean.dot(mean)
-            others = torch.ones(model.config.vocab_size, dtype=torch.bool)
-            others[kept] = False
-            model.get_input_embeddings().weight[others] = row
     print(f"  trained {step} steps of {rows * window} tokens, loss {loss.item():.2f}", file=sys.stderr)
+
+
+def widened(small: PreTrainedModel, full: PreTrainedModel, kept: Tensor, ids: Tensor) -> PreTrainedModel:
+    """``small``, whose tokens are ``kept``, with the vocabulary of ``full``.
+
+    All other tokens share one embedding, along which the mean state's logit is -12: they are hardly ever drawn.
+    """
+    with torch.no_grad():
+        mean_H = small.base_model(input_ids=ids[None, :512]).last_hidden_state[0].mean(dim=0)
+        table = full.get_input_embeddings().weight
+        table[:] = -12 * mean_H / mean_H.dot(mean_H)
+        table[kept] = small.get_input_embeddings().weight
+        own = full.state_dict()
+        own.update({k: v for k, v in small.state_dict().items() if v.shape == own[k].shape})
+        full.load_state_dict(own)
+    return full
 
 
 def made(folder: Path, make: Callable[[], PreTrainedModel]) -> Path:
@@ -280,14 +281,16 @@ def qwen(device: str, cache: Path, seconds: float) -> Case:
     with gzip.open(DATA / "hh-rlhf" / "harmless-base_test.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["chosen"].strip() for line in lines]
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    ids = torch.tensor([i for text in texts for i in [*tokenizer(text).input_ids, end]])
-    kept = ids.unique()
+    answers = [[*tokenizer(text).input_ids, end] for text in texts]
+    often = Counter(i for answer in answers for i in answer).most_common(4096)
+    kept = torch.tensor(sorted(i for i, _ in often))
+    place = {i: at for at, i in enumerate(kept.tolist())}
+    ids = torch.tensor([place[i] for answer in answers for i in answer if i in place])
 
     def make(hidden: int, layers: int, heads: int) -> Callable[[], PreTrainedModel]:
-        def build() -> PreTrainedModel:
-            torch.manual_seed(0)
-            config = Qwen2Config(
-                vocab_size=151936,
+        def shape(vocabulary: int) -> Qwen2Config:
+            return Qwen2Config(
+                vocab_size=vocabulary,
                 hidden_size=hidden,
                 intermediate_size=4 * hidden,
                 num_hidden_layers=layers,
@@ -296,12 +299,15 @@ def qwen(device: str, cache: Path, seconds: float) -> Case:
                 max_position_embeddings=2048,
                 tie_word_embeddings=True,
                 bos_token_id=None,
-                eos_token_id=end,
-                pad_token_id=end,
+                eos_token_id=None,
+                pad_token_id=None,
             )
-            model = Qwen2ForCausalLM(config)
-            trained(model, ids, seconds, 2e-3, kept)
-            return model
+
+        def build() -> PreTrainedModel:
+            torch.manual_seed(0)
+            small, full = Qwen2ForCausalLM(shape(len(kept))), Qwen2ForCausalLM(shape(151936))
+            trained(small, ids, seconds, 2e-3)
+            return widened(small, full, kept, ids)
 
         return build
 
@@ -312,7 +318,7 @@ def qwen(device: str, cache: Path, seconds: float) -> Case:
     patient = Patient(lms[0], tokenizer, "qwen-shaped 61M")
     assert patient.vocabulary.size <= 151936
     prompts = [tokenizer(text[: text.index("Assistant:") + 10]).input_ids for text in texts[:64]]
-    prompts = [prompt[-96:] for prompt in prompts]
+    prompts = [[i for i in prompt if i in place][-96:] for prompt in prompts]
     return patient, {"doctor": small_doctor(lms[1], patient)}, Guidance(1.0, {"doctor": 0.8}), prompts
 
 
