@@ -376,9 +376,7 @@ def _label(question: str, left: str, right: str, rng: random.Random) -> dict[str
     return record
 
 
-def build_models(
-    folder: Path, seed: int, patient: Recipe, polish: Recipe, doctor_base: Recipe, processes: int
-) -> None:
+def build_models(folder: Path, seed: int, patient: Recipe, polish: Recipe, doctor_base: Recipe, processes: int) -> None:
     """Tokenizer, patient and doctor base, with what was measured in ``figures.json``."""
     tokenizer = build_tokenizer(seed)
     texts = [m["content"] for c in world.conversations(300, seed) for m in c if m["role"] == "assistant"]
@@ -446,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Rebuild the embedded clinic from its seed.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("models", "pairs", "doctors", "all"), default="all")
-    parser.add_argument("--steps", type=int, default=PATIENT.steps, help="training steps of the patient, half of them again to polish")
+    parser.add_argument("--steps", type=int, default=PATIENT.steps, help="steps of the patient; half as many polish it")
     parser.add_argument("--base-steps", type=int, default=DOCTOR_BASE.steps, help="training steps of the doctor base")
     parser.add_argument("--pairs", type=int, default=1500, help="preference pairs to draw")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="training processes")
