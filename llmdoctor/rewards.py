@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from llmdoctor.diagnosis import bradley_terry
 from llmdoctor.errors import UsageError
 from llmdoctor.profile import RewardSettings
 from llmdoctor.types import Floats, PairScores, TokenRewards, TokenScores
@@ -41,23 +40,27 @@ def face_signal(scores: TokenScores, face: str, settings: RewardSettings, *, alt
     return np.where(strength > settings.theta, np.sign(gaps) * strength, np.float32(0)).astype(np.float32)
 
 
-def face_weights(pairs: Iterable[PairScores], faces: Iterable[str], settings: RewardSettings) -> dict[str, float]:
-    """The weight of every face pair: its Bradley-Terry coefficient for direction "fitted", otherwise 1 / F.
-
-    Raises UsageError when ``settings.faces`` names a face pair that is not among ``faces``.
-    """
+def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...]:
+    """The face pairs that count: those of ``settings``, or all of ``faces``; UsageError for one that is not there."""
     known = tuple(faces)
     names = settings.faces or known
     if missing := [name for name in names if name not in known]:
         raise UsageError(f"no face pair {missing[0]!r} in these rewards: they hold {', '.join(known)}")
+    return names
+
+
+def face_weights(pairs: Iterable[PairScores], faces: Iterable[str], settings: RewardSettings) -> dict[str, float]:
+    """The weight of every face pair: its Bradley-Terry coefficient for direction "fitted", otherwise 1 / F.
+
+    Raises UsageError when ``settings.faces`` names a face pair that is not among ``faces``, and DataError when fitted
+    log-probs are not finite numbers.
+    """
+    names = face_names(faces, settings)
     if settings.direction != "fitted":
         return dict.fromkeys(names, 1.0 / len(names))
-    features = [
-        [face_signal(pair.chosen, n, settings).sum() - face_signal(pair.rejected, n, settings).sum() for n in names]
-        for pair in pairs
-    ]
-    difference_P_F = np.array(features, dtype=np.float64).reshape(-1, len(names))
-    return dict(zip(names, bradley_terry(difference_P_F).tolist(), strict=True))
+    from llmdoctor.diagnosis import bradley_terry, features  # which itself reads the signals of this module
+
+    return dict(zip(names, bradley_terry(features(pairs, names, settings)[0]).tolist(), strict=True))
 
 
 def token_rewards(scores: TokenScores, settings: RewardSettings, weights: Mapping[str, float]) -> TokenRewards:
