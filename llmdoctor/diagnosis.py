@@ -59,11 +59,11 @@ class Example:
 class FaceDiagnosis:
     """What one behaviour weighs in the labels.
 
-    ``weight`` is w_j: log-odds for one unit more of summed signed importance, what direction "fitted" multiplies rewards
-    with. ``standardised`` is the same for one standard deviation ``scale`` of x_j among these pairs (about zero, for
+    ``weight`` is w_j: log-odds for one unit more of summed signed importance, what direction "fitted" multiplies it
+    with. ``standardised`` is the same for one standard deviation of x_j among these pairs (``scale``; about zero, for
     which answer comes first means nothing), which compares behaviours. ``share`` in [0, 1] is the part of the explained
     preference that falls to this face pair; ``agreement`` the part of the pairs whose preferred answer shows more of
-    the behaviour (ties count half). ``best`` and ``worst`` are the pairs it explains best, and contradicts most.
+    the behaviour (ties count half). ``best`` and ``worst`` are the pairs that it explains best, and contradicts most.
     """
 
     name: str
@@ -241,9 +241,9 @@ def _scale(x_P_F: Doubles) -> Doubles:
 def _newton(z_P_F: Doubles, start_R_F: Doubles, seed: int | None = None, enough: float = 1e-6) -> Doubles:
     """The weights [R, F] of R fits on standardised features, from ``start_R_F``, all at once.
 
-    With a ``seed``, each fit has its own Poisson(1) count of every pair; they are drawn anew in each pass over the pairs,
-    from the same seeds, so that R x P numbers never exist at once. It ends after a step below ``enough`` in all weights:
-    what is then left is of the order of that step's square.
+    With a ``seed``, each fit has its own Poisson(1) count of every pair, drawn anew in each pass over the pairs from the
+    same seeds, so that R x P numbers never exist at once. It ends after a step below ``enough`` in all weights: what is
+    then left is of the order of that step's square.
     """
     pairs, faces = z_P_F.shape
     weights = start_R_F.copy()
