@@ -62,4 +62,4 @@ def faces(as_json: options.Json = False) -> None:
     if as_json:
         put_json(library)
         return
-    put(yaml.safe_dump(library, sort_keys=False, allow_unicode=True, width=110).rstrip())
+    put(yaml.safe_dump(library, sort_keys=False, allow_unicode=True, width=150).rstrip())

@@ -8,9 +8,10 @@ Departure from the paper: ``direction`` may be the sign of the gap itself (and i
 the whole response; see README for what that changes. Several face pairs are averaged, or weighted by the fit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmdoctor.errors import UsageError
 from llmdoctor.profile import RewardSettings
@@ -22,7 +23,7 @@ def gap(scores: TokenScores, face: str) -> Floats:
     return scores.positive[face] - scores.negative[face]
 
 
-def importance(gaps: Floats, scale: float, tau: float) -> Floats:
+def importance(gaps: Floats, scale: float | Floats, tau: float) -> Floats:
     """S_t = tanh(|gap_t| / scale / tau) [T], in [0, 1); ``scale`` is the response's mean |gap| + eps."""
     return np.tanh(np.abs(gaps) / scale / tau).astype(np.float32)
 
@@ -36,8 +37,21 @@ def face_signal(scores: TokenScores, face: str, settings: RewardSettings, *, alt
     scale = float(np.abs(gaps).mean()) + settings.eps
     if alternative:
         gaps = scores.alternative_positive[face] - scores.alternative_negative[face]
-    strength = importance(gaps, scale, settings.tau)
-    return np.where(strength > settings.theta, np.sign(gaps) * strength, np.float32(0)).astype(np.float32)
+    return _signed(gaps, importance(gaps, scale, settings.tau), settings.theta)
+
+
+def _signed(gaps: Floats, strength: Floats, theta: float) -> Floats:
+    return np.where(strength > theta, np.sign(gaps) * strength, np.float32(0)).astype(np.float32)
+
+
+def face_sums(scores: TokenScores, faces: Sequence[str], settings: RewardSettings) -> NDArray[np.float64]:
+    """Sum_t g_t under every face pair [F], all at once; nan for one whose log-probs are not all finite."""
+    gaps_F_T = np.stack([gap(scores, face) for face in faces])
+    scale_F_1 = np.abs(gaps_F_T).mean(axis=1, keepdims=True) + np.float32(settings.eps)
+    with np.errstate(invalid="ignore"):
+        strength_F_T = importance(gaps_F_T, scale_F_1, settings.tau)
+    sums_F = _signed(gaps_F_T, strength_F_T, settings.theta).sum(axis=1, dtype=np.float64)
+    return np.where(np.isfinite(scale_F_1[:, 0]), sums_F, np.nan)
 
 
 def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...]:
