@@ -23,12 +23,12 @@ _ASCII = ("=", "[", "-", "]", "o", "|")
 
 
 def plain_diagnosis(diagnosis: "Diagnosis") -> str:
-    """The picture in plain letters, at most 80 columns wide where names are short."""
+    """The picture in plain letters, its bars at most 80 columns wide where names are short."""
     rows = _sorted(diagnosis)
     limit = _limit(rows)
     width = max(len(clean(face.name)) for face in rows)
     head = f"{'':<{width}}  {'punished   0   rewarded':^{_PLAIN_BAR}}  per sd (95% interval)"
-    lines = [*textwrap.wrap(diagnosis.verdict, 80), "", head.rstrip()]
+    lines = [*textwrap.wrap(clean(diagnosis.verdict), 80), "", head.rstrip()]
     for face in rows:
         bar = "".join(cell for cell, _ in _bar(face.standardised, limit, _PLAIN_BAR, _ASCII))
         lines.append(f"{clean(face.name):<{width}}  {bar}  {_interval(face.standardised)}")
@@ -36,7 +36,8 @@ def plain_diagnosis(diagnosis: "Diagnosis") -> str:
     for face in rows:
         weight = f"{_interval(face.weight):<28}{face.share:>7.0%}{face.agreement:>11.1%}"
         lines.append(f"{clean(face.name):<{width}}  {weight}")
-    lines += ["", *(f"{name:<24} {_percents(part)}" for name, part in _accuracies(diagnosis)), ""]
+    lines += ["", "held-out pairs predicted (95% interval), chance 50%"]
+    lines += [*(f"{name:<18} {_percents(part)}" for name, part in _accuracies(diagnosis)), ""]
     return "\n".join([*lines, *(f"{clean(face.name)}: {_examples(face)}" for face in rows), _settings(diagnosis)])
 
 
@@ -49,10 +50,11 @@ def rich_diagnosis(diagnosis: "Diagnosis", width: int) -> "RenderableType":
     rows = _sorted(diagnosis)
     limit = _limit(rows)
     name_width = min(max(len(clean(face.name)) for face in rows), 16)
-    bar_width = max(11, min(61, width - name_width - 45)) | 1  # odd: zero has a column of its own
+    bar_width = max(21, min(61, width - name_width - 45))
+    bar_width -= 1 - bar_width % 2  # odd: zero has a column of its own
     bars = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     bars.add_column(max_width=name_width, overflow="ellipsis", no_wrap=True)
-    bars.add_column(Text("punished 0 rewarded"), justify="center", no_wrap=True, width=bar_width)
+    bars.add_column(Text("punished 0 rewarded".center(bar_width)), no_wrap=True, width=bar_width)
     bars.add_column("per sd (95% interval)", no_wrap=True)
     for title in ("weight", "share", "agree"):
         bars.add_column(title, justify="right", no_wrap=True)
@@ -62,13 +64,13 @@ def rich_diagnosis(diagnosis: "Diagnosis", width: int) -> "RenderableType":
         for cell, whisker in _bar(face.standardised, limit, bar_width, _UNICODE):
             bar.append(cell, style="" if whisker else colour)
         style = "dim" if face.weight.covers(0) else ""
-        numbers = (_interval(face.standardised), f"{face.weight.value:+.3g}", f"{face.share:.0%}")
+        numbers = (_interval(face.standardised), f"{face.weight.value:+.2g}", f"{face.share:.0%}")
         cells = [Text(text, style=style) for text in (*numbers, f"{face.agreement:.0%}")]
         bars.add_row(Text(clean(face.name), style="bold"), bar, *cells)
     predicted = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     predicted.add_column(no_wrap=True)
-    predicted.add_column(Text("0%         50%        100%"), justify="center", no_wrap=True)
-    predicted.add_column("of held-out pairs predicted (95% interval)", no_wrap=True)
+    predicted.add_column(Text("0%       chance        100%"), no_wrap=True, width=27)
+    predicted.add_column("of held-out pairs predicted (95%)", no_wrap=True)
     for name, part in _accuracies(diagnosis):
         line = Text()
         for cell, whisker in _bar(part, 0.5, 27, _UNICODE, zero=0.5):
@@ -120,7 +122,7 @@ def _colour(face: "FaceDiagnosis", limit: float) -> str:
 def _accuracies(diagnosis: "Diagnosis") -> list[tuple[str, "Estimate"]]:
     return [
         ("these faces", diagnosis.accuracy),
-        ("response length alone", diagnosis.length_accuracy),
+        ("length alone", diagnosis.length_accuracy),
         ("faces and length", diagnosis.combined_accuracy),
     ]
 
@@ -130,7 +132,7 @@ def _interval(estimate: "Estimate") -> str:
 
 
 def _percents(part: "Estimate") -> str:
-    return f"{part.value:.1%} ({part.low:.1%} to {part.high:.1%}), chance 50%"
+    return f"{part.value:.1%} ({part.low:.1%} to {part.high:.1%})"
 
 
 def _pairs(examples: Sequence["Example"]) -> str:
@@ -138,7 +140,7 @@ def _pairs(examples: Sequence["Example"]) -> str:
 
 
 def _examples(face: "FaceDiagnosis") -> str:
-    return f"explains best pairs {_pairs(face.best)}; contradicts {_pairs(face.worst)}"
+    return f"explains best {_pairs(face.best)}; contradicts {_pairs(face.worst)}"
 
 
 def _settings(diagnosis: "Diagnosis") -> str:
@@ -175,7 +177,8 @@ def _bar(
 
 # The drawing
 
-_WIDTH, _ROW, _LEFT, _BAR, _NUMBERS = 860, 26, 150, 420, 590  # x: names end, bars are that wide, numbers begin
+# Names end at _LEFT, bars are _BAR wide, numbers begin at _NUMBERS.
+_WIDTH, _ROW, _LEFT, _BAR, _NUMBERS, _SHARE = 940, 26, 180, 420, 632, 850
 
 
 def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
@@ -186,7 +189,7 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
     body: list[str] = []
     y = 8
     if alone:
-        for line in textwrap.wrap(diagnosis.verdict, 118):
+        for line in textwrap.wrap(diagnosis.verdict, 125):
             y += 20
             body.append(_text(16, y, line))
         y += 16
@@ -196,7 +199,7 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
         _text(middle - 8, y, "punished", "end", note=True),
         _text(middle + 8, y, "rewarded", note=True),
         _text(_NUMBERS, y, "per sd (95%)", note=True),
-        _text(770, y, "share", "end", note=True),
+        _text(_SHARE, y, "share", "end", note=True),
         _text(_WIDTH - 16, y, "agreement", "end", note=True),
     ]
     for face in faces:
@@ -208,7 +211,7 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
             _text(_LEFT - 12, y + 5, name if len(name) <= 18 else f"{name[:17]}…", "end"),
             *_whisker(e, middle, _BAR / 2 / limit, y, _colour(face, limit)),
             _text(_NUMBERS, y + 5, _interval(e)),
-            _text(770, y + 5, f"{face.share:.0%}", "end"),
+            _text(_SHARE, y + 5, f"{face.share:.0%}", "end"),
             _text(_WIDTH - 16, y + 5, f"{face.agreement:.1%}", "end"),
             "</g>",
         ]
@@ -219,7 +222,7 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
         _text(_LEFT, y, "0%", "middle", note=True),
         _text(middle, y, "chance 50%", "middle", note=True),
         _text(_LEFT + _BAR, y, "100%", "middle", note=True),
-        _text(_NUMBERS, y, "held-out pairs predicted (95%)", note=True),
+        _text(_NUMBERS, y, "of held-out pairs predicted (95%)", note=True),
     ]
     for name, part in _accuracies(diagnosis):
         y += _ROW
