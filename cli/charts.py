@@ -34,7 +34,7 @@ def plain_diagnosis(diagnosis: "Diagnosis") -> str:
         lines.append(f"{clean(face.name):<{width}}  {bar}  {_interval(face.standardised)}")
     lines += ["", f"{'':<{width}}  {'weight (95% interval)':<28}{'share':>7}{'agreement':>11}"]
     for face in rows:
-        weight = f"{_interval(face.weight):<28}{face.share:>7.0%}{face.agreement:>11.1%}"
+        weight = f"{_interval(face.weight):<28}{_share(face, diagnosis):>7}{face.agreement:>11.1%}"
         lines.append(f"{clean(face.name):<{width}}  {weight}")
     lines += ["", "held-out pairs predicted (95% interval), chance 50%"]
     lines += [*(f"{name:<18} {_percents(part)}" for name, part in _accuracies(diagnosis)), ""]
@@ -64,7 +64,7 @@ def rich_diagnosis(diagnosis: "Diagnosis", width: int) -> "RenderableType":
         for cell, whisker in _bar(face.standardised, limit, bar_width, _UNICODE):
             bar.append(cell, style="" if whisker else colour)
         style = "dim" if face.weight.covers(0) else ""
-        numbers = (_interval(face.standardised), f"{face.weight.value:+.2g}", f"{face.share:.0%}")
+        numbers = (_interval(face.standardised), f"{face.weight.value:+.2g}", _share(face, diagnosis))
         cells = [Text(text, style=style) for text in (*numbers, f"{face.agreement:.0%}")]
         bars.add_row(Text(clean(face.name), style="bold"), bar, *cells)
     predicted = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
@@ -133,6 +133,10 @@ def _interval(estimate: "Estimate") -> str:
 
 def _percents(part: "Estimate") -> str:
     return f"{part.value:.1%} ({part.low:.1%} to {part.high:.1%})"
+
+
+def _share(face: "FaceDiagnosis", diagnosis: "Diagnosis") -> str:
+    return f"{face.share:.0%}" if diagnosis.explains else "-"  # a share of nothing is noise
 
 
 def _pairs(examples: Sequence["Example"]) -> str:
@@ -211,7 +215,7 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
             _text(_LEFT - 12, y + 5, name if len(name) <= 18 else f"{name[:17]}…", "end"),
             *_whisker(e, middle, _BAR / 2 / limit, y, _colour(face, limit)),
             _text(_NUMBERS, y + 5, _interval(e)),
-            _text(_SHARE, y + 5, f"{face.share:.0%}", "end"),
+            _text(_SHARE, y + 5, _share(face, diagnosis), "end"),
             _text(_WIDTH - 16, y + 5, f"{face.agreement:.1%}", "end"),
             "</g>",
         ]

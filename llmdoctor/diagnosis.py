@@ -350,15 +350,18 @@ def _verdict(
     longer = "longer" if longer_preferred > 0.5 else "shorter"
     length = f"Length alone predicts {_percent(length_accuracy)} ({longer} answers are preferred)"
     said = []
-    if not explains:
+    if not clear and accuracy.low > chance:
+        said.append(
+            f"No single face is sure to explain the preferences: every weight's interval covers zero, though together "
+            f"they predict {_percent(accuracy)} of held-out pairs, where chance is 50%. They may overlap: try fewer."
+        )
+    elif not explains:
         said.append(
             f"These faces do not explain the preferences: they predict {_percent(accuracy)} of held-out pairs, "
             "where chance is 50%, and " + ("every" if not clear else "not every") + " weight's interval covers zero."
         )
         if clear and accuracy.covers(chance):
             said.append(f"A slight effect of {_listed([face.name for face in clear])} may show with more pairs.")
-        if length_speaks:
-            said.append(f"{length}.")
     else:
         for word, sign in (("reward", 1), ("punish", -1)):
             if behaviours := [face for face in clear if face.weight.value * sign > 0]:
@@ -374,6 +377,8 @@ def _verdict(
             said.append(f"{length}: the faces explain more than that.")
         else:
             said.append(f"Length alone predicts {_percent(length_accuracy)}, no better than chance.")
+    if length_speaks and not explains:
+        said.append(f"{length}.")
     if pairs < _FEW_PAIRS:
         said.append(f"With only {pairs} pairs all of this is rough.")
     return " ".join(said)

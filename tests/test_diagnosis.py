@@ -317,6 +317,23 @@ def test_faces_beside_length_are_credited():
     assert found.combined_accuracy.value > max(found.accuracy.value, found.length_accuracy.value)
 
 
+def test_faces_that_say_the_same_are_called_overlapping():
+    """Two nearly equal behaviours, of which neither alone can be told from zero, predict together."""
+    rng = np.random.default_rng(11)
+    pairs = []
+    for number in range(150):
+        a, b = (rng.normal(rng.normal(size=(1, 1)), 1, size=(6, 1)) for _ in range(2))
+        a, b = (np.hstack([gaps, gaps + rng.normal(0, 0.01, gaps.shape)]) for gaps in (a, b))
+        sides = response(str(number), a), response(str(number), b)
+        odds = (signal(sides[0]) - signal(sides[1])).sum() * 0.15
+        pairs.append(PairScores(*(sides if rng.random() < 1 / (1 + math.exp(-odds)) else sides[::-1])))
+    found = diagnose(pairs, FACES[:2], SETTINGS, resamples=300)
+    assert all(face.weight.covers(0) for face in found.faces)
+    assert found.accuracy.low > 0.5
+    assert found.verdict.startswith("No single face is sure to explain the preferences")
+    assert not found.explains
+
+
 # What cannot be diagnosed, or hardly
 
 

@@ -28,7 +28,11 @@ def face(name: str, value: float, half: float, **changes: object) -> FaceDiagnos
 def diagnosis() -> Diagnosis:
     return Diagnosis(
         pairs=1500,
-        faces=(face("brief", -0.5, 0.125), face("kind", 1.0, 0.25), face("safe", 0.0625, 0.25, weight=Estimate(0.00376, -0.01, 0.02))),
+        faces=(
+            face("brief", -0.5, 0.125),
+            face("kind", 1.0, 0.25),
+            face("safe", 0.0625, 0.25, weight=Estimate(0.00376, -0.01, 0.02)),
+        ),
         accuracy=Estimate(0.75, 0.7, 0.8),
         length_accuracy=Estimate(0.5, 0.45, 0.55),
         combined_accuracy=Estimate(0.76, 0.71, 0.81),
