@@ -8,7 +8,7 @@ with g_{j,t} the signed importance of token t under face pair j (`llmdoctor.rewa
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,8 @@ def bradley_terry(features_P_F: Doubles) -> Doubles:
     if not np.isfinite(features_P_F).all():
         raise DataError("the features of the Bradley-Terry fit must be finite numbers: some are nan or infinite")
     scale_F = _scale(features_P_F)
-    return _newton(features_P_F / scale_F, np.zeros((1, features_P_F.shape[1])))[0] / scale_F
+    weights_F: Doubles = _newton(features_P_F / scale_F, np.zeros((1, features_P_F.shape[1])))[0] / scale_F
+    return weights_F
 
 
 def diagnose(
@@ -184,21 +185,24 @@ def diagnose(
     by_faces, by_length, by_both = (
         _held_out(x, fold_P) for x in (x_P_F, longer_P[:, None], np.column_stack([x_P_F, longer_P]))
     )
-    found = {
-        "pairs": len(ids),
-        "faces": diagnosed,
-        "accuracy": _wilson(by_faces),
-        "length_accuracy": _wilson(by_length),
-        "combined_accuracy": _wilson(by_both),
-        "beyond_length": _paired(by_faces - by_length),
-        "added_to_length": _paired(by_both - by_length),
-        "longer_preferred": float(_correct(longer_P).mean()),
-        "chance": 0.5,
-    }
-    explains = found["accuracy"].low > 0.5 and not all(face.weight.covers(0) for face in diagnosed)
+    accuracy = _wilson(by_faces)
     used = {"tau": settings.tau, "theta": settings.theta, "eps": settings.eps}
     used |= {"seed": seed, "resamples": resamples, "folds": min(folds, len(ids))}
-    return Diagnosis(**found, explains=explains, verdict=_verdict(explains=explains, **found), settings=used)
+    found = Diagnosis(
+        pairs=len(ids),
+        faces=diagnosed,
+        accuracy=accuracy,
+        length_accuracy=_wilson(by_length),
+        combined_accuracy=_wilson(by_both),
+        beyond_length=_paired(by_faces - by_length),
+        added_to_length=_paired(by_both - by_length),
+        longer_preferred=float(_correct(longer_P).mean()),
+        chance=0.5,
+        explains=accuracy.low > 0.5 and not all(face.weight.covers(0) for face in diagnosed),
+        verdict="",
+        settings=used,
+    )
+    return replace(found, verdict=_verdict(found))
 
 
 def features(
@@ -330,24 +334,13 @@ def _examples(ids: Sequence[str], order_P: Doubles, sign: float) -> tuple[Exampl
     return tuple(Example(ids[p], sign * float(order_P[p])) for p in first if order_P[p] < 0)
 
 
-def _verdict(
-    *,
-    explains: bool,
-    pairs: int,
-    faces: Sequence[FaceDiagnosis],
-    accuracy: Estimate,
-    length_accuracy: Estimate,
-    beyond_length: Estimate,
-    added_to_length: Estimate,
-    longer_preferred: float,
-    chance: float,
-    **_: Any,
-) -> str:
+def _verdict(found: Diagnosis) -> str:
+    accuracy, length_accuracy, chance = found.accuracy, found.length_accuracy, found.chance
     clear = sorted(
-        (face for face in faces if not face.weight.covers(0)), key=lambda face: -abs(face.standardised.value)
+        (face for face in found.faces if not face.weight.covers(0)), key=lambda face: -abs(face.standardised.value)
     )
     length_speaks = length_accuracy.low > chance
-    longer = "longer" if longer_preferred > 0.5 else "shorter"
+    longer = "longer" if found.longer_preferred > 0.5 else "shorter"
     length = f"Length alone predicts {_percent(length_accuracy)} ({longer} answers are preferred)"
     said = []
     if not clear and accuracy.low > chance:
@@ -355,7 +348,7 @@ def _verdict(
             f"No single face is sure to explain the preferences: every weight's interval covers zero, though together "
             f"they predict {_percent(accuracy)} of held-out pairs, where chance is 50%. They may overlap: try fewer."
         )
-    elif not explains:
+    elif not found.explains:
         said.append(
             f"These faces do not explain the preferences: they predict {_percent(accuracy)} of held-out pairs, "
             "where chance is 50%, and " + ("every" if not clear else "not every") + " weight's interval covers zero."
@@ -367,20 +360,20 @@ def _verdict(
             if behaviours := [face for face in clear if face.weight.value * sign > 0]:
                 said.append(f"These preferences {word} {_listed([_weighed(face) for face in behaviours])}.")
         said.append(f"The faces predict {_percent(accuracy)} of held-out pairs, where chance is 50%.")
-        if length_speaks and beyond_length.low <= 0:
+        if length_speaks and found.beyond_length.low <= 0:
             said.append(f"But response length alone explains as much or more: {length[0].lower()}{length[1:]}.")
-            if added_to_length.low > 0:
-                said.append(f"Beside length the faces still add {100 * added_to_length.value:.1f} points.")
+            if found.added_to_length.low > 0:
+                said.append(f"Beside length the faces still add {100 * found.added_to_length.value:.1f} points.")
             else:
                 said.append("Beside length the faces add nothing certain: these weights may be length in disguise.")
         elif length_speaks:
             said.append(f"{length}: the faces explain more than that.")
         else:
             said.append(f"Length alone predicts {_percent(length_accuracy)}, no better than chance.")
-    if length_speaks and not explains:
+    if length_speaks and not found.explains:
         said.append(f"{length}.")
-    if pairs < _FEW_PAIRS:
-        said.append(f"With only {pairs} pairs all of this is rough.")
+    if found.pairs < _FEW_PAIRS:
+        said.append(f"With only {found.pairs} pairs all of this is rough.")
     return " ".join(said)
 
 
