@@ -67,10 +67,15 @@ def measure(answers: Answers, questions: Sequence[str], seeds: Sequence[int]) ->
     return rows
 
 
-def generator(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
-    """The generator's own good answers: every sentence helpful and safe."""
-    rng = random.Random(seed)
-    return [answer(question, rng, helpful=1.0, safe=1.0) for question in questions], float("nan")
+def generator(names: Sequence[str]) -> Answers:
+    """The generator's own good answers: every sentence on these axes is good, on others half of them."""
+    chances = dict.fromkeys(names, 1.0)
+
+    def run(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
+        rng = random.Random(seed)
+        return [answer(question, rng, **chances) for question in questions], float("nan")
+
+    return run
 
 
 def decoder(model: LLMdoctor, betas: dict[str, float]) -> Answers:
@@ -129,7 +134,7 @@ def main() -> None:
         for beta in args.betas:
             label = f"guided by {' + '.join(names)}, beta {beta:g}"
             settings[label] = decoder(model, dict.fromkeys(names, beta))
-    settings["generator's own good answers"] = generator
+        settings[f"generator's own good answers: {' + '.join(names)}"] = generator(names)
     lines = [f"| {' | '.join(['', *COLUMNS])} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
     for name, answers in settings.items():
         lines.append(line(name, measure(answers, questions, args.seeds)))

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,7 @@ CHAT_TEMPLATE = (
 CONTEXT = 1024
 NEUTRAL = "You are an assistant."
 LABEL_NOISE = 0.1
-DOCTORS: dict[str, tuple[str, dict[str, Any]]] = {  # doctor (and face pair) -> label, changes to the profile's rewards
-    "helpful": ("better_response_id", {}),
-    # the patient hardly follows its safe faces, so there the sign has to come from the label
-    "safe": ("safer_response_id", {"direction": "label", "theta": 0.0}),
-}
-FIRST_TOKEN_WEIGHT = 4.0  # loss weight where a sentence begins: there the model chooses helpful or not, safe or not
+DOCTORS = {"helpful": "better_response_id", "safe": "safer_response_id"}  # doctor (and face pair) -> label
 Conversation = tuple[list[int], list[float]]  # token ids, and the loss weight of each (0: not the model's to say)
 
 
@@ -64,9 +59,13 @@ class Recipe:
     batch: int
     learning_rate: float
     plain: float  # share of conversations without a system prompt
+    decay: float = 0.5  # share of the steps over which the learning rate falls to nothing
+    first_token: float = 4.0  # loss weight where a sentence begins: there the model chooses helpful or not, safe or not
 
 
-PATIENT = Recipe(6, 160, 320, 4, steps=2400, batch=16, learning_rate=0.02, plain=0.3)
+PATIENT = Recipe(12, 112, 192, 4, steps=2400, batch=16, learning_rate=0.02, plain=0.3)
+# a second pass for grammar and obedience to the faces
+PATIENT_POLISH = replace(PATIENT, steps=1200, learning_rate=0.01, plain=0.2, decay=1.0, first_token=8.0)
 DOCTOR_BASE = Recipe(2, 96, 192, 4, steps=2500, batch=20, learning_rate=0.02, plain=0.9)
 
 
@@ -103,7 +102,9 @@ def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Message]) -> Conversation:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Message], first_token: float = 1.0
+) -> Conversation:
     """The ids of a conversation as the chat template lays it out, each content tokenised on its own."""
     ids: list[int] = []
     weights: list[float] = []
@@ -113,7 +114,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Message]) 
         ids += [_id(tokenizer, f"<|{message['role']}|>"), *content, _id(tokenizer, END)]
         if message["role"] == "assistant":
             before = [stop, *content]  # the last token of each sentence, and so of the header, is a full stop
-            weights += [0.0, *(FIRST_TOKEN_WEIGHT if token == stop else 1.0 for token in before)]
+            weights += [0.0, *(first_token if token == stop else 1.0 for token in before)]
         else:
             weights += [0.0] * (len(content) + 2)
     return ids[:CONTEXT], weights[:CONTEXT]
@@ -126,7 +127,8 @@ def batches(
     rng = random.Random(seed)
     for epoch in range(recipe.steps):
         pool = [
-            encode(tokenizer, c) for c in world.conversations(40 * recipe.batch, seed * 10_000 + epoch, recipe.plain)
+            encode(tokenizer, c, recipe.first_token)
+            for c in world.conversations(40 * recipe.batch, seed * 10_000 + epoch, recipe.plain)
         ]
         pool.sort(key=lambda conversation: len(conversation[0]))
         chunks = [pool[i : i + recipe.batch] for i in range(0, len(pool), recipe.batch)]
@@ -179,7 +181,9 @@ def _train(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config)
+    # with weights in the folder this is a further pass over them
+    trained = Path(folder, "model.safetensors").exists()
+    model = LlamaForCausalLM.from_pretrained(folder) if trained else LlamaForCausalLM(config)
     parameters = list(model.parameters())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
@@ -191,8 +195,8 @@ def _train(
     warmup = min(50, recipe.steps // 10 + 1)
 
     def speed(step: int) -> float:
-        """Share of the peak learning rate: a linear warm-up, a plateau, a linear way down over the last half."""
-        return min((step + 1) / warmup, 1.0, max(0.01, (recipe.steps - step) / (recipe.steps * 0.5)))
+        """Share of the peak learning rate: a linear warm-up, a plateau, a linear way down."""
+        return min((step + 1) / warmup, 1.0, max(0.01, (recipe.steps - step) / (recipe.steps * recipe.decay)))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, speed) for optimizer in optimizers]
     stream = batches(tokenizer, recipe, seed, rank, ranks)
@@ -372,20 +376,23 @@ def _label(question: str, left: str, right: str, rng: random.Random) -> dict[str
     return record
 
 
-def build_models(folder: Path, seed: int, patient: Recipe, doctor_base: Recipe, processes: int) -> None:
+def build_models(
+    folder: Path, seed: int, patient: Recipe, polish: Recipe, doctor_base: Recipe, processes: int
+) -> None:
     """Tokenizer, patient and doctor base, with what was measured in ``figures.json``."""
     tokenizer = build_tokenizer(seed)
     texts = [m["content"] for c in world.conversations(300, seed) for m in c if m["role"] == "assistant"]
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
     print(f"tokenizer: {len(tokenizer)} entries, {tokens / sum(len(t.split()) for t in texts):.2f} tokens a word")
     train_model(folder, "patient", patient, tokenizer, seed, processes)
+    train_model(folder, "patient", polish, tokenizer, seed + 1, processes)
     train_model(folder, "doctor-base", doctor_base, tokenizer, seed, processes)
     figures = report(folder, seed)
     parameters = {name: load(folder / name)[0].num_parameters() for name in ("patient", "doctor-base")}
     record = {
         "seed": seed,
         "parameters": parameters,
-        "recipes": {"patient": asdict(patient), "doctor-base": asdict(doctor_base)},
+        "recipes": {"patient": asdict(patient), "polish": asdict(polish), "doctor-base": asdict(doctor_base)},
         "held_out": {name: {key: round(x, 4) for key, x in row.items()} for name, row in figures.items()},
     }
     (folder / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -400,7 +407,7 @@ def build_doctors(folder: Path) -> None:
     # from inside the folder, so that the artefacts name each other by relative paths
     with chdir(folder), tempfile.TemporaryDirectory() as scratch:
         patient = load_patient("./patient")
-        for name, (label, changes) in DOCTORS.items():
+        for name, label in DOCTORS.items():
             started = time.monotonic()
             rewards = Path(scratch, name)
             data = DataSettings(source="./pairs.jsonl.gz", label=label)
@@ -418,7 +425,7 @@ def build_doctors(folder: Path) -> None:
                 rewards,
                 Path(name),
                 base_model="./doctor-base",
-                reward_settings=profile.rewards.model_copy(update={"faces": (name,), **changes}),
+                reward_settings=profile.rewards.model_copy(update={"faces": (name,)}),
                 settings=profile.train,
                 on_step=show,
             )
@@ -439,14 +446,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Rebuild the embedded clinic from its seed.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("models", "pairs", "doctors", "all"), default="all")
-    parser.add_argument("--steps", type=int, default=PATIENT.steps, help="training steps of the patient")
+    parser.add_argument("--steps", type=int, default=PATIENT.steps, help="training steps of the patient, half of them again to polish")
     parser.add_argument("--base-steps", type=int, default=DOCTOR_BASE.steps, help="training steps of the doctor base")
     parser.add_argument("--pairs", type=int, default=1500, help="preference pairs to draw")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="training processes")
     parser.add_argument("--output", type=Path, default=CLINIC)
     options = parser.parse_args(argv)
-    patient = Recipe(**{**asdict(PATIENT), "steps": options.steps})
-    doctor_base = Recipe(**{**asdict(DOCTOR_BASE), "steps": options.base_steps})
+    patient = replace(PATIENT, steps=options.steps)
+    polish = replace(PATIENT_POLISH, steps=options.steps // 2)
+    doctor_base = replace(DOCTOR_BASE, steps=options.base_steps)
     for stage in ("models", "pairs", "doctors"):
         if options.stage not in (stage, "all"):
             continue
@@ -457,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.copytree(options.output, new)
         new.mkdir(exist_ok=True)
         if stage == "models":
-            build_models(new, options.seed, patient, doctor_base, options.processes)
+            build_models(new, options.seed, patient, polish, doctor_base, options.processes)
         elif stage == "pairs":
             draw_pairs(new, options.seed, options.pairs)
         else:
