@@ -83,14 +83,17 @@ def _data(profile: "Profile", source: str | None, split: str | None, label: str 
 
 
 def _faces(profile: "Profile", names: Sequence[str] | None) -> "dict[str, FacePair]":
-    if not profile.faces:
-        raise UsageError(f"profile {profile.name} has no faces: add a 'faces' section")
+    from llmdoctor.profile import library_faces
+
+    known = {**library_faces(), **profile.faces}
+    ready = ", ".join(name for name in library_faces() if name not in profile.faces)
     chosen = names or profile.rewards.faces or tuple(profile.faces)
-    if unknown := [name for name in chosen if name not in profile.faces]:
-        raise UsageError(
-            f"--face: profile {profile.name} has no face {unknown[0]!r} (it has: {', '.join(profile.faces)})"
-        )
-    return {name: profile.faces[name].pair() for name in chosen}
+    if not chosen:
+        raise UsageError(f"profile {profile.name} has no faces: add a 'faces' section, or --face with one of {ready}")
+    if unknown := [name for name in chosen if name not in known]:
+        own = f"it has: {', '.join(profile.faces)}; " if profile.faces else ""
+        raise UsageError(f"--face: profile {profile.name} has no face {unknown[0]!r} ({own}the library has: {ready})")
+    return {name: known[name].pair() for name in chosen}
 
 
 def _require_usable(data: "DataSettings") -> None:

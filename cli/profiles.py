@@ -49,3 +49,17 @@ def path(name: str = typer.Argument("clinic")) -> None:
     from llmdoctor.profile import profile_path
 
     put(str(profile_path(name)))
+
+
+@app.command()
+def faces(as_json: options.Json = False) -> None:
+    """The ready face pairs that every profile may name: `extract --face NAME`, or `rewards.faces` in a profile."""
+    import yaml
+
+    from llmdoctor.profile import library_faces
+
+    library = {name: face.model_dump() for name, face in library_faces().items()}
+    if as_json:
+        put_json(library)
+        return
+    put(yaml.safe_dump(library, sort_keys=False, allow_unicode=True, width=150).rstrip())

@@ -7,6 +7,7 @@ file, ``~/`` is the home folder, and anything else (a hub name, a path seen from
 import difflib
 import os.path
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -161,11 +162,15 @@ class Profile(_Settings):
     @model_validator(mode="after")
     def _rewards_use_known_faces(self) -> "Profile":
         for face in self.rewards.faces or ():
-            if self.faces and face not in self.faces:
-                raise ValueError(f"'rewards.faces' names {face!r}, but 'faces' has only {', '.join(self.faces)}")
+            if self.faces and face not in self.faces and face not in library_faces():
+                raise ValueError(
+                    f"'rewards.faces' names {face!r}, but 'faces' has only {', '.join(self.faces)} "
+                    f"and the library {', '.join(library_faces())}"
+                )
         return self
 
 
+_LIBRARY = "faces.yaml"
 _SECTIONS: dict[str, type[_Settings]] = {
     "patient": PatientSettings,
     "data": DataSettings,
@@ -190,7 +195,16 @@ def override(settings: SettingsT, **changes: Any) -> SettingsT:
 
 def profile_names() -> list[str]:
     """The names of the profiles that come with the package."""
-    return sorted(path.stem for path in _folder().glob("*.yaml"))
+    return sorted(path.stem for path in _folder().glob("*.yaml") if path.name != _LIBRARY)
+
+
+@cache
+def library_faces() -> Mapping[str, FaceSettings]:
+    """The ready face pairs that come with the package (``profiles/faces.yaml``), by name.
+
+    ``extract --face NAME`` and a profile's ``rewards.faces`` may name them; a profile's own face of that name wins.
+    """
+    return {name: FaceSettings.model_validate(face) for name, face in _read_yaml(_folder() / _LIBRARY).items()}
 
 
 def profile_path(name_or_path: str | Path) -> Path:

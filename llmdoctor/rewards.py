@@ -8,11 +8,11 @@ Departure from the paper: ``direction`` may be the sign of the gap itself (and i
 the whole response; see README for what that changes. Several face pairs are averaged, or weighted by the fit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmdoctor.diagnosis import bradley_terry
 from llmdoctor.errors import UsageError
 from llmdoctor.profile import RewardSettings
 from llmdoctor.types import Floats, PairScores, TokenRewards, TokenScores
@@ -23,7 +23,7 @@ def gap(scores: TokenScores, face: str) -> Floats:
     return scores.positive[face] - scores.negative[face]
 
 
-def importance(gaps: Floats, scale: float, tau: float) -> Floats:
+def importance(gaps: Floats, scale: float | Floats, tau: float) -> Floats:
     """S_t = tanh(|gap_t| / scale / tau) [T], in [0, 1); ``scale`` is the response's mean |gap| + eps."""
     return np.tanh(np.abs(gaps) / scale / tau).astype(np.float32)
 
@@ -37,27 +37,44 @@ def face_signal(scores: TokenScores, face: str, settings: RewardSettings, *, alt
     scale = float(np.abs(gaps).mean()) + settings.eps
     if alternative:
         gaps = scores.alternative_positive[face] - scores.alternative_negative[face]
-    strength = importance(gaps, scale, settings.tau)
-    return np.where(strength > settings.theta, np.sign(gaps) * strength, np.float32(0)).astype(np.float32)
+    return _signed(gaps, importance(gaps, scale, settings.tau), settings.theta)
+
+
+def _signed(gaps: Floats, strength: Floats, theta: float) -> Floats:
+    return np.where(strength > theta, np.sign(gaps) * strength, np.float32(0)).astype(np.float32)
+
+
+def face_sums(scores: TokenScores, faces: Sequence[str], settings: RewardSettings) -> NDArray[np.float64]:
+    """Sum_t g_t under every face pair [F], all at once; nan for one whose log-probs are not all finite."""
+    gaps_F_T = np.stack([gap(scores, face) for face in faces])
+    scale_F_1 = np.abs(gaps_F_T).mean(axis=1, keepdims=True) + np.float32(settings.eps)
+    with np.errstate(invalid="ignore"):
+        strength_F_T = importance(gaps_F_T, scale_F_1, settings.tau)
+    sums_F = _signed(gaps_F_T, strength_F_T, settings.theta).sum(axis=1, dtype=np.float64)
+    return np.where(np.isfinite(scale_F_1[:, 0]), sums_F, np.nan)
+
+
+def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...]:
+    """The face pairs that count: those of ``settings``, or all of ``faces``; UsageError for one that is not there."""
+    known = tuple(faces)
+    names = settings.faces or known
+    if missing := [name for name in names if name not in known]:
+        raise UsageError(f"no face pair {missing[0]!r} in these rewards: they hold {', '.join(known)}")
+    return names
 
 
 def face_weights(pairs: Iterable[PairScores], faces: Iterable[str], settings: RewardSettings) -> dict[str, float]:
     """The weight of every face pair: its Bradley-Terry coefficient for direction "fitted", otherwise 1 / F.
 
-    Raises UsageError when ``settings.faces`` names a face pair that is not among ``faces``.
+    Raises UsageError when ``settings.faces`` names a face pair that is not among ``faces``, and DataError when fitted
+    log-probs are not finite numbers.
     """
-    known = tuple(faces)
-    names = settings.faces or known
-    if missing := [name for name in names if name not in known]:
-        raise UsageError(f"no face pair {missing[0]!r} in these rewards: they hold {', '.join(known)}")
+    names = face_names(faces, settings)
     if settings.direction != "fitted":
         return dict.fromkeys(names, 1.0 / len(names))
-    features = [
-        [face_signal(pair.chosen, n, settings).sum() - face_signal(pair.rejected, n, settings).sum() for n in names]
-        for pair in pairs
-    ]
-    difference_P_F = np.array(features, dtype=np.float64).reshape(-1, len(names))
-    return dict(zip(names, bradley_terry(difference_P_F).tolist(), strict=True))
+    from llmdoctor.diagnosis import bradley_terry, features  # which itself reads the signals of this module
+
+    return dict(zip(names, bradley_terry(features(pairs, names, settings)[0]).tolist(), strict=True))
 
 
 def token_rewards(scores: TokenScores, settings: RewardSettings, weights: Mapping[str, float]) -> TokenRewards:

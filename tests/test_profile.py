@@ -1,14 +1,17 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from llmdoctor.cli.extract import _faces
 from llmdoctor.errors import ProfileError, UsageError
 from llmdoctor.profile import (
     Profile,
     RewardSettings,
     TrainSettings,
+    library_faces,
     load_profile,
     override,
     profile_names,
@@ -63,6 +66,48 @@ def test_the_default_is_the_embedded_clinic_wherever_the_package_lies():
 
 def test_the_clinic_has_the_faces_its_patient_was_trained_on():
     assert {name: face.pair() for name, face in load_profile("clinic").faces.items()} == FACES
+
+
+def test_the_library_of_faces_changes_only_the_named_behaviour():
+    """Both prompts of a pair have the same sentences and word counts; none but `concise` speaks of length."""
+    library = library_faces()
+    assert set(library) == {
+        "helpful", "honest", "harmless", "polite", "specific", "concise", "step-by-step", "hedging"
+    }  # fmt: skip
+    for name, face in library.items():
+        positive, negative = (
+            [sentence.split() for sentence in text.split(". ")] for text in (face.positive, face.negative)
+        )
+        assert [len(words) for words in positive] == [len(words) for words in negative] == [5, len(positive[1])], name
+        assert positive[0][:2] == negative[0][:2] == ["You", "are"]
+        shared = set(positive[1]) & set(negative[1])
+        assert len(shared) >= len(positive[1]) // 2, name
+        length = re.search(
+            r"brief|short|long|few|many|concise|words|length|omit|leave out", f"{face.positive} {face.negative}"
+        )
+        assert bool(length) == (name == "concise"), name
+    assert "faces" not in profile_names(), "a fragment is not a profile"
+    text = (profile_path("clinic").parent / "faces.yaml").read_text()
+    for name in library:
+        assert re.search(rf"^{name}: # \w+", text, re.MULTILINE), "each says what it measures"
+
+
+def test_a_profile_draws_on_the_library_by_name(write):
+    """Its own face of that name wins; a name in neither is an error that lists both."""
+    own = "faces: {helpful: {positive: a, negative: b}}\n"
+    profile = load_profile(write(f"patient: {{model: m}}\n{own}rewards: {{faces: [helpful, concise]}}\n"))
+    assert profile.rewards.faces == ("helpful", "concise")
+    assert _faces(profile, None) == {
+        "helpful": profile.faces["helpful"].pair(),
+        "concise": library_faces()["concise"].pair(),
+    }
+    bare = load_profile(write("patient: {model: m}\nrewards: {faces: [polite]}\n"))
+    assert _faces(bare, None) == {"polite": library_faces()["polite"].pair()}
+    assert list(_faces(bare, ["hedging", "honest"])) == ["hedging", "honest"]
+    with pytest.raises(UsageError, match=r"profile mine has no face 'polit' \(it has: helpful; .*honest.*hedging"):
+        _faces(profile, ["polit"])
+    with pytest.raises(UsageError, match=r"mine has no faces: .* --face with one of helpful, honest"):
+        _faces(load_profile(write("patient: {model: m}\n")), None)
 
 
 def test_the_paper_profile_has_every_switch_of_the_paper():

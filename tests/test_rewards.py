@@ -116,11 +116,12 @@ def test_weights_are_shared_out_unless_they_are_fitted():
 def test_fitted_weight_golden():
     """One token a response: g = ±tanh 1. Three pairs of four prefer the positive face, so 2 tanh 1 * w = ln 3.
 
-    The ridge of 1e-3 takes off about .001 * w / (.1875 * (2 tanh 1)^2) = .0017; face b is alike in both answers: 0.
+    The prior, standard deviation 5 for b = w * 2 tanh 1 (all features are that far from 0), bends it to
+    3 sigmoid(-b) - sigmoid(b) = b / 25: b = 1.0986 - .0549. Face b is alike in both answers: 0.
     """
     up, down = {"a": [2.0], "b": [1.0]}, {"a": [-7.0], "b": [1.0]}
     pairs = [PairScores(scored("chosen", up), scored("rejected", down))] * 3
     pairs += [PairScores(scored("chosen", down), scored("rejected", up))]
     weights = face_weights(iter(pairs), ("a", "b"), settings(direction="fitted"))
-    assert weights["a"] == pytest.approx(math.log(3) / (2 * ONE) - 0.0017, abs=2e-4)
+    assert weights["a"] == pytest.approx((1.0986 - 0.0549) / (2 * ONE), abs=1e-4)
     assert weights["b"] == 0
