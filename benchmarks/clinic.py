@@ -1,7 +1,7 @@
 """What guidance does on the embedded clinic, whose true quality is known: gold, grammar, diversity.
 
     python benchmarks/clinic.py                  # patient, guided at several betas, the generator's own good answers
-    python benchmarks/clinic.py --objectives     # also doctors of other objectives, the paper's literal one among them
+    python benchmarks/clinic.py --objectives 5   # instead: the first five objectives below, a `helpful` doctor each
 
 Answers to held-out questions, sampled at temperature 1, mean and (min, max) over the seeds. Writes a Markdown table to
 stdout and, with --output, the table and the exact command to a file.
@@ -31,15 +31,15 @@ Answers = Callable[[Sequence[str], int], tuple[list[str], float]]
 OBJECTIVES: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
     ("default", {}, {}),
     (
-        "paper-literal: label, absolute, no anchor, rho 1, theta 0.1",
-        {"direction": "label", "theta": 0.1},
-        {"flow": "absolute", "anchor": False, "rho": 1.0},
+        "profile paper's: label, absolute, no anchor, rho 6, tau 1, theta 0.1, SubTB unweighted",
+        {"direction": "label", "tau": 1.0, "theta": 0.1},
+        {"flow": "absolute", "anchor": False, "rho": 6.0, "subtb_weight": 1.0},
     ),
     ("label, absolute, no anchor", {"direction": "label"}, {"flow": "absolute", "anchor": False}),
+    ("gap, absolute, no anchor", {}, {"flow": "absolute", "anchor": False}),
     ("label, relative, anchor", {"direction": "label"}, {}),
     ("agree, relative, anchor", {"direction": "agree"}, {}),
     ("fitted, relative, anchor", {"direction": "fitted"}, {}),
-    ("gap, absolute, no anchor", {}, {"flow": "absolute", "anchor": False}),
     ("gap, relative, no anchor", {}, {"anchor": False}),
     ("gap, relative, anchor, no value loss", {}, {"value_weight": 0.0}),
     ("gap, relative, anchor, 1 alternative", {}, {"alternatives": 1}),
@@ -95,7 +95,23 @@ def line(name: str, rows: list[list[float]]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def objectives(profile: Profile, folder: Path, betas: Sequence[float], args: argparse.Namespace) -> list[str]:
+def shipped(profile: Profile, args: argparse.Namespace) -> list[str]:
+    """The embedded doctors beside the patient alone and the generator."""
+    model = LLMdoctor.from_profile(profile)
+    settings: dict[str, Answers] = {"patient alone": decoder(model, {})}
+    for names in (("helpful",), ("safe",), ("helpful", "safe")):
+        for beta in args.betas:
+            label = f"guided by {' + '.join(names)}, beta {beta:g}"
+            settings[label] = decoder(model, dict.fromkeys(names, beta))
+        settings[f"generator's own good answers: {' + '.join(names)}"] = generator(names)
+    lines = []
+    for name, answers in settings.items():
+        lines.append(line(name, measure(answers, held_out_questions(args.questions), args.seeds)))
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+def objectives(profile: Profile, folder: Path, args: argparse.Namespace) -> list[str]:
     """Train a doctor for every objective on the same rewards and budget, and measure each."""
     assert profile.data is not None
     assert profile.train.doctor is not None
@@ -105,13 +121,13 @@ def objectives(profile: Profile, folder: Path, betas: Sequence[float], args: arg
     for _ in extract(patient, profile.data, faces, rewards):
         pass
     lines = []
-    for name, reward_changes, train_changes in OBJECTIVES:
+    for name, reward_changes, train_changes in OBJECTIVES[: args.objectives]:
         reward_settings = RewardSettings(**{**profile.rewards.model_dump(), **reward_changes, "faces": ("helpful",)})
         settings = TrainSettings(**{**profile.train.model_dump(), **train_changes})
         doctor = folder / f"doctor-{len(lines)}"
         train(rewards, doctor, base_model=profile.train.doctor, reward_settings=reward_settings, settings=settings)
         model = LLMdoctor(profile.patient.model, {"helpful": doctor})
-        for beta in betas:
+        for beta in args.betas:
             rows = measure(decoder(model, {"helpful": beta}), held_out_questions(args.questions), args.seeds)
             lines.append(line(f"{name}; beta {beta:g}", rows))
             print(lines[-1], file=sys.stderr, flush=True)
@@ -123,25 +139,18 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.4, 0.8, 1.2])
-    parser.add_argument("--objectives", action="store_true", help="train and compare doctors on other objectives")
+    parser.add_argument(
+        "--objectives", type=int, default=0, metavar="N", help="train and compare doctors of the first N objectives"
+    )
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     profile = load_profile("clinic")
-    questions = held_out_questions(args.questions)
-    model = LLMdoctor.from_profile(profile)
-    settings: dict[str, Answers] = {"patient alone": decoder(model, {})}
-    for names in (("helpful",), ("safe",), ("helpful", "safe")):
-        for beta in args.betas:
-            label = f"guided by {' + '.join(names)}, beta {beta:g}"
-            settings[label] = decoder(model, dict.fromkeys(names, beta))
-        settings[f"generator's own good answers: {' + '.join(names)}"] = generator(names)
     lines = [f"| {' | '.join(['', *COLUMNS])} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
-    for name, answers in settings.items():
-        lines.append(line(name, measure(answers, questions, args.seeds)))
-        print(lines[-1], file=sys.stderr, flush=True)
     if args.objectives:
         with tempfile.TemporaryDirectory() as folder:
-            lines += objectives(profile, Path(folder), (0.8, 1.2), args)
+            lines += objectives(profile, Path(folder), args)
+    else:
+        lines += shipped(profile, args)
     table = "\n".join(lines)
     print(table)
     if args.output:
