@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 from llmdoctor.decode import Step, decode
 from llmdoctor.doctor import LoadedDoctor, load_doctor
 from llmdoctor.errors import UsageError
-from llmdoctor.faces import conversation, prompt_ids, with_system
+from llmdoctor.faces import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.guidance import check_guidance, check_sampling
 from llmdoctor.models import Patient, load_patient
 from llmdoctor.profile import Profile, load_profile
@@ -167,18 +167,47 @@ class LLMdoctor:
         prompt: str | Sequence[Message],
         *,
         guidance: Guidance | Callable[[], Guidance] | None = None,
+        guided: bool = True,
+        prefix_ids: Sequence[int] = (),
+        force_id: int | None = None,
         top: int = 0,
         **sampling: Any,
     ) -> Iterator[GuidedToken]:
         """Guided tokens as they are drawn, each with its numbers and, on request, its ``top`` alternatives.
 
         ``guidance`` is a fixed snapshot, or a function that is called for every token; by default the instance's own,
-        live. Close the iterator to stop. Settings are checked at once, not at the first token.
+        live. ``guided`` False is the patient alone. ``prefix_ids`` continues an answer that begins with these tokens:
+        they are read, not said again, count towards ``max_new_tokens``, and the draws that follow are seeded with the
+        seed and their number. ``force_id`` is the next token instead of a draw, with its numbers like any other. Close
+        the iterator to stop. Settings are checked at once, not at the first token; UsageError also for an id that is
+        no token.
         """
         read = guidance if callable(guidance) else (lambda: guidance) if guidance else (lambda: self._guidance)
         settings = self._sampling(sampling)
-        steps = self._decode([prompt], settings, _seed(settings), read=read, top=top)
-        return (step.token for step in steps)
+        seed = _seed(settings)
+        if not prefix_ids and force_id is None:
+            steps = self._decode([prompt], settings, seed, read=read, top=top, guided=guided)
+            return (step.token for step in steps)
+        known = set(self.patient.vocabulary.ids.values())
+        if unknown := [i for i in (*prefix_ids, *([] if force_id is None else [force_id])) if i not in known]:
+            raise UsageError(f"there is no token with the id {unknown[0]}")
+        if len(prefix_ids) >= settings.max_new_tokens:
+            raise UsageError(
+                f"the answer is {len(prefix_ids)} tokens long already and max_new_tokens is "
+                f"{settings.max_new_tokens}: raise it to continue"
+            )
+        settings = replace(settings, max_new_tokens=settings.max_new_tokens - len(prefix_ids))
+        steps = self._decode(
+            [prompt],
+            settings,
+            (seed + len(prefix_ids) * 0x9E3779B9) % (1 << 63),  # the draws of the prefix are spent
+            read=read,
+            top=top,
+            guided=guided,
+            prefix=prefix_ids,
+            first=force_id,
+        )
+        return _continued(steps, self.patient.tokenizer, prefix_ids)
 
     def compare(
         self,
@@ -233,15 +262,16 @@ class LLMdoctor:
         guided: bool = True,
         read: Callable[[], Guidance] | None = None,
         top: int = 0,
+        prefix: Sequence[int] = (),
+        first: int | None = None,
     ) -> Iterator[Step]:
         ids = [
-            prompt_ids(self.patient.tokenizer, with_system(conversation(prompt), self.system_prompt))
+            [*prompt_ids(self.patient.tokenizer, with_system(conversation(prompt), self.system_prompt)), *prefix]
             for prompt in prompts
         ]
-        if not guided:
-            return decode(self.patient, {}, ids, Guidance, sampling, seed=seed, top=top)
-        read = read or (lambda: self._guidance)
-        return decode(self.patient, self._doctors, ids, read, sampling, seed=seed, top=top)
+        doctors = self._doctors if guided else {}
+        read = (read or (lambda: self._guidance)) if guided else Guidance
+        return decode(self.patient, doctors, ids, read, sampling, seed=seed, top=top, first=first)
 
     def _sampling(self, changes: Mapping[str, Any]) -> Sampling:
         known = asdict(self.sampling)
@@ -260,6 +290,22 @@ class LLMdoctor:
 
 def _seed(sampling: Sampling) -> int:
     return secrets.randbelow(1 << 31) if sampling.seed is None else sampling.seed
+
+
+def _continued(steps: Iterator[Step], tokenizer: Any, prefix: Sequence[int]) -> Iterator[GuidedToken]:
+    """The tokens after ``prefix``, numbered and spelt as in the whole answer.
+
+    A token may complete a character that the prefix began, and some tokenizers drop the space of an answer's first
+    token: the decoder, which saw the prefix as part of the prompt, cannot know.
+    """
+    whole, part = TextStream(tokenizer), TextStream(tokenizer)
+    for i in prefix:
+        whole.push(i)
+    for step in steps:
+        token = step.token
+        text, fresh = whole.push(token.id), part.push(token.id)
+        text = text if fresh == token.text else token.text  # cut at a stop string: leave it so
+        yield replace(token, position=token.position + len(prefix), text=text)
 
 
 def _answer(steps: Sequence[Step]) -> Answer:

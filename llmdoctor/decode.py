@@ -77,17 +77,18 @@ def decode(
     *,
     seed: int,
     top: int = 0,
+    first: int | None = None,
 ) -> Iterator[Step]:
     """Decode all ``prompts`` (token ids) together and yield their tokens as they are drawn, row after row.
 
     ``guidance`` is read anew for every token. Row i draws from a generator of its own, seeded with ``seed`` + i, so a
-    prompt's answer does not depend on its neighbours. The reference path: one forward of the patient and one of every
+    prompt's answer does not depend on its neighbours. ``first`` is said first instead of a draw. The reference path: one forward of the patient and one of every
     doctor a token. Raises UsageError for settings out of range and for a prompt that fills the context.
     """
     check_sampling(sampling)
     check_guidance(guidance(), tuple(doctors))
     _check_lengths(patient, doctors, prompts)
-    return _run(patient, doctors, prompts, guidance, sampling, seed, top)
+    return _run(patient, doctors, prompts, guidance, sampling, seed, top, first)
 
 
 def _check_lengths(patient: Patient, doctors: Mapping[str, LoadedDoctor], prompts: Sequence[Sequence[int]]) -> None:
@@ -127,6 +128,7 @@ def _run(
     sampling: Sampling,
     seed: int,
     top: int,
+    first: int | None,
 ) -> Iterator[Step]:
     models = _Models(patient, doctors, prompts, with_bases=guidance().mode == "ratio")
     context = _context(patient, doctors)
@@ -149,7 +151,8 @@ def _run(
                 'the mode cannot become "ratio" in the middle of an answer: set it before the answer begins'
             )
         uniforms_B = torch.stack([torch.rand((), generator=row.uniforms, dtype=torch.float64) for row in rows])
-        ids, facts = models.step(now, sampling, uniforms_B, top)
+        ids, facts = models.step(now, sampling, uniforms_B, top, forced=first)
+        first = None
         if any(map(math.isnan, facts["product"])):
             raise LoadError(not_numbers("the models' log-probs"))
         staying = []
@@ -208,12 +211,14 @@ class _Models:
 
     @torch.inference_mode()
     def step(
-        self, guidance: Guidance, sampling: Sampling, uniforms_B: Tensor, top: int
+        self, guidance: Guidance, sampling: Sampling, uniforms_B: Tensor, top: int, forced: int | None = None
     ) -> tuple[list[int], dict[str, list[Any]]]:
         """Draw one token a row, feed it to the doctors, and return the ids with everything to be told about them."""
         bases = self.base_logps if guidance.mode == "ratio" else None
         product_B_V = product(self.patient_logp, self.doctor_logps, guidance, bases)
         ids_B = draw(product_B_V, sampling, uniforms_B)
+        if forced is not None:
+            ids_B = torch.full_like(ids_B, forced)
         picked = ids_B[:, None]
         columns = {
             "patient": self.patient_logp.gather(1, picked)[:, 0],
