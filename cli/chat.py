@@ -279,7 +279,7 @@ class Conversation:
 def parse_settings(
     text: str, names: Sequence[str], decode: "DecodeSettings", guidance: "Guidance", seed: int | None
 ) -> "tuple[DecodeSettings, Guidance, int | None]":
-    """``alpha=1 beta=0.8 helpful=1.2 seed=5`` laid over the settings in use. Raises UsageError for what is wrong in it."""
+    """``alpha=1 beta=0.8 helpful=1.2 seed=5`` laid over the settings in use. Raises UsageError."""
     from llmdoctor.profile import override
 
     given: dict[str, Any] = {}

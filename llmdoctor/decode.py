@@ -82,7 +82,8 @@ def decode(
     """Decode all ``prompts`` (token ids) together and yield their tokens as they are drawn, row after row.
 
     ``guidance`` is read anew for every token. Row i draws from a generator of its own, seeded with ``seed`` + i, so a
-    prompt's answer does not depend on its neighbours. ``first`` is said first instead of a draw. The reference path: one forward of the patient and one of every
+    prompt's answer does not depend on its neighbours. ``first`` is said first instead of a
+    draw. The reference path: one forward of the patient and one of every
     doctor a token. Raises UsageError for settings out of range and for a prompt that fills the context.
     """
     check_sampling(sampling)

@@ -55,8 +55,8 @@ class Turn:
 
     prompt: str
     seed: int
-    sampling: Sampling = Sampling()
-    guidance: Guidance = Guidance()
+    sampling: Sampling = field(default_factory=Sampling)
+    guidance: Guidance = field(default_factory=Guidance)
     patient: Reply = Reply()
     guided: Reply = Reply()
 

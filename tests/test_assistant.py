@@ -267,9 +267,7 @@ def test_a_forced_token_is_said_with_its_own_numbers(assistant: LLMdoctor) -> No
     whole = list(assistant.stream(PROMPTS[0], temperature=0.0, top=4))
     at = 4
     other = whole[at].top[2]
-    branch = list(
-        assistant.stream(PROMPTS[0], prefix_ids=ids(whole[:at]), force_id=other.id, temperature=0.0, top=4)
-    )
+    branch = list(assistant.stream(PROMPTS[0], prefix_ids=ids(whole[:at]), force_id=other.id, temperature=0.0, top=4))
     forced = branch[0]
     assert (forced.id, forced.position, forced.flip) == (other.id, at, forced.flip)
     assert forced.logprob == pytest.approx(other.logprob, abs=1e-4)

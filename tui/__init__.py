@@ -1,1 +1,1 @@
-"""The full-screen Textual app: conversation, rewards browser, comparison browser. It consumes records, never tensors."""
+"""The full-screen Textual app: conversation, rewards browser, comparison browser. It knows no tensors."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
+from textual.screen import Screen
 
 from llmdoctor.cli.render import Lens
 from llmdoctor.errors import LLMDoctorError, UsageError
@@ -112,12 +113,12 @@ class DoctorApp(App[int]):
 
 @dataclass(frozen=True)
 class Start:
-    """What a conversation begins with. ``profile`` is the profile as plain JSON values, ``models`` their short names."""
+    """What a conversation begins with. ``profile`` is the profile as plain JSON values, ``models`` their names."""
 
     load: Callable[[Callable[[str], None]], Assistant]
     models: str
-    guidance: Guidance = Guidance()
-    sampling: Sampling = Sampling()
+    guidance: Guidance = field(default_factory=Guidance)
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     profile: Mapping[str, Any] = field(default_factory=dict)
     session: Session | None = None
@@ -153,9 +154,20 @@ class ChatApp(DoctorApp):
 
         return next(screen for screen in self.screen_stack if isinstance(screen, ChatScreen))
 
+    @property
+    def _has_chat(self) -> bool:
+        from llmdoctor.tui.screens.chat import ChatScreen
+
+        return any(isinstance(screen, ChatScreen) for screen in self.screen_stack)
+
+    def exit(self, *args: Any, **how: Any) -> None:
+        """Leave; a running answer is stopped and kept first."""
+        self.stop()
+        super().exit(*args, **how)
+
     def stop(self) -> bool:
         """Stop the answer."""
-        if self.chat.live is None:
+        if not self._has_chat or self.chat.live is None:
             return False
         self.chat.action_stop()
         return True
@@ -202,6 +214,18 @@ class ChatApp(DoctorApp):
         self.notify(f"wrote {export.write(path, export.render(session, kind, lens, doctor))}", markup=False)
 
 
+class BrowserApp(DoctorApp):
+    """``llmdoctor inspect --tui`` and ``llmdoctor compare --tui``: one screen."""
+
+    def __init__(self, screen: Callable[[], Screen[None]], config: Config | None = None) -> None:
+        super().__init__(config)
+        self._screen = screen
+
+    def on_mount(self) -> None:
+        """Show it."""
+        self.push_screen(self._screen())
+
+
 def binding_ids() -> dict[str, Binding]:
     """Every key binding that can be given another key, by its id."""
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -223,5 +247,3 @@ def run(app: App[int]) -> int:
     if noise:
         print(noise, file=sys.stderr)
     return result if result is not None else app.return_code or 0
-
-

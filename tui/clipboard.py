@@ -1,4 +1,4 @@
-"""Copying: the terminal's own way (OSC 52, also through tmux and screen), and the desktop's command where there is one."""
+"""Copying: the terminal's own way (OSC 52, also through tmux and screen), and the desktop's command."""
 
 import base64
 import os

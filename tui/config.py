@@ -1,10 +1,10 @@
 """What a person has set for the screen: ``tui.toml`` in the user's configuration folder.
 
-    theme = "nord"
-    lens = "kl"
+theme = "nord"
+lens = "kl"
 
-    [keys]            # binding ids as the help screen (F1) lists them
-    "chat.rerun" = "ctrl+r"
+[keys]            # binding ids as the help screen (F1) lists them
+"chat.rerun" = "ctrl+r"
 """
 
 import os

@@ -1,5 +1,6 @@
 """A conversation as the screen shows it: replies to pieces of text, and the answer that is being made."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -105,7 +106,7 @@ def pieces(turn: int, reply: LiveReply | Reply, start: int = 0) -> Iterator[Piec
 
 
 def _steps(changed: Sequence[tuple[int, float]]) -> Iterator[tuple[int, tuple[int, float], tuple[int, float]]]:
-    for before, after in zip(changed, changed[1:], strict=False):
+    for before, after in itertools.pairwise(changed):
         yield after[0], before, after
 
 

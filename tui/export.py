@@ -66,8 +66,8 @@ def _markdown(session: Session) -> Iterator[str]:
             "alpha": turn.guidance.alpha, "betas": turn.guidance.betas, "mode": turn.guidance.mode, "seed": turn.seed
         }  # fmt: skip
         yield (
-            f"*{settings_text(settings)}; {turn.guided.flips} of {len(turn.guided.tokens)} tokens are not the patient's "
-            f"first choice, KL {turn.guided.kl:.1f} nats*\n"
+            f"*{settings_text(settings)}; {turn.guided.flips} of {len(turn.guided.tokens)} tokens are not the "
+            f"patient's first choice, KL {turn.guided.kl:.1f} nats*\n"
         )
 
 

@@ -9,13 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.sessions import Which
-from llmdoctor.types import Comparison, Guidance, GuidedToken, Message, Sampling
+from llmdoctor.types import Guidance, GuidedToken, Message, Sampling
 
 TOP = 10  # alternatives of every token
 _JOIN_SECONDS = 5.0
@@ -27,9 +27,13 @@ class Assistant(Protocol):
     guidance: Guidance
 
     @property
-    def doctor_names(self) -> tuple[str, ...]: ...
-    def stream(self, prompt: Sequence[Message], **how: Any) -> Iterator[GuidedToken]: ...
-    def compare(self, prompt: Any, **how: Any) -> Comparison: ...
+    def doctor_names(self) -> tuple[str, ...]:
+        """The doctors."""
+        ...
+
+    def stream(self, prompt: Sequence[Message], **how: Any) -> Iterator[GuidedToken]:
+        """Tokens as they are drawn."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +90,6 @@ class SideEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """A comparison is finished."""
-
-    job: int
-    index: int
-    comparison: Comparison
-
-
-@dataclass(frozen=True, slots=True)
 class Ended:
     """The job is over; ``error`` in one line when it failed."""
 
@@ -103,7 +98,7 @@ class Ended:
     error: str = ""
 
 
-Event = Progress | Loaded | Failed | Spoken | SideEnded | Compared | Ended
+Event = Progress | Loaded | Failed | Spoken | SideEnded | Ended
 
 
 class _Cancelled(Exception):
@@ -143,10 +138,6 @@ class Worker:
         """Queue an answer; both sides take turns, token by token. Returns the job's number."""
         self.sampling = sampling
         return self._submit(lambda job, assistant: self._speak(job, assistant, parts, seed))
-
-    def compare(self, prompts: Sequence[Any], seed: int) -> int:
-        """Queue comparisons of all prompts. Returns the job's number."""
-        return self._submit(lambda job, assistant: self._compare(job, assistant, prompts, seed))
 
     def cancel(self) -> None:
         """Stop what runs and what waits; it is seen at the next token."""
@@ -225,22 +216,6 @@ class Worker:
             for side in sides:
                 side.close()
 
-    def _compare(self, job: int, assistant: Assistant, prompts: Sequence[Any], seed: int) -> None:
-        def work() -> None:
-            for index, prompt in enumerate(prompts):
-                counts = {"patient": 0, "guided": 0}
-
-                def on_token(which: str, _token: GuidedToken, index: int = index, counts: Any = counts) -> None:
-                    self._check(job)
-                    counts[which] += 1
-                    text = f"prompt {index + 1} of {len(prompts)}: {counts['patient']} tokens alone"
-                    self.events.append(Progress(f"{text}, {counts['guided']} guided"))
-
-                compared = assistant.compare(prompt, on_token=on_token, top=TOP, seed=seed)
-                self.events.append(Compared(job, index, compared))
-
-        self._guarded(job, work)
-
 
 class _Side:
     """One side's stream. Other sampling settings open it anew, behind the tokens that were said."""
@@ -290,4 +265,3 @@ def _reason(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "the device ran out of memory: try a shorter conversation, or a smaller model"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-

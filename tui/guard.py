@@ -17,8 +17,8 @@ def full_screen(stdin: IO[str], stdout: IO[str]) -> bool:
 def quiet_terminal() -> Iterator[IO[bytes]]:
     """File descriptors 1 and 2 write to a file, which is given; Textual draws through a duplicate of the terminal.
 
-    Textual catches Python's ``print`` by itself, but not what C libraries write. It draws to ``sys.__stderr__`` and asks
-    ``sys.__stdout__`` for the size: both are the terminal that stdout was, also where stderr was sent to a file.
+    Textual catches Python's ``print`` by itself, but not what C libraries write. It draws to ``sys.__stderr__`` and
+    asks ``sys.__stdout__`` for the size: both are the terminal that stdout was, also where stderr was sent to a file.
     """
     sys.stdout.flush()
     sys.stderr.flush()

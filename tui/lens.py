@@ -4,6 +4,7 @@ The scale runs from orange (low) over grey (0) to blue (high), apart for any col
 one for bright backgrounds. Marks: bold far above 0, underlined far below 0, from a third of the scale on.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -16,7 +17,7 @@ from llmdoctor.types import GuidedToken
 __all__ = ["LENSES", "Lens", "legend", "score", "style"]
 
 _DARK = ((0xFF, 0x9A, 0x3D), (0xBE, 0xBE, 0xBE), (0x62, 0xB4, 0xFF))
-_LIGHT = ((0xA8, 0x4A, 0x00), (0x55, 0x55, 0x55), (0x00, 0x59, 0xB8))
+_LIGHT = ((0x9E, 0x46, 0x00), (0x55, 0x55, 0x55), (0x00, 0x59, 0xB8))
 _MARKED = 1 / 3
 _STEPS = 24
 
@@ -28,8 +29,8 @@ def score(token: GuidedToken, lens: Lens, doctor: str | None) -> float | None:
 
 def style(value: float, limit: float, *, dark: bool) -> Style:
     """The style of a score in [-limit, limit]."""
-    share = max(-1.0, min(1.0, value / limit)) if limit > 0 else 0.0
-    return _style(round(share * _STEPS) if share == share else 0, dark)
+    share = max(-1.0, min(1.0, value / limit)) if limit > 0 and math.isfinite(value) else 0.0
+    return _style(round(share * _STEPS), dark)
 
 
 @lru_cache(maxsize=256)
@@ -62,5 +63,5 @@ def legend(lens: Lens, doctor: str | None, limit: float, *, dark: bool, narrow: 
     if not narrow:
         text.append(" bold", Style(bold=True)).append(": high")
         if lens != "kl":
-            text.append("  low", Style(underline=True)).append(": underlined")
+            text.append("  ").append("low", Style(underline=True)).append(": underlined")
     return text

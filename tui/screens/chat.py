@@ -19,15 +19,15 @@ from textual.widgets import Footer, Static
 from llmdoctor.cli.render import Lens, betas_text, settings_text
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.sessions import End, Session, Turn, Which, messages
-from llmdoctor.tui import commands, export, lens
-from llmdoctor.tui.conversation import SIDES, Live, LiveReply, Said, changes, conversation, ending, pieces
+from llmdoctor.tui import commands, lens
+from llmdoctor.tui.conversation import SIDES, Live, LiveReply, Said, conversation, ending, pieces
 from llmdoctor.tui.generation import Assistant, Ended, Event, Failed, Loaded, Part, Progress, SideEnded, Spoken
 from llmdoctor.tui.widgets.curve import Curve
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector
 from llmdoctor.tui.widgets.prompt import Prompt
 from llmdoctor.tui.widgets.slider import Slider
 from llmdoctor.tui.widgets.token_view import Piece, TokenView
-from llmdoctor.types import Guidance, Sampling
+from llmdoctor.types import Guidance
 
 if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
@@ -192,7 +192,7 @@ class ChatScreen(Screen[None]):
         before = self.turns[:-1] if self.editing else self.turns
         self.editing = False
         turn = Turn(text, self._next_seed(), self.sampling, self.guidance)
-        self._answer((*before, turn), {which: (0, None) for which in SIDES})
+        self._answer((*before, turn), dict.fromkeys(SIDES, (0, None)))
         self.query_one(Prompt).text = ""
 
     def _answer(self, turns: tuple[Turn, ...], sides: Mapping[Which, tuple[int, int | None]]) -> None:
@@ -274,7 +274,9 @@ class ChatScreen(Screen[None]):
             self._rerun_timer = None
         self._stop_now()
         turn = self.turns[-1]
-        stale = turn.sampling != self.sampling or turn.patient.end not in ("done", "length") or turn.patient.forced
+        stale: bool = (
+            turn.sampling != self.sampling or turn.patient.end not in ("done", "length") or bool(turn.patient.forced)
+        )
         stale = stale or len(turn.patient.temperatures) > 1
         self._answer(self.turns, {which: (0, None) for which in SIDES if which == "guided" or stale})
 
@@ -292,7 +294,7 @@ class ChatScreen(Screen[None]):
         turn = self.turns[-1]
         while (seed := secrets.randbelow(_GREATEST_SEED + 1)) == turn.seed:
             pass
-        self._answer((*self.turns[:-1], replace(turn, seed=seed)), {which: (0, None) for which in SIDES})
+        self._answer((*self.turns[:-1], replace(turn, seed=seed)), dict.fromkeys(SIDES, (0, None)))
 
     def action_edit(self) -> None:
         """Put the last message into the prompt; sending it replaces it."""
@@ -360,14 +362,14 @@ class ChatScreen(Screen[None]):
         inspector = self.query_one(Inspector)
         if said is None:
             return
-        if not inspector.display:
+        before_it, self._inspected = self._inspected, which
+        if not inspector.display or before_it != which:
             inspector.display = True
             self._arrange()
-        if self._inspected not in (None, which):
+        if before_it not in (None, which):
             other = self.view("patient" if which == "guided" else "guided")
             other.cursor = None
             other.recolour(other.score)
-        self._inspected = which
         tokens, forced = self._tokens(which, said.turn)
         before = tokens[said.position - 1] if said.position else None
         inspector.border_title = "patient's token" if which == "patient" else "guided token"
@@ -691,7 +693,13 @@ class ChatScreen(Screen[None]):
     def _side_facts(self, which: Which) -> str:
         live = self.live.sides.get(which) if self.live else None
         if live is not None:
-            count, seconds, flips, kl, all_tokens = live.fresh, live.fresh_seconds, live.flips, live.kl, len(live.tokens)
+            count, seconds, flips, kl, all_tokens = (
+                live.fresh,
+                live.fresh_seconds,
+                live.flips,
+                live.kl,
+                len(live.tokens),
+            )
         elif self.turns:
             reply = self.turns[-1].reply(which)
             count = all_tokens = len(reply.tokens)
@@ -740,4 +748,3 @@ def _models(profile: Mapping[str, Any]) -> str:
     patient = profile.get("patient", {}).get("model", "another patient")
     doctors = ", ".join(profile.get("doctors", {})) or "no doctor"
     return f"{'/'.join(Path(patient).parts[-2:])} and {doctors}"
-

@@ -66,7 +66,9 @@ class SessionsScreen(Screen[str | None]):
             title = clean(one.title).replace("\n", " ")
             table.add_row(Text(mark), Text(title), Text(str(one.turns), justify="right"), Text(when), Text(one.id))
         table.move_cursor(row=max(0, min(row, len(self._rows) - 1)))
-        what = f"{len(self._rows)} conversations in {self.app.store.path}" if self._rows else "No saved conversation yet."
+        what = (
+            f"{len(self._rows)} conversations in {self.app.store.path}" if self._rows else "No saved conversation yet."
+        )
         self.query_one("#sessions-title", Static).update(Text(what, style="dim"))
 
     def _chosen(self) -> Summary | None:

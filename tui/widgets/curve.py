@@ -1,5 +1,6 @@
 """The doctor's value along the answer, as a line of braille dots over a zero line."""
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable
 
@@ -50,7 +51,7 @@ class Curve(Widget):
         """At most ``columns`` means of neighbouring values."""
         columns = min(columns, self.count)
         edges = [round(i * self.count / columns) for i in range(columns + 1)] if columns else []
-        return [(self._sums[b] - self._sums[a]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        return [(self._sums[b] - self._sums[a]) / (b - a) for a, b in itertools.pairwise(edges)]
 
     def render(self) -> Text:
         """Dots, with the greatest and least value on the left and the title on the right of the first line."""
@@ -82,7 +83,9 @@ class Curve(Widget):
         text = Text(no_wrap=True, overflow="crop", end="")
         for row in range(rows):
             label = self.high if row == 0 else self.low if row == rows - 1 else 0.0 if row == zero else None
-            text.append(("" if label is None or not means else f"{label:+.2f}" if label else "0").rjust(_LABEL - 1) + " ", "dim")
+            text.append(
+                ("" if label is None or not means else f"{label:+.2f}" if label else "0").rjust(_LABEL - 1) + " ", "dim"
+            )
             for x in range(width):
                 dots = cells[row][x]
                 if dots:

@@ -56,14 +56,17 @@ class Inspector(Vertical):
             return
         facts.update(self._facts(token, before, count, forced))
         names = list(token.doctor_logprobs)
-        for label in ("", "token", "guided", "patient", *names, "rank"):
+        guided = ["guided"] if names else []  # the patient alone has nothing beside itself
+        for label in ("", "token", *guided, "patient", *names, *(["rank"] if names else [])):
             table.add_column(Text(label), key=label or "mark")
         for alternative, was, now in ranked(token):
-            row = [percent(alternative.logprob), percent(alternative.patient_logprob)]
+            row = [percent(alternative.logprob)] if names else []
+            row += [percent(alternative.patient_logprob)]
             row += [percent(alternative.doctor_logprobs.get(name, -math.inf)) for name in names]
             said = alternative.id == token.id
             cells = [Text("●" if said else " "), Text(quoted(alternative.text), style="bold" if said else "")]
-            table.add_row(*cells, *(Text(cell, justify="right") for cell in row), moved(was, now))
+            rank = [moved(was, now)] if names else []
+            table.add_row(*cells, *(Text(cell, justify="right") for cell in row), *rank)
 
     def _facts(self, token: GuidedToken, before: GuidedToken | None, count: int, forced: bool) -> Text:
         text = Text.assemble((quoted(token.text), "bold"), f"  {token.position + 1} of {count}")

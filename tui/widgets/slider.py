@@ -34,7 +34,14 @@ class Slider(Widget, can_focus=True):
             self.slider, self.value = slider, value
 
     def __init__(
-        self, label: str, value: float, *, low: float = 0.0, high: float = 2.0, step: float = 0.05, id: str | None = None
+        self,
+        label: str,
+        value: float,
+        *,
+        low: float = 0.0,
+        high: float = 2.0,
+        step: float = 0.05,
+        id: str | None = None,
     ) -> None:
         super().__init__(id=id)
         self.label, self.low, self.high, self.step, self.default = label, low, high, step, value

@@ -1,4 +1,4 @@
-"""A scrolling text of tokens, each coloured by a score: drawn by line, so a long text costs what its screenful costs."""
+"""A scrolling text of tokens, each coloured by a score: drawn by line, so that length costs nothing."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
