@@ -1,11 +1,11 @@
-"""Does the full-screen app slow the generator down, and does it answer keys while tokens stream?
+"""How the full-screen app slows the generator down, and how soon it answers keys while tokens stream.
 
     python benchmarks/app.py [--tokens 5000] [--rounds 3] [--clinic]
 
 Runs the real app in a pseudo-terminal of its own (120x40), types characters while it streams, and takes the time from
-writing the key to seeing it drawn. The generator's speed is that of the same worker thread in a process without the app.
-Both run alternately. The generator is paced like one that waits for an accelerator (4 ms a token, without the GIL), or
-with --clinic the embedded models, whose arithmetic shares this machine's cores with the screen.
+writing the key to seeing it drawn. Beside it: the speed of the same worker thread in a process without the app. Both
+run alternately. The generator is paced like one that waits for an accelerator (4 ms a token, without the GIL), or with
+--clinic the embedded models, whose arithmetic shares this machine's cores with the screen.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from typing import Any
 
 KEYS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÐÑÒÓÔÕÖØÙÚÛÜÝÞ"  # none of these is said or drawn by anything else
 PACE = 0.004
+IDLE = 6.0  # seconds until the app stands
+CONTROL = 8
 
 
 class Paced:
@@ -112,19 +114,20 @@ def app(tokens: int, clinic: bool, out: Path) -> None:
         store=SessionStore(out.with_suffix(".sqlite3")),
     )
     screen = ChatApp(start, Config())
-    counted = [0, 0.0]
+    counted = [0, 0.0, 0.0]
 
     def again() -> None:
         chat = screen.chat
-        if chat.assistant is None or chat.live is not None:
+        if chat.assistant is None or chat.live is not None or not (out.parent / "go").exists():
             return
         if chat.turns:
             counted[0] += len(chat.turns[-1].guided.tokens)
         else:
-            counted[1] = time.perf_counter()
+            counted[1], counted[2] = time.perf_counter(), time.thread_time()
         if counted[0] >= tokens:
             took = time.perf_counter() - counted[1]
-            out.write_text(json.dumps({"speed": counted[0] / took, "lines": len(chat.view("guided").lines)}))
+            busy = time.thread_time() - counted[2]
+            out.write_text(json.dumps({"speed": counted[0] / took, "drawing": busy / took}))
             screen.exit(0)
             return
         from llmdoctor.sessions import Turn
@@ -137,14 +140,14 @@ def app(tokens: int, clinic: bool, out: Path) -> None:
     run(screen)
 
 
-def measured(mode: str, tokens: int, clinic: bool) -> tuple[dict[str, float], list[float]]:
+def measured(mode: str, tokens: int, clinic: bool) -> tuple[dict[str, float], list[float], list[float]]:
     """Run one mode in a process of its own; for the app with a terminal and a typist: milliseconds of every key."""
     out = Path(tempfile.mkdtemp()) / "result.json"
     command = [sys.executable, __file__, "--tokens", str(tokens), "--mode", mode, "--out", str(out)]
     command += ["--clinic"] if clinic else []
     if mode == "alone":
         subprocess.run(command, check=True)
-        return json.loads(out.read_text()), []
+        return json.loads(out.read_text()), [], []
     ours, theirs = pty.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
@@ -157,10 +160,13 @@ def measured(mode: str, tokens: int, clinic: bool) -> tuple[dict[str, float], li
     stop = threading.Event()
 
     def typist() -> None:
-        time.sleep(8 if clinic else 3)
-        for key in KEYS:
+        time.sleep(IDLE)
+        for number, key in enumerate(KEYS):
             if stop.wait(0.35):
                 return
+            if number == CONTROL:  # the first keys are typed while nothing streams
+                (out.parent / "go").touch()
+                time.sleep(1)
             pressed[key] = time.perf_counter()
             os.write(ours, key.encode())
 
@@ -182,7 +188,9 @@ def measured(mode: str, tokens: int, clinic: bool) -> tuple[dict[str, float], li
     typing.join()
     child.wait()
     os.close(ours)
-    return json.loads(out.read_text()), [1000 * (seen[key] - pressed[key]) for key in seen]
+    took = {key: 1000 * (seen[key] - pressed[key]) for key in KEYS if key in seen}
+    idle = [took[key] for key in KEYS[:CONTROL] if key in took]
+    return json.loads(out.read_text()), idle, [took[key] for key in KEYS[CONTROL:] if key in took]
 
 
 def main() -> None:
@@ -196,22 +204,24 @@ def main() -> None:
     if given.mode:
         (alone if given.mode == "alone" else app)(given.tokens, given.clinic, given.out)
         return
-    ratios, keys = [], []
+    ratios, idle_keys, keys = [], [], []
     for number in range(given.rounds):
-        without, _ = measured("alone", given.tokens, given.clinic)
-        within, times = measured("app", given.tokens, given.clinic)
+        without, _, _ = measured("alone", given.tokens, given.clinic)
+        within, idle, times = measured("app", given.tokens, given.clinic)
         ratios.append(within["speed"] / without["speed"])
+        idle_keys += idle
         keys += times
         print(
             f"round {number + 1}: {without['speed']:.1f} tokens/s without the app, {within['speed']:.1f} in it "
             f"({ratios[-1]:.3f}); {len(times)} keys, median {statistics.median(times):.1f} ms, "
-            f"worst {max(times):.1f} ms",
+            f"worst {max(times):.1f} ms; drawing took {within['drawing']:.0%} of a core",
             flush=True,
         )
     ordered = sorted(keys)
     print(
         f"speed in the app / without it: median {statistics.median(ratios):.3f} "
         f"(from {min(ratios):.3f} to {max(ratios):.3f}); key to screen: median {statistics.median(keys):.1f} ms, "
+        f"(while nothing streams {statistics.median(idle_keys):.1f} ms), "
         f"95% {ordered[int(0.95 * len(ordered))]:.1f} ms, worst {ordered[-1]:.1f} ms of {len(keys)}; "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )

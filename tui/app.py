@@ -25,6 +25,7 @@ from llmdoctor.types import Guidance, Sampling
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
 
+_SWITCH = 0.0005  # seconds that drawing may hold the interpreter while the generator waits for it (Python's own: 0.005)
 _TWICE = 2.0  # seconds between two presses of Ctrl+C that quit
 
 
@@ -241,6 +242,7 @@ def binding_ids() -> dict[str, Binding]:
 
 def run(app: App[int]) -> int:
     """Run an app on the terminal and return its exit code; what else was written is shown if it broke."""
+    sys.setswitchinterval(_SWITCH)
     with quiet_terminal() as log:
         result = app.run()
         noise = written(log) if app.return_code else ""

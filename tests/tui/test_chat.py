@@ -194,7 +194,7 @@ def test_the_inspector_shows_the_known_probabilities_and_forces_a_branch(make_ap
         assert [t.id for t in second[0].guided.tokens[:3]] == [*(t.id for t in first[0].guided.tokens[:2]), chosen.id]
         assert second[0].guided.forced == (2,)
         assert second[0].patient is first[0].patient
-        prompt, how = fake.asked[-1]
+        how = fake.asked[-1][1]
         assert (how["prefix_ids"], how["force_id"]) == (tuple(t.id for t in first[0].guided.tokens[:2]), chosen.id)
         assert how["guided"]
         assert len(fake.asked) == 3  # the patient was not asked again
@@ -479,7 +479,7 @@ def test_a_failed_load_is_a_readable_screen_with_the_command_lines_text(make_app
 def test_copying_goes_to_the_terminal_and_to_the_desktop(make_app, drive, monkeypatch):
     app = make_app()
     desktop = []
-    monkeypatch.setattr("llmdoctor.tui.clipboard.to_desktop", lambda text: desktop.append(text))
+    monkeypatch.setattr("llmdoctor.tui.clipboard.to_desktop", desktop.append)
 
     async def steps(d):
         await d.ask("Go")
@@ -580,7 +580,7 @@ def test_a_store_that_cannot_be_written_is_told_and_the_conversation_goes_on(mak
 
     async def steps(d):
         await d.ask("Go")
-        await d.until(lambda: store.path.exists())
+        await d.until(store.path.exists)
         await d.pilot.pause(0.2)
         sqlite3.connect(store.path).close()
         store.path.write_text("this is no database, whatever its name says")

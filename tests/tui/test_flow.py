@@ -20,10 +20,10 @@ def naive(text, width):
         else:
             if line:
                 lines.append(line)
-            while len(word) > width:
-                lines.append(word[:width])
-                word = word[width:]
             line = word
+            while len(line) > width:
+                lines.append(line[:width])
+                line = line[width:]
     return [*lines, line]
 
 

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
 _FRAME = 1 / 30
-_STATUS_EVERY = 0.2
+_SHARE = 6  # seconds between frames for every second of the processor that drawing took
+_LONGEST_FRAME = 0.2
+_STATUS_EVERY = 0.4
 _DEBOUNCE = 0.3
 _GREATEST_SEED = 99_999
 _NARROW, _TALL, _WIDE = 100, 36, 150
@@ -82,6 +84,7 @@ class ChatScreen(Screen[None]):
         self._moved_at = 0.0
         self._rerun_timer: Timer | None = None
         self._status_at = 0.0
+        self._drained_at = self._drained_busy = self._owed = 0.0
         self._curve_turn = -1
         self._tab: Which = "guided"
 
@@ -117,7 +120,20 @@ class ChatScreen(Screen[None]):
     # Events of the worker
 
     def drain(self) -> None:
-        """Take everything that the worker has said since the last frame."""
+        """Take everything that the worker has said since the last frame.
+
+        Where drawing takes long (a slow or busy machine), frames are left out, so that the generator, which needs this
+        interpreter too, keeps most of the time.
+        """
+        now, busy = time.monotonic(), time.thread_time()
+        cost, self._drained_busy = busy - self._drained_busy, busy
+        self._owed = min(_LONGEST_FRAME, self._owed + cost * _SHARE)
+        if now - self._drained_at < self._owed:
+            return
+        self._owed, self._drained_at = 0.0, now
+        self._take()
+
+    def _take(self) -> None:
         grown: dict[Which, int] = {}
         for event in self.app.worker.drain():
             self._hear(event, grown)
@@ -176,6 +192,7 @@ class ChatScreen(Screen[None]):
             self.view(which).append(ending(live.turn, reply, error if end == "error" else ""))
         self.live = None
         self.turns = (*self.turns[: live.turn], turn)
+        self.query_one(Curve).refresh()
         self._doing = {"interrupted": "interrupted", "error": "failed"}.get(reason, "")
         if error:
             self.notify(error, severity="error", markup=False)
@@ -230,7 +247,7 @@ class ChatScreen(Screen[None]):
         if self.live is None:
             return
         self.app.worker.cancel()
-        self.drain()
+        self._take()
         self._settle("interrupted")
 
     def _next_seed(self) -> int:
@@ -644,6 +661,7 @@ class ChatScreen(Screen[None]):
         self._curve_turn = turn
         if 0 <= turn < len(self.turns):
             curve.extend(self._values(self._tokens("guided", turn)[0]))
+        curve.refresh()
 
     def _show_all(self, sides: Any = SIDES) -> None:
         for which in sides:
@@ -668,6 +686,8 @@ class ChatScreen(Screen[None]):
 
     def _show_status(self) -> None:
         self._status_at = time.monotonic()
+        if self.live is not None:
+            self.query_one(Curve).refresh()
         facts = {which: self._side_facts(which) for which in SIDES}
         for which, fact in facts.items():
             self.query_one(f"#{which}").border_subtitle = fact

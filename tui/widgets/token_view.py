@@ -102,7 +102,10 @@ class TokenView(ScrollView, can_focus=True):
             self._strips.pop(changed, None)
             self.refresh(Region(0, changed - self.scroll_offset.y, self.size.width, len(self._flow.lines) - changed))
         if len(self._flow.lines) != lines:
-            self.virtual_size = Size(self._flow.width, len(self._flow.lines))
+            # setting it the usual way lays out the whole screen anew, for every line of the answer
+            size = Size(self._flow.width, len(self._flow.lines))
+            self.set_reactive(TokenView.virtual_size, size)
+            self._scroll_update(size)
         if following:
             self.to_end()
 
@@ -227,17 +230,20 @@ class TokenView(ScrollView, can_focus=True):
 
     def _draw(self, line: Sequence[tuple[int, str]], base: Style) -> Strip:
         dark = self.app.current_theme.dark
-        segments = [Segment(" " * _MARGIN, base)]
+        runs: list[tuple[list[str], Style]] = [([" " * _MARGIN], base)]
         cells = _MARGIN
         for index, text in line:
             shown = text.rstrip("\n") if text.endswith("\n") else text
+            if not shown and index == self.cursor:  # a newline under the cursor
+                shown = "↵"
             if shown:
-                segments.append(Segment(shown, self._style(index, base, dark)))
                 cells += cell_len(shown)
-            elif index == self.cursor:  # a newline under the cursor
-                segments.append(Segment("↵", base + _REVERSE))
-                cells += 1
-        return Strip(segments, cells)
+                style = self._style(index, base, dark)
+                if style == runs[-1][1]:  # fewer segments are cheaper all the way to the terminal
+                    runs[-1][0].append(shown)
+                else:
+                    runs.append(([shown], style))
+        return Strip([Segment("".join(texts), style) for texts, style in runs], cells)
 
     def _style(self, index: int, base: Style, dark: bool) -> Style:
         piece, score = self._pieces[index], self._scores[index]
