@@ -9,6 +9,7 @@ run alternately. The generator is paced like one that waits for an accelerator (
 """
 
 import argparse
+import atexit
 import fcntl
 import json
 import os
@@ -173,6 +174,7 @@ def measured(mode: str, tokens: int, clinic: bool) -> tuple[dict[str, float], li
     typing = threading.Thread(target=typist)
     typing.start()
     tail = b""
+    atexit.register(child.kill)
     while child.poll() is None:
         if not select.select([ours], [], [], 0.2)[0]:
             continue

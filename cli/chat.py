@@ -17,7 +17,8 @@ from llmdoctor.errors import LLMDoctorError, UsageError
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import DecodeSettings, Profile
-    from llmdoctor.sessions import Session
+    from llmdoctor.sessions import Session, SessionStore
+    from llmdoctor.tui.app import Start
     from llmdoctor.types import Guidance, GuidedToken, Message
 
 _HELP = """\
@@ -81,7 +82,10 @@ def chat(
         },
     )
     if screen:
-        raise typer.Exit(_open_screen(settings, seed, session, trust_remote_code=trust_remote_code))
+        from llmdoctor.tui.app import ChatApp, run
+
+        start = start_of(settings, seed=seed, session=session, trust_remote_code=trust_remote_code)
+        raise typer.Exit(run(ChatApp(start)))
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
     conversation = Conversation(assistant, settings.decode, seed, as_json=as_json)
     interactive = sys.stdin.isatty()
@@ -138,9 +142,16 @@ def _profile_of(session: "Session") -> "Profile":
     return saved.model_copy(update={"decode": decode, "doctors": doctors})
 
 
-def _open_screen(settings: "Profile", seed: int | None, session: "Session | None", *, trust_remote_code: bool) -> int:
-    """The full-screen app, which loads the models itself; its exit code."""
-    from llmdoctor.tui.app import ChatApp, Start, run
+def start_of(
+    settings: "Profile",
+    *,
+    seed: int | None = None,
+    session: "Session | None" = None,
+    store: "SessionStore | None" = None,
+    trust_remote_code: bool = False,
+) -> "Start":
+    """What the full-screen app begins with; it loads the models itself."""
+    from llmdoctor.tui.app import Start
     from llmdoctor.types import Guidance, Sampling
 
     decode = settings.decode.model_dump()
@@ -155,7 +166,7 @@ def _open_screen(settings: "Profile", seed: int | None, session: "Session | None
 
         return LLMdoctor.from_profile(settings, trust_remote_code=trust_remote_code)
 
-    start = Start(
+    return Start(
         load=load,
         models=models,
         guidance=Guidance(alpha, betas, mode, plausibility),
@@ -163,8 +174,8 @@ def _open_screen(settings: "Profile", seed: int | None, session: "Session | None
         seed=seed,
         profile=settings.model_dump(mode="json"),
         session=session,
+        store=store,
     )
-    return run(ChatApp(start))
 
 
 def _typed() -> Iterator[str]:

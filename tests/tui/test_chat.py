@@ -199,6 +199,7 @@ def test_the_inspector_shows_the_known_probabilities_and_forces_a_branch(make_ap
         assert how["guided"]
         assert len(fake.asked) == 3  # the patient was not asked again
         assert "⟨forced⟩" in d.words("guided")
+        assert inspector.token == second[0].guided.tokens[2]  # the inspector goes with it
         await d.press("alt+left")
         assert app.chat.turns == first
         assert "⟨forced⟩" not in d.words("guided")

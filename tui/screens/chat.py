@@ -84,6 +84,7 @@ class ChatScreen(Screen[None]):
         self._moved_at = 0.0
         self._rerun_timer: Timer | None = None
         self._status_at = 0.0
+        self._facts: dict[Which, str] = {}
         self._drained_at = self._drained_busy = self._owed = 0.0
         self._curve_turn = -1
         self._tab: Which = "guided"
@@ -151,7 +152,7 @@ class ChatScreen(Screen[None]):
                 self._doing = text
             case Loaded(assistant):
                 self.assistant = assistant
-                self._doing = ""
+                self._doing = "answering" if live else ""
                 self._show_status()
             case Failed(error):
                 self.app.fail(error)
@@ -173,7 +174,11 @@ class ChatScreen(Screen[None]):
         if live is None:
             return
         for which, start in grown.items():
-            self.view(which).append(pieces(live.turn, live.sides[which], start))
+            side = live.sides[which]
+            self.view(which).append(pieces(live.turn, side, start))
+            if self._wanted is not None and self._wanted[0] == which and len(side.tokens) > self._wanted[1]:
+                position, self._wanted = self._wanted[1], None
+                self.view(which).select_payload(Said(live.turn, position, side.tokens[position]))
             if which == "guided" and self._curve_turn == live.turn:
                 self.query_one(Curve).extend(self._values(live.sides[which].tokens[start:]))
 
@@ -222,6 +227,7 @@ class ChatScreen(Screen[None]):
         self.future.clear()
         self.turns = (*turns[:-1], turn)
         live = Live(0, number, self.sampling.max_new_tokens)
+        self._wanted = None
         parts = []
         for which, (cut, force) in sides.items():
             side = live.sides[which] = LiveReply.after(which, turn.reply(which), cut)
@@ -348,10 +354,13 @@ class ChatScreen(Screen[None]):
         turns = self.turns[: said.turn + 1]
         if said.position < len(turns[-1].reply(which).tokens):
             self._answer(turns, {which: (said.position, token_id)})
+            self.query_one(Inspector).show(None, None, 0)
+            self._wanted = which, said.position
 
     # Inspector
 
     _inspected: Which | None = None
+    _wanted: tuple[Which, int] | None = None  # a forced token, to be selected when it is there
 
     def action_inspect(self) -> None:
         """Open or close the inspector."""
@@ -690,7 +699,8 @@ class ChatScreen(Screen[None]):
             self.query_one(Curve).refresh()
         facts = {which: self._side_facts(which) for which in SIDES}
         for which, fact in facts.items():
-            self.query_one(f"#{which}").border_subtitle = fact
+            if fact != self._facts.get(which):  # drawing a frame draws what is in it
+                self._facts[which] = self.query_one(f"#{which}").border_subtitle = fact
         parts = [self.app.start.models]
         if self.turns:
             parts.append(f"seed {self.turns[-1].seed}")
@@ -706,7 +716,7 @@ class ChatScreen(Screen[None]):
         self.query_one("#status", Static).update(text.append(" · ".join(parts)), layout=False)
         guided = self.view("guided")
         drawn = lens.legend(
-            self.lens, self.doctor, guided.limit, dark=self.app.current_theme.dark, narrow=self.size.width < _NARROW
+            self.lens, self.doctor, guided.limit, dark=self.app.current_theme.dark, narrow=self.size.width < 72
         )
         self.query_one("#legend", Static).update(drawn, layout=False)
 
@@ -753,6 +763,7 @@ class ChatScreen(Screen[None]):
         one = (narrow and not tall) or (inspecting and (width < _WIDE and not (narrow and height >= 50)))
         for which in SIDES:
             self.query_one(f"#{which}").display = not one or which == (self._inspected or self._tab)
+        self.query_one(Curve).display = not (inspecting and narrow and height < 30)
         sliders = self.query_one("#sliders", Grid)
         count = len(self.query(Slider))
         columns = max(1, min(count, width // (36 if not narrow else 26)))
