@@ -1,11 +1,13 @@
-"""``llmdoctor chat``: a plain streaming conversation with the guided patient."""
+"""``llmdoctor chat``: the full-screen app, or a plain streaming conversation with the guided patient."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from llmdoctor.cli import options, render
 from llmdoctor.cli.options import option
@@ -14,8 +16,10 @@ from llmdoctor.errors import LLMDoctorError, UsageError
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
-    from llmdoctor.profile import DecodeSettings
-    from llmdoctor.types import GuidedToken, Message
+    from llmdoctor.profile import DecodeSettings, Profile
+    from llmdoctor.sessions import Session, SessionStore
+    from llmdoctor.tui.app import Start
+    from llmdoctor.types import Guidance, GuidedToken, Message
 
 _HELP = """\
 /set alpha=1 beta=0.8   change how the models speak; beta.helpful=0.8 or helpful=0.8 for one doctor;
@@ -42,16 +46,28 @@ def chat(
     max_new_tokens: options.MaxNewTokens = None,
     seed: options.Seed = None,
     speculation: options.Speculation = None,
-    plain: Annotated[bool, option("--plain", "A conversation line by line (today the only kind).")] = False,
+    plain: Annotated[bool, option("--plain", "A conversation line by line, without the full screen.")] = False,
+    go_on: Annotated[bool, option("--continue", "Go on with the last saved conversation (full screen).")] = False,
+    resume: Annotated[
+        str | None, option("--resume", "Go on with this saved conversation (full screen).", metavar="ID")
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Talk with the guided patient; /help lists what can be changed while talking."""
-    del plain
+    """Talk with the guided patient, side by side with the patient alone; F1 (or /help) says how.
+
+    In a terminal this is a full-screen app; without one, or with --plain, a conversation line by line.
+    """
+    screen = not plain and not as_json and _full_screen()
+    session = None
+    if go_on or resume is not None:
+        if not screen:
+            raise UsageError("--continue and --resume need the full screen: a terminal, without --plain and --json")
+        session = _saved_session(None if go_on else resume)
     settings = options.guided_profile(
-        options.load(profile),
+        options.load(profile) if session is None or profile else _profile_of(session),
         patient={"model": patient, "device": device, "dtype": dtype},
         doctors=doctor,
         doctor_base=doctor_base,
@@ -67,6 +83,11 @@ def chat(
             "speculation": speculation,
         },
     )
+    if screen:
+        from llmdoctor.tui.app import ChatApp, run
+
+        start = start_of(settings, seed=seed, session=session, trust_remote_code=trust_remote_code)
+        raise typer.Exit(run(ChatApp(start)))
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
     conversation = Conversation(assistant, settings.decode, seed, as_json=as_json)
     interactive = sys.stdin.isatty()
@@ -77,6 +98,86 @@ def chat(
             break
     if interactive:
         say("bye")
+
+
+def _full_screen() -> bool:
+    from llmdoctor.tui.guard import full_screen
+
+    return full_screen(sys.stdin, sys.stdout)
+
+
+def _saved_session(name: str | None) -> "Session":
+    """The session whose id begins so, or the last one."""
+    from llmdoctor.sessions import SessionStore
+    from llmdoctor.tui.config import sessions_file
+
+    store = SessionStore(sessions_file())
+    if name is None:
+        saved = store.list()
+        if not saved:
+            raise UsageError("--continue: there is no saved conversation yet")
+        name = saved[0].id
+    return store.load(name)
+
+
+def _profile_of(session: "Session") -> "Profile":
+    """The models of a saved conversation, with the settings that it ended with."""
+    from llmdoctor.profile import Profile
+
+    try:
+        saved = Profile.model_validate(session.profile)
+    except ValueError:
+        raise UsageError(
+            f"session {session.id} was held with a profile that this version cannot read: name one with --profile"
+        ) from None
+    if not session.turns:
+        return saved
+    last = session.turns[-1]
+    names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
+    decode = saved.decode.model_copy(
+        update={"alpha": last.guidance.alpha, **{name: getattr(last.sampling, name) for name in names}}
+    )
+    doctors = {
+        name: doctor.model_copy(update={"beta": last.guidance.betas.get(name, doctor.beta)})
+        for name, doctor in saved.doctors.items()
+    }
+    return saved.model_copy(update={"decode": decode, "doctors": doctors})
+
+
+def start_of(
+    settings: "Profile",
+    *,
+    seed: int | None = None,
+    session: "Session | None" = None,
+    store: "SessionStore | None" = None,
+    trust_remote_code: bool = False,
+) -> "Start":
+    """What the full-screen app begins with; it loads the models itself."""
+    from llmdoctor.tui.app import Start
+    from llmdoctor.types import Guidance, Sampling
+
+    decode = settings.decode.model_dump()
+    alpha, mode, plausibility = (decode.pop(name) for name in ("alpha", "mode", "plausibility"))
+    betas = {name: doctor.beta for name, doctor in settings.doctors.items()}
+    short = [options.short(settings.patient.model), ", ".join(settings.doctors)]
+    models = " + ".join(part for part in short if part)
+
+    def load(progress: Callable[[str], None]) -> "LLMdoctor":
+        progress(f"loading {models} ...")
+        from llmdoctor.assistant import LLMdoctor
+
+        return LLMdoctor.from_profile(settings, trust_remote_code=trust_remote_code)
+
+    return Start(
+        load=load,
+        models=models,
+        guidance=Guidance(alpha, betas, mode, plausibility),
+        sampling=Sampling(**decode),
+        seed=seed,
+        profile=settings.model_dump(mode="json"),
+        session=session,
+        store=store,
+    )
 
 
 def _typed() -> Iterator[str]:
@@ -143,35 +244,11 @@ class Conversation:
 
     def _set(self, text: str) -> None:
         """``alpha=1 beta=0.8 ...``: all of it, or, where one value is wrong, nothing."""
-        from llmdoctor.profile import override
-
-        names = self.assistant.doctor_names
-        decode: dict[str, Any] = {}
-        betas: list[str] = []
-        seed = self.seed
-        if not text.strip():
-            raise UsageError("expected name=value, for example: /set alpha=1 beta=0.8")
-        for item in text.split():
-            key, equals, value = item.partition("=")
-            if not equals or not value:
-                raise UsageError(f"expected name=value, got {item!r}")
-            key = key.replace("-", "_")
-            if key == "beta":
-                betas.append(value)
-            elif key.removeprefix("beta.") in names:
-                betas.append(f"{key.removeprefix('beta.')}={value}")
-            elif key == "seed":
-                seed = None if value == "off" else _seed(value)
-            elif key in ("alpha", "temperature", "top_k", "top_p", "min_p", "max_new_tokens"):
-                decode[key] = options.parse_number(key, value)
-            else:
-                known = ["alpha", "beta", *(f"beta.{name}" for name in names), "temperature", "top_k", "top_p", "min_p"]
-                raise UsageError(f"there is no setting {key!r} (there are: {', '.join(known)}, max_new_tokens, seed)")
-        chosen = override(self.decode, **decode)
-        named = options.parse_betas(betas, names)
-        guidance = self.assistant.guidance
-        self.assistant.guidance = replace(guidance, alpha=chosen.alpha, betas={**guidance.betas, **named})
-        self.decode, self.seed = chosen, seed
+        decode, guidance, seed = parse_settings(
+            text, self.assistant.doctor_names, self.decode, self.assistant.guidance, self.seed
+        )
+        self.assistant.guidance = guidance
+        self.decode, self.seed = decode, seed
         say(self.describe())
 
     def _answer(self, text: str) -> None:
@@ -213,6 +290,37 @@ class Conversation:
             self._greatest = max(self._greatest, abs(score or 0.0))
             text = render.coloured_text([piece], [score], self._greatest)
             console(sys.stdout).print(text, end="", soft_wrap=True)
+
+
+def parse_settings(
+    text: str, names: Sequence[str], decode: "DecodeSettings", guidance: "Guidance", seed: int | None
+) -> "tuple[DecodeSettings, Guidance, int | None]":
+    """``alpha=1 beta=0.8 helpful=1.2 seed=5`` laid over the settings in use. Raises UsageError."""
+    from llmdoctor.profile import override
+
+    given: dict[str, Any] = {}
+    betas: list[str] = []
+    if not text.strip():
+        raise UsageError("expected name=value, for example: /set alpha=1 beta=0.8")
+    for item in text.split():
+        key, equals, value = item.partition("=")
+        if not equals or not value:
+            raise UsageError(f"expected name=value, got {item!r}")
+        key = key.replace("-", "_")
+        if key == "beta":
+            betas.append(value)
+        elif key.removeprefix("beta.") in names:
+            betas.append(f"{key.removeprefix('beta.')}={value}")
+        elif key == "seed":
+            seed = None if value == "off" else _seed(value)
+        elif key in ("alpha", "temperature", "top_k", "top_p", "min_p", "max_new_tokens"):
+            given[key] = options.parse_number(key, value)
+        else:
+            known = ["alpha", "beta", *(f"beta.{name}" for name in names), "temperature", "top_k", "top_p", "min_p"]
+            raise UsageError(f"there is no setting {key!r} (there are: {', '.join(known)}, max_new_tokens, seed)")
+    chosen = override(decode, **given)
+    named = options.parse_betas(betas, names)
+    return chosen, replace(guidance, alpha=chosen.alpha, betas={**guidance.betas, **named}), seed
 
 
 def _seed(value: str) -> int:

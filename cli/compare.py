@@ -14,6 +14,8 @@ from llmdoctor.errors import UsageError
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
+    from llmdoctor.profile import Profile
+    from llmdoctor.tui.screens.browser import Post
     from llmdoctor.types import Comparison, GuidedToken, Message
 
     Prompt = str | Sequence[Message]
@@ -52,10 +54,13 @@ def compare(
     as_json: options.Json = False,
     html: Annotated[Path | None, option("--html", "Write a web page instead.", metavar="FILE")] = None,
     svg: Annotated[Path | None, option("--svg", "Write a picture instead.", metavar="FILE")] = None,
+    tui: Annotated[bool, option("--tui", "Browse the comparisons in a full screen, as they are made.")] = False,
 ) -> None:
     """Answer a question without and with the doctors, and show token by token what changed."""
     if sum((as_json, html is not None, svg is not None)) > 1:
         raise UsageError("choose one of --json, --html and --svg")
+    if tui:
+        options.require_screen("--tui", as_json or html is not None or svg is not None)
     if lens not in render.LENSES:
         raise UsageError(f"--lens must be one of {', '.join(render.LENSES)}, got {lens!r}")
     settings = options.guided_profile(
@@ -79,6 +84,15 @@ def compare(
         known = ", ".join(settings.doctors) or "none"
         raise UsageError(f"--lens-doctor: there is no doctor named {lens_doctor!r} (there are: {known})")
     asked = _prompts(prompt, prompts)
+    if tui:
+        from llmdoctor.tui.app import BrowserApp, run
+        from llmdoctor.tui.screens.browser import ComparisonsScreen
+
+        how = {"seed": options.fresh_seed() if seed is None else seed, "top": top or 10}
+        source = _source(settings, asked, trust_remote_code=trust_remote_code, **how)
+        speaking = next((name for name, doctor in settings.doctors.items() if doctor.beta > 0), None)
+        chosen = lens_doctor or speaking
+        raise typer.Exit(run(BrowserApp(lambda: ComparisonsScreen(source, lens, chosen, tuple(settings.doctors)))))  # type: ignore[arg-type]
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
     results = _compared(assistant, asked, seed=options.fresh_seed() if seed is None else seed, top=top)
     if as_json:
@@ -124,6 +138,34 @@ def _compared(assistant: "LLMdoctor", prompts: "Sequence[Prompt]", **how: Any) -
             shown.append(show)
             result = next(results)
         yield result
+
+
+def _source(
+    settings: "Profile", asked: "Sequence[Prompt]", *, trust_remote_code: bool, **how: Any
+) -> "Callable[[Post, Callable[[], None]], None]":
+    """What the browser's thread does: load the models, compare prompt after prompt."""
+
+    def source(post: "Post", check: Callable[[], None]) -> None:
+        from llmdoctor.tui.screens.browser import comparison_item
+
+        post(f"loading {options.short(settings.patient.model)} ...")
+        from llmdoctor.assistant import LLMdoctor
+
+        assistant = LLMdoctor.from_profile(settings, trust_remote_code=trust_remote_code)
+        for number, prompt in enumerate(asked, start=1):
+            counts = {"patient": 0, "guided": 0}
+
+            def on_token(
+                side: str, _token: "GuidedToken", number: int = number, counts: dict[str, int] = counts
+            ) -> None:
+                check()
+                counts[side] += 1
+                said = f"{counts['patient']} tokens alone, {counts['guided']} guided"
+                post(f"asking prompt {number} of {len(asked)}: {said}")
+
+            post(comparison_item(assistant.compare(prompt, on_token=on_token, **how)))
+
+    return source
 
 
 def _print(views: "Iterator[render.View]") -> None:

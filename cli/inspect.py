@@ -1,7 +1,7 @@
 """``llmdoctor inspect``: the token rewards of a rewards folder, chosen beside rejected."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +24,9 @@ def inspect(
     *,
     pair: Annotated[str | None, option("--pair", "Show this pair only.", metavar="ID")] = None,
     limit: Annotated[
-        int, option("--limit", "Pairs to show (default: 3).", metavar="N", min=1, env="INSPECT_LIMIT")
-    ] = 3,
+        int | None,
+        option("--limit", "Pairs to show (default: 3; 1000 in the browser).", metavar="N", min=1, env="INSPECT_LIMIT"),
+    ] = None,
     profile: options.ProfileName = None,
     direction: options.DirectionName = None,
     tau: options.Tau = None,
@@ -33,10 +34,13 @@ def inspect(
     face: options.FaceNames = None,
     as_json: options.Json = False,
     svg: Annotated[Path | None, option("--svg", "Write a picture instead.", metavar="FILE")] = None,
+    tui: Annotated[bool, option("--tui", "Browse the pairs in a full screen.")] = False,
 ) -> None:
     """Show which tokens of the chosen and the rejected answers are rewarded."""
     if as_json and svg is not None:
         raise UsageError("choose one of --json and --svg")
+    if tui:
+        options.require_screen("--tui", as_json or svg is not None)
     with waiting("Reading the rewards ..."):
         from llmdoctor.store import RewardsFolder
 
@@ -56,9 +60,11 @@ def inspect(
         pieces = token_texts(tokenizer, item.scores.response_ids)
         return render.RewardedText(title, tuple(pieces), tuple(map(float, item.rewards)))
 
+    if tui:
+        raise typer.Exit(_browse(_pick(rewards, pair, limit or 1000), settings, weights, tokenizer, shown))
     chosen = [
         (scores.chosen.pair_id, [token_rewards(side, settings, weights) for side in (scores.chosen, scores.rejected)])
-        for scores in _pick(rewards, pair, limit)
+        for scores in _pick(rewards, pair, limit or 3)
     ]
     prompts = [
         str(tokenizer.decode(sides[0].scores.prompt_ids.tolist(), skip_special_tokens=True)).strip()
@@ -97,6 +103,32 @@ def inspect(
     used = " ".join(f"{name}={weight:.3g}" for name, weight in weights.items())
     put(f"{source}\ndirection {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}")
     put("\n".join(flat_lines(statistics)))
+
+
+def _browse(
+    pairs: "Iterator[PairScores]",
+    settings: "RewardSettings",
+    weights: Mapping[str, float],
+    tokenizer: Any,
+    shown: Callable[["TokenRewards"], render.RewardedText],
+) -> int:
+    """The full-screen browser; its exit code."""
+    from llmdoctor.rewards import token_rewards
+    from llmdoctor.tui.app import BrowserApp, run
+    from llmdoctor.tui.screens.browser import Post, RewardsScreen, rewards_item
+
+    def source(post: Post, check: Callable[[], None]) -> None:
+        for scores in pairs:
+            check()
+            sides = [token_rewards(side, settings, weights) for side in (scores.chosen, scores.rejected)]
+            prompt = str(tokenizer.decode(scores.chosen.prompt_ids.tolist(), skip_special_tokens=True)).strip()
+            post(
+                rewards_item(
+                    scores.chosen.pair_id, prompt, [(shown(s), s.gaps.tolist(), s.importance.tolist()) for s in sides]
+                )
+            )
+
+    return run(BrowserApp(lambda: RewardsScreen(source)))
 
 
 def _pick(rewards: "RewardsFolder", pair: str | None, limit: int) -> "Iterator[PairScores]":

@@ -5,6 +5,7 @@ lets the profile's own schema check it, so that a range is stated once.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -153,6 +154,16 @@ def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor
         from llmdoctor.assistant import LLMdoctor
 
         return LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code)
+
+
+def require_screen(flag: str, writes_elsewhere: bool) -> None:
+    """Refuse ``flag`` where there is no terminal for a full screen, or beside an option that prints instead."""
+    from llmdoctor.tui.guard import full_screen
+
+    if writes_elsewhere:
+        raise UsageError(f"choose one of {flag} and the options that write a result")
+    if not full_screen(sys.stdin, sys.stdout):
+        raise UsageError(f"{flag} needs a terminal on stdin and stdout that can draw a full screen")
 
 
 def short(model: str) -> str:

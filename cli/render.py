@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Lens = Literal["value", "ratio", "kl", "flips", "off"]
 LENSES: tuple[str, ...] = get_args(Lens)
 Span = tuple[int, int]
+Colour = tuple[int, int, int]
 
 _LOW, _MIDDLE, _HIGH = (0xCC, 0x5F, 0x00), (0x7D, 0x7D, 0x7D), (0x20, 0x7F, 0xEA)
 _REMOVED, _ADDED, _DIM = "strike", "underline", "dim"
@@ -58,12 +59,16 @@ def scale_limit(scores: Iterable[float | None]) -> float:
     return max((abs(score) for score in scores if score), default=1.0)
 
 
-def scale_colour(score: float, limit: float) -> str:
-    """The colour of a score in [-limit, limit] as #rrggbb: orange at the low end, grey at 0, blue at the high end."""
+def scale_colour(score: float, limit: float, colours: Sequence[Colour] = (_LOW, _MIDDLE, _HIGH)) -> str:
+    """The colour of a score in [-limit, limit] as #rrggbb: orange at the low end, grey at 0, blue at the high end.
+
+    ``colours`` are other ones for low end, 0 and high end.
+    """
+    low, middle, high = colours
     share = min(1.0, abs(score) / limit) if limit > 0 and math.isfinite(score) else 0.0
-    end = _HIGH if score > 0 else _LOW
+    end = high if score > 0 else low
     # mixed as light, not as numbers of a screen: colours of equal luminance then mix to that luminance
-    mixed = [(a**2.2 * (1 - share) + b**2.2 * share) ** (1 / 2.2) for a, b in zip(_MIDDLE, end, strict=True)]
+    mixed = [(a**2.2 * (1 - share) + b**2.2 * share) ** (1 / 2.2) for a, b in zip(middle, end, strict=True)]
     return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
 
 

@@ -11,7 +11,7 @@ from llmdoctor.caches import Session
 from llmdoctor.decode import Step, decode
 from llmdoctor.doctor import LoadedDoctor, load_doctor
 from llmdoctor.errors import UsageError
-from llmdoctor.faces import conversation, prompt_ids, with_system
+from llmdoctor.faces import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.guidance import check_guidance, check_sampling
 from llmdoctor.models import Patient, load_patient
 from llmdoctor.profile import Profile, load_profile
@@ -115,6 +115,11 @@ class LLMdoctor:
         return tuple(self._doctors)
 
     @property
+    def acceptance(self) -> float | None:
+        """The share of drafted tokens accepted of late, in [0, 1]; None as long as nothing has been drafted."""
+        return self._drafting.acceptance if self.speculation and self._drafting.tested else None
+
+    @property
     def guidance(self) -> Guidance:
         """The snapshot that the next token will be drawn with."""
         return self._guidance
@@ -191,6 +196,9 @@ class LLMdoctor:
         prompt: str | Sequence[Message],
         *,
         guidance: Guidance | Callable[[], Guidance] | None = None,
+        guided: bool = True,
+        prefix_ids: Sequence[int] = (),
+        force_id: int | None = None,
         top: int = 0,
         session: Session | None = None,
         **sampling: Any,
@@ -198,13 +206,38 @@ class LLMdoctor:
         """Guided tokens as they are drawn, each with its numbers and, on request, its ``top`` alternatives.
 
         ``guidance`` is a fixed snapshot, or a function that is called for every token; by default the instance's own,
-        live. Close the iterator to stop. Settings are checked at once, not at the first token. A ``session``, given to
-        every turn of one conversation, spares the models what they have read before.
+        live. ``guided`` False is the patient alone. A ``session``, given to every turn of one conversation, spares the
+        models what they have read before. ``prefix_ids`` continues an answer that begins with these tokens: they are
+        read, not said again, count towards ``max_new_tokens``, and the draws that follow are seeded with the seed and
+        their number. ``force_id`` is the next token instead of a draw, with its numbers like any other. Close the
+        iterator to stop. Settings are checked at once, not at the first token; UsageError also for an id that is no
+        token.
         """
         settings = self._sampling(sampling)
-        seeds = _seeds(settings.seed, 1)
-        steps = self._decode([prompt], settings, seeds, read=[self._read(guidance)], top=top, session=session)
-        return (step.token for step in steps)
+        (seed,) = _seeds(settings.seed, 1)
+        if prefix_ids or force_id is not None:
+            known = set(self.patient.vocabulary.ids.values())
+            if unknown := [i for i in (*prefix_ids, *([] if force_id is None else [force_id])) if i not in known]:
+                raise UsageError(f"there is no token with the id {unknown[0]}")
+            if len(prefix_ids) >= settings.max_new_tokens:
+                raise UsageError(
+                    f"the answer is {len(prefix_ids)} tokens long already and max_new_tokens is "
+                    f"{settings.max_new_tokens}: raise it to continue"
+                )
+            settings = replace(settings, max_new_tokens=settings.max_new_tokens - len(prefix_ids))
+            seed = (seed + len(prefix_ids) * 0x9E3779B9) % (1 << 63)  # the draws of the prefix are spent
+        steps = self._decode(
+            [prompt],
+            settings,
+            [seed],
+            read=[self._read(guidance)],
+            guided=guided,
+            top=top,
+            session=session,
+            prefix=prefix_ids,
+            first=force_id,
+        )
+        return _continued(steps, self.patient.tokenizer, prefix_ids) if prefix_ids else (step.token for step in steps)
 
     def compare(
         self,
@@ -290,16 +323,25 @@ class LLMdoctor:
         guided: bool = True,
         top: int = 0,
         session: Session | None = None,
+        prefix: Sequence[int] = (),
+        first: int | None = None,
     ) -> Iterator[Step]:
         ids = [
-            prompt_ids(self.patient.tokenizer, with_system(conversation(prompt), self.system_prompt))
+            [*prompt_ids(self.patient.tokenizer, with_system(conversation(prompt), self.system_prompt)), *prefix]
             for prompt in prompts
         ]
-        if not guided:
-            return decode(self.patient, {}, ids, Guidance, sampling, seed=seeds, top=top)
-        drafting = self._drafting if self.speculation else None
+        doctors = self._doctors if guided else {}
         return decode(
-            self.patient, self._doctors, ids, read, sampling, seed=seeds, top=top, drafting=drafting, session=session
+            self.patient,
+            doctors,
+            ids,
+            read if guided else Guidance,
+            sampling,
+            seed=seeds,
+            top=top,
+            drafting=self._drafting if self.speculation else None,
+            session=session,
+            first=first,
         )
 
     def _read(self, guidance: Guidance | Callable[[], Guidance] | None) -> Callable[[], Guidance]:
@@ -330,6 +372,22 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         seed = secrets.randbelow(1 << 31)
     return [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+
+
+def _continued(steps: Iterator[Step], tokenizer: Any, prefix: Sequence[int]) -> Iterator[GuidedToken]:
+    """The tokens after ``prefix``, numbered and spelt as in the whole answer.
+
+    A token may complete a character that the prefix began, and some tokenizers drop the space of an answer's first
+    token: the decoder, which saw the prefix as part of the prompt, cannot know.
+    """
+    whole, part = TextStream(tokenizer), TextStream(tokenizer)
+    for i in prefix:
+        whole.push(i)
+    for step in steps:
+        token = step.token
+        text, fresh = whole.push(token.id), part.push(token.id)
+        text = text if fresh == token.text else token.text  # cut at a stop string: leave it so
+        yield replace(token, position=token.position + len(prefix), text=text)
 
 
 def _answer(steps: Sequence[Step]) -> Answer:

@@ -48,6 +48,7 @@ def decode(
     top: int = 0,
     drafting: Drafting | None = None,
     session: Session | None = None,
+    first: int | None = None,
 ) -> Iterator[Step]:
     """Decode all ``prompts`` (token ids) together and yield their tokens as they are drawn, row after row.
 
@@ -57,7 +58,7 @@ def decode(
     ``drafting`` lets a doctor draft ahead; without it every token costs one forward of every model. Both ways draw the
     same tokens from the same seed, up to the rounding of the models' own arithmetic. Where it cannot be done (a cache
     that cannot take tokens back; a batch over a sliding window) it is not done; the first is told by a warning.
-    ``session`` keeps the caches of a single prompt for the next one.
+    ``session`` keeps the caches of a single prompt for the next one. ``first`` is said first instead of a draw.
 
     Raises UsageError for settings out of range and for a prompt that fills the context.
     """
@@ -71,7 +72,7 @@ def decode(
     for read in dict.fromkeys(reads):
         check_guidance(read(), tuple(doctors))
     _check_lengths(patient, doctors, prompts)
-    return _run(patient, doctors, prompts, reads, sampling, seeds, top, drafting, session or Session())
+    return _run(patient, doctors, prompts, reads, sampling, seeds, top, drafting, session or Session(), first)
 
 
 def _check_lengths(patient: Patient, doctors: Mapping[str, LoadedDoctor], prompts: Sequence[Sequence[int]]) -> None:
@@ -132,6 +133,7 @@ def _run(
     top: int,
     drafting: Drafting | None,
     session: Session,
+    first: int | None,
 ) -> Iterator[Step]:
     names = tuple(doctors)
     models = _Models(patient, doctors, prompts, sampling, top, session, any(read().mode == "ratio" for read in reads))
@@ -179,14 +181,15 @@ def _run(
     while rows:
         once = {read: now(row) for read, row in {row.read: row for row in rows}.items()}
         guidances = [once[row.read] for row in rows]
-        length, drafts = 0, drafting if models.can_draft else None
+        length, drafts = 0, drafting if models.can_draft and first is None else None
         if drafts is not None:
             room = min(row.budget - row.position for row in rows) - 1
             length = min(drafts.choose(len(rows)), room) if room > 0 else 0
         began = time.perf_counter()
         uniforms = [row.ahead(length + 1) for row in rows]
         models.propose(length, guidances, uniforms)
-        round_ = models.settle(guidances, uniforms)
+        round_ = models.settle(guidances, uniforms, forced=first)
+        first = None
         seconds = time.perf_counter() - began
         accepted = [drawn.stop for drawn in round_]
         for i, row in enumerate(rows):
@@ -244,11 +247,13 @@ class _Models:
         self.device = patient.model.device
         self.valid = patient.vocabulary.valid(self.device)
         shared = session.shared(list(prompts[0]))
+        before, session.models = session.models, {}  # whoever is not of this answer does not know what it will say
 
         def cached(role: str, model: Any, keeps_hidden: bool = False) -> CachedModel:
-            held = session.models.get(role)
+            held = before.get(role)
             if held is None or held.model is not model:
-                held = session.models[role] = CachedModel(model, keeps_hidden=keeps_hidden, rolls_back=True)
+                held = CachedModel(model, keeps_hidden=keeps_hidden, rolls_back=True)
+            session.models[role] = held
             held.rewind(min(shared, held.length))
             return held
 
@@ -354,9 +359,17 @@ class _Models:
 
     @torch.inference_mode()
     def settle(
-        self, guidances: Sequence[Guidance], uniforms: Sequence[Sequence[float]], row: int | None = None, start: int = 0
+        self,
+        guidances: Sequence[Guidance],
+        uniforms: Sequence[Sequence[float]],
+        row: int | None = None,
+        start: int = 0,
+        forced: int | None = None,
     ) -> list[_Drawn]:
-        """Draw the tokens of all rows, or of one from place ``start`` of the round on, with everything told of them."""
+        """Draw the tokens of all rows, or of one from place ``start`` of the round on, with everything told of them.
+
+        ``forced`` is said instead of a draw.
+        """
         rows = slice(None) if row is None else slice(row, row + 1)
         patient_B_K_V = self.patient_logp[rows, start:]
         doctors = {name: logp[rows, start:] for name, logp in self.doctor_logps.items()}
@@ -365,6 +378,8 @@ class _Models:
         b, k, v = product_B_K_V.shape
         flat = torch.tensor(uniforms, dtype=torch.float64).flatten()
         ids_B_K = draw(product_B_K_V.reshape(b * k, v), self.sampling, flat).view(b, k)
+        if forced is not None:
+            ids_B_K = torch.full_like(ids_B_K, forced)
         picked = ids_B_K[..., None]
         columns = {
             "id": ids_B_K,

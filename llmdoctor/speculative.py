@@ -56,6 +56,7 @@ class AdaptiveLength:
         self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(lambda: defaultdict(lambda: deque(maxlen=9)))
         self._rounds: dict[int, int] = defaultdict(int)
         self._accepted, self._tested = 6.8, 8.0  # as if 85% of 8 tokens had been accepted
+        self.tested = 0  # drafted tokens that a draw was compared with, all in all
 
     @property
     def acceptance(self) -> float:
@@ -98,6 +99,7 @@ class AdaptiveLength:
     def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
         self._seconds[rows.bit_length()][length].append(seconds)
+        self.tested += tested
         keep = 0.985**tested
         self._accepted = keep * self._accepted + accepted
         self._tested = keep * self._tested + tested

@@ -298,3 +298,55 @@ def test_a_session_reads_only_what_is_new(assistant: LLMdoctor) -> None:
     continued = list(assistant.stream(turns, session=session))
     assert session.prefilled < read
     same(continued, assistant.stream(turns))
+
+
+def test_a_continued_answer_goes_on_where_its_tokens_end(assistant: LLMdoctor) -> None:
+    """Greedy: any beginning of an answer is continued by its rest, number for number, whichever side speaks."""
+    for guided in (True, False):
+        how = {"guided": guided, "temperature": 0.0, "top": 3}
+        whole = list(assistant.stream(PROMPTS[0], **how))
+        for cut in (1, 5, len(whole) - 1):
+            rest = list(assistant.stream(PROMPTS[0], prefix_ids=ids(whole[:cut]), **how))
+            assert [(t.position, t.id, t.text) for t in rest] == [(t.position, t.id, t.text) for t in whole[cut:]]
+            for token, twin in zip(rest, whole[cut:], strict=True):
+                assert token.logprob == pytest.approx(twin.logprob, abs=1e-4)
+                assert token.values == pytest.approx(twin.values, abs=1e-4)
+                assert [a.id for a in token.top] == [a.id for a in twin.top]
+
+
+def test_a_forced_token_is_said_with_its_own_numbers(assistant: LLMdoctor) -> None:
+    """What an alternative promised is what the forced token has; forcing what was said changes nothing (greedy)."""
+    whole = list(assistant.stream(PROMPTS[0], temperature=0.0, top=4))
+    at = 4
+    other = whole[at].top[2]
+    branch = list(assistant.stream(PROMPTS[0], prefix_ids=ids(whole[:at]), force_id=other.id, temperature=0.0, top=4))
+    forced = branch[0]
+    assert (forced.id, forced.position, forced.flip) == (other.id, at, forced.flip)
+    assert forced.logprob == pytest.approx(other.logprob, abs=1e-4)
+    assert forced.patient_logprob == pytest.approx(other.patient_logprob, abs=1e-4)
+    assert forced.doctor_logprobs == pytest.approx(other.doctor_logprobs, abs=1e-4)
+    assert forced.kl == pytest.approx(whole[at].kl, abs=1e-4)
+    assert len(branch) <= SHORT.max_new_tokens - at
+    twin = list(assistant.stream(PROMPTS[0], prefix_ids=[*ids(whole[:at]), other.id], temperature=0.0))
+    assert ids(twin) == ids(branch[1:])
+    same = assistant.stream(PROMPTS[0], prefix_ids=ids(whole[:at]), force_id=whole[at].id, temperature=0.0)
+    assert ids(same) == ids(whole[at:])
+    assert next(assistant.stream(PROMPTS[0], force_id=other.id)).id == other.id
+
+
+def test_a_beginning_that_is_no_text_is_refused(assistant: LLMdoctor) -> None:
+    with pytest.raises(UsageError, match="no token with the id 99999"):
+        assistant.stream("Hi", prefix_ids=[1, 99999])
+    with pytest.raises(UsageError, match="no token with the id -1"):
+        assistant.stream("Hi", force_id=-1)
+    with pytest.raises(UsageError, match="14 tokens long already"):
+        assistant.stream("Hi", prefix_ids=[7] * 14)
+
+
+def test_a_character_that_the_beginning_opened_is_completed(assistant: LLMdoctor) -> None:
+    """Three bytes of one character in two prefix tokens and one forced: the text is the character."""
+    tokenizer = assistant.patient.tokenizer
+    spelt = tokenizer("日", add_special_tokens=False).input_ids
+    assert len(spelt) == 3
+    token = next(assistant.stream("Hi", prefix_ids=spelt[:2], force_id=spelt[2], stop=("never",)))
+    assert token.text == "日"

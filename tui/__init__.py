@@ -1,1 +1,1 @@
-"""Home of the full-screen Textual app. Until it is built, ``llmdoctor chat`` is the plain conversation."""
+"""The full-screen Textual app: conversation, rewards browser, comparison browser. It knows no tensors."""

@@ -1,0 +1,250 @@
+"""Conversations that save themselves: records of turns and answers, and the SQLite file that keeps them."""
+
+import json
+import secrets
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from llmdoctor.errors import StorageError, UsageError
+from llmdoctor.types import Alternative, Guidance, GuidedToken, Message, Sampling
+
+Which = Literal["patient", "guided"]
+End = Literal["", "done", "length", "interrupted", "error"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One side's answer in one turn. ``end`` is why it ended, "" while it is not finished.
+
+    ``seconds`` is the time its tokens took. ``forced`` holds the positions that a person chose instead of a draw, and
+    ``temperatures`` (position, temperature) from where each temperature held.
+    """
+
+    tokens: tuple[GuidedToken, ...] = ()
+    end: End = ""
+    seconds: float = 0.0
+    forced: tuple[int, ...] = ()
+    temperatures: tuple[tuple[int, float], ...] = ()
+
+    @cached_property
+    def text(self) -> str:
+        """The answer without the white space around it."""
+        return "".join(token.text for token in self.tokens).strip()
+
+    @property
+    def flips(self) -> int:
+        """Tokens that are not the patient's first choice."""
+        return sum(token.flip for token in self.tokens)
+
+    @property
+    def kl(self) -> float:
+        """KL to the patient summed over the answer, nats."""
+        return sum(token.kl for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and both sides' answers, with what they were made with."""
+
+    prompt: str
+    seed: int
+    sampling: Sampling = field(default_factory=Sampling)
+    guidance: Guidance = field(default_factory=Guidance)
+    patient: Reply = Reply()
+    guided: Reply = Reply()
+
+    def reply(self, which: Which) -> Reply:
+        """One side's answer."""
+        return self.patient if which == "patient" else self.guided
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A conversation. ``profile`` is the profile it was held with (models, doctors, settings) as plain JSON values."""
+
+    id: str
+    title: str = ""
+    created: float = 0.0
+    updated: float = 0.0
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
+
+    @classmethod
+    def new(cls, profile: Mapping[str, Any]) -> "Session":
+        """An empty one with an id that is short enough to type."""
+        now = time.time()
+        return cls(secrets.token_hex(4), "", now, now, profile)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A session as a list shows it."""
+
+    id: str
+    title: str
+    created: float
+    updated: float
+    turns: int
+
+
+def messages(turns: tuple[Turn, ...], which: Which, prompt: str) -> list[Message]:
+    """The conversation as one side knows it, ending with ``prompt``: every side goes on from its own answers."""
+    said: list[Message] = []
+    for turn in turns:
+        said.append({"role": "user", "content": turn.prompt})
+        said.append({"role": "assistant", "content": turn.reply(which).text})
+    return [*said, {"role": "user", "content": prompt}]
+
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS session (
+    id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, profile TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS turn (
+    session TEXT NOT NULL REFERENCES session(id) ON DELETE CASCADE, number INTEGER NOT NULL, prompt TEXT NOT NULL,
+    seed INTEGER NOT NULL, settings TEXT NOT NULL, patient BLOB NOT NULL, guided BLOB NOT NULL,
+    PRIMARY KEY (session, number)
+);
+"""
+
+
+class SessionStore:
+    """The SQLite file of sessions at ``path``. Every call opens it anew, so any thread may call.
+
+    ``save`` writes the turns that changed since it last saw the session. Raises StorageError when the file cannot be
+    read or written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self._seen: dict[str, tuple[Turn, ...]] = {}
+
+    def save(self, session: Session) -> Session:
+        """Write the session; returned with its title (the first question where it has none) and time."""
+        if not session.title and session.turns:
+            session = replace(session, title=" ".join(session.turns[0].prompt.split())[:60])
+        session = replace(session, updated=time.time())
+        seen = self._seen.get(session.id, ())
+        first = next(
+            (i for i, (a, b) in enumerate(zip(seen, session.turns, strict=False)) if a is not b),
+            min(len(seen), len(session.turns)),
+        )
+        with self._open() as db:
+            row = (session.id, session.title, session.created, session.updated, json.dumps(session.profile))
+            db.execute(
+                "INSERT INTO session VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                "title = excluded.title, updated = excluded.updated, profile = excluded.profile",
+                row,
+            )
+            if db.execute("SELECT count(*) FROM turn WHERE session = ?", (session.id,)).fetchone()[0] < first:
+                first = 0  # somebody deleted it meanwhile
+            db.execute("DELETE FROM turn WHERE session = ? AND number >= ?", (session.id, first))
+            db.executemany(
+                "INSERT INTO turn VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(session.id, number, *_row(turn)) for number, turn in enumerate(session.turns) if number >= first],
+            )
+        self._seen[session.id] = session.turns
+        return session
+
+    def load(self, session_id: str) -> Session:
+        """The session with this id, or whose id begins so. Raises UsageError when there is none, or more than one."""
+        with self._open() as db:
+            rows = db.execute(
+                "SELECT * FROM session WHERE substr(id, 1, ?) = ?", (len(session_id), session_id)
+            ).fetchall()
+            if len(rows) != 1 or not session_id:
+                several = f"{len(rows)} sessions begin with" if rows else "there is no session"
+                raise UsageError(f"{several} {session_id!r}; llmdoctor chat lists them on its session screen (F9)")
+            name, title, created, updated, profile = rows[0]
+            turns = db.execute(
+                "SELECT prompt, seed, settings, patient, guided FROM turn WHERE session = ? ORDER BY number", (name,)
+            ).fetchall()
+        try:
+            loaded = Session(name, title, created, updated, json.loads(profile), tuple(map(_turn, turns)))
+        except (ValueError, KeyError, TypeError, zlib.error) as error:
+            raise StorageError(f"{self.path}: session {name} is damaged ({error}): delete it") from error
+        self._seen[name] = loaded.turns
+        return loaded
+
+    def list(self) -> list[Summary]:
+        """All sessions, the last used first."""
+        with self._open() as db:
+            rows = db.execute(
+                "SELECT id, title, created, updated, (SELECT count(*) FROM turn WHERE session = id) FROM session "
+                "ORDER BY updated DESC"
+            ).fetchall()
+        return [Summary(*row) for row in rows]
+
+    def rename(self, session_id: str, title: str) -> None:
+        """Give the session another title."""
+        with self._open() as db:
+            db.execute("UPDATE session SET title = ? WHERE id = ?", (title, session_id))
+
+    def delete(self, session_id: str) -> None:
+        """Forget the session."""
+        self._seen.pop(session_id, None)
+        with self._open() as db:
+            db.execute("DELETE FROM turn WHERE session = ?", (session_id,))
+            db.execute("DELETE FROM session WHERE id = ?", (session_id,))
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            db = sqlite3.connect(self.path, timeout=10)
+        except (OSError, sqlite3.Error) as error:
+            raise self._failed(error) from error
+        try:
+            with db:  # one transaction
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version > _SCHEMA_VERSION:
+                    raise StorageError(f"{self.path} was written by a newer llmdoctor: update this one")
+                db.executescript(_SCHEMA)
+                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                self.path.chmod(0o600)  # conversations are private
+                yield db
+        except (OSError, sqlite3.Error) as error:
+            raise self._failed(error) from error
+        finally:
+            db.close()
+
+    def _failed(self, error: Exception) -> StorageError:
+        return StorageError(f"the sessions in {self.path} cannot be read or written: {error}")
+
+
+def _row(turn: Turn) -> tuple[str, int, str, bytes, bytes]:
+    settings = {"sampling": asdict(turn.sampling), "guidance": asdict(turn.guidance)}
+    return turn.prompt, turn.seed, json.dumps(settings), _packed(turn.patient), _packed(turn.guided)
+
+
+def _packed(reply: Reply) -> bytes:
+    return zlib.compress(json.dumps(asdict(reply), ensure_ascii=False).encode(), level=3)
+
+
+def _turn(row: tuple[str, int, str, bytes, bytes]) -> Turn:
+    prompt, seed, settings, patient, guided = row
+    how = json.loads(settings)
+    sampling = Sampling(**{**how["sampling"], "stop": tuple(how["sampling"]["stop"])})
+    return Turn(prompt, seed, sampling, Guidance(**how["guidance"]), _unpacked(patient), _unpacked(guided))
+
+
+def _unpacked(packed: bytes) -> Reply:
+    stored = json.loads(zlib.decompress(packed))
+    return Reply(
+        tokens=tuple(
+            GuidedToken(**{**token, "top": tuple(Alternative(**other) for other in token["top"])})
+            for token in stored["tokens"]
+        ),
+        end=stored["end"],
+        seconds=stored["seconds"],
+        forced=tuple(stored["forced"]),
+        temperatures=tuple((at, value) for at, value in stored["temperatures"]),
+    )

@@ -1,0 +1,125 @@
+"""The real program in a real (pseudo-)terminal, with the embedded models; and where there is none."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+SIZE = struct.pack("HHHH", 40, 120, 0, 0)
+
+
+class Terminal:
+    """A child on a pseudo-terminal of 120x40."""
+
+    def __init__(self, *arguments, **environment):
+        self.ours, theirs = pty.openpty()
+        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, SIZE)
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "llmdoctor", *arguments],
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env={**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", **environment},
+        )  # fmt: skip
+        os.close(theirs)
+        self.output = ""
+
+    def read(self, seconds=0.1):
+        if select.select([self.ours], [], [], seconds)[0]:
+            try:
+                self.output += os.read(self.ours, 1 << 16).decode(errors="replace")
+            except OSError:
+                return False
+        return True
+
+    def until(self, pattern, seconds=120):
+        """Wait until the output since the last call holds the pattern."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if re.search(pattern, self.output):
+                seen, self.output = self.output, ""
+                return seen
+            if not self.read():
+                break
+        raise AssertionError(f"never saw {pattern}: {self.output[-2000:]!r}")
+
+    def press(self, keys):
+        os.write(self.ours, keys.encode())
+
+    def end(self, seconds=30):
+        """The exit code and what was still written."""
+        end = time.monotonic() + seconds
+        while self.child.poll() is None and time.monotonic() < end:
+            self.read()
+        while self.read(0.2) and select.select([self.ours], [], [], 0)[0]:
+            pass
+        if self.child.poll() is None:
+            self.child.send_signal(signal.SIGKILL)
+            raise AssertionError(f"it does not end: {self.output[-2000:]!r}")
+        os.close(self.ours)
+        return self.child.returncode, self.output
+
+
+@pytest.mark.slow
+def test_the_program_in_a_terminal_talks_stops_quits_and_goes_on():
+    """Alternate screen on and off again, an answer of the embedded models, Esc, Ctrl+C twice, --continue."""
+    program = Terminal("chat", "--seed", "1")
+    opening = program.until("alpha")
+    assert "\x1b[?1049h" in opening
+    program.press("How can I sleep better?\r")
+    program.until(r"\d+ flips, KL")  # something has been said by both
+    program.press("\x1b")
+    program.until("interrupted")
+    program.press("\x03")
+    program.until("once more")
+    program.press("\x03")
+    code, rest = program.end()
+    assert code == 130
+    assert "\x1b[?1049l" in rest
+    assert "Traceback" not in rest
+    again = Terminal("chat", "--continue")
+    again.until("How can I sleep better")
+    again.press("\x11")  # Ctrl+Q, while the models may still be loading
+    code, rest = again.end()
+    assert code == 0, rest
+
+
+def test_a_failed_load_is_the_command_lines_line_and_exit_code(tmp_path):
+    program = Terminal("chat", "--patient", str(tmp_path / "nowhere"))
+    seen = program.until("Press q")
+    assert "error:" in seen
+    assert "nowhere" in seen
+    program.press("q")
+    code, rest = program.end()
+    assert code == 3, rest
+
+
+@pytest.mark.parametrize("arguments", [["chat", "--continue"], ["chat", "--resume", "x"], ["compare", "Hi", "--tui"]])
+def test_the_full_screen_is_refused_where_there_is_no_terminal(arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "llmdoctor", *arguments],
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+    assert "\x1b" not in done.stderr
+
+
+def test_a_dumb_terminal_gets_the_plain_conversation():
+    program = Terminal("chat", "--patient", "/nowhere", TERM="dumb")
+    code, rest = program.end(120)
+    assert code == 3
+    assert "error:" in rest
+    assert "\x1b[?1049h" not in rest

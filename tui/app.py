@@ -1,0 +1,251 @@
+"""The apps: the conversation, and the base that it shares with the browsers."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.dom import DOMNode
+from textual.screen import Screen
+
+from llmdoctor.cli.render import Lens
+from llmdoctor.errors import LLMDoctorError, UsageError
+from llmdoctor.sessions import Session, SessionStore, Summary
+from llmdoctor.tui import clipboard, export
+from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
+from llmdoctor.tui.generation import Assistant, Worker
+from llmdoctor.tui.guard import quiet_terminal, written
+from llmdoctor.types import Guidance, Sampling
+
+if TYPE_CHECKING:
+    from llmdoctor.tui.screens.chat import ChatScreen
+
+_SWITCH = 0.0005  # seconds that drawing may hold the interpreter while the generator waits for it (Python's own: 0.005)
+_TWICE = 2.0  # seconds between two presses of Ctrl+C that quit
+
+
+class DoctorApp(App[int]):
+    """What all the apps share: theme, keys, Ctrl+C, copying, pictures, a worker thread that ends with the app."""
+
+    CSS_PATH: ClassVar[Any] = Path(__file__).with_name("app.tcss")
+    TITLE = "llmdoctor"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+c", "interrupt", "Interrupt, twice: quit", show=False, priority=True, id="app.interrupt"),
+        Binding("f12", "picture", "Picture", show=False, priority=True, id="app.picture"),
+    ]
+    worker: Worker | None = None
+
+    def __init__(self, config: Config | None = None) -> None:
+        super().__init__()
+        self._own_config = config
+        self.config = config or Config()
+        self._interrupted_at = 0.0
+
+    def on_mount(self) -> None:
+        """Apply the configuration file."""
+        if self._own_config is None:
+            try:
+                self.config = read_config(config_file(), themes=self.available_themes, bindings=dict(binding_ids()))
+            except UsageError as error:
+                self.notify(str(error), severity="warning", markup=False, timeout=15)
+        if self.config.theme:
+            self.theme = self.config.theme
+        if self.config.keys:
+            self.set_keymap(dict(self.config.keys))
+        if self.worker is not None:
+            self.worker.start()
+
+    def on_unmount(self) -> None:
+        """End the worker."""
+        if self.worker is not None:
+            self.worker.close()
+
+    def handle_bindings_clash(self, clashed_bindings: set[Binding], node: DOMNode) -> None:
+        """Tell which of the person's keys are taken."""
+        names = ", ".join(sorted(str(binding.id) for binding in clashed_bindings))
+        self.notify(f"tui.toml gives one key to several actions: {names}", severity="warning", markup=False)
+
+    def stop(self) -> bool:
+        """Stop what runs; False when nothing does."""
+        return False
+
+    def action_interrupt(self) -> None:
+        """Ctrl+C: stop an answer; pressed twice with none running, quit."""
+        if self.stop():
+            return
+        now = time.monotonic()
+        if now - self._interrupted_at < _TWICE:
+            self.exit(130)
+        else:
+            self._interrupted_at = now
+            self.notify("Press Ctrl+C once more to quit.", timeout=_TWICE)
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """By the terminal (OSC 52, also through tmux), and by the desktop's command."""
+        self._clipboard = text
+        if self._driver is not None:
+            self._driver.write(clipboard.osc52(text))
+        self.run_worker(lambda: clipboard.to_desktop(text), thread=True, group="clipboard")
+
+    def action_picture(self) -> None:
+        """Write the screen as SVG."""
+        self.write_picture(Path(f"llmdoctor-{time.strftime('%Y%m%d-%H%M%S')}.svg"))
+
+    def write_picture(self, path: Path) -> None:
+        """Write the screen as SVG, without fonts from the network."""
+        try:
+            written_to = export.write(path, export.without_fonts(self.export_screenshot()))
+        except LLMDoctorError as error:
+            self.notify(str(error), severity="error", markup=False)
+        else:
+            self.notify(f"wrote {written_to}", markup=False)
+
+    def fail(self, error: LLMDoctorError) -> None:
+        """Show why nothing can go on."""
+        from llmdoctor.tui.screens.failed import FailedScreen
+
+        self.push_screen(FailedScreen(error))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a conversation begins with. ``profile`` is the profile as plain JSON values, ``models`` their names."""
+
+    load: Callable[[Callable[[str], None]], Assistant]
+    models: str
+    guidance: Guidance = field(default_factory=Guidance)
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    session: Session | None = None
+    store: SessionStore | None = None
+
+
+class ChatApp(DoctorApp):
+    """``llmdoctor chat``."""
+
+    worker: Worker
+
+    def __init__(self, start: Start, config: Config | None = None) -> None:
+        super().__init__(config)
+        self.start = start
+        self.store = start.store or SessionStore(sessions_file())
+        self.worker = Worker(start.load, start.sampling, start.guidance)
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="llmdoctor-sessions")
+
+    def on_mount(self) -> None:
+        """Show the conversation; the models load meanwhile."""
+        from llmdoctor.tui.screens.chat import ChatScreen
+
+        self.push_screen(ChatScreen())
+
+    def on_unmount(self) -> None:
+        """End both threads; what is to be saved is saved first."""
+        self._saver.shutdown(wait=True)
+
+    @property
+    def chat(self) -> "ChatScreen":
+        """The conversation, whatever stands before it."""
+        from llmdoctor.tui.screens.chat import ChatScreen
+
+        return next(screen for screen in self.screen_stack if isinstance(screen, ChatScreen))
+
+    @property
+    def _has_chat(self) -> bool:
+        from llmdoctor.tui.screens.chat import ChatScreen
+
+        return any(isinstance(screen, ChatScreen) for screen in self.screen_stack)
+
+    def exit(self, *args: Any, **how: Any) -> None:
+        """Leave; a running answer is stopped and kept first."""
+        self.stop()
+        super().exit(*args, **how)
+
+    def stop(self) -> bool:
+        """Stop the answer."""
+        if not self._has_chat or self.chat.live is None:
+            return False
+        self.chat.action_stop()
+        return True
+
+    def save(self, session: Session) -> None:
+        """Write the session in the thread for it."""
+
+        def done(future: Future[Session]) -> None:
+            error = future.exception()
+            if error is not None and self.is_running:
+                self.call_from_thread(self.notify, str(error), severity="error", markup=False)
+
+        self._saver.submit(self.store.save, session).add_done_callback(done)
+
+    # through the same thread, so that what is being saved right now is saved first
+
+    def load_session(self, session_id: str) -> Session:
+        """A saved session."""
+        return self._saver.submit(self.store.load, session_id).result()
+
+    def saved_sessions(self) -> list[Summary]:
+        """All of them."""
+        return self._saver.submit(self.store.list).result()
+
+    def rename_session(self, session_id: str, title: str) -> None:
+        """Another title, also for the conversation that is open."""
+        self._saver.submit(self.store.rename, session_id, title).result()
+        if session_id == self.chat.session.id:
+            self.chat.session = replace(self.chat.session, title=title)
+
+    def delete_session(self, session_id: str) -> None:
+        """Forget it; the conversation that is open becomes an empty one."""
+        self._saver.submit(self.store.delete, session_id).result()
+        if session_id == self.chat.session.id:
+            self.chat.new_session()
+
+    def export(self, session: Session, kind: str, path: Path | None, lens: Lens, doctor: str | None) -> None:
+        """Write a session (or, as svg, the screen) to a file, by default in the working folder."""
+        session = session if session.title or not session.turns else replace(session, title=session.turns[0].prompt)
+        path = path or Path(export.file_name(session, kind))
+        if kind == "svg":
+            self.write_picture(path)
+            return
+        self.notify(f"wrote {export.write(path, export.render(session, kind, lens, doctor))}", markup=False)
+
+
+class BrowserApp(DoctorApp):
+    """``llmdoctor inspect --tui`` and ``llmdoctor compare --tui``: one screen."""
+
+    def __init__(self, screen: Callable[[], Screen[None]], config: Config | None = None) -> None:
+        super().__init__(config)
+        self._screen = screen
+
+    def on_mount(self) -> None:
+        """Show it."""
+        self.push_screen(self._screen())
+
+
+def binding_ids() -> dict[str, Binding]:
+    """Every key binding that can be given another key, by its id."""
+    from llmdoctor.tui.screens.chat import ChatScreen
+    from llmdoctor.tui.screens.sessions import SessionsScreen
+    from llmdoctor.tui.widgets.inspector import Alternatives
+    from llmdoctor.tui.widgets.slider import Slider
+    from llmdoctor.tui.widgets.token_view import TokenView
+
+    owners = (DoctorApp, ChatScreen, TokenView, Alternatives, Slider, SessionsScreen)
+    bindings = (binding for owner in owners for binding in owner.BINDINGS)
+    return {binding.id: binding for binding in bindings if isinstance(binding, Binding) and binding.id}
+
+
+def run(app: App[int]) -> int:
+    """Run an app on the terminal and return its exit code; what else was written is shown if it broke."""
+    sys.setswitchinterval(_SWITCH)
+    with quiet_terminal() as log:
+        result = app.run()
+        noise = written(log) if app.return_code else ""
+    if noise:
+        print(noise, file=sys.stderr)
+    return result if result is not None else app.return_code or 0

@@ -1,0 +1,61 @@
+"""What a person has set for the screen: ``tui.toml`` in the user's configuration folder.
+
+theme = "nord"
+lens = "kl"
+
+[keys]            # binding ids as the help screen (F1) lists them
+"chat.rerun" = "ctrl+r"
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from platformdirs import user_config_path, user_data_path
+
+from llmdoctor.cli.render import LENSES
+from llmdoctor.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The file's settings; None is the default."""
+
+    theme: str | None = None
+    lens: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+def config_file() -> Path:
+    """Where the settings are."""
+    return user_config_path("llmdoctor") / "tui.toml"
+
+
+def sessions_file() -> Path:
+    """Where conversations are kept: ``LLMDOCTOR_SESSIONS``, or the user's data folder."""
+    named = os.environ.get("LLMDOCTOR_SESSIONS")
+    return Path(named) if named else user_data_path("llmdoctor") / "sessions.sqlite3"
+
+
+def read_config(path: Path, *, themes: Mapping[str, object], bindings: Mapping[str, object]) -> Config:
+    """Read the file if there is one. Raises UsageError, naming the file and the key that is wrong."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Config()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    if unknown := set(data) - {"theme", "lens", "keys"}:
+        raise UsageError(f"{path}: unknown key {min(unknown)!r} (known: theme, lens, keys)")
+    theme, lens, keys = data.get("theme"), data.get("lens"), data.get("keys", {})
+    if theme is not None and theme not in themes:
+        raise UsageError(f"{path}: there is no theme {theme!r} (there are: {', '.join(sorted(themes))})")
+    if lens is not None and lens not in LENSES:
+        raise UsageError(f"{path}: lens must be one of {', '.join(LENSES)}, got {lens!r}")
+    if not isinstance(keys, dict) or not all(isinstance(key, str) and key for key in keys.values()):
+        raise UsageError(f'{path}: [keys] must hold lines like "chat.rerun" = "ctrl+r"')
+    if wrong := sorted(set(keys) - set(bindings)):
+        raise UsageError(f"{path}: there is no key binding {wrong[0]!r} (F1 lists them)")
+    return Config(theme, lens, keys)

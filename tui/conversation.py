@@ -1,0 +1,137 @@
+"""A conversation as the screen shows it: replies to pieces of text, and the answer that is being made."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from llmdoctor.sessions import End, Reply, Turn, Which
+from llmdoctor.tui.widgets.token_view import Piece
+from llmdoctor.types import GuidedToken
+
+SIDES: tuple[Which, Which] = ("patient", "guided")
+
+
+class Said(NamedTuple):
+    """What a token on the screen stands for."""
+
+    turn: int
+    position: int
+    token: GuidedToken
+
+
+@dataclass
+class LiveReply:
+    """One side of the answer that is being made."""
+
+    which: Which
+    tokens: list[GuidedToken]
+    seconds: float
+    forced: list[int]
+    temperatures: list[tuple[int, float]]
+    running: bool = True
+    fresh: int = 0  # tokens of this run, and their seconds: speed
+    fresh_seconds: float = 0.0
+    flips: int = 0
+    kl: float = 0.0
+
+    @classmethod
+    def after(cls, which: Which, reply: Reply, cut: int) -> "LiveReply":
+        """One that begins with the first ``cut`` tokens of ``reply``."""
+        kept = list(reply.tokens[:cut])
+        live = cls(
+            which, kept, reply.seconds * cut / max(1, len(reply.tokens)),
+            [at for at in reply.forced if at < cut], [change for change in reply.temperatures if change[0] < cut],
+        )  # fmt: skip
+        live.flips, live.kl = sum(t.flip for t in kept), sum(t.kl for t in kept)
+        return live
+
+    def add(self, token: GuidedToken, seconds: float, temperature: float) -> None:
+        """One token more."""
+        if not self.temperatures or self.temperatures[-1][1] != temperature:
+            self.temperatures.append((len(self.tokens), temperature))
+        self.tokens.append(token)
+        self.seconds += seconds
+        self.fresh += 1
+        self.fresh_seconds += seconds
+        self.flips += token.flip
+        self.kl += token.kl
+
+    def frozen(self, end: End) -> Reply:
+        """What it has become."""
+        return Reply(tuple(self.tokens), end, self.seconds, tuple(self.forced), tuple(self.temperatures))
+
+
+@dataclass
+class Live:
+    """The answer that is being made: the job's number, the turn it belongs to, and the sides that speak."""
+
+    job: int
+    turn: int
+    max_new_tokens: int
+    sides: dict[Which, LiveReply] = field(default_factory=dict)
+
+
+def changes(before: GuidedToken | None, token: GuidedToken, temperatures: tuple[float, float] | None) -> str:
+    """What was set between two tokens: ``helpful 0.8→1.2``; empty where nothing was."""
+    parts = []
+    if before is not None:
+        if before.alpha != token.alpha:
+            parts.append(f"alpha {before.alpha:g}→{token.alpha:g}")
+        parts += [
+            f"{name} {before.betas[name]:g}→{beta:g}"
+            for name, beta in token.betas.items()
+            if before.betas.get(name, beta) != beta
+        ]
+    if temperatures is not None and temperatures[0] != temperatures[1]:
+        parts.append(f"temperature {temperatures[0]:g}→{temperatures[1]:g}")
+    return ", ".join(parts)
+
+
+def pieces(turn: int, reply: LiveReply | Reply, start: int = 0) -> Iterator[Piece]:
+    """The tokens of a reply from ``start`` on, with a mark where something was set, and before a forced token."""
+    forced = set(reply.forced)
+    temperatures = {at: (before[1], after[1]) for at, before, after in _steps(reply.temperatures)}
+    seen_text = any(token.text.strip() for token in reply.tokens[:start])
+    for position in range(start, len(reply.tokens)):
+        token = reply.tokens[position]
+        before = reply.tokens[position - 1] if position else None
+        if note := changes(before, token, temperatures.get(position)):
+            yield Piece(f" ⟨{note}⟩" if seen_text else f"⟨{note}⟩ ", "note")
+        if position in forced:
+            yield Piece(" ⟨forced⟩" if seen_text else "⟨forced⟩ ", "note")
+        text = token.text if seen_text else token.text.lstrip()
+        seen_text = seen_text or bool(text)
+        yield Piece(text, "token", Said(turn, position, token))
+
+
+def _steps(changed: Sequence[tuple[int, float]]) -> Iterator[tuple[int, tuple[int, float], tuple[int, float]]]:
+    for before, after in itertools.pairwise(changed):
+        yield after[0], before, after
+
+
+def ending(turn: int, reply: Reply, error: str = "") -> Iterator[Piece]:
+    """What stands behind a reply: the end-of-answer token, or why it has none."""
+    last = reply.tokens[-1] if reply.tokens else None
+    match reply.end:
+        case "done" if last is not None and not last.text:
+            yield Piece(" ∎", "token", Said(turn, len(reply.tokens) - 1, last))
+        case "length":
+            yield Piece(" ⟨length limit⟩", "note")
+        case "interrupted":
+            yield Piece(" ⟨interrupted⟩" if reply.tokens else "⟨interrupted⟩", "note")
+        case "error":
+            yield Piece(f" ⟨error{': ' if error else ''}{error}⟩", "note")
+    yield Piece("\n\n", "plain")
+
+
+def conversation(turns: Sequence[Turn], which: Which, live: Live | None) -> Iterator[Piece]:
+    """All turns of one side; the reply of ``live`` as far as it is, without an ending."""
+    for number, turn in enumerate(turns):
+        yield Piece(f"❯ {turn.prompt}\n", "user")
+        if live is not None and live.turn == number and which in live.sides:
+            yield from pieces(number, live.sides[which])
+        else:
+            reply = turn.reply(which)
+            yield from pieces(number, reply)
+            yield from ending(number, reply)

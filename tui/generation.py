@@ -1,0 +1,272 @@
+"""The one thread that loads models and generates. It only appends to a queue; the screen drains it.
+
+Nothing here waits for the screen: a token costs the producer one append (calling into the screen's thread for each
+token, and waiting, would cost a thousand times that).
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Literal, Protocol
+
+from llmdoctor.errors import LLMDoctorError
+from llmdoctor.sessions import Which
+from llmdoctor.types import Guidance, GuidedToken, Message, Sampling
+
+TOP = 10  # alternatives of every token
+_JOIN_SECONDS = 5.0
+
+
+class Assistant(Protocol):
+    """What the app needs of `llmdoctor.LLMdoctor`."""
+
+    guidance: Guidance
+
+    @property
+    def doctor_names(self) -> tuple[str, ...]:
+        """The doctors."""
+        ...
+
+    def stream(self, prompt: Sequence[Message], **how: Any) -> Iterator[GuidedToken]:
+        """Tokens as they are drawn."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One side of an answer: what it answers, the tokens it begins with, and a token to say first."""
+
+    which: Which
+    messages: Sequence[Message]
+    prefix: tuple[int, ...] = ()
+    force: int | None = None
+
+
+# What the thread says. ``job`` numbers tell answers of a stopped job from those of the next.
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Something is being loaded."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The models are there."""
+
+    assistant: Assistant
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The models could not be loaded."""
+
+    error: LLMDoctorError
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A token, the seconds it took, and the temperature it was drawn at."""
+
+    job: int
+    which: Which
+    token: GuidedToken
+    seconds: float
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class SideEnded:
+    """One side has said all it had to say."""
+
+    job: int
+    which: Which
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The job is over; ``error`` in one line when it failed."""
+
+    job: int
+    reason: Literal["done", "interrupted", "error"]
+    error: str = ""
+
+
+Event = Progress | Loaded | Failed | Spoken | SideEnded | Ended
+
+
+class _Cancelled(Exception):
+    pass
+
+
+class Worker:
+    """Runs jobs, one after the other, in a thread of its own.
+
+    ``load`` gets a function for progress lines and returns the assistant. ``sampling`` may be set at any time: a
+    running answer goes on with it from its next token. ``guidance`` is what the assistant begins with; later its own is
+    set. ``events`` is to be drained with ``drain``.
+    """
+
+    def __init__(
+        self, load: Callable[[Callable[[str], None]], Assistant], sampling: Sampling, guidance: Guidance | None = None
+    ) -> None:
+        self.sampling = sampling
+        self.guidance = guidance
+        self.events: deque[Event] = deque()
+        self._load = load
+        self._sessions: dict[Which, Any] = {}
+        self._jobs: SimpleQueue[Callable[[Assistant], None] | None] = SimpleQueue()
+        self._number = 0
+        self._cancelled_up_to = 0
+        self._thread = threading.Thread(target=self._run, name="llmdoctor-generation", daemon=True)
+
+    def start(self) -> None:
+        """Begin with loading."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
+    def speak(self, parts: Sequence[Part], seed: int, sampling: Sampling) -> int:
+        """Queue an answer; both sides take turns, token by token. Returns the job's number."""
+        self.sampling = sampling
+        return self._submit(lambda job, assistant: self._speak(job, assistant, parts, seed))
+
+    def cancel(self) -> None:
+        """Stop what runs and what waits; it is seen at the next token."""
+        self._cancelled_up_to = self._number
+
+    def close(self) -> None:
+        """Stop and end the thread; one that is still loading is left to end with the program."""
+        self.cancel()
+        self._jobs.put(None)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(_JOIN_SECONDS)
+
+    def drain(self) -> list[Event]:
+        """Everything said since the last call."""
+        events: list[Event] = []
+        with suppress(IndexError):
+            while True:
+                events.append(self.events.popleft())
+        return events
+
+    def _submit(self, job: Callable[[int, Assistant], None]) -> int:
+        self._number = number = self._number + 1
+        self._jobs.put(lambda assistant: job(number, assistant))
+        return number
+
+    def _run(self) -> None:
+        try:
+            assistant = self._load(lambda text: self.events.append(Progress(text)))
+            if self.guidance is not None:  # what was set while the models were loading
+                assistant.guidance = self.guidance
+        except LLMDoctorError as error:
+            self.events.append(Failed(error))
+            return
+        except Exception as error:  # a screen with the reason, not a dead thread behind a living screen
+            self.events.append(Failed(LLMDoctorError(f"{type(error).__name__}: {error}")))
+            return
+        from llmdoctor.caches import Session  # with torch, which the models have brought
+
+        self._sessions = {"patient": Session(), "guided": Session()}
+        self.events.append(Loaded(assistant))
+        while (job := self._jobs.get()) is not None:
+            job(assistant)
+
+    def _guarded(self, number: int, work: Callable[[], None]) -> None:
+        try:
+            self._check(number)
+            work()
+        except _Cancelled:
+            self.events.append(Ended(number, "interrupted"))
+        except LLMDoctorError as error:
+            self.events.append(Ended(number, "error", str(error)))
+        except Exception as error:
+            self.events.append(Ended(number, "error", _reason(error)))
+        else:
+            self.events.append(Ended(number, "done"))
+
+    def _check(self, number: int) -> None:
+        if number <= self._cancelled_up_to:
+            raise _Cancelled
+
+    def _speak(self, job: int, assistant: Assistant, parts: Sequence[Part], seed: int) -> None:
+        sides = [_Side(assistant, part, seed, self._sessions[part.which]) for part in parts]
+
+        def work() -> None:
+            running = list(sides)
+            while running:
+                for side in list(running):
+                    self._check(job)
+                    spoken = side.next(job, self.sampling)
+                    if spoken is None:
+                        running.remove(side)
+                        self.events.append(SideEnded(job, side.part.which))
+                    else:
+                        self.events.append(spoken)
+
+        try:
+            self._guarded(job, work)
+        finally:
+            for side in sides:
+                side.close()
+
+
+class _Side:
+    """One side's stream. Other sampling settings open it anew, behind the tokens that were said."""
+
+    def __init__(self, assistant: Assistant, part: Part, seed: int, session: Any) -> None:
+        self.part = part
+        self._assistant, self._seed, self._session = assistant, seed, session
+        self._said = list(part.prefix)
+        self._force = part.force
+        self._sampling: Sampling | None = None
+        self._stream: Iterator[GuidedToken] = iter(())
+
+    def next(self, job: int, sampling: Sampling) -> Spoken | None:
+        started = time.perf_counter()
+        if sampling != self._sampling:
+            self.close()
+            changed, self._sampling = self._sampling is not None, sampling
+            if changed and len(self._said) >= sampling.max_new_tokens:
+                return None
+            self._stream = self._assistant.stream(self.part.messages, **self._how(sampling))
+        token = next(self._stream, None)
+        if token is None:
+            return None
+        self._said.append(token.id)
+        self._force = None
+        return Spoken(job, self.part.which, token, time.perf_counter() - started, sampling.temperature)
+
+    def _how(self, sampling: Sampling) -> Mapping[str, Any]:
+        names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
+        return {
+            **{name: getattr(sampling, name) for name in names},
+            "seed": self._seed,
+            "guided": self.part.which == "guided",
+            "prefix_ids": tuple(self._said),
+            "force_id": self._force,
+            "top": TOP,
+            "session": self._session,
+        }
+
+    def close(self) -> None:
+        close = getattr(self._stream, "close", None)
+        if close is not None:
+            close()
+        self._stream = iter(())
+
+
+def _reason(error: Exception) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the device ran out of memory: try a shorter conversation, or a smaller model"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

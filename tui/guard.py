@@ -1,0 +1,51 @@
+"""The terminal belongs to the screen while it is up: what native libraries write to it goes elsewhere."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
+
+
+def full_screen(stdin: IO[str], stdout: IO[str]) -> bool:
+    """Whether a full-screen app can run: both are terminals, and the terminal can place its cursor."""
+    return stdin.isatty() and stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
+
+
+@contextmanager
+def quiet_terminal() -> Iterator[IO[bytes]]:
+    """File descriptors 1 and 2 write to a file, which is given; Textual draws through a duplicate of the terminal.
+
+    Textual catches Python's ``print`` by itself, but not what C libraries write. It draws to ``sys.__stderr__`` and
+    asks ``sys.__stdout__`` for the size: both are the terminal that stdout was, also where stderr was sent to a file.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+    screen = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", newline="\n")
+    originals = sys.__stdout__, sys.__stderr__
+    for number in (1, 2):
+        os.dup2(log.fileno(), number)
+    sys.__stdout__ = sys.__stderr__ = screen  # type: ignore[misc]
+    try:
+        yield log
+    finally:
+        sys.__stdout__, sys.__stderr__ = originals  # type: ignore[misc]
+        with suppress(OSError):
+            screen.close()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for number, fd in enumerate(kept, start=1):
+            os.dup2(fd, number)
+            os.close(fd)
+        log.close()
+
+
+def written(log: IO[bytes], limit: int = 4000) -> str:
+    """The end of what was written meanwhile."""
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - limit))
+    return log.read().decode("utf-8", errors="replace").strip()

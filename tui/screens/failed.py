@@ -1,0 +1,34 @@
+"""What one sees when the models cannot be loaded."""
+
+from typing import ClassVar
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import Screen
+from textual.widgets import Footer, Static
+
+from llmdoctor.cli.terminal import clean
+from llmdoctor.errors import LLMDoctorError
+
+
+class FailedScreen(Screen[None]):
+    """The line that the command line would print, and the way out; the exit code is the command line's too."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("q,escape,enter", "leave", "Quit")]
+
+    def __init__(self, error: LLMDoctorError) -> None:
+        super().__init__()
+        self.error = error
+
+    def compose(self) -> ComposeResult:
+        """One box."""
+        with Vertical(id="failed"):
+            yield Static(Text(f"error: {' '.join(clean(str(self.error)).split())}"), id="failed-text")
+            yield Static(Text("Press q to leave.", style="dim"))
+        yield Footer(compact=True)
+
+    def action_leave(self) -> None:
+        """End with the command line's exit code."""
+        self.app.exit(self.error.exit_code)
