@@ -1,6 +1,7 @@
 """The rewards browser and the comparison browser."""
 
 import threading
+import time
 
 from textual.widgets import OptionList
 
@@ -79,7 +80,7 @@ def test_comparisons_are_browsed_while_they_are_made(drive):
         post(comparison_item(compared(2)))
         while True:  # as a long list of prompts: only leaving ends it
             check()
-            more.wait(0.01)
+            time.sleep(0.01)
 
     app = BrowserApp(lambda: ComparisonsScreen(source, "value", "helpful", ("helpful", "safe")), Config())
 
