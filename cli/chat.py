@@ -156,8 +156,8 @@ def start_of(
     from llmdoctor.tui.app import Start
     from llmdoctor.types import Guidance, Sampling
 
-    decode = settings.decode.model_dump()
-    alpha, mode, plausibility = (decode.pop(name) for name in ("alpha", "mode", "plausibility"))
+    decode = settings.decode
+    drawing = decode.model_dump(exclude={"alpha", "mode", "plausibility", "speculation"})
     betas = {name: doctor.beta for name, doctor in settings.doctors.items()}
     short = [options.short(settings.patient.model), ", ".join(settings.doctors)]
     models = " + ".join(part for part in short if part)
@@ -171,8 +171,8 @@ def start_of(
     return Start(
         load=load,
         models=models,
-        guidance=Guidance(alpha, betas, mode, plausibility),
-        sampling=Sampling(**decode),
+        guidance=Guidance(decode.alpha, betas, decode.mode, decode.plausibility),
+        sampling=Sampling(**drawing),
         seed=seed,
         profile=settings.model_dump(mode="json"),
         session=session,

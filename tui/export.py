@@ -96,5 +96,6 @@ def write(path: Path, text: str) -> Path:
 
 
 def without_fonts(svg: str) -> str:
-    """Textual's picture without the fonts that it would fetch from the network."""
-    return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+    """Textual's picture without the fonts that it would fetch from the network, every space kept where it stands."""
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+    return svg.replace("<text ", '<text xml:space="preserve" ')

@@ -4,6 +4,7 @@ Nothing here waits for the screen: a token costs the producer one append (callin
 token, and waiting, would cost a thousand times that).
 """
 
+import gc
 import threading
 import time
 from collections import deque
@@ -178,6 +179,7 @@ class Worker:
         from llmdoctor.caches import Session  # with torch, which the models have brought
 
         self._sessions = {"patient": Session(), "guided": Session()}
+        gc.freeze()  # else every full collection looks through the models' libraries: 0.3 s without a key
         self.events.append(Loaded(assistant))
         while (job := self._jobs.get()) is not None:
             job(assistant)

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 
 import pytest
+from textual import events
 from textual.widgets import DataTable
 
 from llmdoctor.errors import LoadError
@@ -385,6 +386,126 @@ def test_commands_and_their_mistakes(make_app, drive):
         assert isinstance(app.screen, HelpScreen)
         assert "chat.rerun" in d.text()
         await d.press("escape")
+
+    drive(app, steps)
+
+
+def test_what_is_typed_ahead_of_a_busy_screen_is_not_run_together(make_app, drive):
+    """Keys that wait together in the queue are two lines where Enter stands between them."""
+    fake = FakeAssistant(shortest=6)
+    app = make_app(fake)
+
+    async def steps(d):
+        prompt = app.chat.query_one(Prompt)
+        for line in ("/lens kl", "Go", "next"):
+            for character in line:
+                prompt.post_message(events.Key("space" if character == " " else character, character))
+            if line != "next":
+                prompt.post_message(events.Key("enter", None))
+        await d.until(lambda: fake.asked and app.chat.live is None)
+        assert app.chat.lens == "kl"
+        assert [turn.prompt for turn in app.chat.turns] == ["Go"]
+        assert prompt.text == "next"
+
+    drive(app, steps)
+
+
+def test_a_question_during_an_answer_stays_in_the_prompt(make_app, drive):
+    gate = threading.Semaphore(0)
+    app = make_app(FakeAssistant(shortest=6, gate=gate))
+
+    async def steps(d):
+        await d.type("Go")
+        await d.until(lambda: app.chat.live is not None)
+        await d.type("And then?")
+        assert "Still answering" in d.notices
+        assert app.chat.query_one(Prompt).text == "And then?"
+        gate.release(1000)
+        await d.idle()
+        assert [turn.prompt for turn in app.chat.turns] == ["Go"]
+
+    drive(app, steps)
+
+
+def test_the_status_tells_how_many_drafts_are_accepted_where_a_doctor_drafts(make_app, drive):
+    fake = FakeAssistant(shortest=6)
+    fake.acceptance = None
+    app = make_app(fake)
+
+    async def steps(d):
+        await d.ask("Go")
+        assert "acceptance" not in d.text()
+        fake.acceptance = 0.94
+        await d.ask("On")
+        assert "acceptance 94%" in d.text()
+
+    drive(app, steps)
+
+
+def test_where_one_pane_has_room_a_key_shows_the_other(make_app, drive):
+    app = make_app()
+
+    async def steps(d):
+        await d.ask("Go")
+        patient, guided = (app.chat.query_one(f"#{which}") for which in ("patient", "guided"))
+        assert (patient.display, guided.display) == (False, True)
+        assert "ctrl+t: patient" in d.text()
+        await d.press("ctrl+t")
+        assert (patient.display, guided.display) == (True, False)
+        assert "ctrl+t: guided" in d.text()
+        await d.press("f2")
+        assert "patient's token" in d.text()
+        await d.press("ctrl+t")
+        await d.until(lambda: guided.display and not patient.display)
+        assert "guided token" in d.text()
+        assert app.focused is app.chat.view("guided")
+        await d.press("f2")
+        await d.pilot.resize_terminal(120, 40)
+        await d.until(lambda: patient.display and guided.display)
+        assert "ctrl+t" not in d.text()
+
+    drive(app, steps, size=(80, 24))
+
+
+def test_resizing_in_mid_answer_loses_nothing(make_app, drive):
+    gate = threading.Semaphore(0)
+    app = make_app(FakeAssistant(shortest=99, gate=gate))
+
+    async def steps(d):
+        await d.type("Go")
+        for size in ((80, 24), (200, 50), (30, 8), (120, 40)):
+            gate.release(10)
+            await d.pilot.resize_terminal(*size)
+            await d.pilot.pause(0.05)
+            assert app.size == size
+        gate.release(1000)
+        await d.idle()
+        for which in ("patient", "guided"):
+            reply = app.chat.turns[0].reply(which)
+            assert len(reply.tokens) == 24
+            assert " ".join(d.words(which).split()) == f"❯ Go {reply.text} ⟨length limit⟩"
+
+    drive(app, steps)
+
+
+def test_nonsense_is_shown_as_it_is(make_app, drive):
+    """Markup, control characters, wide and endless words: text like any other."""
+    app = make_app(FakeAssistant(shortest=3))
+    questions = [
+        "[red]x[/] [/nothing]",
+        "a\x1b[31m\x07b",
+        "日本" * 400,
+        "w" * 5000,
+        "\u202eabc \U0001f469\u200d\U0001f680",
+        "{}$%\\",
+    ]
+
+    async def steps(d):
+        for question in questions:
+            await d.ask(question)
+        await d.press("f2", "left", "f2")
+        assert [turn.prompt for turn in app.chat.turns] == questions
+        assert not any(ord(c) < 0x20 or c == "\x7f" for piece in d.strips for c in piece.text)
 
     drive(app, steps)
 

@@ -117,9 +117,10 @@ def test_the_full_screen_is_refused_where_there_is_no_terminal(arguments):
     assert "\x1b" not in done.stderr
 
 
-def test_a_dumb_terminal_gets_the_plain_conversation():
-    program = Terminal("chat", "--patient", "/nowhere", TERM="dumb")
+def test_a_dumb_terminal_is_no_full_screen():
+    """``--continue``, which needs one, says so before anything is loaded."""
+    program = Terminal("chat", "--continue", TERM="dumb")
     code, rest = program.end(120)
-    assert code == 3
-    assert "error:" in rest
+    assert code == 2
+    assert "need the full screen" in rest
     assert "\x1b[?1049h" not in rest

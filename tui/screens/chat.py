@@ -113,7 +113,6 @@ class ChatScreen(Screen[None]):
         if self.app.config.lens in get_args(Lens):
             self.lens = self.app.config.lens  # type: ignore[assignment]
         self.query_one(Inspector).display = False
-        self.query_one("#patient").border_title = "patient alone"
         self._frames = self.set_interval(_FRAME, self.drain)
         self._show_all()
         self.query_one(Prompt).focus()
@@ -210,12 +209,13 @@ class ChatScreen(Screen[None]):
         """Ask; while editing, ask instead of the last question."""
         if self.live:
             self.notify("Still answering: Esc stops.", severity="warning")
+            prompt = self.query_one(Prompt)
+            prompt.put(text if not prompt.text else f"{text}\n{prompt.text}")
             return
         before = self.turns[:-1] if self.editing else self.turns
         self.editing = False
         turn = Turn(text, self._next_seed(), self.sampling, self.guidance)
         self._answer((*before, turn), dict.fromkeys(SIDES, (0, None)))
-        self.query_one(Prompt).text = ""
 
     def _answer(self, turns: tuple[Turn, ...], sides: Mapping[Which, tuple[int, int | None]]) -> None:
         """Let ``sides`` answer the last of ``turns``, each after so many of its tokens, with a forced one if named."""
@@ -392,6 +392,8 @@ class ChatScreen(Screen[None]):
         if not inspector.display or before_it != which:
             inspector.display = True
             self._arrange()
+            if isinstance(self.focused, TokenView):
+                event.view.focus()
         if before_it not in (None, which):
             other = self.view("patient" if which == "guided" else "guided")
             other.cursor = None
@@ -547,7 +549,6 @@ class ChatScreen(Screen[None]):
     @on(Prompt.Submitted)
     def _submitted(self, event: Prompt.Submitted) -> None:
         if event.text.startswith("/"):
-            self.query_one(Prompt).text = ""
             self.obey(event.text)
         else:
             self.send(event.text)
@@ -690,8 +691,11 @@ class ChatScreen(Screen[None]):
                 slider.value = self.guidance.betas[slider.label]
 
     def _show_headings(self) -> None:
-        by = betas_text(self.guidance.betas, " ")
-        self.query_one("#guided").border_title = f"guided by {by}" if by else "guided by no doctor"
+        by = betas_text(self.guidance.betas, " ") or "no doctor"
+        for which, title, other in (("patient", "patient alone", "guided"), ("guided", f"guided by {by}", "patient")):
+            key = self.app.config.keys.get("chat.other_pane", "ctrl+t")
+            hint = "" if self.query_one(f"#{other}").display else f" · {key}: {other}"
+            self.query_one(f"#{which}").border_title = title + hint
 
     def _show_status(self) -> None:
         self._status_at = time.monotonic()
@@ -745,7 +749,10 @@ class ChatScreen(Screen[None]):
 
     def action_other_pane(self) -> None:
         """Where there is room for one pane only: the other one."""
-        self._tab = "patient" if self._tab == "guided" else "guided"
+        self._tab = "patient" if (self._inspected or self._tab) == "guided" else "guided"
+        if self._inspected is not None:
+            self.view(self._tab).select_last()  # the rest follows the cursor
+            return
         self._arrange()
         if isinstance(self.focused, TokenView):
             self.view(self._tab).focus()
@@ -763,6 +770,7 @@ class ChatScreen(Screen[None]):
         one = (narrow and not tall) or (inspecting and (width < _WIDE and not (narrow and height >= 50)))
         for which in SIDES:
             self.query_one(f"#{which}").display = not one or which == (self._inspected or self._tab)
+        self._show_headings()
         self.query_one(Curve).display = not (inspecting and narrow and height < 30)
         sliders = self.query_one("#sliders", Grid)
         count = len(self.query(Slider))

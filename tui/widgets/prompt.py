@@ -9,7 +9,7 @@ class Prompt(TextArea):
     """A text field as high as its text, up to five lines."""
 
     class Submitted(Message):
-        """Enter was pressed on some text."""
+        """Enter was pressed on some text; the field is empty again, for what is typed meanwhile."""
 
         def __init__(self, text: str) -> None:
             super().__init__()
@@ -30,8 +30,9 @@ class Prompt(TextArea):
         if event.key == "enter":
             event.stop()
             event.prevent_default()
-            if self.text.strip():
-                self.post_message(self.Submitted(self.text.strip()))
+            if text := self.text.strip():
+                self.text = ""
+                self.post_message(self.Submitted(text))
         elif event.key in ("shift+enter", "ctrl+j"):
             event.stop()
             event.prevent_default()
