@@ -67,7 +67,7 @@ def _prepare() -> None:
             stream.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding lacks
 
 
-def _warn(message: Warning | str, *_: Any) -> None:
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     say(f"warning: {message}")
 
 

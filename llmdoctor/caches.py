@@ -109,7 +109,13 @@ class CachedModel:
     def _mend(self) -> None:
         """After an interrupted forward: cut the layers that it had reached, or, where that is not certain, all."""
         layers = self.cache.layers
-        plain = all(type(layer) is DynamicLayer and layer.keys.shape == layer.values.shape for layer in layers)
+        plain = all(
+            type(layer) is DynamicLayer
+            and layer.keys is not None
+            and layer.values is not None
+            and layer.keys.shape == layer.values.shape
+            for layer in layers
+        )
         if not plain or any(layer.get_seq_length() < self.length for layer in layers):
             self.cache, self.length = None, 0
         else:

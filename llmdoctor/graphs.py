@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 Graph = Callable[..., tuple[Tensor, ...]]
+_jit: Any = torch.jit  # its stubs leave out names that its documentation gives
 _STEPS_BEFORE_RECORDING = 4  # recording costs about as much
 _steps: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[PreTrainedModel, Graph | None] = WeakKeyDictionary()
@@ -45,7 +46,7 @@ def run_step(graph: Graph, ids_B_T: Tensor, mask_B_L: Tensor | None, layers: Seq
     """Logits [B, T, V] and what the LM head reads [B, T, H]; the layers' keys and values grow by T."""
     length, dtype = layers[0].keys.shape[-2], layers[0].keys.dtype
     past = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    with torch.jit.optimized_execution(False):  # every step has another shape: nothing to specialise on
+    with _jit.optimized_execution(False):  # every step has another shape: nothing to specialise on
         logits, hidden, *grown = graph(ids_B_T, *_places(ids_B_T, mask_B_L, length, dtype), *past)
     for layer, keys, values in zip(layers, grown[::2], grown[1::2], strict=True):
         layer.keys, layer.values = keys, values
@@ -86,19 +87,18 @@ def _record(model: PreTrainedModel) -> Graph | None:
             )
         finally:
             hook.remove()
-        return (out.logits, read[0], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        kept: list[Any] = cache.layers
+        return (out.logits, read[0], *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
 
     with torch.no_grad(), warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         ids_B_T = torch.tensor([[0, 1]])
-        layers = model(input_ids=ids_B_T[:, :1], use_cache=True).past_key_values.layers
-        past = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        layers: list[Any] = model(input_ids=ids_B_T[:, :1], use_cache=True).past_key_values.layers
+        past: list[Tensor] = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         example = (ids_B_T, *_places(ids_B_T, None, 1, layers[0].keys.dtype), *past)
         graph: Graph = torch.jit.trace(step, example, check_trace=False)
     # the one place known to ask a shape, whose answer is the same whenever there is a mask
-    doubtful = [
-        w for w in heard if issubclass(w.category, torch.jit.TracerWarning) and "sdpa_attention" not in w.filename
-    ]
+    doubtful = [w for w in heard if issubclass(w.category, _jit.TracerWarning) and "sdpa_attention" not in w.filename]
     return None if doubtful else graph
 
 

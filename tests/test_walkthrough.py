@@ -64,7 +64,7 @@ def test_the_readmes_walk_on_a_real_llama_and_human_pairs(
     assert llmdoctor(*written["inspect"]).count("chosen") >= 1
 
     doctor = json.loads(llmdoctor(*written["train"], "--batch-size", "4", "--seed", "0", "--json"))["doctor"]
-    assert doctor["metrics"]["steps"] == 24
+    assert doctor["metrics"]["steps"] == 48
     assert doctor["metrics"]["last"]["loss"] < doctor["metrics"]["first"]["loss"]
     assert doctor["rewards"]["patient"] == str(shared / "stories260k")
 
