@@ -1,5 +1,6 @@
 """Stage 1: preference pairs -> the patient's log-probabilities of every response token under every face."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,16 @@ from llmdoctor.faces import end_of_turn, prompt_ids, response_ids, with_system
 from llmdoctor.models import Patient, SplitLM, not_numbers
 from llmdoctor.profile import DataSettings
 from llmdoctor.store import (
+    LOCK,
     SCHEMA_VERSION,
     atomic_path,
     ensure_replaceable,
+    file_checksum,
+    locked,
     read_json,
     read_shard,
+    require_checksum,
+    shard_path,
     shard_paths,
     write_json,
     write_shard,
@@ -33,6 +39,8 @@ SHARD_PAIRS = 256
 _WINDOW_PAIRS = 64  # pairs whose responses are sorted by length and scored together
 _HEAD_FLOATS = 1 << 24  # logits held at a time: 64 MiB of float32
 _UNFINISHED = "unfinished.json"  # what the shards were made from, until meta.json says it
+_CHECKSUM = ".sha256"  # beside every shard, until meta.json says it
+_CHECKSUM = ".sha256"  # beside every complete shard, until then
 _Item = TypeVar("_Item")
 
 
@@ -50,12 +58,14 @@ def extract(
     """Score the pairs of ``data`` and store them in the rewards folder ``output``, yielding each pair as it is scored.
 
     The generator must be run to its end: meta.json is written last, and ``RewardsFolder(output)`` opens the result.
-    Stopped earlier, it leaves complete shards; run again with the same arguments it continues after them.
+    Stopped earlier, killed even, it leaves complete shards; run again with the same arguments it scores what is missing
+    and ends with the folder of a run that was never stopped.
     ``batch_tokens`` bounds the padded tokens of one forward. A conversation longer than the context loses its oldest
     turns; a pair whose last turn does not fit either is skipped.
 
-    Raises UsageError (no faces, a bad limit, a folder that is not ours), DataError (nothing usable), LoadError
-    (``output`` holds the rewards of another patient, of other faces or of other data), StorageError.
+    Raises UsageError (no faces, a bad limit, a folder that is not ours or that another run writes to), DataError
+    (nothing usable), LoadError (``output`` holds the rewards of another patient, of other faces or of other data, or a
+    damaged shard), StorageError.
     """
     if not faces:
         raise UsageError("extract needs at least one face pair; the profile's 'faces' section is empty")
@@ -73,7 +83,28 @@ def extract(
             "limit": limit,
         },
     }
-    if _finished(output, identity):
+    with locked(output):
+        try:
+            yield from _extract(patient, data, faces, output, identity, limit, strict, batch_tokens, on_skip)
+        except BaseException:
+            if not shard_paths(output):  # nothing was gained: leave nothing
+                _discard(output)
+            raise
+
+
+def _extract(
+    patient: Patient,
+    data: DataSettings,
+    faces: Mapping[str, FacePair],
+    output: Path,
+    identity: dict[str, Any],
+    limit: int | None,
+    strict: bool,
+    batch_tokens: int,
+    on_skip: Callable[[SkippedRecord], None] | None,
+) -> Iterator[PairScores]:
+    checksums = _resume(output, identity)
+    if checksums is None:
         return
     skips: list[SkippedRecord] = []
 
@@ -85,18 +116,20 @@ def extract(
             on_skip(record)
 
     scorer = _Scorer(patient, faces, batch_tokens)
+    _begin(output, identity, patient)
     pairs = read_pairs(data.source, split=data.split, label=data.label, limit=limit, strict=strict, on_skip=skip)
     prepared = filter(None, (scorer.prepare(pair, skip) for pair in pairs))
-    done = len(shard_paths(output))
-    _take(prepared, done * SHARD_PAIRS)
-    for index, shard in enumerate(_chunks(prepared, SHARD_PAIRS), start=done):
+    for index, shard in enumerate(_chunks(prepared, SHARD_PAIRS)):
+        path = shard_path(output, index)
+        if path.name in checksums:
+            continue
         scored: list[PairScores] = []
         for window in _chunks(iter(shard), _WINDOW_PAIRS):
             scored.extend(scorer.score(window))
             yield from scored[-len(window) :]
-        if index == 0:
-            _begin(output, identity, patient)
         write_shard(output, index, scored, tuple(faces))
+        checksums[path.name] = file_checksum(path)
+        write_json(path.with_suffix(_CHECKSUM), checksums[path.name])
     shards = shard_paths(output)
     if not shards:
         raise DataError(f"{data.source}: no pair can be used; the first was skipped: {skips[0].reason}")
@@ -108,10 +141,10 @@ def extract(
         "counts": {**counts, "skipped": len(skips), "truncated_prompts": scorer.truncated},
         "skipped": dict(Counter(record.reason for record in skips)),
         "statistics": statistics,
-        "shards": [path.name for path in shards],
+        "shards": {path.name: checksums[path.name] for path in shards},
     }
     write_json(output / "meta.json", meta)
-    (output / _UNFINISHED).unlink(missing_ok=True)
+    _tidy(output)
 
 
 def describe(pairs: Iterable[PairScores], faces: Sequence[str]) -> dict[str, Any]:
@@ -284,20 +317,37 @@ def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
     return [*system, *turns[later[0] :]] if later else None
 
 
-def _finished(output: Path, identity: dict[str, Any]) -> bool:
-    """Whether ``output`` is already complete; raises LoadError when what it holds is not of this run."""
-    for name in ("meta.json", _UNFINISHED):
-        if (output / name).is_file():
-            held = read_json(output / name)
-            for key, wanted in identity.items():
-                if held.get(key) != wanted:
-                    raise LoadError(
-                        f"{output} holds the rewards of another run: its {key} is "
-                        f"{_difference(held.get(key), wanted)}. Choose another output folder, or delete this one"
-                    )
-            return name == "meta.json"
-    ensure_replaceable(output, "meta.json")
-    return False
+def _resume(output: Path, identity: dict[str, Any]) -> dict[str, str] | None:
+    """Name and checksum of the shards that stand already; None when the folder is complete.
+
+    Raises LoadError when what the folder holds is not of this run, or a shard is damaged.
+    """
+    name = next((name for name in ("meta.json", _UNFINISHED) if (output / name).is_file()), None)
+    if name is None:
+        if any(item.name != LOCK for item in output.iterdir()):
+            ensure_replaceable(output, "meta.json")
+        return {}
+    held = read_json(output / name)
+    held = held if isinstance(held, dict) else {}
+    for key, wanted in identity.items():
+        if held.get(key) != wanted:
+            raise LoadError(
+                f"{output} holds the rewards of another run: its {key} is "
+                f"{_difference(held.get(key), wanted)}. Choose another output folder, or delete this one"
+            )
+    if name == "meta.json":
+        listed = held["shards"]  # a plain list in folders of version 0.1.0
+        checksums = listed if isinstance(listed, dict) else {name: file_checksum(output / name) for name in listed}
+    else:
+        marks = {path.name: path.with_suffix(_CHECKSUM) for path in shard_paths(output)}
+        checksums = {shard: read_json(mark) for shard, mark in marks.items() if mark.is_file()}  # else killed between
+    standing = {shard: checksum for shard, checksum in checksums.items() if (output / shard).is_file()}
+    for shard, checksum in standing.items():
+        require_checksum(output / shard, checksum)
+    if name == "meta.json" and standing == checksums:
+        _tidy(output)
+        return None
+    return standing
 
 
 def _difference(held: Any, wanted: Any) -> str:
@@ -309,10 +359,24 @@ def _difference(held: Any, wanted: Any) -> str:
 
 
 def _begin(output: Path, identity: dict[str, Any], patient: Patient) -> None:
-    """Open a fresh rewards folder: what it is made from, and the tokenizer that reads it."""
+    """Open a rewards folder: what it is made from, and the tokenizer that reads it."""
     write_json(output / _UNFINISHED, identity)
-    with atomic_path(output / "tokenizer") as temporary:
-        patient.tokenizer.save_pretrained(temporary)
+    if not (output / "tokenizer").is_dir():
+        with atomic_path(output / "tokenizer") as temporary:
+            patient.tokenizer.save_pretrained(temporary)
+
+
+def _tidy(output: Path) -> None:
+    """Remove what only an unfinished folder needs."""
+    for path in [output / _UNFINISHED, *output.glob(f"rewards-*{_CHECKSUM}")]:
+        path.unlink(missing_ok=True)
+
+
+def _discard(output: Path) -> None:
+    """Take back `_begin`."""
+    if (output / _UNFINISHED).is_file() and not (output / "meta.json").is_file():
+        _tidy(output)
+        shutil.rmtree(output / "tokenizer", ignore_errors=True)
 
 
 def _chunks(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
