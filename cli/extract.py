@@ -32,7 +32,9 @@ def extract(
     ] = Path("outputs/rewards"),
     limit: Annotated[int | None, option("--limit", "Use the first N usable pairs.", metavar="N", min=1)] = None,
     strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
-    batch_tokens: Annotated[int, option("--batch-tokens", "Tokens a forward (default: 16384).", min=1)] = 16384,
+    batch_tokens: Annotated[
+        int | None, option("--batch-tokens", "Tokens a forward (default: what fits).", metavar="N", min=1)
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
