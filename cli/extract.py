@@ -31,6 +31,10 @@ def extract(
         Path, option("--output", "Rewards folder (default: outputs/rewards).", short="-o", env="EXTRACT_OUTPUT")
     ] = Path("outputs/rewards"),
     limit: Annotated[int | None, option("--limit", "Use the first N usable pairs.", metavar="N", min=1)] = None,
+    shuffle: Annotated[bool, option("--shuffle", "Take the pairs in the order that --seed decides.")] = False,
+    seed: Annotated[
+        int, option("--seed", "Seed of --shuffle (default: 0).", min=0, max=options.GREATEST_SEED, metavar="N")
+    ] = 0,
     strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
     batch_tokens: Annotated[
         int | None, option("--batch-tokens", "Tokens a forward (default: what fits).", metavar="N", min=1)
@@ -62,11 +66,19 @@ def extract(
     began = time.monotonic()
     with progress("Scoring", limit, "pairs") as advance:
         pairs = scored_pairs(
-            loaded, source, faces, output, limit=limit, strict=strict, batch_tokens=batch_tokens, on_skip=skips
+            loaded,
+            source,
+            faces,
+            output,
+            limit=limit,
+            shuffle=seed if shuffle else None,
+            strict=strict,
+            batch_tokens=batch_tokens,
+            on_skip=skips,
         )
         for _ in pairs:
             advance()
-    skips.close()
+    skips.close(output)
     report = _report(output, RewardsFolder(output).meta, time.monotonic() - began)
     if as_json:
         put_json(report)
@@ -116,9 +128,9 @@ class _Skips:
         if self.count <= _SKIPS_SHOWN:
             say(f"line {record.line}: {record.reason}")
 
-    def close(self) -> None:
+    def close(self, output: Path) -> None:
         if self.count > _SKIPS_SHOWN:
-            say(f"... and {self.count - _SKIPS_SHOWN} more records skipped")
+            say(f"... and {self.count - _SKIPS_SHOWN} more records skipped: skipped_lines in {output / 'meta.json'}")
 
 
 def _report(output: Path, meta: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -130,6 +142,7 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> dict[str, Any
         "faces": list(meta["faces"]),
         "read": counts["pairs"] + counts["skipped"],
         "skipped": meta["skipped"],
+        "truncated_prompts": counts["truncated_prompts"],
         "written": counts["pairs"],
         "tokens": counts["tokens"],
         "seconds": round(seconds, 2),
@@ -138,9 +151,11 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> dict[str, Any
 
 
 def _summary(report: dict[str, Any]) -> str:
+    cut = report["truncated_prompts"]
     lines = [
         f"read {report['read']} records of {report['data']}",
         *(f"skipped {count}: {reason}" for reason, count in report["skipped"].items()),
+        *([f"cut {cut} prompts from the left: the patient's context is short"] if cut else []),
         f"wrote {report['written']} pairs, {report['tokens']} tokens, to {report['output']}"
         f" in {report['seconds']:.1f} s",
         *flat_lines(report["statistics"]),

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from llmdoctor import __version__
-from llmdoctor.data import fingerprint, read_pairs
+from llmdoctor.data import fingerprint, read_pairs, shuffled
 from llmdoctor.errors import DataError, LoadError, UsageError
 from llmdoctor.faces import end_of_turn, prompt_ids, response_ids, with_system
 from llmdoctor.models import Patient, SplitLM, not_numbers
@@ -56,6 +56,7 @@ def extract(
     output: Path,
     *,
     limit: int | None = None,
+    shuffle: int | None = None,
     strict: bool = False,
     batch_tokens: int | None = None,
     on_skip: Callable[[SkippedRecord], None] | None = None,
@@ -67,8 +68,11 @@ def extract(
     and ends with the folder of a run that was never stopped.
     ``batch_tokens`` bounds the padded tokens of one forward: None takes what the device's free memory allows, or what a
     stopped run took, since log-probs depend on the batches in their last bits. A batch for which memory does not
-    suffice is halved, again and again, and so are those after it. A conversation longer than the context loses its
-    oldest turns; a pair whose last turn does not fit either is skipped.
+    suffice is halved, again and again, and so are those after it.
+
+    ``limit`` counts the pairs that are scored; with a seed in ``shuffle`` they come in an order that it decides. A
+    prompt longer than the context is cut from the left, its oldest turns first, then the beginning of the last one
+    (meta.json counts these); a response is never cut: a pair whose responses leave no room is skipped.
 
     Raises UsageError (no faces, a bad limit, a folder that is not ours or that another run writes to), DataError
     (nothing usable), LoadError (``output`` holds the rewards of another patient, of other faces or of other data, or a
@@ -88,11 +92,12 @@ def extract(
             **data.model_dump(),
             "fingerprint": fingerprint(data.source, split=data.split, label=data.label),
             "limit": limit,
+            **({} if shuffle is None else {"shuffle": shuffle}),
         },
     }
     with locked(output):
         try:
-            yield from _extract(patient, data, faces, output, identity, limit, strict, batch_tokens, on_skip)
+            yield from _extract(patient, data, faces, output, identity, limit, shuffle, strict, batch_tokens, on_skip)
         except BaseException:
             if not shard_paths(output):  # nothing was gained: leave nothing
                 _discard(output)
@@ -106,6 +111,7 @@ def _extract(
     output: Path,
     identity: dict[str, Any],
     limit: int | None,
+    shuffle: int | None,
     strict: bool,
     batch_tokens: int | None,
     on_skip: Callable[[SkippedRecord], None] | None,
@@ -125,8 +131,10 @@ def _extract(
 
     scorer = _Scorer(patient, faces, batch_tokens)
     _begin(output, {**identity, "batch_tokens": batch_tokens}, patient)
-    pairs = read_pairs(data.source, split=data.split, label=data.label, limit=limit, strict=strict, on_skip=skip)
-    prepared = filter(None, (scorer.prepare(pair, skip) for pair in pairs))
+    pairs = read_pairs(data.source, split=data.split, label=data.label, strict=strict, on_skip=skip)
+    if shuffle is not None:
+        pairs = shuffled(pairs, shuffle)
+    prepared = islice(filter(None, (scorer.prepare(pair, skip) for pair in pairs)), limit)
     for index, shard in enumerate(_chunks(prepared, SHARD_PAIRS)):
         path = shard_path(output, index)
         if path.name in checksums:
@@ -149,6 +157,10 @@ def _extract(
         "llmdoctor_version": __version__,
         "counts": {**counts, "skipped": len(skips), "truncated_prompts": scorer.truncated},
         "skipped": dict(Counter(record.reason for record in skips)),
+        "skipped_lines": {
+            reason: [record.line for record in skips if record.reason == reason]
+            for reason in dict.fromkeys(record.reason for record in skips)
+        },
         "statistics": statistics,
         "shards": {path.name: checksums[path.name] for path in shards},
     }
@@ -237,7 +249,7 @@ class _Scorer:
     def prepare(
         self, pair: PreferencePair, skip: Callable[[SkippedRecord], None]
     ) -> tuple[_Response, _Response] | None:
-        """Tokenise a pair under every face; the oldest turns go when the context is too short; None if it stays so."""
+        """Tokenise a pair under every face, its prompt cut from the left to fit the context; None if skipped."""
         tokenizer = self.patient.tokenizer
         chosen, rejected = (response_ids(tokenizer, text, self.end_id) for text in (pair.chosen, pair.rejected))
         room = self.patient.context - max(len(chosen), len(rejected))
@@ -249,17 +261,30 @@ class _Scorer:
             except DataError as error:
                 skip(SkippedRecord(int(pair.id), str(error)))
                 return None
-            if max(map(len, faced)) <= room:
+            excess = max(map(len, faced)) - room
+            if excess <= 0:
                 break
-            messages = _without_oldest_turn(messages)
+            messages = _without_oldest_turn(messages) or self._without_first_tokens(messages, excess)
         if not messages:
-            skip(SkippedRecord(int(pair.id), f"longer than the patient's context of {self.patient.context} tokens"))
+            reason = f"no room for its answers and a prompt in the patient's context of {self.patient.context} tokens"
+            skip(SkippedRecord(int(pair.id), reason))
             return None
-        self.truncated += len(messages) < len(pair.prompt)
+        self.truncated += messages != list(pair.prompt)
         return (
             _Response(pair.id, "chosen", neutral, faced, chosen),
             _Response(pair.id, "rejected", neutral, faced, rejected),
         )
+
+    def _without_first_tokens(self, messages: list[Message], count: int) -> list[Message] | None:
+        """The conversation without the first ``count`` tokens of its last turn; None when they are all it has."""
+        *before, last = messages
+        offsets = self.patient.tokenizer(
+            last["content"], add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+        kept = last["content"][offsets[count][0] :] if count < len(offsets) else ""
+        # a token that is part of a character gives no shorter text: then the character goes
+        kept = kept if len(kept) < len(last["content"]) else kept[1:]
+        return [*before, Message(role=last["role"], content=kept)] if kept.strip() else None
 
     def score(self, pairs: Sequence[tuple[_Response, _Response]]) -> list[PairScores]:
         """Score a window of pairs, in batches of like length; the result is in the order given.
