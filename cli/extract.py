@@ -1,5 +1,6 @@
 """``llmdoctor extract``: stage 1, preference pairs to token rewards."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,15 +57,21 @@ def extract(
     faces = _faces(settings, face)
     _require_usable(source)
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     with waiting(f"Loading {options.short(model.model)} ..."):
         from llmdoctor.extract import extract as scored_pairs
         from llmdoctor.models import load_patient
         from llmdoctor.store import RewardsFolder
 
+        if processes > 1 and model.device in {"auto", "cuda"}:  # a device a process
+            import torch
+
+            if torch.cuda.is_available():
+                model = override(model, device=f"cuda:{os.environ['LOCAL_RANK']}")
         loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
     skips = _Skips()
     began = time.monotonic()
-    with progress("Scoring", limit, "pairs") as advance:
+    with progress("Scoring", limit if processes == 1 else None, "pairs") as advance:
         pairs = scored_pairs(
             loaded,
             source,

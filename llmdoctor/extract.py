@@ -1,9 +1,12 @@
 """Stage 1: preference pairs -> the patient's log-probabilities of every response token under every face."""
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llmdoctor import __version__
 from llmdoctor.data import fingerprint, read_pairs, shuffled
-from llmdoctor.errors import DataError, LoadError, UsageError
+from llmdoctor.errors import DataError, LLMDoctorError, LoadError, UsageError
 from llmdoctor.faces import end_of_turn, prompt_ids, response_ids, with_system
 from llmdoctor.models import Patient, SplitLM, not_numbers
 from llmdoctor.profile import DataSettings
@@ -70,6 +73,9 @@ def extract(
     stopped run took, since log-probs depend on the batches in their last bits. A batch for which memory does not
     suffice is halved, again and again, and so are those after it.
 
+    Started in several processes by ``accelerate launch`` or ``torchrun``, each scores (and yields) its share of the
+    shards of 256 pairs, and the folder, which all must see, is that of one process with as many threads.
+
     ``limit`` counts the pairs that are scored; with a seed in ``shuffle`` they come in an order that it decides. A
     prompt longer than the context is cut from the left, its oldest turns first, then the beginning of the last one
     (meta.json counts these); a response is never cut: a pair whose responses leave no room is skipped.
@@ -95,11 +101,13 @@ def extract(
             **({} if shuffle is None else {"shuffle": shuffle}),
         },
     }
-    with locked(output):
+    with _team() as team, locked(output) if team.rank == 0 else nullcontext():
         try:
-            yield from _extract(patient, data, faces, output, identity, limit, shuffle, strict, batch_tokens, on_skip)
+            yield from _extract(
+                patient, data, faces, output, identity, limit, shuffle, strict, batch_tokens, on_skip, team
+            )
         except BaseException:
-            if not shard_paths(output):  # nothing was gained: leave nothing
+            if team.rank == 0 and not shard_paths(output):  # nothing was gained: leave nothing
                 _discard(output)
             raise
 
@@ -115,11 +123,18 @@ def _extract(
     strict: bool,
     batch_tokens: int | None,
     on_skip: Callable[[SkippedRecord], None] | None,
+    team: "_Team",
 ) -> Iterator[PairScores]:
-    checksums = _resume(output, identity)
+    def open_folder() -> tuple[dict[str, str] | None, int]:
+        checksums = _resume(output, identity)
+        tokens = batch_tokens or _stored_batch_tokens(output) or fitting_batch_tokens(patient)
+        if checksums is not None:
+            _begin(output, {**identity, "batch_tokens": tokens}, patient)
+        return checksums, tokens
+
+    checksums, tokens = team.of_the_first(open_folder)
     if checksums is None:
         return
-    batch_tokens = batch_tokens or _stored_batch_tokens(output) or fitting_batch_tokens(patient)
     skips: list[SkippedRecord] = []
 
     def skip(record: SkippedRecord) -> None:
@@ -129,43 +144,116 @@ def _extract(
         if on_skip:
             on_skip(record)
 
-    scorer = _Scorer(patient, faces, batch_tokens)
-    _begin(output, {**identity, "batch_tokens": batch_tokens}, patient)
+    scorer = _Scorer(patient, faces, tokens)
     pairs = read_pairs(data.source, split=data.split, label=data.label, strict=strict, on_skip=skip)
     if shuffle is not None:
         pairs = shuffled(pairs, shuffle)
     prepared = islice(filter(None, (scorer.prepare(pair, skip) for pair in pairs)), limit)
     for index, shard in enumerate(_chunks(prepared, SHARD_PAIRS)):
         path = shard_path(output, index)
-        if path.name in checksums:
+        if path.name in checksums or index % team.size != team.rank:
             continue
         scored: list[PairScores] = []
         for window in _chunks(iter(shard), _WINDOW_PAIRS):
             scored.extend(scorer.score(window))
             yield from scored[-len(window) :]
         write_shard(output, index, scored, tuple(faces))
-        checksums[path.name] = file_checksum(path)
-        write_json(path.with_suffix(_CHECKSUM), checksums[path.name])
+        write_json(path.with_suffix(_CHECKSUM), file_checksum(path))
+    team.wait()
+    if team.rank == 0:
+        _finish(output, {**identity, "batch_tokens": tokens}, tuple(faces), checksums, skips, scorer.truncated)
+    team.wait()
+
+
+def _finish(
+    output: Path,
+    identity: dict[str, Any],
+    faces: tuple[str, ...],
+    checksums: dict[str, str],
+    skips: Sequence[SkippedRecord],
+    truncated: int,
+) -> None:
+    """Write meta.json; ``checksums`` are those of the shards that stood before this run."""
     shards = shard_paths(output)
     if not shards:
-        raise DataError(f"{data.source}: no pair can be used; the first was skipped: {skips[0].reason}")
-    statistics = describe((pair for path in shards for pair in read_shard(path, tuple(faces))), tuple(faces))
+        source = identity["dataset"]["source"]
+        raise DataError(f"{source}: no pair can be used; the first was skipped: {skips[0].reason}")
+    statistics = describe((pair for path in shards for pair in read_shard(path, faces)), faces)
     counts = {key: statistics.pop(key) for key in ("pairs", "tokens")}
     meta = {
         **identity,
-        "batch_tokens": batch_tokens,
         "llmdoctor_version": __version__,
-        "counts": {**counts, "skipped": len(skips), "truncated_prompts": scorer.truncated},
+        "counts": {**counts, "skipped": len(skips), "truncated_prompts": truncated},
         "skipped": dict(Counter(record.reason for record in skips)),
         "skipped_lines": {
             reason: [record.line for record in skips if record.reason == reason]
             for reason in dict.fromkeys(record.reason for record in skips)
         },
         "statistics": statistics,
-        "shards": {path.name: checksums[path.name] for path in shards},
+        "shards": {path.name: checksums.get(path.name) or read_json(path.with_suffix(_CHECKSUM)) for path in shards},
     }
     write_json(output / "meta.json", meta)
     _tidy(output)
+
+
+@dataclass(frozen=True, slots=True)
+class _Team:
+    """The processes of one run: each scores every ``size``-th shard; the first opens and finishes the folder."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of_the_first(self, make: Callable[[], _Item]) -> _Item:
+        """What ``make`` gives in the first process, or the error that it raises there, in all of them."""
+        if self.size == 1:
+            return make()
+        made: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                made[0] = make()
+            except LLMDoctorError as error:
+                made[1] = error
+        with _others_may_fail():
+            torch.distributed.broadcast_object_list(made)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            with _others_may_fail():
+                torch.distributed.barrier()
+
+
+@contextmanager
+def _team() -> Iterator[_Team]:
+    """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone.
+
+    They only exchange a few words, whatever their devices: gloo, with all the time that a shard may take.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if size == 1:
+        yield _Team()
+        return
+    opened = not torch.distributed.is_initialized()
+    if opened:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield _Team(torch.distributed.get_rank(), size)
+    finally:
+        if opened:
+            torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _others_may_fail() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LLMDoctorError(
+            "another process of this run has ended: see its message. The same command goes on from here"
+        ) from error
 
 
 def fitting_batch_tokens(patient: Patient) -> int:
