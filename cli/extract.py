@@ -1,5 +1,6 @@
 """``llmdoctor extract``: stage 1, preference pairs to token rewards."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +32,14 @@ def extract(
         Path, option("--output", "Rewards folder (default: outputs/rewards).", short="-o", env="EXTRACT_OUTPUT")
     ] = Path("outputs/rewards"),
     limit: Annotated[int | None, option("--limit", "Use the first N usable pairs.", metavar="N", min=1)] = None,
+    shuffle: Annotated[bool, option("--shuffle", "Take the pairs in the order that --seed decides.")] = False,
+    seed: Annotated[
+        int, option("--seed", "Seed of --shuffle (default: 0).", min=0, max=options.GREATEST_SEED, metavar="N")
+    ] = 0,
     strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
-    batch_tokens: Annotated[int, option("--batch-tokens", "Tokens a forward (default: 16384).", min=1)] = 16384,
+    batch_tokens: Annotated[
+        int | None, option("--batch-tokens", "Tokens a forward (default: what fits).", metavar="N", min=1)
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -50,21 +57,35 @@ def extract(
     faces = _faces(settings, face)
     _require_usable(source)
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     with waiting(f"Loading {options.short(model.model)} ..."):
         from llmdoctor.extract import extract as scored_pairs
         from llmdoctor.models import load_patient
         from llmdoctor.store import RewardsFolder
 
+        if processes > 1 and model.device in {"auto", "cuda"}:  # a device a process
+            import torch
+
+            if torch.cuda.is_available():
+                model = override(model, device=f"cuda:{os.environ['LOCAL_RANK']}")
         loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
     skips = _Skips()
     began = time.monotonic()
-    with progress("Scoring", limit, "pairs") as advance:
+    with progress("Scoring", limit if processes == 1 else None, "pairs") as advance:
         pairs = scored_pairs(
-            loaded, source, faces, output, limit=limit, strict=strict, batch_tokens=batch_tokens, on_skip=skips
+            loaded,
+            source,
+            faces,
+            output,
+            limit=limit,
+            shuffle=seed if shuffle else None,
+            strict=strict,
+            batch_tokens=batch_tokens,
+            on_skip=skips,
         )
         for _ in pairs:
             advance()
-    skips.close()
+    skips.close(output)
     report = _report(output, RewardsFolder(output).meta, time.monotonic() - began)
     if as_json:
         put_json(report)
@@ -114,9 +135,9 @@ class _Skips:
         if self.count <= _SKIPS_SHOWN:
             say(f"line {record.line}: {record.reason}")
 
-    def close(self) -> None:
+    def close(self, output: Path) -> None:
         if self.count > _SKIPS_SHOWN:
-            say(f"... and {self.count - _SKIPS_SHOWN} more records skipped")
+            say(f"... and {self.count - _SKIPS_SHOWN} more records skipped: skipped_lines in {output / 'meta.json'}")
 
 
 def _report(output: Path, meta: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -128,6 +149,7 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> dict[str, Any
         "faces": list(meta["faces"]),
         "read": counts["pairs"] + counts["skipped"],
         "skipped": meta["skipped"],
+        "truncated_prompts": counts["truncated_prompts"],
         "written": counts["pairs"],
         "tokens": counts["tokens"],
         "seconds": round(seconds, 2),
@@ -136,9 +158,11 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> dict[str, Any
 
 
 def _summary(report: dict[str, Any]) -> str:
+    cut = report["truncated_prompts"]
     lines = [
         f"read {report['read']} records of {report['data']}",
         *(f"skipped {count}: {reason}" for reason, count in report["skipped"].items()),
+        *([f"cut {cut} prompts from the left: the patient's context is short"] if cut else []),
         f"wrote {report['written']} pairs, {report['tokens']} tokens, to {report['output']}"
         f" in {report['seconds']:.1f} s",
         *flat_lines(report["statistics"]),

@@ -11,11 +11,13 @@ import gzip
 import hashlib
 import io
 import json
+import random
 import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -82,6 +84,23 @@ def read_pairs(
         yield pair
     if usable == 0:
         raise _nothing_usable(source, skipped)
+
+
+def shuffled(pairs: Iterable[PreferencePair], seed: int) -> Iterator[PreferencePair]:
+    """All of ``pairs`` in an order that ``seed`` decides, each order as likely as any other.
+
+    They are read to their end first and wait in a temporary file; memory holds a few bytes a pair.
+    """
+    with tempfile.TemporaryFile() as waiting:
+        starts = array("Q")
+        for pair in pairs:
+            starts.append(waiting.tell())
+            waiting.write(json.dumps([pair.id, pair.prompt, pair.chosen, pair.rejected]).encode() + b"\n")
+        random.Random(seed).shuffle(starts)
+        for start in starts:
+            waiting.seek(start)
+            id, prompt, chosen, rejected = json.loads(waiting.readline())
+            yield PreferencePair(id, tuple(prompt), chosen, rejected)
 
 
 def _nothing_usable(source: str | Path, skipped: list[SkippedRecord]) -> DataError:
@@ -175,7 +194,7 @@ def _records(source: str | Path, split: str) -> Iterator[tuple[int, object]]:
         if _suffix(path) == ".parquet" or head.startswith(b"PAR1"):
             yield from _parquet_records(stream)
         elif _suffix(path) != ".jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from enumerate(json.load(stream), start=1)
+            yield from enumerate(_array_records(stream), start=1)
         else:
             yield from ((number, _parse(line)) for number, line in enumerate(stream, start=1) if line.strip())
 
@@ -211,6 +230,46 @@ def _parse(line: bytes) -> object:
         return _Unusable("not JSON: not UTF-8")
     except RecursionError:
         return _Unusable("not JSON: nested too deeply")
+
+
+def _array_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[object]:
+    """The elements of a JSON array, one at a time; ValueError where it is not one."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+    buffer, opening, ended = "", "[", False
+    try:
+        while True:
+            try:
+                element, stop = _array_element(buffer, opening)
+            except json.JSONDecodeError:
+                if ended:
+                    raise
+                # as much again each time, so that a long element is not parsed anew for every block of it
+                more = text.read(max(1 << 16, len(buffer)))
+                buffer, ended = buffer + more, not more
+                continue
+            if stop is None:
+                break
+            yield element
+            buffer, opening = buffer[stop:], ","
+        if (buffer.partition("]")[2] + text.read()).strip():
+            raise ValueError("Extra data after the array")
+    finally:
+        text.detach()
+
+
+def _array_element(buffer: str, opening: str) -> tuple[object, int | None]:
+    """The first element and where what follows it begins, None at the array's end."""
+    found = re.match(r"\s*(\[\s*\]|[\[\],])\s*", buffer)
+    sign = found[1] if found else ""
+    if found is None or (sign[0] != opening and (sign, opening) != ("]", ",")):
+        raise json.JSONDecodeError(f"Expecting '{opening}' delimiter", buffer, 0)
+    if sign[-1] == "]":
+        return None, None
+    element, stop = json.JSONDecoder().raw_decode(buffer, found.end())
+    following = re.compile(r"\s*[,\]]").match(buffer, stop)
+    if following is None:  # at the end of what was read, a number may go on
+        raise json.JSONDecodeError("Expecting ',' delimiter", buffer, stop)
+    return element, stop
 
 
 def _parquet_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[tuple[int, object]]:

@@ -191,6 +191,7 @@ class SplitLM:
 
     backbone: nn.Module
     logits: Callable[[Tensor], Tensor]
+    tail: Callable[[Tensor], Tensor] = lambda logits: logits  # what the model does after its head, element by element
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "SplitLM":
@@ -214,9 +215,14 @@ class SplitLM:
             hidden = backbone(input_ids=probe, use_cache=False).last_hidden_state
             for tail in tails:
                 if head is not None and torch.allclose(tail(head(hidden)).float(), expected, rtol=1e-3, atol=1e-3):
-                    return cls(backbone, partial(_head_then, head, tail))
+                    return cls(backbone, partial(_head_then, head, tail), tail)
         name = type(model).__name__
         raise LoadError(f"{name} does something after its LM head that llmdoctor does not know; please report it")
+
+    def logits_of(self, head: nn.Linear, start: int, stop: int, hidden: Tensor) -> Tensor:
+        """The logits of tokens ``start`` to ``stop`` - 1, for a ``head`` that is this model's own plain linear one."""
+        bias = None if head.bias is None else head.bias[start:stop]
+        return self.tail(nn.functional.linear(hidden, head.weight[start:stop], bias))
 
     def hidden(self, input_ids_B_L: Tensor, attention_mask_B_L: Tensor) -> Tensor:
         """What the head reads at every position [B, L, H]."""

@@ -1,15 +1,18 @@
 """Artefact folders: everything written appears complete, by a rename, or not at all.
 
 A rewards folder holds ``meta.json`` (written last), ``rewards-00000.parquet``, ... and ``tokenizer/``. A shard has two
-rows a preference pair, chosen then rejected, and for every face pair the two log-probs of every token.
+rows a preference pair, chosen then rejected, and for every face pair the two log-probs of every token. ``meta.json``
+holds the sha256 of every shard; until it is written, ``rewards-00000.sha256``, ... do.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -27,6 +30,8 @@ from llmdoctor.types import PairScores, Side, TokenScores
 SCHEMA_VERSION = 1
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 _ROWS_AT_A_TIME = 64
+LOCK = ".lock"
+_LEFTOVER = re.compile(r"\.(meta\.json|unfinished\.json|tokenizer|rewards-\d+\.\w+)\.[0-9a-f]{8}\.(partial|retired)")
 
 
 @contextmanager
@@ -120,6 +125,56 @@ def ensure_replaceable(folder: Path, marker: str) -> None:
         raise UsageError(f"{folder} is a file: the output must be a folder, choose another name")
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder``, made if need be, against every other process that asks for it; UsageError when one holds it.
+
+    The lock ends with the process that holds it, however it ends. What a killed writer of a rewards folder left half
+    written is removed; a folder that was made here and is empty at the end goes.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _take_lock(folder)
+    except OSError as error:
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise UsageError(f"{folder} is not a folder: choose another output folder") from error
+        raise StorageError(f"cannot write {folder}: {_write_error(error, folder)}") from error
+    try:
+        for item in folder.iterdir():
+            if _LEFTOVER.fullmatch(item.name):
+                _remove(item)
+        yield
+    finally:
+        _remove(folder / LOCK)
+        os.close(handle)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def _take_lock(folder: Path) -> int:
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if sys.platform != "win32":
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.stat()
+        except BlockingIOError:
+            os.close(handle)
+            raise UsageError(
+                f"another extract is writing to {folder}: wait for it to end, or choose another output folder"
+            ) from None
+        except FileNotFoundError:
+            held = None
+        if held is not None and held.st_ino == os.fstat(handle).st_ino:
+            return handle
+        os.close(handle)  # its last holder has just removed it: this lock would guard nothing
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write ``data`` as indented JSON, atomically."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -142,6 +197,29 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("rewards-*.parquet") if re.fullmatch(r"rewards-\d+\.parquet", path.name))
 
 
+def shard_path(folder: Path, index: int) -> Path:
+    """Where shard number ``index`` of a rewards folder stands."""
+    return folder / f"rewards-{index:05d}.parquet"
+
+
+def file_checksum(path: Path) -> str:
+    """Sha-256 of a file's bytes; LoadError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def require_checksum(path: Path, checksum: str) -> None:
+    """Raise LoadError, naming the file, when its bytes are not those that ``checksum`` was taken of."""
+    if file_checksum(path) != checksum:
+        raise LoadError(
+            f"{path} is damaged: its bytes do not match their checksum. Delete it and run the same extract command "
+            "again, which makes only what is missing"
+        )
+
+
 def write_shard(folder: Path, index: int, pairs: Sequence[PairScores], faces: Sequence[str]) -> Path:
     """Write ``pairs`` as shard number ``index`` of a rewards folder, atomically."""
     rows = [scores for pair in pairs for scores in (pair.chosen, pair.rejected)]
@@ -158,7 +236,7 @@ def write_shard(folder: Path, index: int, pairs: Sequence[PairScores], faces: Se
         columns[f"negative.{face}"] = pa.array([row.negative[face] for row in rows], logprobs)
         columns[f"alternative_positive.{face}"] = pa.array([row.alternative_positive[face] for row in rows], logprobs)
         columns[f"alternative_negative.{face}"] = pa.array([row.alternative_negative[face] for row in rows], logprobs)
-    path = folder / f"rewards-{index:05d}.parquet"
+    path = shard_path(folder, index)
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
     return path
@@ -204,11 +282,14 @@ def _damaged(path: Path, error: Exception) -> LoadError:
     if isinstance(error, KeyError):
         return LoadError(f"cannot read {path}: no column {error}. Delete the folder and run extract again.")
     reason = str(error).splitlines()[0]
-    return LoadError(f"cannot read {path}: {reason}. Delete it and run extract again.")
+    return LoadError(f"cannot read {path}: {reason}. Delete it and run the same extract command again.")
 
 
 class RewardsFolder:
-    """A finished rewards folder, opened for reading; iterating streams its `PairScores`."""
+    """A finished rewards folder, opened for reading; iterating streams its `PairScores`.
+
+    A shard whose bytes are not what extract wrote is a `LoadError` that names it, before its first pair is given.
+    """
 
     path: Path
     meta: dict[str, Any]
@@ -218,7 +299,9 @@ class RewardsFolder:
         self.path = Path(path).expanduser()
         self.meta = _read_meta(self.path)
         self.faces = tuple(self.meta["faces"])
-        self._shards = [self.path / name for name in self.meta["shards"]]
+        shards = self.meta["shards"]
+        self._shards = [self.path / name for name in shards]
+        self._unchecked = {self.path / name: sum for name, sum in shards.items()} if isinstance(shards, dict) else {}
         self._pairs = sum(_count_rows(shard, self.faces) for shard in self._shards) // 2
 
     def __len__(self) -> int:
@@ -226,6 +309,9 @@ class RewardsFolder:
 
     def __iter__(self) -> Iterator[PairScores]:
         for shard in self._shards:
+            if checksum := self._unchecked.get(shard):
+                require_checksum(shard, checksum)
+                del self._unchecked[shard]  # read again and again in training: once is enough
             yield from read_shard(shard, self.faces)
 
 
@@ -256,6 +342,8 @@ def _count_rows(shard: Path, faces: Sequence[str]) -> int:
                 raise ValueError(f"it holds no log-probs for face pair {lacking[0]!r}")
             return int(file.metadata.num_rows)
     except FileNotFoundError as error:
-        raise LoadError(f"{shard} is missing although meta.json names it: run extract again") from error
+        raise LoadError(
+            f"{shard} is missing although meta.json names it: run the same extract command again"
+        ) from error
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _damaged(shard, error) from error

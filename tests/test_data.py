@@ -1,8 +1,11 @@
 import gzip
 import hashlib
+import io
 import json
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from llmdoctor.data import fingerprint, read_pairs, read_prompts
+from llmdoctor.data import _array_records, fingerprint, read_pairs, read_prompts, shuffled
 from llmdoctor.errors import DataError
 from llmdoctor.types import PreferencePair, SkippedRecord
 
@@ -143,6 +147,60 @@ def test_lines_are_streamed_and_the_limit_counts_usable_pairs(write):
     assert next(stream).id == "2"
     path.write_text("")  # what comes later has not been asked for
     stream.close()
+
+
+@pytest.mark.parametrize("indent", [None, 1, "\t"])
+@pytest.mark.parametrize("block", [1, 7, 1 << 16])
+def test_an_array_is_streamed_whatever_the_blocks_it_comes_in(tmp_path, monkeypatch, indent, block):
+    """Every element is what json.load gives, of whatever length, and none is read before it is asked for."""
+    real = io.TextIOWrapper.read
+    monkeypatch.setattr(
+        io,
+        "TextIOWrapper",
+        type("Blocks", (io.TextIOWrapper,), {"read": lambda s, n=-1: real(s, min(n, block) if n > 0 else n)}),
+    )
+    wanted = [GOOD | {"chosen": 'é]},{[\\" ' * i} for i in range(1, 30)] + [12345, -1.5e3, "text", None, [[]], {}]
+    (tmp_path / "p.json").write_text(" " + json.dumps(wanted, indent=indent, ensure_ascii=False) + "\n ")
+    with (tmp_path / "p.json").open("rb") as stream:
+        assert list(_array_records(stream)) == wanted
+        assert not stream.closed
+
+
+@pytest.mark.parametrize("text", ["[1 2]", "[1,]", "[,1]", "[1", "[", "[1]]", "[1] 2", '["a', "[1,,2]", "[}"])
+def test_what_is_not_an_array_is_refused_as_json_does(tmp_path, text):
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(text)
+    (tmp_path / "p.json").write_text(text)
+    with (
+        (tmp_path / "p.json").open("rb") as stream,
+        pytest.raises(ValueError, match=r"Expecting|Extra|Unterminated|Illegal"),
+    ):
+        list(_array_records(stream))
+
+
+def test_a_large_array_is_never_whole_in_memory(tmp_path):
+    record = json.dumps(GOOD | {"chosen": "x" * 10_000})
+    (tmp_path / "p.json").write_text("[" + ",\n".join([record] * 3000) + "]")  # 30 MB
+    tracemalloc.start()
+    assert sum(1 for _ in read_pairs(tmp_path / "p.json")) == 3000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+def test_shuffling_is_a_permutation_that_the_seed_decides(write):
+    pairs = list(read_pairs(write(*[GOOD | {"chosen": f"Ä {i}"} for i in range(50)])))
+    once = list(shuffled(iter(pairs), 1))
+    assert once == list(shuffled(iter(pairs), 1)) != list(shuffled(iter(pairs), 2))
+    assert once != pairs
+    assert sorted(once, key=lambda pair: int(pair.id)) == pairs
+
+
+def test_every_order_is_as_likely(write, chi_square_p):
+    pairs = list(read_pairs(write(*[GOOD | {"chosen": str(i)} for i in range(3)])))
+    orders = Counter("".join(pair.id for pair in shuffled(pairs, seed)) for seed in range(1200))
+    assert len(orders) == 6
+    assert chi_square_p(torch.tensor(list(orders.values())), torch.ones(6)) > 1e-4
 
 
 # --- records that cannot be used -------------------------------------------------------------------------------------

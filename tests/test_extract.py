@@ -186,11 +186,11 @@ def test_stored_log_probs_are_the_patients_own(
     assert statistics["share_positive"] == pytest.approx((gaps > 0).mean(), abs=1e-5)
 
 
-def test_a_long_conversation_loses_its_oldest_turns_and_never_its_answer(short: Patient, tmp_path: Path) -> None:
+def test_a_long_prompt_is_cut_from_the_left_and_an_answer_never(short: Patient, tmp_path: Path) -> None:
     """The context is 80 letters; the longer face, "Be bad." and an empty line, takes 9 and the end of an answer 1.
 
     A prompt of n letters and an answer of m fit when 9 + n + m + 1 <= 80. Three turns are written as
-    "Human: ..\\n\\nAssistant: ..\\n\\nHuman: ..\\n\\nAssistant:".
+    "Human: ..\\n\\nAssistant: ..\\n\\nHuman: ..\\n\\nAssistant:". The oldest turns go first, then letters of the last.
     """
     faces = {"f": FacePair("Be ok.", "Be bad.")}
 
@@ -199,12 +199,15 @@ def test_a_long_conversation_loses_its_oldest_turns_and_never_its_answer(short: 
 
     records = [
         {"prompt": "a" * 40, "chosen": "b" * 30, "rejected": "c"},  # 80 letters: just fits
-        {"prompt": "a" * 41, "chosen": "b" * 30, "rejected": "c"},  # 81
+        {"prompt": "z" + "a" * 40, "chosen": "b" * 30, "rejected": "c"},  # 81
         {"prompt": "a" * 40, "chosen": "c", "rejected": "b" * 31},  # 81
         {"prompt": turns("old", "older", "new"), "chosen": "b" * 9, "rejected": "c"},
         {"prompt": turns("old", "older", "new"), "chosen": "b" * 60, "rejected": "c"},
         {"prompt": turns("x" * 50, "y", "p", "q", "r"), "chosen": "bb", "rejected": "c"},
-        {"prompt": turns("x", "y", "a" * 50), "chosen": "b" * 60, "rejected": "c"},
+        {"prompt": turns("x", "y", "z" * 40 + "a" * 10), "chosen": "b" * 60, "rejected": "c"},
+        {"prompt": "a", "chosen": "b" * 69, "rejected": "c"},
+        {"prompt": "a", "chosen": "b" * 70, "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": "c" * 200},
     ]
     skipped: list[SkippedRecord] = []
     data = write(tmp_path / "pairs.jsonl", records)
@@ -215,17 +218,63 @@ def test_a_long_conversation_loses_its_oldest_turns_and_never_its_answer(short: 
     }
     assert kept == {
         "1": ("a" * 40, "b" * 30 + "<eos>"),
+        "2": ("a" * 40, "b" * 30 + "<eos>"),
+        "3": ("a" * 39, "c<eos>"),
         "4": ("Human: old\n\nAssistant: older\n\nHuman: new\n\nAssistant:", "b" * 9 + "<eos>"),
         "5": ("new", "b" * 60 + "<eos>"),
         "6": ("Human: p\n\nAssistant: q\n\nHuman: r\n\nAssistant:", "bb<eos>"),
+        "7": ("a" * 10, "b" * 60 + "<eos>"),
+        "8": ("a", "b" * 69 + "<eos>"),
     }
-    assert [s.line for s in skipped] == [2, 3, 7]
+    assert [s.line for s in skipped] == [9, 10]
     assert all("context of 80 tokens" in s.reason for s in skipped)
     meta = RewardsFolder(tmp_path / "out").meta
-    assert meta["counts"] | {"tokens": 0} == {"pairs": 4, "tokens": 0, "skipped": 3, "truncated_prompts": 2}
-    assert sum(meta["skipped"].values()) == 3
-    with pytest.raises(DataError, match="line 2"):
+    assert meta["counts"] | {"tokens": 0} == {"pairs": 8, "tokens": 0, "skipped": 2, "truncated_prompts": 5}
+    assert list(meta["skipped"].values()) == [2]
+    assert list(meta["skipped_lines"].values()) == [[9, 10]]
+    with pytest.raises(DataError, match="line 9"):
         list(extract(short, data, faces, tmp_path / "strict", strict=True))
+
+
+def test_the_limit_counts_the_pairs_that_are_scored(short: Patient, tmp_path: Path) -> None:
+    """Records that no one can use, and those that this patient cannot hold, do not count; nor is more read."""
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    records = [
+        good | {"chosen": ""},
+        good | {"chosen": "b" * 90},
+        good,
+        good | {"chosen": "b" * 90},
+        good,
+        good | {"chosen": ""},
+    ]
+    data, skipped = write(tmp_path / "pairs.jsonl", records), list[SkippedRecord]()
+    pairs = list(extract(short, data, {"f": FACES["joy"]}, tmp_path / "out", limit=2, on_skip=skipped.append))
+    assert [pair.chosen.pair_id for pair in pairs] == ["3", "5"]
+    assert [record.line for record in skipped] == [1, 2, 4]
+    assert RewardsFolder(tmp_path / "out").meta["counts"]["pairs"] == 2
+
+
+def test_a_shuffled_run_is_the_same_pairs_in_the_order_of_its_seed(
+    short: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, it continues in its order; another seed is another run."""
+    monkeypatch.setattr(stage, "SHARD_PAIRS", 4)
+    data, faces = write(tmp_path / "pairs.jsonl", ten()), {"f": FACES["joy"]}
+    ids = [p.chosen.pair_id for p in extract(short, data, faces, tmp_path / "whole", shuffle=3)]
+    assert ids != sorted(ids, key=int)
+    assert sorted(ids, key=int) == [str(i + 1) for i in range(10)]
+    run = extract(short, data, faces, tmp_path / "parts", shuffle=3)
+    for _ in range(6):
+        next(run)
+    run.close()
+    with pytest.raises(LoadError, match="its dataset is shuffle 3, and this run's is 4"):
+        list(extract(short, data, faces, tmp_path / "parts", shuffle=4))
+    with pytest.raises(LoadError, match="its dataset is shuffle 3, and this run's is None"):
+        list(extract(short, data, faces, tmp_path / "parts"))
+    assert [p.chosen.pair_id for p in extract(short, data, faces, tmp_path / "parts", shuffle=3)] == ids[4:]
+    assert read(tmp_path / "parts") == read(tmp_path / "whole")
+    few = [p.chosen.pair_id for p in extract(short, data, faces, tmp_path / "few", shuffle=3, limit=3)]
+    assert few == ids[:3]
 
 
 def ten() -> list[dict[str, Any]]:
@@ -292,11 +341,23 @@ def test_a_folder_of_another_run_is_refused_by_name(
         ("dataset", lambda: extract(short, changed, faces, out)),
         ("dataset", lambda: extract(short, same_name, faces, out)),
         ("dataset", lambda: extract(short, data, faces, out, limit=7)),
+        ("dtype", lambda: extract(load_patient(short.name, dtype="float64"), data, faces, out)),
     ]
     for named, again in wrong:
         with pytest.raises(LoadError, match=f"its {named} is "):
             list(again())
     assert read(out) == held
+
+
+def test_a_run_stopped_before_its_first_shard_holds_nothing_against_another(short: Patient, tmp_path: Path) -> None:
+    data, whole, out = write(tmp_path / "pairs.jsonl", ten()), tmp_path / "whole", tmp_path / "out"
+    list(extract(short, data, {"f": FACES["safe"]}, whole))
+    stopped = tmp_path / "stopped"
+    next(extract(short, data, {"f": FACES["joy"]}, stopped))
+    assert not stopped.exists()  # an exception takes everything back; a kill cannot
+    stage._begin(out, {"faces": "of another run", "batch_tokens": 1}, short)
+    list(extract(short, data, {"f": FACES["safe"]}, out))
+    assert read(out) == read(whole)
 
 
 def test_a_changed_data_file_of_the_same_name_is_other_data(short: Patient, tmp_path: Path) -> None:
@@ -309,7 +370,7 @@ def test_a_changed_data_file_of_the_same_name_is_other_data(short: Patient, tmp_
 
 def test_nothing_usable_leaves_nothing(short: Patient, tmp_path: Path) -> None:
     out, faces = tmp_path / "out", {"f": FACES["joy"]}
-    long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 90, "chosen": "b", "rejected": "c"}] * 2)
+    long = write(tmp_path / "long.jsonl", [{"prompt": "a", "chosen": "b" * 90, "rejected": "c"}] * 2)
     empty = write(tmp_path / "empty.jsonl", [{"prompt": "a", "chosen": "", "rejected": "c"}] * 2)
     for data in (long, empty, DataSettings(source=str(tmp_path / "absent.jsonl"))):
         with pytest.raises(DataError):
