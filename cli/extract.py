@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from llmdoctor.cli import options
+from llmdoctor.cli import findings, options
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
@@ -66,10 +66,12 @@ def extract(
             advance()
     skips.close()
     report = _report(output, RewardsFolder(output).meta, time.monotonic() - began)
+    found = findings.after_extraction(output, settings.rewards)
     if as_json:
-        put_json(report)
+        put_json({**report, **found.as_dict()})
     else:
         put(_summary(report))
+        found.show()
 
 
 def _data(profile: "Profile", source: str | None, split: str | None, label: str | None) -> "DataSettings":

@@ -1,17 +1,17 @@
 """``llmdoctor inspect``: the token rewards of a rewards folder, chosen beside rejected."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.cli import options, render
+from llmdoctor.cli import charts, findings, heatmap, options, render
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import console, decorated, flat_lines, progress, put, put_json, say, waiting
-from llmdoctor.errors import UsageError
+from llmdoctor.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llmdoctor.profile import RewardSettings
@@ -34,13 +34,17 @@ def inspect(
     face: options.FaceNames = None,
     as_json: options.Json = False,
     svg: Annotated[Path | None, option("--svg", "Write a picture instead.", metavar="FILE")] = None,
+    html: Annotated[Path | None, option("--html", "Write a page instead.", metavar="FILE")] = None,
+    diagnose: Annotated[
+        bool, option("--diagnose", "Say which behaviours the labels reward, by a fit over the face pairs.")
+    ] = False,
     tui: Annotated[bool, option("--tui", "Browse the pairs in a full screen.")] = False,
 ) -> None:
     """Show which tokens of the chosen and the rejected answers are rewarded."""
-    if as_json and svg is not None:
-        raise UsageError("choose one of --json and --svg")
+    if sum((as_json, svg is not None, html is not None)) > 1:
+        raise UsageError("choose one of --json, --svg and --html")
     if tui:
-        options.require_screen("--tui", as_json or svg is not None)
+        options.require_screen("--tui", as_json or diagnose or (svg or html) is not None)
     with waiting("Reading the rewards ..."):
         from llmdoctor.store import RewardsFolder
 
@@ -48,6 +52,10 @@ def inspect(
         settings = options.reward_settings(
             options.load(profile), available=rewards.faces, faces=face, direction=direction, tau=tau, theta=theta
         )
+    if diagnose:
+        _diagnose(rewards, settings, face, as_json=as_json, svg=svg, page=html)
+        return
+    with waiting("Reading the rewards ..."):
         from llmdoctor.faces import token_texts
         from llmdoctor.models import load_tokenizer
         from llmdoctor.rewards import face_weights, token_rewards
@@ -84,25 +92,52 @@ def inspect(
         for (name, sides), prompt in zip(chosen, prompts, strict=True)
     ]
     if svg is not None:
-        from llmdoctor.store import atomic_path
-
-        picture = render.svg((render.rich_heatmap(*heatmap, 110) for heatmap in heatmaps), "llmdoctor inspect")
-        with atomic_path(svg) as temporary:
-            temporary.write_text(picture, encoding="utf-8")
-        say(f"wrote {svg}")
+        picture = render.svg((render.rich_heatmap(*one, 110) for one in heatmaps), "llmdoctor inspect")
+        _write(svg, picture)
         return
-    for heatmap in heatmaps:
+    for one in heatmaps:
         if decorated(sys.stdout):
             screen = console(sys.stdout)
-            screen.print(render.rich_heatmap(*heatmap, screen.width))
+            screen.print(render.rich_heatmap(*one, screen.width))
         else:
-            put(render.plain_heatmap(*heatmap) + "\n")
+            put(render.plain_heatmap(*one) + "\n")
     source = (
         f"{len(rewards)} pairs of {rewards.meta['dataset']['source']}, scored by {rewards.meta['patient']['model']}"
     )
     used = " ".join(f"{name}={weight:.3g}" for name, weight in weights.items())
     put(f"{source}\ndirection {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}")
     put("\n".join(flat_lines(statistics)))
+
+
+def _diagnose(
+    rewards: "RewardsFolder",
+    settings: "RewardSettings",
+    faces: Sequence[str] | None,
+    *,
+    as_json: bool,
+    svg: Path | None,
+    page: Path | None,
+) -> None:
+    """The diagnosis alone, on stdout or in a file."""
+    found = findings.find(rewards, settings, faces)
+    if found.diagnosis is None:
+        raise DataError(f"a diagnosis needs at least 2 pairs (some hundreds to say much), got {len(rewards)}")
+    if as_json:
+        put_json({"folder": str(rewards.path), **found.as_dict(), "meta": rewards.meta})
+    elif svg is not None:
+        _write(svg, charts.svg_diagnosis(found.diagnosis))
+    elif page is not None:
+        _write(page, heatmap.page("llmdoctor inspect", [charts.html_diagnosis(found.diagnosis)]))
+    else:
+        found.show()
+
+
+def _write(path: Path, text: str) -> None:
+    from llmdoctor.store import atomic_path
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    say(f"wrote {path}")
 
 
 def _browse(
