@@ -24,7 +24,16 @@ mean absolute gap tells them apart less well (0.081 and 0.048 against 0.033): fa
 
 EDGES = (-3.0, -1.0, -0.3, -0.1, -0.03, 0.03, 0.1, 0.3, 1.0, 3.0)
 _WORDS_KEPT = 100_000  # distinct spellings remembered; beyond twice as many, those that earned least are forgotten
-_MARKS = ("Ġ", "▁", "Ċ", "ĉ", " ", "\n", "\t")  # how tokenizers write the white space that a token begins with
+_MARKS = (
+    "Ġ",
+    "▁",
+    "Ċ",
+    "ĉ",
+    " ",
+    "\n",
+    "\t",
+    "<0x0A>",
+)  # how tokenizers write the white space that a token begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +123,14 @@ class Statistics:
 class Counter:
     """Adds up `Statistics`, pair after pair.
 
-    ``spellings`` [V] is how the tokenizer writes every token id (see `word_starts`), ``text_of`` turns ids into text.
+    ``spellings`` [V] is how the tokenizer writes every token id (see `word_starts`), ``text_of`` turns ids into text,
+    ``special`` are the ids that stand for no text.
     """
 
-    def __init__(self, spellings: Sequence[str | None], text_of: Callable[[list[int]], str]) -> None:
-        self._begins_V, self._alone_V = word_starts(spellings)
+    def __init__(
+        self, spellings: Sequence[str | None], text_of: Callable[[list[int]], str], special: Iterable[int] = ()
+    ) -> None:
+        self._begins_V, self._alone_V = word_starts(spellings, special)
         self._text_of = text_of
         self._words: dict[bytes, list[float]] = {}
         self._gaps = np.zeros(len(EDGES) + 1, dtype=np.int64)
@@ -155,7 +167,7 @@ class Counter:
         ends = [*firsts[1:].tolist(), len(ids)]
         for word in np.flatnonzero(sums).tolist():
             entry = self._words.setdefault(ids[firsts[word] : ends[word]].tobytes(), [0.0, 0])
-            entry[0] += sums[word]
+            entry[0] += float(sums[word])
             entry[1] += 1
         if len(self._words) > 2 * _WORDS_KEPT:
             kept = heapq.nlargest(_WORDS_KEPT, self._words.items(), key=lambda item: abs(item[1][0]))
@@ -187,18 +199,21 @@ class Counter:
         )
 
 
-def word_starts(spellings: Sequence[str | None]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def word_starts(
+    spellings: Sequence[str | None], special: Iterable[int] = ()
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """For every token id: whether a word begins with it, and whether it is a word of its own (punctuation, special).
 
     ``spellings`` are the tokenizer's own, in which a leading white space shows as Ġ, ▁ or itself.
     """
     begins = np.array([spelling is None or spelling.startswith(_MARKS) for spelling in spellings], dtype=np.bool_)
     alone = np.array([not any(map(str.isalnum, _bare(spelling))) for spelling in spellings], dtype=np.bool_)
+    alone[list(special)] = True
     return begins, alone
 
 
 def _bare(spelling: str | None) -> str:
-    return (spelling or "").lstrip("".join(_MARKS)).replace("Ċ", "")
+    return (spelling or "").lstrip("Ġ▁Ċĉ \n\t").replace("Ċ", "").removeprefix("<0x0A>")
 
 
 def margin(chosen: TokenRewards, rejected: TokenRewards) -> float:
