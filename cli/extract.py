@@ -47,7 +47,7 @@ def extract(
     settings = options.load(profile)
     model = override(settings.patient, model=patient, device=device, dtype=dtype)
     source = _data(settings, data, split, label)
-    faces = _faces(settings, face)
+    faces = chosen_faces(settings, face)
     _require_usable(source)
 
     with waiting(f"Loading {options.short(model.model)} ..."):
@@ -84,7 +84,8 @@ def _data(profile: "Profile", source: str | None, split: str | None, label: str 
     return override(named, split=split, label=label)
 
 
-def _faces(profile: "Profile", names: Sequence[str] | None) -> "dict[str, FacePair]":
+def chosen_faces(profile: "Profile", names: Sequence[str] | None) -> "dict[str, FacePair]":
+    """The face pairs named, from the profile or the library; else those that the profile uses."""
     from llmdoctor.profile import library_faces
 
     known = {**library_faces(), **profile.faces}

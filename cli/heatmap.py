@@ -146,12 +146,18 @@ def rich_statistics(statistics: "Statistics", edges: Sequence[float]) -> "Render
 # The page
 
 
-def html_parts(heading: Sequence[str], pairs: Sequence[ShownPair], statistics: "Statistics") -> Iterator[str]:
+def html_parts(heading: Sequence[str], pairs: Sequence[ShownPair], statistics: "Statistics | None") -> Iterator[str]:
     """Heading, statistics and heatmaps as HTML; every text is escaped. Hovering over a token shows its numbers."""
-    from llmdoctor.statistics import EDGES
-
     yield "<h1>Token rewards</h1>"
     yield f"<p class=note>{'<br>'.join(map(_escape, heading))}</p>"
+    if statistics is not None:
+        yield from _html_statistics(statistics)
+    yield from html_heatmaps(pairs)
+
+
+def _html_statistics(statistics: "Statistics") -> Iterator[str]:
+    from llmdoctor.statistics import EDGES
+
     facts = "".join(
         f"<tr><th scope=row>{_escape(name)}</th><td>{_escape(text)}</td></tr>" for name, text in _facts(statistics)
     )
@@ -171,7 +177,6 @@ def html_parts(heading: Sequence[str], pairs: Sequence[ShownPair], statistics: "
         head = "<tr><th></th><th>sum of rewards</th><th>places</th></tr>"
         yield f"<section><h2>{title}</h2><table>{head}{rows}</table></section>"
     yield "</div>"
-    yield from html_heatmaps(pairs)
 
 
 def html_heatmaps(pairs: Sequence[ShownPair]) -> Iterator[str]:

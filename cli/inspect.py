@@ -3,6 +3,7 @@
 import heapq
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from llmdoctor.cli.terminal import console, decorated, progress, put, put_json, 
 from llmdoctor.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from llmdoctor.profile import RewardSettings
+    from llmdoctor.profile import PatientSettings, Profile, RewardSettings
     from llmdoctor.statistics import FaceDifference, Statistics
     from llmdoctor.store import RewardsFolder
     from llmdoctor.types import PairScores, TokenRewards
@@ -24,8 +25,14 @@ _SHOWN, _SHOWN_ON_PAGE, _BROWSED = 3, 20, 1000
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Rewards folder that extract wrote.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Rewards folder that extract wrote.", show_default=False)
+    ] = None,
     *,
+    text: Annotated[
+        str | None, option("--text", "Look at this answer instead, with the profile's patient.", metavar="ANSWER")
+    ] = None,
+    prompt: Annotated[str | None, option("--prompt", "What --text answers.", metavar="TEXT")] = None,
     pair: Annotated[str | None, option("--pair", "Show this pair only.", metavar="ID")] = None,
     contains: Annotated[
         str | None, option("--contains", "Only pairs with this text in prompt or answers.", metavar="TEXT")
@@ -47,6 +54,10 @@ def inspect(
         bool, option("--diagnose", "Say which behaviours the labels reward, by a fit over the face pairs.")
     ] = False,
     profile: options.ProfileName = None,
+    patient: options.Patient = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     direction: options.DirectionName = None,
     tau: options.Tau = None,
     theta: options.Theta = None,
@@ -57,10 +68,25 @@ def inspect(
     tui: Annotated[bool, option("--tui", "Browse the pairs in a full screen.")] = False,
 ) -> None:
     """Show which tokens of the chosen and the rejected answers are rewarded, and what the rewards add up to."""
+    from llmdoctor.profile import override
+
     if sum((as_json, svg is not None, html is not None)) > 1:
         raise UsageError("choose one of --json, --svg and --html")
     if pair is not None and worst is not None:
         raise UsageError("choose one of --pair and --worst")
+    if text is not None:
+        if folder is not None or tui or diagnose or any(given is not None for given in (pair, contains, worst, limit)):
+            raise UsageError("--text looks at one answer: leave out DIR, its filters, --diagnose and --tui")
+        chosen = options.load(profile)
+        model = override(chosen.patient, model=patient, device=device, dtype=dtype)
+        given = override(chosen.rewards, direction=direction, tau=tau, theta=theta, faces=tuple(face) if face else None)
+        _look_at(text, prompt or "", chosen, model, given, trust_remote_code, as_json=as_json, svg=svg, page=html)
+        return
+    if folder is None:
+        raise UsageError("expected a rewards folder, DIR, or an answer, --text")
+    used = {"--prompt": prompt, "--patient": patient, "--device": device, "--dtype": dtype}
+    if idle := [name for name, value in used.items() if value is not None]:
+        raise UsageError(f"{idle[0]} goes with --text: a rewards folder is read without a patient")
     if tui:
         options.require_screen("--tui", as_json or diagnose or (svg or html) is not None)
     with waiting("Reading the rewards ..."):
@@ -256,6 +282,61 @@ def json_side(item: "TokenRewards", shown: render.RewardedText) -> dict[str, Any
     rows = zip(item.scores.response_ids, shown.pieces, shown.rewards, shown.gaps, shown.importance, strict=True)
     tokens = [{"id": int(i), "text": text, "reward": r, "gap": g, "importance": s} for i, text, r, g, s in rows]
     return {"reward": float(item.rewards.sum()), "gap": float(item.gaps.sum()), "tokens": tokens}
+
+
+def _look_at(
+    text: str,
+    prompt: str,
+    profile: "Profile",
+    model: "PatientSettings",
+    settings: "RewardSettings",
+    trust_remote_code: bool,
+    *,
+    as_json: bool,
+    svg: Path | None,
+    page: Path | None,
+) -> None:
+    """The heatmap of one answer that somebody wrote."""
+    from llmdoctor.cli.extract import chosen_faces
+
+    if settings.direction == "fitted":
+        raise UsageError("--direction fitted needs labelled pairs: give a rewards folder, or another direction")
+    faces = chosen_faces(profile, settings.faces)
+    with waiting(f"Loading {options.short(model.model)} ..."):
+        from llmdoctor.models import load_patient
+        from llmdoctor.rewards import face_weights, token_rewards
+        from llmdoctor.single import score_answer
+
+        loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
+        scores = score_answer(loaded, faces, prompt, text)
+    weights = face_weights((), faces, settings)
+    item = token_rewards(scores, settings, weights)
+    shown = rewarded_text(loaded.tokenizer, item)
+    shown = replace(shown, title=shown.title.replace("chosen, ", "answer, ", 1))
+    if as_json:
+        document: dict[str, Any] = {"patient": model.model, "settings": settings.model_dump(mode="json")}
+        document |= {"weights": weights, "prompt": prompt, "answer": text}
+        put_json({**document, **json_side(item, shown)})
+        return
+    one = heatmap.ShownPair("", prompt or "no prompt", (shown,))
+    used = " ".join(f"{name}={weight:.3g}" for name, weight in weights.items())
+    used = f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"
+    told = f"scored by {model.model}\n{used}"
+    top = heatmap.limit_of([one])
+    if svg is not None:
+        from rich.text import Text
+
+        picture = render.rich_heatmap(render.prompt_end(one.prompt), one.sides, 110, top)
+        _write(svg, render.svg([picture, render.heat_legend(top), Text(told)], "llmdoctor inspect"))
+    elif page is not None:
+        _write(page, heatmap.page("llmdoctor inspect", heatmap.html_parts(told.splitlines(), [one], None)))
+    elif decorated(sys.stdout):
+        screen = console(sys.stdout)
+        screen.print(render.rich_heatmap(render.prompt_end(one.prompt), one.sides, screen.width, top))
+        screen.print(render.heat_legend(top))
+        screen.print(told)
+    else:
+        put(f"{render.plain_heatmap(one.prompt, one.sides)}\n\n{told}")
 
 
 def _diagnose(
