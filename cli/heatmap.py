@@ -102,7 +102,8 @@ def plain_statistics(statistics: "Statistics", edges: Sequence[float]) -> str:
     lines = [f"{name + ':':<20} {text}" for name, text in _facts(statistics)]
     lines += ["", "gap, nats      share of the tokens"]
     for name, share, sign, length in _bars(statistics, edges):
-        lines.append(f"{name:<14} {share:>6.1%} {'-.+'[sign + 1] * round(40 * length)}".rstrip())
+        cut = " ..." if sign == 0 and length == 1 else ""
+        lines.append(f"{name:<14} {share:>6.1%} {'-.+'[sign + 1] * round(40 * length)}{cut}".rstrip())
     for name, words in (("most rewarded", statistics.rewarded), ("most punished", statistics.punished)):
         lines += ["", f"{name} words (sum of rewards in how many places): "]
         lines[-1] += ", ".join(map(_word, words)) or "none"
@@ -126,6 +127,7 @@ def rich_statistics(statistics: "Statistics", edges: Sequence[float]) -> "Render
     gaps.add_column(no_wrap=True)
     for name, share, sign, length in _bars(statistics, edges):
         bar = Text("█" * round(24 * length) or ("▏" if share else ""), style=render.scale_colour(sign, 1))
+        bar.append(" …" if sign == 0 and length == 1 else "")
         gaps.add_row(name, f"{share:.1%}", bar)
     words = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for title in ("most rewarded", "most punished"):
@@ -165,7 +167,7 @@ def _html_statistics(statistics: "Statistics") -> Iterator[str]:
     yield "<div class=sides>"
     bars = "".join(
         f"<tr><th scope=row>{_escape(name)}</th><td>{share:.1%}</td><td><span class='bar {_SIGNS[sign]}' "
-        f"style='width:{14 * length:.2f}rem'></span></td></tr>"
+        f"style='width:{14 * length:.2f}rem'></span>{' …' if sign == 0 and length == 1 else ''}</td></tr>"
         for name, share, sign, length in _bars(statistics, EDGES)
     )
     yield f"<section><h2>Gap of the tokens, nats</h2><table>{bars}</table></section>"

@@ -16,6 +16,7 @@ from llmdoctor.cli.terminal import console, decorated, progress, put, put_json, 
 from llmdoctor.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from llmdoctor.diagnosis import Diagnosis
     from llmdoctor.profile import PatientSettings, Profile, RewardSettings
     from llmdoctor.statistics import FaceDifference, Statistics
     from llmdoctor.store import RewardsFolder
@@ -357,9 +358,29 @@ def _diagnose(
     elif svg is not None:
         _write(svg, charts.svg_diagnosis(found.diagnosis))
     elif page is not None:
-        _write(page, heatmap.page("llmdoctor inspect", [charts.html_diagnosis(found.diagnosis)]))
+        parts = [charts.html_diagnosis(found.diagnosis), "<h2>These pairs, token by token, rewarded as fitted</h2>"]
+        parts += heatmap.html_heatmaps(_examples(rewards, settings, found.diagnosis))
+        _write(page, heatmap.page("llmdoctor inspect", parts))
     else:
         found.show()
+
+
+def _examples(rewards: "RewardsFolder", settings: "RewardSettings", diagnosis: "Diagnosis") -> list[heatmap.ShownPair]:
+    """The pairs that the diagnosis names, with the rewards that its weights give."""
+    from llmdoctor.models import load_tokenizer
+
+    named: dict[str, list[str]] = {}
+    for face in diagnosis.faces:
+        for examples, said in ((face.best, "explained best by"), (face.worst, "contradicted most by")):
+            for example in examples:
+                named.setdefault(example.pair_id, []).append(f"{said} {face.name} ({example.contribution:+.2g})")
+    weights = {face.name: face.weight.value for face in diagnosis.faces}
+    fitted = settings.model_copy(update={"direction": "fitted", "faces": None})
+    look = _Look(rewards, fitted, weights, load_tokenizer(rewards.path / "tokenizer"))
+    found = {
+        scores.chosen.pair_id: look.shown(look.sides(scores)) for scores in rewards if scores.chosen.pair_id in named
+    }
+    return [replace(found[name], name=", ".join([name, *said])) for name, said in named.items()]
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmdoctor.cli import findings
-from llmdoctor.diagnosis import diagnose
+from llmdoctor.diagnosis import diagnose, features
 from llmdoctor.profile import RewardSettings
 from llmdoctor.statistics import HARDLY
 from llmdoctor.store import RewardsFolder, write_json, write_shard
@@ -89,6 +90,26 @@ def test_it_says_the_same_in_every_form(run, folder, tmp_path):
     for form in (text, drawing, page):
         for words in ("kind", "odd", "length alone", "chance", f"{found['accuracy']['value']:.1%}"):
             assert words in form
+
+
+def test_the_page_shows_the_examples_token_by_token(run, folder, tmp_path):
+    """A reward there is importance times the fitted weights: the difference of the two sides is the pair's log-odds."""
+    made = folder(mixed())
+    run("inspect", made, "--diagnose", "--html", tmp_path / "d.html")
+    page = (tmp_path / "d.html").read_text(encoding="utf-8")
+    found = json.loads(run("inspect", made, "--diagnose", "--json").stdout)["diagnosis"]["faces"]
+    x_P_F, _, ids = features(RewardsFolder(made), [face["name"] for face in found], SETTINGS)
+    log_odds = x_P_F @ [face["weight"]["value"] for face in found]
+    kind = found[0]
+    assert kind["best"]
+    assert kind["worst"]
+    for said, examples in (("explained best by", kind["best"]), ("contradicted most by", kind["worst"])):
+        for example in examples:
+            own = page.split(f"pair {example['pair_id']}, ")[1].split("<h2")[0]
+            assert f"{said} kind ({example['contribution']:+.2g})" in own
+            side = {name: float(reward) for name, reward in re.findall(r"<h3>(\w+), reward ([-+.\d]+)", own)}
+            difference = side["chosen"] - side["rejected"]
+            assert difference == pytest.approx(log_odds[ids.index(example["pair_id"])], abs=0.011)
 
 
 def test_faces_that_hardly_differ_are_named_with_the_figure(run, folder):
