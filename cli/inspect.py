@@ -76,7 +76,7 @@ def inspect(
     if pair is not None and worst is not None:
         raise UsageError("choose one of --pair and --worst")
     if text is not None:
-        if folder is not None or tui or diagnose or any(given is not None for given in (pair, contains, worst, limit)):
+        if folder is not None or tui or diagnose or any(given is not None for given in (pair, contains, worst)):
             raise UsageError("--text looks at one answer: leave out DIR, its filters, --diagnose and --tui")
         chosen = options.load(profile)
         model = override(chosen.patient, model=patient, device=device, dtype=dtype)
@@ -85,9 +85,8 @@ def inspect(
         return
     if folder is None:
         raise UsageError("expected a rewards folder, DIR, or an answer, --text")
-    used = {"--prompt": prompt, "--patient": patient, "--device": device, "--dtype": dtype}
-    if idle := [name for name, value in used.items() if value is not None]:
-        raise UsageError(f"{idle[0]} goes with --text: a rewards folder is read without a patient")
+    if prompt is not None:
+        raise UsageError("--prompt goes with --text: a rewards folder holds its own prompts")
     if tui:
         options.require_screen("--tui", as_json or diagnose or (svg or html) is not None)
     with waiting("Reading the rewards ..."):

@@ -73,3 +73,9 @@ def test_what_does_not_go_together(fails, clinic_rewards):
     fails(2, ["fitted", "labelled"], "inspect", "--text", ANSWER, "--direction", "fitted")
     fails(2, ["empty"], "inspect", "--text", "")
     fails(2, ["--face", "'merry'"], "inspect", "--text", ANSWER, "--face", "merry")
+
+
+def test_a_patient_in_the_environment_does_not_stand_in_the_way_of_a_folder(run, clinic_rewards):
+    done = run("inspect", clinic_rewards, env={"LLMDOCTOR_PATIENT": "some/model", "LLMDOCTOR_INSPECT_LIMIT": "1"})
+    assert done.exit_code == 0, done.output
+    assert run("inspect", "--text", ANSWER, env={"LLMDOCTOR_INSPECT_LIMIT": "1"}).exit_code == 0
