@@ -23,7 +23,8 @@ _STYLE = """
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
 body { color: #1b1b1b; background: #fdfdfd; overflow-wrap: anywhere }
 .sides { display: flex; flex-wrap: wrap; gap: 1rem; margin-bottom: 1rem }
-.sides > section { flex: 1 1 20rem; box-sizing: border-box; min-width: 0; border: 1px solid #8886; border-radius: .5rem; padding: 0 1rem 1rem }
+.sides > section { flex: 1 1 20rem; box-sizing: border-box; min-width: 0 }
+.sides > section { border: 1px solid #8886; border-radius: .5rem; padding: 0 1rem 1rem }
 .answer, .prompt { white-space: pre-wrap } .prompt { max-height: 16rem; overflow: auto }
 .up, .down { color: #000; border-radius: .15rem } .down { text-decoration: underline dotted }
 .bar { display: inline-block; height: .7rem; background: #7d7d7d } .bar.up { background: #207fea }
@@ -186,8 +187,8 @@ def html_heatmaps(pairs: Sequence[ShownPair]) -> Iterator[str]:
     limit = limit_of(pairs)
     steps = "".join(f"<span{_heat(share, 1)}>&emsp;</span>" for share in (-1.0, -0.6, -0.3, 0.3, 0.6, 1.0))
     yield (
-        f"<p class=legend>punished {-limit:.2g} {steps} {limit:+.2g} rewarded; unmarked: no reward. A punished token is "
-        "also underlined with dots. Hover over a token for its numbers.</p>"
+        f"<p class=legend>punished {-limit:.2g} {steps} {limit:+.2g} rewarded; unmarked: no reward. "
+        "A punished token is also underlined with dots. Hover over a token for its numbers.</p>"
     )
     for pair in pairs:
         sides = "".join(
