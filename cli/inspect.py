@@ -27,7 +27,7 @@ _SHOWN, _SHOWN_ON_PAGE, _BROWSED = 3, 20, 1000
 
 def inspect(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Rewards folder that extract wrote.", show_default=False)
+        Path | None, typer.Argument(metavar="DIR", help="Rewards folder that extract wrote.", show_default=False)
     ] = None,
     *,
     text: Annotated[
