@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from llmdoctor.cli import options
+from llmdoctor.cli import findings, options
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
@@ -54,7 +54,7 @@ def extract(
     settings = options.load(profile)
     model = override(settings.patient, model=patient, device=device, dtype=dtype)
     source = _data(settings, data, split, label)
-    faces = _faces(settings, face)
+    faces = chosen_faces(settings, face)
     _require_usable(source)
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -87,10 +87,12 @@ def extract(
             advance()
     skips.close(output)
     report = _report(output, RewardsFolder(output).meta, time.monotonic() - began)
+    found = findings.after_extraction(output, settings.rewards)
     if as_json:
-        put_json(report)
+        put_json({**report, **found.as_dict()})
     else:
         put(_summary(report))
+        found.show()
 
 
 def _data(profile: "Profile", source: str | None, split: str | None, label: str | None) -> "DataSettings":
@@ -103,7 +105,8 @@ def _data(profile: "Profile", source: str | None, split: str | None, label: str 
     return override(named, split=split, label=label)
 
 
-def _faces(profile: "Profile", names: Sequence[str] | None) -> "dict[str, FacePair]":
+def chosen_faces(profile: "Profile", names: Sequence[str] | None) -> "dict[str, FacePair]":
+    """The face pairs named, from the profile or the library; else those that the profile uses."""
     from llmdoctor.profile import library_faces
 
     known = {**library_faces(), **profile.faces}

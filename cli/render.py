@@ -280,11 +280,28 @@ def legend(view: View) -> "Text":
 
 @dataclass(frozen=True, slots=True)
 class RewardedText:
-    """A response as inspect shows it: printable pieces and their rewards."""
+    """A response as inspect shows it: printable pieces, their rewards, and where known gaps (nats) and importances."""
 
     title: str
     pieces: tuple[str, ...]
     rewards: tuple[float, ...]
+    gaps: tuple[float, ...] = ()
+    importance: tuple[float, ...] = ()
+
+    def shown(self) -> list[str]:
+        """The pieces without control characters; one without text, like the end of the answer, shows where it earns."""
+        marked = zip(self.pieces, self.rewards, strict=True)
+        return [clean(piece) or ("" if reward == 0 else END) for piece, reward in marked]
+
+
+END = "∎"
+_PROMPT_SHOWN = 400  # characters of a conversation above a heatmap: its end, which is what the answers answer
+
+
+def prompt_end(prompt: str) -> str:
+    """The prompt, or the end of a long one, for a terminal."""
+    prompt = clean(prompt).strip()
+    return prompt if len(prompt) <= _PROMPT_SHOWN else f"… {prompt[-_PROMPT_SHOWN:].lstrip()}"
 
 
 def plain_heatmap(prompt: str, responses: Iterable[RewardedText]) -> str:
@@ -292,7 +309,7 @@ def plain_heatmap(prompt: str, responses: Iterable[RewardedText]) -> str:
     lines = [f"prompt: {clean(prompt)}"]
     for response in responses:
         marked = "".join(
-            _with_sign(clean(piece), reward) for piece, reward in zip(response.pieces, response.rewards, strict=True)
+            _with_sign(piece, reward) for piece, reward in zip(response.shown(), response.rewards, strict=True)
         )
         lines += ["", f"{response.title}:", marked.strip()]
     return "\n".join(lines)
@@ -305,15 +322,26 @@ def _with_sign(piece: str, reward: float) -> str:
     return f"{body}{'+' if reward > 0 else '-'}{piece[len(body) :]}"
 
 
-def rich_heatmap(prompt: str, responses: Sequence[RewardedText], width: int) -> "RenderableType":
-    """The responses beside each other, every token in the colour of its reward."""
+def rich_heatmap(
+    prompt: str, responses: Sequence[RewardedText], width: int, limit: float | None = None
+) -> "RenderableType":
+    """The responses beside each other, every rewarded token on the colour of its reward.
+
+    Black on a colour of medium light: foreground and background are both given, so that the terminal's own do not
+    matter. ``limit`` is the end of the colour scale, by default the greatest reward shown.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    limit = scale_limit(reward for response in responses for reward in response.rewards)
-    texts = [coloured_text([clean(p) for p in r.pieces], r.rewards, limit) for r in responses]
-    table = Table(box=box.ROUNDED, expand=True, title=Text(clean(prompt), style="bold"), title_justify="left")
+    limit = limit or scale_limit(reward for response in responses for reward in response.rewards)
+    texts = []
+    for response in responses:
+        text = Text()
+        for piece, reward in zip(response.shown(), response.rewards, strict=True):
+            text.append(piece, style=heat_style(reward, limit))
+        texts.append(text)
+    table = Table(box=box.ROUNDED, expand=True, title=Text(prompt_end(prompt), style="bold"), title_justify="left")
     if width >= _NARROW:
         for response in responses:
             table.add_column(Text(response.title), ratio=1)
@@ -324,6 +352,21 @@ def rich_heatmap(prompt: str, responses: Sequence[RewardedText], width: int) -> 
         for response, text in zip(responses, texts, strict=True):
             table.add_row(Text.assemble((response.title, "bold"), "\n", text), end_section=True)
     return table
+
+
+def heat_style(reward: float, limit: float) -> str:
+    """The style of a token with this reward; none where it has no reward."""
+    return f"#000000 on {scale_colour(reward, limit)}" if reward else ""
+
+
+def heat_legend(limit: float) -> "Text":
+    """What the colours of heatmaps mean, in one line."""
+    from rich.text import Text
+
+    text = Text(f"punished {-limit:.2g} ", style=_DIM)
+    for share in (-1.0, -0.6, -0.3, 0.3, 0.6, 1.0):
+        text.append("   ", style=f"not dim {heat_style(share, 1)}")
+    return text.append(f" {limit:+.2g} rewarded; unmarked: no reward")
 
 
 # Files

@@ -161,7 +161,7 @@ def test_inspect_shows_chosen_beside_rejected(run, clinic_rewards):
     result = run("inspect", clinic_rewards, "--limit", 2)
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert result.stdout.count("chosen, reward") == result.stdout.count("rejected, reward") == 2
-    for words in ("direction gap", "share_rewarded", "mean_abs_gap", "agreement"):
+    for words in ("direction gap", "rewarded: ", "mean |gap|", "gap and label agree"):
         assert words in result.stdout
 
 
