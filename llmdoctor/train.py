@@ -223,7 +223,7 @@ def _finishing_the_step(progress: "_Progress") -> Iterator[None]:
 
     def ask(number: int, _frame: Any) -> None:
         progress.interrupted = True
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, ask)
@@ -379,10 +379,11 @@ class TFPOTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
+        collate: Callable[[list[tuple[_Side, _Side]]], dict[str, Any]] = self.data_collator  # type: ignore[assignment]
         dataset, size = _Pairs(self.held_out, self.settings.seed), self.settings.batch_size
         flows, values, right = 0.0, [], 0.0
         for start in range(0, len(dataset), size):
-            batch = self.data_collator([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+            batch = collate([dataset[i] for i in range(start, min(start + size, len(dataset)))])
             count = len(batch.pop("pair_ids"))
             inputs = self._prepare_inputs(batch)
             forks = len(inputs["value_pairs"])
