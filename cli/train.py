@@ -43,7 +43,20 @@ def train(
     value_weight: Annotated[float | None, option("--value-weight", "Weight of the value loss.")] = None,
     gamma: Annotated[float | None, option("--gamma", "Margin of the value loss.")] = None,
     alternatives: Annotated[int | None, option("--alternatives", "Further same-prefix pairs a response.")] = None,
+    method: Annotated[str | None, option("--method", "lora, or full: train every weight.")] = None,
     lora_rank: Annotated[int | None, option("--lora-rank", "Rank of the adapter.")] = None,
+    holdout: Annotated[
+        float | None, option("--holdout", "Share of the pairs that is only evaluated on, in [0, 1).")
+    ] = None,
+    checkpoint_every: Annotated[
+        float | None,
+        option("--checkpoint-every", "Evaluate and keep a checkpoint every N steps (< 1: share of the run)."),
+    ] = None,
+    patience: Annotated[int | None, option("--patience", "Stop after N evaluations that are no better.")] = None,
+    keep_best: Annotated[
+        bool | None, option("--keep-best/--keep-last", "End with the best evaluation's weights, or the last step's.")
+    ] = None,
+    fresh: Annotated[bool, option("--fresh", "Begin anew where a stopped run would be continued.")] = False,
     seed: options.Seed = None,
     patient: options.Patient = None,
     device: options.Device = None,
@@ -53,7 +66,8 @@ def train(
 ) -> None:
     """Train a small doctor on a rewards folder.
 
-    With --patient, or with a profile named, the rewards must come from that patient.
+    The same command again continues a run that was stopped, from its last checkpoint. With --patient, or with a
+    profile named, the rewards must come from that patient.
     """
     from llmdoctor.profile import override
 
@@ -72,7 +86,12 @@ def train(
         value_weight=value_weight,
         gamma=gamma,
         alternatives=alternatives,
+        method=method,
         lora_rank=lora_rank,
+        holdout=holdout,
+        checkpoint_every=checkpoint_every,
+        patience=patience,
+        keep_best=keep_best,
         seed=seed,
         device=device,
         dtype=dtype,
@@ -97,6 +116,8 @@ def train(
 
         def on_step(step: "TrainStep") -> None:
             losses = f"loss {step.loss:.4g} (flow {step.subtb:.4g}, value {step.value:.4g})"
+            if step.reward_accuracy is not None:
+                losses += f", held-out accuracy {step.reward_accuracy:.0%}"
             advance(f"{losses}, {step.tokens_per_second:.0f} tokens/s", done=step.step, total=step.total)
 
         made = train_doctor(
@@ -108,6 +129,7 @@ def train(
             name=name,
             patient=patient or (settings.patient.model if profile else None),
             trust_remote_code=trust_remote_code,
+            fresh=fresh,
             on_step=on_step,
         )
     report: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,24 +26,24 @@ class DoctorOutput(NamedTuple):
     """What stage 2 needs of a batch, right-padded. Beyond a row's response the entries mean nothing."""
 
     logprobs_B_T: Tensor
-    ref_logprobs_B_T: Tensor | None
     log_values_R_N: Tensor
 
 
 class Doctor(nn.Module):
-    """A LoRA-wrapped causal LM with a linear value head on what the LM head reads, in training form.
+    """A causal LM, LoRA-wrapped or whole, with a linear value head on what the LM head reads, in training form.
 
     log V(s) = scale * (w . h(s) + b), with w and b zero at the start: V = 1, the reference's own flow. ``scale`` is
     rho, so that the head learns at one speed whatever the strength of the rewards (a departure from the paper, which
     gives no parameterisation). Folded into w and b when saved.
     """
 
-    def __init__(self, lm: PeftModel, vocabulary_size: int, scale: float = 1.0) -> None:
+    def __init__(self, lm: PeftModel | PreTrainedModel, vocabulary_size: int, scale: float = 1.0) -> None:
         super().__init__()
         self.lm = lm
-        self._split = (SplitLM.of(cast("PreTrainedModel", lm.get_base_model())),)  # a tuple: not a submodule twice
+        base = cast("PreTrainedModel", lm.get_base_model() if isinstance(lm, PeftModel) else lm)
+        self._split = (SplitLM.of(base),)  # a tuple: not a submodule twice
         self.vocabulary_size, self.scale = vocabulary_size, scale
-        width = cast("PreTrainedModel", lm.get_base_model()).get_output_embeddings().in_features
+        width = base.get_output_embeddings().in_features
         self.value_head = nn.Linear(width, 1, device=lm.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -54,12 +55,10 @@ class Doctor(nn.Module):
         prompt_lengths: Tensor,
         response_lengths: Tensor,
         scored: int,
-        reference: bool,
     ) -> DoctorOutput:
         """Log-probs of the response tokens of the first ``scored`` rows, and log V of every state of all R rows.
 
-        ``input_ids`` and ``attention_mask`` [R, L], prompt then response, right-padded; the lengths [R]. With
-        ``reference`` also the log-probs with the adapter off, without gradient.
+        ``input_ids`` and ``attention_mask`` [R, L], prompt then response, right-padded; the lengths [R].
         """
         (lm,) = self._split
         last = int(response_lengths.max())
@@ -72,13 +71,11 @@ class Doctor(nn.Module):
         targets_B_T = input_ids[:scored].gather(1, places_R_N[:scored, 1:])
         mask_B_T = torch.arange(last, device=input_ids.device) < response_lengths[:scored, None]
         logprobs = self._log_probs(states_R_N_H[:scored, :-1], targets_B_T, mask_B_T)
-        ref_logprobs = None
-        if reference:
-            with torch.no_grad(), self.lm.disable_adapter():
-                base_B_L_H = lm.hidden(input_ids[:scored], attention_mask[:scored])
-                base_B_T_H = base_B_L_H.gather(1, places_R_N[:scored, :-1, None].expand(-1, -1, base_B_L_H.shape[-1]))
-                ref_logprobs = self._log_probs(base_B_T_H, targets_B_T, mask_B_T)
-        return DoctorOutput(logprobs, ref_logprobs, values_R_N)
+        return DoctorOutput(logprobs, values_R_N)
+
+    def base_alone(self) -> AbstractContextManager[Any]:
+        """While it lasts the doctor is its base. A whole model's base is what it was before its first step."""
+        return self.lm.disable_adapter() if isinstance(self.lm, PeftModel) else nullcontext()
 
     def _log_probs(self, states_B_T_H: Tensor, targets_B_T: Tensor, mask_B_T: Tensor) -> Tensor:
         (lm,) = self._split
@@ -89,9 +86,11 @@ class Doctor(nn.Module):
 def new_doctor(
     base_model: str | Path, settings: TrainSettings, *, trust_remote_code: bool = False
 ) -> tuple[Doctor, PreTrainedTokenizerBase]:
-    """A fresh doctor on ``base_model``: LoRA at zero, value head at zero. Raises LoadError."""
+    """A fresh doctor on ``base_model``: LoRA (unless whole) and value head at zero. Raises LoadError."""
     tokenizer = load_tokenizer(base_model, trust_remote_code=trust_remote_code)
-    base = load_lm(base_model, dtype=settings.dtype, device=settings.device, trust_remote_code=trust_remote_code)
+    full = settings.method == "full"
+    dtype = "float32" if full and settings.dtype == "auto" else settings.dtype  # bfloat16 loses small updates
+    base = load_lm(base_model, dtype=dtype, device=settings.device, trust_remote_code=trust_remote_code)
     targets = settings.lora_targets
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -104,12 +103,12 @@ def new_doctor(
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     torch.manual_seed(settings.seed)
-    lm = cast("PeftModel", get_peft_model(base, config))
+    lm = base.requires_grad_() if full else cast("PeftModel", get_peft_model(base, config))
     return Doctor(lm, Vocabulary.of(tokenizer).size, settings.rho), tokenizer
 
 
 def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase, meta: Mapping[str, Any]) -> None:
-    """Write the doctor folder, all of it or nothing: PEFT adapter, value head, tokenizer, doctor.json, model card.
+    """Write the doctor folder, all or nothing: PEFT adapter (or whole model), value head, tokenizer, doctor.json, card.
 
     ``meta["base_model"]`` is stored relative to the folder when it is a folder itself. Raises StorageError.
     """
@@ -120,9 +119,12 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
         base = base if base.startswith(".") else f"./{base}"
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        doctor.lm.peft_config["default"].base_model_name_or_path = base
-        # the embeddings are the base's own: without this PEFT asks the hub whether they are
-        doctor.lm.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        if isinstance(doctor.lm, PeftModel):
+            doctor.lm.peft_config["default"].base_model_name_or_path = base
+            # the embeddings are the base's own: without this PEFT asks the hub whether they are
+            doctor.lm.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        else:
+            doctor.lm.save_pretrained(str(temporary))
         head = {name: (doctor.scale * p.detach()).float().cpu() for name, p in doctor.value_head.named_parameters()}
         save_file(head, temporary / "value_head.safetensors")
         tokenizer.save_pretrained(str(temporary))
@@ -175,9 +177,10 @@ def load_doctor(
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(folder)
     plain = load_lm(source, **options) if with_base else None  # type: ignore[arg-type]
-    lm = load_lm(source, **options)  # type: ignore[arg-type]
+    whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
+    lm = load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
     try:
-        merged = PeftModel.from_pretrained(lm, str(folder)).merge_and_unload()  # type: ignore[operator]
+        merged = lm if whole else PeftModel.from_pretrained(lm, str(folder)).merge_and_unload()  # type: ignore[operator]
         head = load_file(folder / "value_head.safetensors", device=str(lm.device))
         weight, bias = head["weight"], head["bias"]
         if weight.shape != (1, width := lm.get_output_embeddings().in_features) or bias.shape != (1,):
@@ -200,10 +203,13 @@ def load_doctor(
 def _card(base: str, meta: Mapping[str, Any]) -> str:
     """A short model card."""
     rewards, metrics = meta.get("rewards", {}), meta.get("metrics", {})
+    full = meta.get("settings", {}).get("train", {}).get("method") == "full"
+    what = "All weights and a value head" if full else "A LoRA adapter and a value head"
     return (
-        f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [llmdoctor, lora]\n---\n\n"
+        f"---\nlibrary_name: {'transformers' if full else 'peft'}\nbase_model: {base}\n"
+        f"tags: [llmdoctor, {'full' if full else 'lora'}]\n---\n\n"
         f"# {meta.get('name', 'doctor')}: an llmdoctor doctor\n\n"
-        f"A LoRA adapter and a value head on `{base}`, trained with TFPO (arXiv 2601.10416) to steer the patient "
+        f"{what} on `{base}`, trained with TFPO (arXiv 2601.10416) to steer the patient "
         f"`{rewards.get('patient', '?')}` while it decodes.\n\n"
         f"Trained on {rewards.get('pairs', '?')} preference pairs, {metrics.get('steps', '?')} steps. Settings and "
         f"metrics: `{MARKER}`.\n\n"

@@ -89,10 +89,14 @@ class TrainSettings(_Settings):
     """Stage 2. ``doctor`` is the base model; ``batch_size`` counts preference pairs a step and device.
 
     ``subtb_weight`` 1 weighs every sub-trajectory alike, ``value_weight`` is lambda, ``alternatives`` the further
-    same-prefix token pairs a response that the value loss compares.
+    same-prefix token pairs a response that the value loss compares. ``method`` full trains every weight of the base.
+    ``holdout`` is the share of pairs that is only evaluated on; ``checkpoint_every`` how often to evaluate and to keep
+    a checkpoint, in steps (below 1: that share of the run); ``patience`` the evaluations without a better held-out loss
+    after which to stop; ``keep_best`` ends with the weights of the best evaluation instead of the last step's.
     """
 
     doctor: Location | None = None
+    method: Literal["lora", "full"] = "lora"
     flow: Literal["relative", "absolute"] = "relative"
     anchor: bool = True
     rho: Positive = 10.0
@@ -115,6 +119,10 @@ class TrainSettings(_Settings):
     max_grad_norm: NonNegative = 1.0
     weight_decay: NonNegative = 0.0
     gradient_checkpointing: bool = False
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    checkpoint_every: Positive = 0.1
+    patience: Count | None = None
+    keep_best: bool = True
     seed: int = Field(default=0, ge=0)
     dtype: str = "auto"
     device: str = "auto"

@@ -1,39 +1,60 @@
 """Stage 2: token rewards -> a doctor, with token-level flow-guided preference optimisation on a Trainer."""
 
+import json
 import math
-import tempfile
+import shutil
+import signal
+import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llmdoctor import __version__
-from llmdoctor.doctor import MARKER, DoctorOutput, new_doctor, save_doctor
-from llmdoctor.errors import DataError, LoadError, TrainingError
+from llmdoctor.doctor import MARKER, Doctor, DoctorOutput, new_doctor, save_doctor
+from llmdoctor.errors import DataError, LoadError, TrainingError, UsageError
 from llmdoctor.losses import anchored, log_flow, state_mask, subtb, value_discrimination
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint, pick_device
 from llmdoctor.profile import RewardSettings, TrainSettings
 from llmdoctor.rewards import alternative_rewards, face_weights, token_rewards
-from llmdoctor.store import RewardsFolder, ensure_replaceable
-from llmdoctor.types import TokenScores, TrainStep
+from llmdoctor.store import RewardsFolder, ensure_replaceable, read_json, write_json
+from llmdoctor.types import PairScores, TokenScores, TrainStep
 
 _MIN_ADVANTAGE = 0.5  # how much better the reward of a same-prefix token must be to count as preferred
+_EXPLODED = 100.0  # a loss that many times the greatest of the last _RECENT steps (and of 1) will not come back
+_RECENT = 50
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Side:
-    """One response as stage 2 uses it; ``others`` are same-prefix rivals: (position, rival's id, rival is better)."""
+    """One response as stage 2 uses it; ``others`` are same-prefix rivals: (position, rival's id, rival is better).
 
+    ``reference`` [T] are its log-probs under the doctor's base, once they are known.
+    """
+
+    pair_id: str
     prompt: Tensor
     response: Tensor
     rewards: Tensor
     others: list[tuple[int, int, bool]]
+    reference: Tensor | None = None
 
 
 def train(
@@ -46,6 +67,7 @@ def train(
     patient: str | None = None,
     name: str | None = None,
     trust_remote_code: bool = False,
+    fresh: bool = False,
     on_step: Callable[[TrainStep], None] | None = None,
 ) -> dict[str, Any]:
     """Train a doctor on ``base_model`` from a rewards folder and write the doctor folder ``output``.
@@ -54,8 +76,13 @@ def train(
     (the folder's name by default). Returns what doctor.json holds:
     base model, tokenizer fingerprint, settings, where the rewards come from, metrics.
 
+    Until the doctor is done its checkpoints stand beside it, in ``.NAME.training``; the same call continues a run that
+    was stopped and ends, on one device, with the weights of an uninterrupted one. ``fresh`` begins anew. An interrupt
+    (Ctrl+C, SIGTERM) finishes the step and keeps it; a second one does not wait.
+
     Raises LoadError (no such model or rewards, another tokenizer, another patient), DataError (no pair fits the
-    doctor's context), TrainingError (the loss is not finite), StorageError; nothing is written then.
+    doctor's context), UsageError (another run was stopped here), TrainingError (the loss is not finite or explodes),
+    StorageError; the doctor folder is then as it was, and what the last checkpoint holds is kept.
     """
     output = Path(output)
     ensure_replaceable(output, MARKER)
@@ -69,24 +96,48 @@ def train(
     weights = face_weights(folder, folder.faces, reward_settings)
     context = getattr(doctor.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     pairs = [
-        (_side(pair.chosen, reward_settings, weights), _side(pair.rejected, reward_settings, weights))
+        _sides(pair, reward_settings, weights)
         for pair in folder
         if max(_length(pair.chosen), _length(pair.rejected)) <= context
     ]
     if not pairs:
         raise DataError(f"none of the {len(folder)} pairs in {rewards} fits the doctor's context of {context} tokens")
+    training, held_out = hold_out(pairs, settings.holdout, settings.seed)
+    work = output.with_name(f".{output.name}.training")
+    identity = {
+        "base_model": model_fingerprint(base_model),
+        "rewards": folder.meta["dataset"]["fingerprint"],
+        "patient": folder.meta["patient"]["fingerprint"],
+        "pairs": len(pairs),
+        "reward_settings": reward_settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"doctor", "device"}),
+    }
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="llmdoctor-train-") as scratch:
-        trainer = TFPOTrainer(doctor, pairs, settings, scratch, on_step)
-        trainer.train()
-    if not all(p.isfinite().all() for p in doctor.parameters() if p.requires_grad):
-        raise TrainingError(
-            f"the weights are no longer finite numbers after step {trainer.state.global_step}; nothing was written. "
-            f"Lower the learning rate (now {settings.learning_rate:g}), or train in float32"
-        )
+    trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
+    first = trainer.is_world_process_zero()
+    checkpoint = _resume_point(work, identity, fresh=fresh, first=first)
+    trainer.accelerator.wait_for_everyone()  # before any process writes a checkpoint
+    try:
+        with _finishing_the_step(trainer.progress):
+            if checkpoint:
+                trainer.progress.restore(checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.progress.interrupted:
+            raise KeyboardInterrupt
+        _require_finite(doctor, trainer.state.global_step, settings)
+    except TrainingError as error:
+        if first:  # its weights are the ones that gave this loss
+            shutil.rmtree(work / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
+        kept = last_checkpoint(work)
+        where = f"nothing was written, except the checkpoint of step {_step(kept)} in {work}" if kept else ""
+        raise TrainingError(f"{error}; {where or 'nothing was written'}") from error
+    finally:
+        if first and last_checkpoint(work) is None:
+            shutil.rmtree(work, ignore_errors=True)
     metrics = {
         **trainer.summary(),
         "pairs": len(pairs),
+        "pairs_held_out": len(held_out),
         "pairs_too_long": len(folder) - len(pairs),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -108,9 +159,91 @@ def train(
         },
         "metrics": metrics,
     }
-    if trainer.is_world_process_zero():
+    if first:
         save_doctor(output, doctor, tokenizer, meta)
+        shutil.rmtree(work, ignore_errors=True)
     return meta
+
+
+def hold_out(
+    pairs: Sequence[tuple[_Side, _Side]], share: float, seed: int
+) -> tuple[list[tuple[_Side, _Side]], list[tuple[_Side, _Side]]]:
+    """(training, held-out) pairs: about ``share`` of them, whole prompts at a time, never all of them."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (chosen, _) in enumerate(pairs):
+        groups.setdefault(tuple(chosen.prompt.tolist()), []).append(i)
+    shuffled = list(groups.values())
+    order = torch.randperm(len(shuffled), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted, held = int(share * len(pairs)), set[int]()
+    for k in order:
+        if len(held) + len(shuffled[k]) <= wanted:
+            held.update(shuffled[k])
+    return [pair for i, pair in enumerate(pairs) if i not in held], [pairs[i] for i in sorted(held)]
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest complete checkpoint of a run's folder. The state is written last: without it the rest is not whole."""
+    whole = []
+    for state in work.glob("checkpoint-*/trainer_state.json"):
+        try:
+            json.loads(state.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        whole.append(state.parent)
+    return max(whole, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _resume_point(work: Path, identity: dict[str, Any], *, fresh: bool, first: bool) -> Path | None:
+    """Where to go on from, None from the start; UsageError when it is another run that was stopped here."""
+    checkpoint = last_checkpoint(work)
+    if checkpoint and not fresh:
+        held = read_json(work / "run.json")
+        if held == identity:
+            return checkpoint
+        before, now = (run["reward_settings"] | run["settings"] | run for run in (held, identity))
+        nested = ("reward_settings", "settings")
+        differs = [key for key in now if key not in nested and before.get(key) != now[key]]
+        raise UsageError(
+            f"{work} holds a run stopped at step {_step(checkpoint)} with another {', '.join(differs)}: "
+            "give its settings to continue it, or --fresh to begin anew"
+        )
+    if first:
+        shutil.rmtree(work, ignore_errors=True)
+        write_json(work / "run.json", identity)
+    return None
+
+
+@contextmanager
+def _finishing_the_step(progress: "_Progress") -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for a checkpoint at the end of the step; the second one is as always."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _frame: Any) -> None:
+        progress.interrupted = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _require_finite(doctor: nn.Module, step: int, settings: TrainSettings) -> None:
+    if not all(p.isfinite().all() for p in doctor.parameters() if p.requires_grad):
+        raise TrainingError(
+            f"the weights are no longer finite numbers after step {step}: "
+            f"lower the learning rate (now {settings.learning_rate:g}), or train in float32"
+        )
 
 
 class TFPOTrainer(Trainer):
@@ -123,8 +256,9 @@ class TFPOTrainer(Trainer):
         settings: TrainSettings,
         scratch: str,
         on_step: Callable[[TrainStep], None] | None,
+        held_out: Sequence[tuple[_Side, _Side]] = (),
     ) -> None:
-        self.settings = settings
+        self.settings, self.held_out = settings, held_out
         device = pick_device(settings.device)
         args = TrainingArguments(
             output_dir=scratch,
@@ -140,7 +274,18 @@ class TFPOTrainer(Trainer):
             seed=settings.seed,
             bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
             use_cpu=device.type == "cpu",
-            save_strategy="no",
+            save_strategy="steps",
+            save_steps=(
+                every := settings.checkpoint_every if settings.checkpoint_every < 1 else int(settings.checkpoint_every)
+            ),
+            save_total_limit=2,
+            restore_callback_states_from_checkpoint=True,  # the evaluations that early stopping has waited
+            eval_strategy="steps" if held_out else "no",
+            eval_steps=every,
+            load_best_model_at_end=bool(held_out) and settings.keep_best,
+            metric_for_best_model="eval_loss" if held_out else None,
+            greater_is_better=False,
+            ddp_find_unused_parameters=False,
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -150,12 +295,33 @@ class TFPOTrainer(Trainer):
         super().__init__(
             model=doctor,
             args=args,
-            train_dataset=_Pairs(pairs),
-            data_collator=_Collator(settings, torch.Generator().manual_seed(settings.seed)),
+            train_dataset=(dataset := _Pairs(pairs, settings.seed)),
+            eval_dataset=_Pairs(held_out, settings.seed) if held_out else None,
+            data_collator=_Collator(settings),
         )
         self.remove_callback(PrinterCallback)
         self.progress = _Progress(on_step)
+        self.add_callback(_Epochs(dataset))
         self.add_callback(self.progress)
+        if held_out and settings.patience:
+            self.add_callback(EarlyStoppingCallback(settings.patience))
+        relative = pairs if settings.flow == "relative" else ()
+        self._refer([side for pair in [*relative, *held_out] for side in pair])
+
+    @torch.no_grad()
+    def _refer(self, sides: Sequence[_Side]) -> None:
+        """Note every response's log-probs under the doctor's base: once, for the base does not change."""
+        doctor, size = self.model, 2 * self.settings.batch_size
+        assert isinstance(doctor, Doctor)
+        doctor.eval()  # the reference knows no dropout
+        waiting = sorted((side for side in sides if side.reference is None), key=lambda side: -len(side.response))
+        for start in range(0, len(waiting), size):
+            rows = waiting[start : start + size]
+            batch = self._prepare_inputs(_padded([(side.prompt, side.response) for side in rows]))
+            with doctor.base_alone(), self.compute_loss_context_manager():
+                found = doctor(**batch, scored=len(rows)).logprobs_B_T.cpu()
+            for row, side in zip(found, rows, strict=True):
+                side.reference = row[: len(side.response)].clone()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The library's optimiser, with the value head at its own learning rate when one is set."""
@@ -174,45 +340,119 @@ class TFPOTrainer(Trainer):
     def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The mean loss of a batch; TrainingError when it is not finite."""
+        """The mean loss of a batch; TrainingError when it is not finite or explodes."""
+        ids = inputs.pop("pair_ids")
+        tokens = int(inputs["response_lengths"][: len(inputs["rewards"])].sum())
+        flow_loss, value_loss, _ = self._losses(model, inputs)
+        loss = flow_loss + self.settings.value_weight * value_loss
+        self._require_sane(loss.item(), flow_loss.item(), value_loss.item(), ids)
+        self.progress.add((loss.item(), flow_loss.item(), value_loss.item()), tokens)
+        return loss
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """SubTB, the value loss, and, of every scored row [B] with a reference, sum_t log(pi / pi_ref)."""
         s = self.settings
         rewards_B_T, value_pairs_P_4 = inputs.pop("rewards"), inputs.pop("value_pairs")
+        reference_B_T = inputs.pop("reference", None)
         scored = len(rewards_B_T)
-        out: DoctorOutput = model(**inputs, scored=scored, reference=s.flow == "relative")
+        out: DoctorOutput = model(**inputs, scored=scored)
         lengths_R = inputs["response_lengths"]
         mask_R_T = torch.arange(int(lengths_R.max()), device=lengths_R.device) < lengths_R[:, None]
         values_R_N = anchored(out.log_values_R_N, mask_R_T) if s.anchor else out.log_values_R_N
         # an alternative's row ends mid-answer: its last state is not the end of a response
         values_R_N = torch.cat([values_R_N[:scored], out.log_values_R_N[scored:]])
         mask_B_T = mask_R_T[:scored]
+        relative = reference_B_T if s.flow == "relative" else None
         flow_B_N = log_flow(
-            out.logprobs_B_T,
-            rewards_B_T,
-            values_R_N[:scored],
-            mask_B_T,
-            rho=s.rho,
-            ref_logprobs_B_T=out.ref_logprobs_B_T,
+            out.logprobs_B_T, rewards_B_T, values_R_N[:scored], mask_B_T, rho=s.rho, ref_logprobs_B_T=relative
         )
         flow_loss = subtb(flow_B_N, state_mask(mask_B_T), s.subtb_weight).mean()
         row, state, other_row, other_state = value_pairs_P_4.unbind(dim=1)
         value_loss = value_discrimination(values_R_N[row, state], values_R_N[other_row, other_state], s.gamma)
-        loss = flow_loss + s.value_weight * value_loss
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1} (SubTB {flow_loss.item():.3g}, "
-                f"value {value_loss.item():.3g}); nothing was written. Lower the learning rate (now "
-                f"{s.learning_rate:g}) or rho (now {s.rho:g}), or train in float32"
-            )
-        self.progress.add((loss.item(), flow_loss.item(), value_loss.item()), int(lengths_R[:scored].sum()))
-        return loss
+        ratio_B_T = torch.zeros_like(out.logprobs_B_T)
+        if reference_B_T is not None:
+            ratio_B_T = out.logprobs_B_T.detach() - reference_B_T
+        return flow_loss, value_loss, (ratio_B_T * mask_B_T).sum(dim=1)
+
+    def _require_sane(self, loss: float, flow: float, value: float, ids: list[str]) -> None:
+        s, usual = self.settings, max((row[0] for row in self.progress.history[-_RECENT:]), default=math.inf)
+        if math.isfinite(loss) and loss <= _EXPLODED * max(usual, 1.0):
+            return
+        became = (
+            f"became {loss}" if not math.isfinite(loss) else f"exploded to {loss:.3g} (before: at most {usual:.3g})"
+        )
+        named = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        raise TrainingError(
+            f"the loss {became} at step {self.state.global_step + 1} (SubTB {flow:.3g}, value {value:.3g}) on the "
+            f"pairs {named}: lower the learning rate (now {s.learning_rate:g}) or rho (now {s.rho:g}), look at these "
+            "pairs, or train in float32"
+        )
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Both losses on the held-out pairs, and in how many of them pi / pi_ref prefers the chosen answer (ties half).
+
+        Every process evaluates all pairs, so that all of them stop and keep the best at the same step.
+        """
+        assert self.model is not None
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        collate: Callable[[list[tuple[_Side, _Side]]], dict[str, Any]] = self.data_collator  # type: ignore[assignment]
+        dataset, size = _Pairs(self.held_out, self.settings.seed), self.settings.batch_size
+        flows, values, right = 0.0, [], 0.0
+        for start in range(0, len(dataset), size):
+            batch = collate([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+            count = len(batch.pop("pair_ids"))
+            inputs = self._prepare_inputs(batch)
+            forks = len(inputs["value_pairs"])
+            with self.compute_loss_context_manager():
+                flow, value, ratio_B = self._losses(model, inputs)
+            flows += count * flow.item()
+            values += [value.item()] * forks
+            margins = ratio_B[0::2] - ratio_B[1::2]
+            right += (margins > 0).sum().item() + 0.5 * (margins == 0).sum().item()
+        model.train(was_training)
+        flow_mean, value_mean = flows / len(dataset), statistics.fmean(values) if values else 0.0
+        metrics = {
+            "eval_loss": flow_mean + self.settings.value_weight * value_mean,
+            "eval_subtb": flow_mean,
+            "eval_value": value_mean,
+            "eval_reward_accuracy": right / len(dataset),
+        }
+        if not math.isfinite(metrics["eval_loss"]):
+            metrics["eval_loss"] = math.inf  # never the best; the next step says what is wrong
+        self.progress.evaluations.append({"step": self.state.global_step, **metrics})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A checkpoint's weights: what is trained, not the frozen base; never numbers that are not finite."""
+        assert self.model is not None
+        assert output_dir is not None
+        doctor = self.accelerator.unwrap_model(self.model)
+        _require_finite(doctor, self.state.global_step, self.settings)
+        if self.args.should_save:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            trained = {n: p.detach().cpu().contiguous() for n, p in doctor.named_parameters() if p.requires_grad}
+            save_file(trained, folder / "model.safetensors")
+            self.progress.save(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The frozen base is not in a checkpoint, on purpose."""
 
     def summary(self) -> dict[str, Any]:
         """Steps, tokens, and both losses averaged over the first and the last tenth of the run."""
-        return {"steps": self.state.global_step, **self.progress.summary()}
+        summary = {"steps": self.state.global_step, **self.progress.summary()}
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            best = self.state.best_global_step
+            summary["held_out"] = next(e for e in self.progress.evaluations if e["step"] == best)
+        return summary
 
 
 class _Progress(TrainerCallback):
@@ -223,7 +463,24 @@ class _Progress(TrainerCallback):
         self.history: list[tuple[float, ...]] = []  # (loss, SubTB, value) of every optimiser step
         self.pending: list[tuple[float, float, float]] = []
         self.tokens = 0
+        self.tokens_before = 0  # of the runs that this one continues
+        self.evaluations: list[dict[str, float]] = []
+        self.interrupted = False
         self.started = time.monotonic()
+
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint."""
+        write_json(
+            folder / "progress.json",
+            {"history": self.history, "evaluations": self.evaluations, "tokens": self.tokens},
+        )
+
+    def restore(self, folder: Path) -> None:
+        """From a checkpoint."""
+        held = read_json(folder / "progress.json")
+        self.history = [tuple(row) for row in held["history"]]
+        self.evaluations = held["evaluations"]
+        self.tokens = self.tokens_before = held["tokens"]
 
     def add(self, losses: tuple[float, float, float], tokens: int) -> None:
         """Note one micro-batch."""
@@ -237,9 +494,12 @@ class _Progress(TrainerCallback):
         self.history.append(tuple(sum(part) / len(self.pending) for part in zip(*self.pending, strict=True)))
         self.pending.clear()
         if self.on_step:
-            speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
+            speed = (self.tokens - self.tokens_before) / max(time.monotonic() - self.started, 1e-9)
             loss, flow, value = self.history[-1]
-            self.on_step(TrainStep(state.global_step, state.max_steps, loss, flow, value, speed))
+            accuracy = self.evaluations[-1]["eval_reward_accuracy"] if self.evaluations else None
+            self.on_step(TrainStep(state.global_step, state.max_steps, loss, flow, value, speed, accuracy))
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
 
     def summary(self) -> dict[str, Any]:
         """Both losses at either end of the run, and the tokens seen."""
@@ -249,18 +509,41 @@ class _Progress(TrainerCallback):
             columns = zip(("loss", "subtb", "value"), zip(*rows, strict=True), strict=True)
             return {name: round(sum(column) / len(column), 6) for name, column in columns}
 
-        return {"tokens": self.tokens, "first": mean(self.history[:tenth]), "last": mean(self.history[-tenth:])}
+        held_out = {"held_out": self.evaluations[-1]} if self.evaluations else {}
+        ends = {"first": mean(self.history[:tenth]), "last": mean(self.history[-tenth:])}
+        return {"tokens": self.tokens, **ends, **held_out}
+
+
+class _Epochs(TrainerCallback):
+    """Tells the pairs their epoch: accelerate's own ``set_epoch`` does not reach them when it skips or shards."""
+
+    def __init__(self, pairs: "_Pairs") -> None:
+        self.pairs = pairs
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pairs.epoch = int(state.epoch or 0)
 
 
 class _Pairs(torch.utils.data.Dataset[tuple[_Side, _Side]]):
-    def __init__(self, pairs: Sequence[tuple[_Side, _Side]]) -> None:
-        self.pairs = pairs
+    """Which same-prefix rivals are seen depends on seed, epoch and pair alone: a resumed run draws the same ones."""
+
+    def __init__(self, pairs: Sequence[tuple[_Side, _Side]], seed: int) -> None:
+        self.pairs, self.seed, self.epoch = pairs, seed, 0
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[_Side, _Side]:
-        return self.pairs[index]
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)) & (2**63 - 1))
+        chosen, rejected = (
+            replace(
+                side, others=[side.others[k] for k in torch.randperm(len(side.others), generator=generator).tolist()]
+            )
+            for side in self.pairs[index]
+        )
+        return chosen, rejected
 
 
 class _Collator:
@@ -271,10 +554,10 @@ class _Collator:
     a row each, up to their token, on which nothing but log V is learnt.
     """
 
-    def __init__(self, settings: TrainSettings, generator: torch.Generator) -> None:
-        self.alternatives, self.generator = settings.alternatives, generator
+    def __init__(self, settings: TrainSettings) -> None:
+        self.alternatives = settings.alternatives
 
-    def __call__(self, pairs: list[tuple[_Side, _Side]]) -> dict[str, Tensor]:
+    def __call__(self, pairs: list[tuple[_Side, _Side]]) -> dict[str, Any]:
         sides = [side for pair in pairs for side in pair]
         rows = [(side.prompt, side.response) for side in sides]
         value_pairs: list[tuple[int, int, int, int]] = []
@@ -283,26 +566,41 @@ class _Collator:
             if fork is not None and torch.equal(chosen.prompt, rejected.prompt):
                 value_pairs.append((2 * i, fork + 1, 2 * i + 1, fork + 1))
         for row, side in enumerate(sides):
-            picks = torch.randperm(len(side.others), generator=self.generator)[: self.alternatives]
-            for position, rival, better in (side.others[int(k)] for k in picks):
+            for position, rival, better in side.others[: self.alternatives]:
                 own, other = (row, position + 1), (len(rows), position + 1)
                 value_pairs.append((*other, *own) if better else (*own, *other))
                 rows.append((side.prompt, torch.cat([side.response[:position], torch.tensor([rival])])))
-        sequences = [torch.cat(parts) for parts in rows]
-        lengths = torch.tensor([len(s) for s in sequences])
-        input_ids = pad_sequence(sequences, batch_first=True)
-        response_lengths = torch.tensor([len(response) for _, response in rows])
-        rewards = torch.zeros(len(sides), int(response_lengths.max()))
-        for row, side in enumerate(sides):
-            rewards[row, : len(side.rewards)] = side.rewards
+        batch = _padded(rows)
+        longest = int(batch["response_lengths"].max())
+
+        def padded(parts: list[Tensor]) -> Tensor:
+            return nn.functional.pad(pad_sequence(parts, batch_first=True), (0, longest - max(map(len, parts))))
+
+        references = [side.reference for side in sides if side.reference is not None]
         return {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "prompt_lengths": torch.tensor([len(prompt) for prompt, _ in rows]),
-            "response_lengths": response_lengths,
-            "rewards": rewards,
+            **batch,
+            "rewards": padded([side.rewards for side in sides]),
+            **({"reference": padded(references)} if references else {}),
+            "pair_ids": [chosen.pair_id for chosen, _ in pairs],
             "value_pairs": torch.tensor(value_pairs, dtype=torch.long).reshape(-1, 4),
         }
+
+
+def _padded(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """(prompt, response) rows as the doctor takes them, right-padded."""
+    sequences = [torch.cat(parts) for parts in rows]
+    lengths = torch.tensor([len(s) for s in sequences])
+    input_ids = pad_sequence(sequences, batch_first=True)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "prompt_lengths": torch.tensor([len(prompt) for prompt, _ in rows]),
+        "response_lengths": torch.tensor([len(response) for _, response in rows]),
+    }
+
+
+def _sides(pair: PairScores, settings: RewardSettings, weights: dict[str, float]) -> tuple[_Side, _Side]:
+    return _side(pair.chosen, settings, weights), _side(pair.rejected, settings, weights)
 
 
 def _side(scores: TokenScores, settings: RewardSettings, weights: dict[str, float]) -> _Side:
@@ -316,6 +614,7 @@ def _side(scores: TokenScores, settings: RewardSettings, weights: dict[str, floa
             for t in (abs(advantage) > _MIN_ADVANTAGE).nonzero()[0].tolist()
         ]
     return _Side(
+        scores.pair_id,
         torch.from_numpy(scores.prompt_ids).long(),
         torch.from_numpy(scores.response_ids).long(),
         torch.from_numpy(rewards),

@@ -208,7 +208,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class TrainStep:
-    """One optimiser step of stage 2, as the progress line shows it."""
+    """One optimiser step of stage 2, as the progress line shows it.
+
+    ``reward_accuracy`` in [0, 1] is of the last evaluation on held-out pairs; None before the first.
+    """
 
     step: int
     total: int
@@ -216,3 +219,4 @@ class TrainStep:
     subtb: float
     value: float
     tokens_per_second: float
+    reward_accuracy: float | None = None

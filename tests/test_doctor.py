@@ -87,9 +87,11 @@ def test_a_new_doctor_is_its_base_with_v_equal_to_1(base: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     assert torch.equal(logits(doctor.lm, IDS), logits(plain, IDS))
     lengths = torch.tensor([2, 3]), torch.tensor([4, 2])
-    out = doctor(IDS, torch.ones_like(IDS), *lengths, scored=2, reference=True)
+    out = doctor(IDS, torch.ones_like(IDS), *lengths, scored=2)
+    with doctor.base_alone():
+        alone = doctor(IDS, torch.ones_like(IDS), *lengths, scored=2)
     assert torch.equal(out.log_values_R_N, torch.zeros(2, 5))
-    assert torch.equal(out.logprobs_B_T, out.ref_logprobs_B_T)
+    assert torch.equal(out.logprobs_B_T, alone.logprobs_B_T)
 
 
 def test_forward_equals_naive_unpadded_rows(base: Path) -> None:
@@ -105,9 +107,10 @@ def test_forward_equals_naive_unpadded_rows(base: Path) -> None:
         ids[i, : len(p + r)] = torch.tensor(p + r)
         mask[i, : len(p + r)] = 1
     prompts, responses = (torch.tensor([len(row[k]) for row in rows]) for k in (0, 1))
-    out = doctor(ids, mask, prompts, responses, scored=scored, reference=True)
+    out = doctor(ids, mask, prompts, responses, scored=scored)
+    with doctor.base_alone():
+        alone = doctor(ids, mask, prompts, responses, scored=scored)
     assert out.logprobs_B_T.shape == (scored, 7)
-    assert doctor(ids, mask, prompts, responses, scored=scored, reference=False).ref_logprobs_B_T is None
     exact = 1e-6 if plain.config._attn_implementation == "eager" else 1e-9  # eager attention has a softmax in float32
     size = len(AutoTokenizer.from_pretrained(base))  # less than the rows of a padded embedding
     base_model = doctor.lm.get_base_model().base_model
@@ -118,11 +121,10 @@ def test_forward_equals_naive_unpadded_rows(base: Path) -> None:
         values = 4.0 * (states.float() @ doctor.value_head.weight[0] + doctor.value_head.bias)
         torch.testing.assert_close(out.log_values_R_N[i, : len(r) + 1], values, atol=1e-5, rtol=1e-5)
         if i < scored:
-            for found, model in ((out.logprobs_B_T, doctor.lm), (out.ref_logprobs_B_T, plain)):
+            for found, model in ((out.logprobs_B_T, doctor.lm), (alone.logprobs_B_T, plain)):
                 table = logits(model, sequence)[0, len(p) - 1 : -1, :size].log_softmax(-1)
                 torch.testing.assert_close(found[i, : len(r)], table[torch.arange(len(r)), r], atol=exact, rtol=exact)
     assert out.logprobs_B_T.requires_grad
-    assert not out.ref_logprobs_B_T.requires_grad
 
 
 def test_the_folder_is_a_plain_adapter_and_loads_as_it_was_trained(base: Path, tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_the_folder_is_a_plain_adapter_and_loads_as_it_was_trained(base: Path, t
         logits(found.base, IDS), logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), IDS)
     )
     ones = torch.ones_like(IDS)
-    out = doctor(IDS, ones, torch.tensor([1, 1]), torch.tensor([6, 6]), scored=2, reference=False)
+    out = doctor(IDS, ones, torch.tensor([1, 1]), torch.tensor([6, 6]), scored=2)
     states = found.model.base_model(IDS, use_cache=False).last_hidden_state
     for t in range(7):
         torch.testing.assert_close(found.log_value(states[:, t]), out.log_values_R_N[:, t], atol=1e-5, rtol=1e-5)

@@ -1,7 +1,13 @@
-"""Stage 2: the loss of a batch against a float64 brute force, and what a training run does and refuses to do."""
+"""Stage 2: the loss of a batch against a float64 brute force, and what a training run does and refuses to do.
+
+Then runs that are stopped, continued, blown up, and judged on pairs that they never trained on.
+"""
 
 import json
 import math
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +17,14 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmdoctor.doctor import Doctor, new_doctor
+from llmdoctor.doctor import Doctor, load_doctor, new_doctor
 from llmdoctor.errors import DataError, LoadError, TrainingError, UsageError, VocabularyError
 from llmdoctor.extract import extract
 from llmdoctor.models import load_patient
 from llmdoctor.profile import DataSettings, RewardSettings, TrainSettings
 from llmdoctor.rewards import alternative_rewards, face_weights, token_rewards
 from llmdoctor.store import RewardsFolder
-from llmdoctor.train import TFPOTrainer, _side, train
+from llmdoctor.train import TFPOTrainer, _side, _sides, hold_out, last_checkpoint, train
 from llmdoctor.types import FacePair, PairScores, TokenScores, TrainStep
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
@@ -289,3 +295,286 @@ def test_a_prompt_without_tokens_trains_or_is_refused_by_name(tmp_path: Path) ->
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "", "chosen": "a", "rejected": "b"}) + "\n")
     with pytest.raises(DataError, match="prompt"):
         list(extract(patient, DataSettings(source=str(tmp_path / "pairs.jsonl")), FACES, tmp_path / "rewards"))
+
+
+WEIGHTS = ("adapter_model.safetensors", "value_head.safetensors")
+# 6 pairs in batches of 2: an epoch is three steps, so nearly every stop is inside one; dropout and rivals are drawn
+LONG: dict[str, Any] = {
+    "batch_size": 2,
+    "max_steps": 8,
+    "learning_rate": 1e-2,
+    "lora_dropout": 0.2,
+    "alternatives": 1,
+    "checkpoint_every": 1,
+    "weight_decay": 0.01,
+}
+
+
+class Killed(Exception):
+    """Stands for a process that ends without a word."""
+
+
+def stopped_at(stop: int, how: str) -> Any:
+    def on_step(step: TrainStep) -> None:
+        if step.step == stop:
+            if how == "killed":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGINT if how == "interrupted" else signal.SIGTERM)
+
+    return on_step
+
+
+def start(world: Path, output: Path, on_step: Any = None, *, fresh: bool = False, **settings: Any) -> dict[str, Any]:
+    return train(
+        world / "rewards",
+        output,
+        base_model=str(world / "base"),
+        reward_settings=RewardSettings(),
+        settings=TrainSettings(**{"device": "cpu", "lora_rank": 4, **settings}),
+        on_step=on_step,
+        fresh=fresh,
+    )
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The uninterrupted run of LONG."""
+    output = tmp_path_factory.mktemp("whole") / "doctor"
+    return output, start(world, output, **LONG)
+
+
+@pytest.mark.parametrize(
+    ("stops", "how"),
+    [((1,), "interrupted"), ((3,), "terminated"), ((5,), "interrupted"), ((2, 4, 7), "killed")],
+    ids=str,
+)
+def test_a_run_stopped_and_continued_ends_with_the_same_weights(
+    world: Path,
+    tmp_path: Path,
+    whole: tuple[Path, dict[str, Any]],
+    stops: tuple[int, ...],
+    how: str,
+) -> None:
+    """Byte for byte, with its losses; stopped inside an epoch and between two; no doctor folder before the end.
+
+    A run that is killed at step n goes on from n - 1, the last checkpoint; one that is interrupted keeps n.
+    """
+    output, work = tmp_path / "doctor", tmp_path / ".doctor.training"
+    expected: Any = {"killed": Killed, "interrupted": KeyboardInterrupt, "terminated": KeyboardInterrupt}[how]
+    every = LONG if how == "killed" else {**LONG, "checkpoint_every": 100}
+    for stop in stops:
+        with pytest.raises(expected):
+            start(world, output, stopped_at(stop, how), **every)
+        assert not output.exists()
+        kept = last_checkpoint(work)
+        assert kept is not None
+        assert kept.name == f"checkpoint-{stop if how != 'killed' else stop - 1}"
+    seen: list[int] = []
+    made = start(world, output, lambda step: seen.append(step.step), **every)
+    assert seen == list(range(stops[-1] + (how != "killed"), 9))
+    assert same_weights(output, whole[0])
+    for key in ("steps", "tokens", "first", "last"):
+        assert made["metrics"][key] == whole[1]["metrics"][key]
+    assert [p.name for p in tmp_path.iterdir()] == ["doctor"]
+
+
+def test_the_signal_handlers_are_as_before(world: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        start(world, tmp_path / "d", stopped_at(1, "interrupted"), **LONG)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(
+    world: Path,
+    tmp_path: Path,
+    whole: tuple[Path, dict[str, Any]],
+) -> None:
+    """The state is written last: a write that ended before, or in the middle of it, leaves the one before to go on."""
+    output = tmp_path / "doctor"
+    with pytest.raises(Killed):
+        start(world, output, stopped_at(5, "killed"), **LONG)
+    state = tmp_path / ".doctor.training" / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])
+    seen: list[int] = []
+    start(world, output, lambda step: seen.append(step.step), **LONG)
+    assert seen == [4, 5, 6, 7, 8]
+    assert same_weights(output, whole[0])
+
+
+def test_another_run_is_not_continued_unless_anew(world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "doctor"
+    with pytest.raises(KeyboardInterrupt):
+        start(world, output, stopped_at(2, "interrupted"), **LONG)
+    with pytest.raises(UsageError, match=r"stopped at step 2 with another rho, seed: .*--fresh"):
+        start(world, output, **{**LONG, "seed": 5, "rho": 3.0})
+    assert last_checkpoint(tmp_path / ".doctor.training") is not None
+    seen: list[int] = []
+    start(world, output, lambda step: seen.append(step.step), fresh=True, **{**LONG, "seed": 5, "rho": 3.0})
+    assert seen[0] == 1
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_the_pairs_of_its_batch(world: Path, tmp_path: Path) -> None:
+    settings = TrainSettings(device="cpu", lora_rank=4, batch_size=1, max_steps=6)
+    doctor, _ = new_doctor(world / "base", settings)
+    folder = RewardsFolder(world / "rewards")
+    weights = face_weights(folder, folder.faces, RewardSettings())
+    pairs = [_sides(pair, RewardSettings(), weights) for pair in folder]
+    chosen, rejected = pairs[2]
+    pairs[2] = (replace(chosen, rewards=torch.full_like(chosen.rewards, math.nan)), rejected)
+    seen: list[TrainStep] = []
+    with pytest.raises(TrainingError) as caught:
+        TFPOTrainer(doctor, pairs, settings, str(tmp_path), seen.append).train()
+    message = str(caught.value)
+    assert f"became nan at step {len(seen) + 1} " in message
+    assert f"on the pairs {chosen.pair_id}:" in message
+    assert "lower the learning rate (now 0.001) or rho (now 10)" in message
+
+
+def test_the_last_good_checkpoint_is_kept_and_the_bad_one_is_not(world: Path, tmp_path: Path) -> None:
+    """Warm-up: step 1 has no rate and changes nothing, step 2 ruins the weights, step 3 finds out."""
+    output, work = tmp_path / "doctor", tmp_path / ".doctor.training"
+    with pytest.raises(TrainingError, match=r"at step 3 .*except the checkpoint of step 1 in ") as caught:
+        run(world, output, learning_rate=1e30, warmup_ratio=1.0, max_steps=6, checkpoint_every=1)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [work]
+    assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-1"]
+    held = load_file(work / "checkpoint-1" / "model.safetensors")
+    assert held
+    assert all(w.isfinite().all() and w.abs().max() < 10 for w in held.values())
+
+
+def test_a_loss_that_explodes_stops_before_it_is_no_number(world: Path, tmp_path: Path) -> None:
+    seen: list[TrainStep] = []
+    with pytest.raises(TrainingError, match=r"exploded to \S+ \(before: at most .*at step \d+ .*nothing was written"):
+        run(world, tmp_path / "doctor", learning_rate=30.0, max_steps=20, warmup_ratio=0.0, steps=seen)
+    assert not (tmp_path / "doctor").exists()
+    assert all(math.isfinite(step.loss) for step in seen)
+
+
+def test_held_out_pairs_are_whole_prompts_and_are_not_trained_on(world: Path) -> None:
+    folder = RewardsFolder(world / "rewards")
+    weights = face_weights(folder, folder.faces, RewardSettings())
+    pairs = [_sides(pair, RewardSettings(), weights) for pair in folder] * 3
+    for share, most in ((0.0, 0), (0.2, 3), (0.5, 9), (0.99, 17)):
+        training, held = hold_out(pairs, share, seed=1)
+        assert len(held) <= most
+        assert len(training) + len(held) == len(pairs)
+        assert not {p[0].prompt.numpy().tobytes() for p in training} & {p[0].prompt.numpy().tobytes() for p in held}
+    assert len(hold_out(pairs, 0.5, seed=1)[1]) == 9
+    assert hold_out(pairs, 0.5, seed=1) != hold_out(pairs, 0.5, seed=2)
+
+
+def test_evaluation_is_the_loss_of_the_held_out_pairs(world: Path, tmp_path: Path) -> None:
+    """In batches, the figures of one batch; reward accuracy by the whole models' log-probs, one pair at a time."""
+    settings = TrainSettings(dtype="float64", device="cpu", lora_rank=4, batch_size=4, flow="absolute")
+    doctor, _ = new_doctor(world / "base", settings)
+    generator = torch.Generator().manual_seed(3)
+    for _, p in sorted((n, p) for n, p in doctor.named_parameters() if p.requires_grad):
+        p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype)
+    folder = RewardsFolder(world / "rewards")
+    weights = face_weights(folder, folder.faces, RewardSettings())
+    pairs = [_sides(pair, RewardSettings(), weights) for pair in folder]
+    trainer = TFPOTrainer(doctor, pairs, settings, str(tmp_path), None, pairs)
+    found = trainer.evaluate()
+    loss = trainer.compute_loss(doctor, trainer.data_collator(pairs)).item()
+    assert found["eval_loss"] == pytest.approx(loss, rel=1e-6)
+
+    def ratio(side: Any) -> float:
+        def total() -> float:
+            ids = torch.cat([side.prompt, side.response])[None]
+            table = doctor.lm(ids).logits[0, len(side.prompt) - 1 : -1].log_softmax(-1)
+            return float(table.gather(1, side.response[:, None]).sum())
+
+        with torch.no_grad():
+            own = total()
+            with doctor.lm.disable_adapter():
+                return own - total()
+
+    right = [ratio(chosen) > ratio(rejected) for chosen, rejected in pairs]
+    assert found["eval_reward_accuracy"] == pytest.approx(sum(right) / len(RECORDS))
+    assert 0 < sum(right) < len(right)  # else the figure would say nothing
+
+
+def test_the_best_checkpoint_is_kept_and_a_run_without_progress_ends_early(world: Path, tmp_path: Path) -> None:
+    """What is written is the checkpoint with the least held-out loss, also when the run was continued."""
+    settings = {**LONG, "max_steps": 30, "holdout": 0.4, "patience": 3, "learning_rate": 0.1, "lora_dropout": 0.0}
+    settings |= {"lr_scheduler": "constant"}
+    steps: list[TrainStep] = []
+    made = start(world, tmp_path / "best", steps.append, **settings)
+    metrics = made["metrics"]
+    assert metrics["pairs_held_out"] == 2
+    assert metrics["steps"] == metrics["held_out"]["step"] + 3 < 30
+    assert steps[0].reward_accuracy is None
+    assert steps[-1].reward_accuracy in (0.0, 0.25, 0.5, 0.75, 1.0)
+    best = metrics["held_out"]["step"]
+    short = {**settings, "keep_best": False}
+    with pytest.raises(KeyboardInterrupt):
+        start(world, tmp_path / "cut", stopped_at(best, "interrupted"), **short)
+    held = load_file(tmp_path / ".cut.training" / f"checkpoint-{best}" / "model.safetensors")
+    written = load_file(tmp_path / "best" / "adapter_model.safetensors")
+    names = {name: key for key in held for name in written if name == key.removeprefix("lm.").replace(".default.", ".")}
+    assert len(names) == len(written)
+    for name, key in names.items():
+        assert torch.equal(written[name], held[key])
+    with pytest.raises(KeyboardInterrupt):
+        start(world, tmp_path / "again", stopped_at(best + 1, "interrupted"), **settings)
+    start(world, tmp_path / "again", **settings)
+    assert same_weights(tmp_path / "again", tmp_path / "best")
+    assert json.loads((tmp_path / "again" / "doctor.json").read_text())["metrics"]["held_out"] == metrics["held_out"]
+
+
+def test_a_whole_doctor_resumes_and_decodes_without_its_base(world: Path, tmp_path: Path) -> None:
+    settings = {**LONG, "method": "full"}
+    start(world, tmp_path / "whole", **settings)
+    with pytest.raises(Killed):
+        start(world, tmp_path / "cut", stopped_at(5, "killed"), **settings)
+    start(world, tmp_path / "cut", **settings)
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    loaded = load_doctor(tmp_path / "cut", with_base=True)
+    assert loaded.base is not None
+    ids = torch.tensor([[3, 4, 5]])
+    assert not torch.allclose(loaded.model(ids).logits, loaded.base(ids).logits, atol=1e-3)
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    assert torch.equal(loaded.model.state_dict()["model.norm.weight"], weights["model.norm.weight"])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_reference_is_computed_once_and_is_the_base(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: bool
+) -> None:
+    """Also for a doctor that has moved away from it, with dropout, padded in other batches than those of training."""
+    settings = TrainSettings(dtype="float64", device="cpu", batch_size=2, epochs=3, lora_dropout=0.5)
+    doctor, _ = new_doctor(world / "base", settings)
+    if adapted:
+        for p in doctor.lm.parameters():
+            p.data += 0.1 * p.requires_grad
+    folder = RewardsFolder(world / "rewards")
+    weights = face_weights(folder, folder.faces, RewardSettings())
+    pairs = [_sides(pair, RewardSettings(), weights) for pair in folder]
+    forwards: list[bool] = []
+    forward = Doctor.forward
+
+    def counted(self: Doctor, *args: Any, **kwargs: Any) -> Any:
+        forwards.append(torch.is_grad_enabled())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Doctor, "forward", counted)
+    trainer = TFPOTrainer(doctor, pairs, settings, str(tmp_path), None)
+    before = math.ceil(len(pairs) / settings.batch_size)
+    assert forwards == [False] * before
+    plain = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float64)
+    for side in (side for pair in pairs for side in pair):
+        ids = torch.cat([side.prompt, side.response])[None]
+        with torch.no_grad():
+            table = plain(ids).logits[0, len(side.prompt) - 1 : -1, : doctor.vocabulary_size].log_softmax(-1)
+        expected = table.gather(1, side.response[:, None])[:, 0]
+        assert side.reference is not None
+        torch.testing.assert_close(side.reference, expected, atol=1e-9, rtol=0)
+    trainer.train()
+    assert forwards == [False] * before + [True] * 3 * before  # never again in three epochs
