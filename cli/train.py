@@ -56,6 +56,9 @@ def train(
     keep_best: Annotated[
         bool | None, option("--keep-best/--keep-last", "End with the best evaluation's weights, or the last step's.")
     ] = None,
+    report_to: Annotated[
+        list[str] | None, option("--report-to", "Also tell tensorboard, wandb, ...; repeatable.", metavar="NAME")
+    ] = None,
     fresh: Annotated[bool, option("--fresh", "Begin anew where a stopped run would be continued.")] = False,
     seed: options.Seed = None,
     patient: options.Patient = None,
@@ -92,6 +95,7 @@ def train(
         checkpoint_every=checkpoint_every,
         patience=patience,
         keep_best=keep_best,
+        report_to=tuple(report_to) if report_to else None,
         seed=seed,
         device=device,
         dtype=dtype,

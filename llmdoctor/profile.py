@@ -93,6 +93,7 @@ class TrainSettings(_Settings):
     ``holdout`` is the share of pairs that is only evaluated on; ``checkpoint_every`` how often to evaluate and to keep
     a checkpoint, in steps (below 1: that share of the run); ``patience`` the evaluations without a better held-out loss
     after which to stop; ``keep_best`` ends with the weights of the best evaluation instead of the last step's.
+    ``report_to`` names what else follows the run, as transformers' TrainingArguments has it: tensorboard, wandb, ...
     """
 
     doctor: Location | None = None
@@ -123,6 +124,7 @@ class TrainSettings(_Settings):
     checkpoint_every: Positive = 0.1
     patience: Count | None = None
     keep_best: bool = True
+    report_to: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
     dtype: str = "auto"
     device: str = "auto"

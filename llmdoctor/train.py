@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -26,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from llmdoctor import __version__
 from llmdoctor.doctor import MARKER, Doctor, DoctorOutput, new_doctor, save_doctor
@@ -34,7 +36,7 @@ from llmdoctor.losses import anchored, log_flow, state_mask, subtb, value_discri
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint, pick_device
 from llmdoctor.profile import RewardSettings, TrainSettings
 from llmdoctor.rewards import alternative_rewards, face_weights, token_rewards
-from llmdoctor.store import RewardsFolder, ensure_replaceable, read_json, write_json
+from llmdoctor.store import RewardsFolder, atomic_path, ensure_replaceable, read_json, write_json
 from llmdoctor.types import PairScores, TokenScores, TrainStep
 
 _MIN_ADVANTAGE = 0.5  # how much better the reward of a same-prefix token must be to count as preferred
@@ -78,14 +80,17 @@ def train(
 
     Until the doctor is done its checkpoints stand beside it, in ``.NAME.training``; the same call continues a run that
     was stopped and ends, on one device, with the weights of an uninterrupted one. ``fresh`` begins anew. An interrupt
-    (Ctrl+C, SIGTERM) finishes the step and keeps it; a second one does not wait.
+    (Ctrl+C, SIGTERM) finishes the step and keeps it; a second one does not wait. TensorBoard's files are kept beside
+    the doctor, in ``NAME.logs``, unless TENSORBOARD_LOGGING_DIR says otherwise.
 
     Raises LoadError (no such model or rewards, another tokenizer, another patient), DataError (no pair fits the
-    doctor's context), UsageError (another run was stopped here), TrainingError (the loss is not finite or explodes),
-    StorageError; the doctor folder is then as it was, and what the last checkpoint holds is kept.
+    doctor's context), UsageError (another run was stopped here, a reporter that is not installed), TrainingError (the
+    loss is not finite or explodes), StorageError; the doctor folder is then as it was, and what the last checkpoint
+    holds is kept.
     """
     output = Path(output)
     ensure_replaceable(output, MARKER)
+    _require_reporters(settings.report_to, output)
     folder = RewardsFolder(rewards)
     _check_patient(folder, patient)
     doctor, tokenizer = new_doctor(base_model, settings, trust_remote_code=trust_remote_code)
@@ -110,7 +115,7 @@ def train(
         "patient": folder.meta["patient"]["fingerprint"],
         "pairs": len(pairs),
         "reward_settings": reward_settings.model_dump(mode="json"),
-        "settings": settings.model_dump(mode="json", exclude={"doctor", "device"}),
+        "settings": settings.model_dump(mode="json", exclude={"doctor", "device", "report_to"}),
     }
     started = time.monotonic()
     trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
@@ -148,7 +153,7 @@ def train(
         "tokenizer": {"fingerprint": vocabulary.fingerprint, "size": vocabulary.size},
         "settings": {
             "rewards": reward_settings.model_dump(),
-            "train": settings.model_dump(exclude={"doctor", "device"}),
+            "train": settings.model_dump(exclude={"doctor", "device", "report_to"}),
             "face_weights": weights,
         },
         "rewards": {
@@ -161,8 +166,50 @@ def train(
     }
     if first:
         save_doctor(output, doctor, tokenizer, meta)
+        with atomic_path(output / "losses.svg") as picture:
+            _draw(trainer.progress.history, trainer.progress.evaluations, picture)
         shutil.rmtree(work, ignore_errors=True)
     return meta
+
+
+def _require_reporters(names: Sequence[str], output: Path) -> None:
+    if "tensorboard" in names:  # it reads no setting but this
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output.with_name(f"{output.name}.logs")))
+    for name in names:
+        try:
+            for reporter in get_reporting_integration_callbacks([name]):
+                reporter()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise UsageError(f"cannot report to {name!r}: {str(error).strip()}") from error
+
+
+def _draw(history: Sequence[Sequence[float]], evaluations: Sequence[dict[str, float]], path: Path) -> None:
+    """Both losses of every step with their running mean over a twentieth of the run, and what the evaluations found."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    window = max(1, len(history) // 20)
+    steps = range(1, len(history) + 1)
+    held_out = [evaluation["step"] for evaluation in evaluations]
+    names = {"subtb": "SubTB", "value": "value loss", "reward_accuracy": "reward accuracy"}
+    rows = 3 if evaluations else 2
+    figure = Figure(figsize=(7, 2.4 * rows), layout="constrained")
+    for column, (axes, (key, name)) in enumerate(
+        zip(figure.subplots(rows, sharex=True), names.items(), strict=False), 1
+    ):
+        if key != "reward_accuracy":
+            losses = [row[column] for row in history]
+            means = [statistics.fmean(losses[max(0, end - window) : end]) for end in steps]
+            axes.plot(steps, losses, color="0.8", linewidth=0.8)
+            axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
+        if evaluations:
+            found = [evaluation[f"eval_{key}"] for evaluation in evaluations]
+            axes.plot(held_out, found, "o-", color="tab:orange", markersize=3, label="held out")
+        axes.set_ylabel(name)
+        axes.legend(frameon=False)
+    axes.set_xlabel("step")
+    with matplotlib.rc_context({"svg.hashsalt": "llmdoctor", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def hold_out(
@@ -286,8 +333,9 @@ class TFPOTrainer(Trainer):
             metric_for_best_model="eval_loss" if held_out else None,
             greater_is_better=False,
             ddp_find_unused_parameters=False,
-            logging_strategy="no",
-            report_to="none",
+            logging_strategy="steps" if settings.report_to else "no",
+            logging_steps=1,
+            report_to=list(settings.report_to) or "none",
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=device.type == "cuda",
@@ -392,6 +440,12 @@ class TFPOTrainer(Trainer):
             "pairs, or train in float32"
         )
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """To the reporters, with both losses of the step."""
+        if "loss" in logs:
+            logs |= dict(zip(("loss", "subtb", "value"), self.progress.history[-1], strict=True))
+        super().log(logs, start_time)
+
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Both losses on the held-out pairs, and in how many of them pi / pi_ref prefers the chosen answer (ties half).
@@ -427,6 +481,7 @@ class TFPOTrainer(Trainer):
         if not math.isfinite(metrics["eval_loss"]):
             metrics["eval_loss"] = math.inf  # never the best; the next step says what is wrong
         self.progress.evaluations.append({"step": self.state.global_step, **metrics})
+        self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -10,6 +10,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -578,3 +579,28 @@ def test_the_reference_is_computed_once_and_is_the_base(
         torch.testing.assert_close(side.reference, expected, atol=1e-9, rtol=0)
     trainer.train()
     assert forwards == [False] * before + [True] * 3 * before  # never again in three epochs
+
+
+def test_the_losses_are_drawn_and_told_to_tensorboard(world: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    steps: list[TrainStep] = []
+    settings = {**LONG, "holdout": 0.4, "keep_best": False, "report_to": ("tensorboard",)}
+    made = start(world, tmp_path / "doctor", steps.append, **settings)
+    assert "report_to" not in made["settings"]["train"]
+    picture = (tmp_path / "doctor" / "losses.svg").read_text(encoding="utf-8")
+    ElementTree.fromstring(picture)
+    for words in ("SubTB", "value loss", "reward accuracy", "held out", "step"):
+        assert f">{words}<" in picture
+    (events,) = (tmp_path / "doctor.logs").iterdir()
+    told = EventAccumulator(str(events)).Reload()
+    for key in ("loss", "subtb", "value"):
+        found = [(event.step, event.value) for event in told.Scalars(f"train/{key}")]
+        assert found == [(step.step, pytest.approx(getattr(step, key), rel=1e-6)) for step in steps]
+    assert [event.step for event in told.Scalars("eval/reward_accuracy")] == list(range(1, 9))
+
+
+def test_a_reporter_that_is_not_there_is_said_before_anything_else(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot report to 'nobody'"):
+        start(world, tmp_path / "doctor", report_to=("nobody",))
+    assert not list(tmp_path.iterdir())
