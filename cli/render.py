@@ -383,7 +383,8 @@ def svg(renderables: Iterable["RenderableType"], title: str, width: int = 110) -
     for renderable in renderables:
         console.print(renderable, markup=False, emoji=False)
     fontless = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    return console.export_svg(title=title, code_format=fontless, unique_id="llmdoctor")
+    drawn = console.export_svg(title=title, code_format=fontless, unique_id="llmdoctor")
+    return drawn.replace("<text ", '<text xml:space="preserve" ')  # a token may begin with a space
 
 
 _PAGE = """<!doctype html>

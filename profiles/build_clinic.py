@@ -44,7 +44,7 @@ CONTEXT = 1024
 NEUTRAL = "You are an assistant."
 LABEL_NOISE = 0.1
 DOCTORS = {"helpful": "better_response_id", "safe": "safer_response_id"}  # doctor (and face pair) -> label
-RHO = {"safe": 8.3}  # at the profile's 9 its distinct-4 is 88.8% of the good answers' at beta 0.8, where we want 90%
+RHO = {"safe": 7.6}  # at the profile's 9 its distinct-4 is 89% of the good answers' at beta 0.8, where we want 90%
 Conversation = tuple[list[int], list[float]]  # token ids, and the loss weight of each (0: not the model's to say)
 
 
