@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,13 @@ def train(
         "reward_settings": reward_settings.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude={"doctor", "device", "report_to"}),
     }
+    made = [path for path in output.parents if not path.exists()]
     started = time.monotonic()
     trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
     first = trainer.is_world_process_zero()
-    checkpoint = _resume_point(work, identity, fresh=fresh, first=first)
-    trainer.accelerator.wait_for_everyone()  # before any process writes a checkpoint
     try:
+        checkpoint = _resume_point(work, identity, fresh=fresh, first=first)
+        trainer.accelerator.wait_for_everyone()  # before any process writes a checkpoint
         with _finishing_the_step(trainer.progress):
             if checkpoint:
                 trainer.progress.restore(checkpoint)
@@ -139,6 +140,9 @@ def train(
     finally:
         if first and last_checkpoint(work) is None:
             shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):  # nothing was gained: leave nothing
+                for path in made:
+                    path.rmdir()
     metrics = {
         **trainer.summary(),
         "pairs": len(pairs),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmdoctor.cli.extract import _faces
+from llmdoctor.cli.extract import chosen_faces
 from llmdoctor.errors import ProfileError, UsageError
 from llmdoctor.profile import (
     Profile,
@@ -97,17 +97,17 @@ def test_a_profile_draws_on_the_library_by_name(write):
     own = "faces: {helpful: {positive: a, negative: b}}\n"
     profile = load_profile(write(f"patient: {{model: m}}\n{own}rewards: {{faces: [helpful, concise]}}\n"))
     assert profile.rewards.faces == ("helpful", "concise")
-    assert _faces(profile, None) == {
+    assert chosen_faces(profile, None) == {
         "helpful": profile.faces["helpful"].pair(),
         "concise": library_faces()["concise"].pair(),
     }
     bare = load_profile(write("patient: {model: m}\nrewards: {faces: [polite]}\n"))
-    assert _faces(bare, None) == {"polite": library_faces()["polite"].pair()}
-    assert list(_faces(bare, ["hedging", "honest"])) == ["hedging", "honest"]
+    assert chosen_faces(bare, None) == {"polite": library_faces()["polite"].pair()}
+    assert list(chosen_faces(bare, ["hedging", "honest"])) == ["hedging", "honest"]
     with pytest.raises(UsageError, match=r"profile mine has no face 'polit' \(it has: helpful; .*honest.*hedging"):
-        _faces(profile, ["polit"])
+        chosen_faces(profile, ["polit"])
     with pytest.raises(UsageError, match=r"mine has no faces: .* --face with one of helpful, honest"):
-        _faces(load_profile(write("patient: {model: m}\n")), None)
+        chosen_faces(load_profile(write("patient: {model: m}\n")), None)
 
 
 def test_the_paper_profile_has_every_switch_of_the_paper():
