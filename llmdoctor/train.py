@@ -173,6 +173,9 @@ def train(
         with atomic_path(output / "losses.svg") as picture:
             _draw(trainer.progress.history, trainer.progress.evaluations, picture)
         shutil.rmtree(work, ignore_errors=True)
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.wait_for_everyone()  # the doctor stands when any process returns
+        trainer.accelerator.end_training()
     return meta
 
 
@@ -401,8 +404,12 @@ class TFPOTrainer(Trainer):
         tokens = int(inputs["response_lengths"][: len(inputs["rewards"])].sum())
         flow_loss, value_loss, _ = self._losses(model, inputs)
         loss = flow_loss + self.settings.value_weight * value_loss
-        self._require_sane(loss.item(), flow_loss.item(), value_loss.item(), ids)
-        self.progress.add((loss.item(), flow_loss.item(), value_loss.item()), tokens)
+        told = torch.stack([loss.detach(), flow_loss.detach(), value_loss.detach(), loss.new_tensor(tokens)])
+        if (processes := self.accelerator.num_processes) > 1:  # the mean that their gradients are of
+            told = self.accelerator.reduce(told, "mean")
+        means = (told[0].item(), told[1].item(), told[2].item())
+        self._require_sane(*means, ids)
+        self.progress.add(means, round(told[3].item() * processes))
         return loss
 
     def _losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -604,3 +606,28 @@ def test_a_reporter_that_is_not_there_is_said_before_anything_else(world: Path, 
     with pytest.raises(UsageError, match="cannot report to 'nobody'"):
         start(world, tmp_path / "doctor", report_to=("nobody",))
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_take_the_steps_of_one(world: Path, tmp_path: Path) -> None:
+    """The same global batch, the same losses, the same weights; one doctor, and one report of it."""
+    how = {"max_steps": 6, "learning_rate": 1e-2, "lora_rank": 4}
+    one = start(world, tmp_path / "one", batch_size=2, **how)["metrics"]
+    face = {"positive": "Be kind.", "negative": "Be rude."}
+    profile = {"patient": {"model": str(world / "patient")}, "faces": {"f": face}, "train": {**how, "device": "cpu"}}
+    (tmp_path / "p.yaml").write_text(json.dumps(profile))
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launch += " --dynamo_backend no --main_process_port 0 -m llmdoctor train"
+    given = {"profile": tmp_path / "p.yaml", "rewards": world / "rewards", "doctor": world / "base", "batch-size": 1}
+    flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", *launch.split(), *flags, "--output", str(tmp_path / "two"), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)["doctor"]["metrics"]  # one object: of two processes only the first speaks
+    assert two["tokens"] == one["tokens"]
+    for part in ("first", "last"):
+        assert two[part] == pytest.approx(one[part], abs=1e-4)
+    for name in WEIGHTS:
+        theirs = load_file(tmp_path / "two" / name)
+        for key, weights in load_file(tmp_path / "one" / name).items():
+            torch.testing.assert_close(theirs[key], weights, atol=1e-4, rtol=1e-4)
