@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,21 +128,21 @@ def test_killed_at_any_point_it_ends_with_the_folder_of_an_uninterrupted_run(
         whole = read(tmp_path / "whole")
         assert {"meta.json", "rewards-00005.parquet"} < set(whole)
         left: set[int] = set()
-        killed = 0
         for kill in range(KILLS):
             folder = tmp_path / f"killed-{kill}"
             if kill % 2:
                 ended, _ = run(folder, at=draw.randint(1, operations))
                 assert ended == -9
             else:
-                ended, _ = run(folder, after=draw.uniform(0, seconds))
-                assert ended in (0, -9)  # a quick machine may be done before
-            killed += ended == -9
+                after = draw.uniform(0, seconds)
+                while (ended := run(folder, after=after)[0]) == 0:  # done before: the first run was slower
+                    shutil.rmtree(folder)
+                    after /= 2
+                assert ended == -9
             left.add(len(shard_paths(folder)))
             assert run(folder)[0] == 0
             assert read(folder) == whole, f"kill {kill}"
         server.stdin.close()
-    assert killed >= KILLS * 3 // 4
     assert len(left) > 3, "the kills fell at different stages of the run"
     assert len(RewardsFolder(tmp_path / "whole")) == PAIRS
 

@@ -155,7 +155,8 @@ SIDES = [
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])
-def test_the_heatmap_fits_and_stands_side_by_side_where_there_is_room(width):
+def test_the_heatmap_fits_and_stands_side_by_side_where_there_is_room(width, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # of a dumb terminal rich takes no width
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     screen.print(render.rich_heatmap("How? " * 200, SIDES, width))
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in screen.file.getvalue().splitlines()]
