@@ -164,9 +164,7 @@ def start_of(
 
     def load(progress: Callable[[str], None]) -> "LLMdoctor":
         progress(f"loading {models} ...")
-        from llmdoctor.assistant import LLMdoctor
-
-        return LLMdoctor.from_profile(settings, trust_remote_code=trust_remote_code)
+        return options.assistant(settings, trust_remote_code=trust_remote_code)
 
     return Start(
         load=load,

@@ -149,9 +149,7 @@ def _source(
         from llmdoctor.tui.screens.browser import comparison_item
 
         post(f"loading {options.short(settings.patient.model)} ...")
-        from llmdoctor.assistant import LLMdoctor
-
-        assistant = LLMdoctor.from_profile(settings, trust_remote_code=trust_remote_code)
+        assistant = options.assistant(settings, trust_remote_code=trust_remote_code)
         for number, prompt in enumerate(asked, start=1):
             counts = {"patient": 0, "guided": 0}
 

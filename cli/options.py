@@ -151,9 +151,17 @@ def guided_profile(
 def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
     """The patient and its doctors, with a spinner while they load."""
     with waiting(f"Loading {', '.join([short(profile.patient.model), *profile.doctors])} ..."):
-        from llmdoctor.assistant import LLMdoctor
+        return assistant(profile, trust_remote_code=trust_remote_code)
 
-        return LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code)
+
+def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
+    """The patient and its doctors; this process then takes as many threads as pay for models of their size."""
+    from llmdoctor.assistant import LLMdoctor
+    from llmdoctor.models import spare_threads
+
+    made = LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code)
+    spare_threads(made.patient.model)
+    return made
 
 
 def require_screen(flag: str, writes_elsewhere: bool) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.hub import cached_file
 
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
+
+_SMALL = 20_000_000  # parameters of a model whose decoding steps are too short for several threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +150,16 @@ def pick_device(device: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def spare_threads(model: PreTrainedModel) -> None:
+    """Leave this process one thread for a small model on a CPU, unless OMP_NUM_THREADS says how many.
+
+    Steps of a few tokens are too short to share: threads that wait for each other then take many times as long when the
+    machine has other work (benchmarks/LOG.md).
+    """
+    if model.device.type == "cpu" and model.num_parameters() < _SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> str | torch.dtype:

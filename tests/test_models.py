@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from llmdoctor.models import (
     load_patient,
     load_tokenizer,
     model_fingerprint,
+    spare_threads,
     token_log_probs,
 )
 
@@ -265,3 +268,22 @@ def test_dtype_and_device_that_do_not_exist(option, value, tiny_model):
     with pytest.raises(UsageError, match=f"{option}.*{value}"):
         load_lm(tiny_model("llama"), **{option: value})
     assert issubclass(UsageError, LLMDoctorError)
+
+
+@pytest.mark.parametrize(("omp", "small", "expected"), [(None, True, 1), (None, False, 2), ("2", True, 2)])
+def test_a_small_model_leaves_the_other_cores_alone(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, omp: str | None, small: bool, expected: int
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    model = load_lm(tiny_model())
+    if not small:
+        monkeypatch.setattr("llmdoctor.models._SMALL", model.num_parameters())
+    try:
+        torch.set_num_threads(2)
+        spare_threads(model)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
