@@ -88,6 +88,8 @@ class RewardSettings(_Settings):
 class TrainSettings(_Settings):
     """Stage 2. ``doctor`` is the base model; ``batch_size`` counts preference pairs a step and device.
 
+    ``ceiling`` is the greatest reward of a token that counts, None for no bound: with a low one only the blame is left,
+    good tokens are worth the same, and the doctor does not prefer the few of them that the faces tell apart best.
     ``subtb_weight`` 1 weighs every sub-trajectory alike, ``value_weight`` is lambda, ``alternatives`` the further
     same-prefix token pairs a response that the value loss compares. ``method`` full trains every weight of the base.
     ``holdout`` is the share of pairs that is only evaluated on; ``checkpoint_every`` how often to evaluate and to keep
@@ -101,6 +103,7 @@ class TrainSettings(_Settings):
     flow: Literal["relative", "absolute"] = "relative"
     anchor: bool = True
     rho: Positive = 10.0
+    ceiling: NonNegative | None = None
     subtb_weight: float = Field(default=1.0, gt=0, le=1)
     value_weight: NonNegative = 1.0
     gamma: NonNegative = 1.0

@@ -101,7 +101,7 @@ def train(
     weights = face_weights(folder, folder.faces, reward_settings)
     context = getattr(doctor.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     pairs = [
-        _sides(pair, reward_settings, weights)
+        sides(pair, reward_settings, weights, settings.ceiling)
         for pair in folder
         if max(_length(pair.chosen), _length(pair.rejected)) <= context
     ]
@@ -665,11 +665,20 @@ def _padded(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _sides(pair: PairScores, settings: RewardSettings, weights: dict[str, float]) -> tuple[_Side, _Side]:
-    return _side(pair.chosen, settings, weights), _side(pair.rejected, settings, weights)
+def sides(
+    pair: PairScores, settings: RewardSettings, weights: dict[str, float], ceiling: float | None = None
+) -> tuple[_Side, _Side]:
+    """A scored pair (chosen, rejected) as ``TFPOTrainer`` takes it; ``weights`` are those of ``face_weights``.
+
+    A departure from the paper: rewards above ``ceiling`` count as the ceiling.
+    """
+    chosen, rejected = (_side(scores, settings, weights, ceiling) for scores in (pair.chosen, pair.rejected))
+    return chosen, rejected
 
 
-def _side(scores: TokenScores, settings: RewardSettings, weights: dict[str, float]) -> _Side:
+def _side(
+    scores: TokenScores, settings: RewardSettings, weights: dict[str, float], ceiling: float | None = None
+) -> _Side:
     rewards = token_rewards(scores, settings, weights).rewards
     rivals = alternative_rewards(scores, settings, weights)
     others = []
@@ -683,7 +692,7 @@ def _side(scores: TokenScores, settings: RewardSettings, weights: dict[str, floa
         scores.pair_id,
         torch.from_numpy(scores.prompt_ids).long(),
         torch.from_numpy(scores.response_ids).long(),
-        torch.from_numpy(rewards),
+        torch.from_numpy(rewards).clamp(max=math.inf if ceiling is None else ceiling),
         others,
     )
 

@@ -27,7 +27,7 @@ from llmdoctor.models import load_patient
 from llmdoctor.profile import DataSettings, RewardSettings, TrainSettings
 from llmdoctor.rewards import alternative_rewards, face_weights, token_rewards
 from llmdoctor.store import RewardsFolder
-from llmdoctor.train import TFPOTrainer, _side, _sides, hold_out, last_checkpoint, train
+from llmdoctor.train import TFPOTrainer, hold_out, last_checkpoint, sides, train
 from llmdoctor.types import FacePair, PairScores, TokenScores, TrainStep
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
@@ -116,7 +116,8 @@ def brute_force(
         )
         flows.append(log_value(prompt, [], end=False))
         for t, (reward, own, reference) in enumerate(steps, start=1):
-            total += s.rho * reward - own + (reference if s.flow == "relative" else 0.0)
+            counted = reward if s.ceiling is None else min(reward, s.ceiling)
+            total += s.rho * counted - own + (reference if s.flow == "relative" else 0.0)
             flows.append(total + log_value(prompt, response[:t], end=t == len(response)))
         n = len(flows)
         apart = [(s.subtb_weight ** (j - i - 1), (flows[j] - flows[i]) ** 2) for i in range(n) for j in range(i + 1, n)]
@@ -150,6 +151,8 @@ SWITCHES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"anchor": False}, {}),
     ({"flow": "absolute", "anchor": False}, {"direction": "label", "theta": 0.1}),
     ({"subtb_weight": 0.8, "rho": 3.0}, {}),
+    ({"ceiling": 0.2}, {}),
+    ({"ceiling": 0.0, "flow": "absolute"}, {}),
     ({"value_weight": 0.0}, {"direction": "agree"}),
     ({"gamma": 30.0, "value_weight": 2.5}, {"faces": ("g",)}),
     ({"alternatives": 99}, {}),
@@ -172,9 +175,9 @@ def test_the_loss_is_the_brute_force(
     folder = RewardsFolder(world / "rewards")
     scores = list(folder)
     weights = face_weights(scores, folder.faces, rewards)
-    sides = [(_side(p.chosen, rewards, weights), _side(p.rejected, rewards, weights)) for p in scores]
-    trainer = TFPOTrainer(doctor, sides, settings, str(tmp_path), None)
-    loss = trainer.compute_loss(doctor, trainer.data_collator(sides)).item()
+    pairs = [sides(pair, rewards, weights, settings.ceiling) for pair in scores]
+    trainer = TFPOTrainer(doctor, pairs, settings, str(tmp_path), None)
+    loss = trainer.compute_loss(doctor, trainer.data_collator(pairs)).item()
     base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float64)
     flow, value = brute_force(doctor, base, scores, rewards, settings, folder.faces)
     assert flow > 0
@@ -426,7 +429,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_pairs_of_its_batch(worl
     doctor, _ = new_doctor(world / "base", settings)
     folder = RewardsFolder(world / "rewards")
     weights = face_weights(folder, folder.faces, RewardSettings())
-    pairs = [_sides(pair, RewardSettings(), weights) for pair in folder]
+    pairs = [sides(pair, RewardSettings(), weights) for pair in folder]
     chosen, rejected = pairs[2]
     pairs[2] = (replace(chosen, rewards=torch.full_like(chosen.rewards, math.nan)), rejected)
     seen: list[TrainStep] = []
@@ -462,7 +465,7 @@ def test_a_loss_that_explodes_stops_before_it_is_no_number(world: Path, tmp_path
 def test_held_out_pairs_are_whole_prompts_and_are_not_trained_on(world: Path) -> None:
     folder = RewardsFolder(world / "rewards")
     weights = face_weights(folder, folder.faces, RewardSettings())
-    pairs = [_sides(pair, RewardSettings(), weights) for pair in folder] * 3
+    pairs = [sides(pair, RewardSettings(), weights) for pair in folder] * 3
     for share, most in ((0.0, 0), (0.2, 3), (0.5, 9), (0.99, 17)):
         training, held = hold_out(pairs, share, seed=1)
         assert len(held) <= most
@@ -481,7 +484,7 @@ def test_evaluation_is_the_loss_of_the_held_out_pairs(world: Path, tmp_path: Pat
         p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype)
     folder = RewardsFolder(world / "rewards")
     weights = face_weights(folder, folder.faces, RewardSettings())
-    pairs = [_sides(pair, RewardSettings(), weights) for pair in folder]
+    pairs = [sides(pair, RewardSettings(), weights) for pair in folder]
     trainer = TFPOTrainer(doctor, pairs, settings, str(tmp_path), None, pairs)
     found = trainer.evaluate()
     loss = trainer.compute_loss(doctor, trainer.data_collator(pairs)).item()
@@ -559,7 +562,7 @@ def test_the_reference_is_computed_once_and_is_the_base(
             p.data += 0.1 * p.requires_grad
     folder = RewardsFolder(world / "rewards")
     weights = face_weights(folder, folder.faces, RewardSettings())
-    pairs = [_sides(pair, RewardSettings(), weights) for pair in folder]
+    pairs = [sides(pair, RewardSettings(), weights) for pair in folder]
     forwards: list[bool] = []
     forward = Doctor.forward
 

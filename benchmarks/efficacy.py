@@ -1,0 +1,733 @@
+"""Does the doctor work? Every method on the embedded clinic, whose true quality is known.
+
+    python benchmarks/efficacy.py --quick                      # everything, in small: at most five minutes on two cores
+    python benchmarks/efficacy.py --output benchmarks/results  # everything: hours; started again it goes on
+    python benchmarks/efficacy.py --parts main noise --seeds 1 2 --output benchmarks/results
+
+All methods of a seed learn from the same pairs (drawn from the patient, labelled by gold with noise), see the same
+number of training tokens, and answer the same held-out questions. A method's curve is a sweep of beta, and for
+fine-tuned patients of lambda in patient^(1 - lambda) * tuned^lambda, which is what training with DPO's beta / lambda
+would give. Rows are kept in OUTPUT/efficacy.jsonl as they are measured, models and rewards in --cache; tables and
+picture are made anew from all rows at the end, or at once by --report.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import multiprocessing
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from clinic import COLUMNS, Answers, generator, measure
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from llmdoctor import LLMdoctor
+from llmdoctor.doctor import Doctor, load_doctor, new_doctor, save_doctor
+from llmdoctor.extract import extract
+from llmdoctor.faces import conversation, prompt_ids
+from llmdoctor.models import load_patient, load_tokenizer
+from llmdoctor.profile import DataSettings, Profile, load_profile, override
+from llmdoctor.profiles import build_clinic
+from llmdoctor.profiles.build_clinic import PATIENT, PATIENT_POLISH, Recipe
+from llmdoctor.profiles.clinic_world import gold, held_out_questions
+from llmdoctor.rewards import face_weights
+from llmdoctor.store import RewardsFolder
+from llmdoctor.train import TFPOTrainer, sides
+from llmdoctor.types import PairScores
+
+PAIRS = 1500  # what every method learns from, where a row does not say otherwise
+EPOCHS = 3.0  # over PAIRS pairs: the budget of training tokens, about 1.2 million
+ARM_BETA, DPO_BETA = 0.05, 0.1  # GenARM's and DPO's inverse temperatures, the values of their papers
+BEST_OF = 8
+T95 = (math.nan, math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by number of seeds
+SIZES = {  # patients of other sizes, trained like the embedded one (12 x 112)
+    "4 x 80": {"layers": 4, "hidden": 80, "intermediate": 160},
+    "16 x 144": {"layers": 16, "hidden": 144, "intermediate": 256},
+}
+CURVE = (0.2, 0.4, 0.6, 0.8, 1.2)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One method: what is trained on which pairs, and the settings at which it is measured.
+
+    ``train`` and ``rewards`` differ from the profile ``clinic`` by what they name. ``wanted`` is the gold that labels
+    the pairs. ``at`` are betas, lambdas of a fine-tuned patient, or temperatures of the patient alone.
+    """
+
+    part: str
+    method: str
+    loss: str = "tfpo"
+    rewards: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    faces: tuple[str, ...] = ("helpful",)
+    wanted: tuple[str, ...] = ("helpful",)
+    noise: float = 0.1
+    pairs: int = PAIRS
+    at: tuple[float, ...] = (0.8, 1.2)
+
+    @property
+    def slug(self) -> str:
+        """A name for files."""
+        return "".join(c if c.isalnum() else "-" for c in f"{self.part} {self.method}")
+
+
+PAPER = Study(
+    "main",
+    "TFPO as in the paper",
+    rewards={"direction": "label", "tau": 1.0, "theta": 0.1},
+    train={"flow": "absolute", "anchor": False, "rho": 6.0, "subtb_weight": 1.0, "value_weight": 1.0},
+    at=CURVE,
+)
+DEFAULT = Study("main", "TFPO, our default", at=CURVE)
+ARM = Study("main", "ARM loss (GenARM)", "arm", at=CURVE)
+DPO = Study("main", "DPO loss on the doctor", "dpo", at=CURVE)
+SAFE = Study("frontier", "doctor safe", faces=("safe",), wanted=("safe",))
+MIXED = Study("frontier", "one doctor, both", faces=("helpful", "safe"), wanted=("helpful", "safe"), at=CURVE)
+BOTH = ("helpful", "safe")
+
+STUDIES = (
+    Study("main", "patient alone, by temperature", "temperature", at=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    DEFAULT,
+    PAPER,
+    ARM,
+    DPO,
+    Study("main", "SFT of the doctor", "sft", train={"epochs": 2 * EPOCHS}, at=CURVE),  # it learns from one side only
+    Study("main", "DPO of the patient, LoRA", "patient dpo lora", at=(0.25, 0.5, 1.0)),
+    Study("main", "DPO of the patient, full", "patient dpo full", at=(0.25, 0.5, 1.0)),
+    Study("main", "SFT of the patient, LoRA", "patient sft lora", at=(0.5, 1.0)),
+    *(Study("direction", f"{d}", rewards={"direction": d}) for d in ("label", "agree", "fitted")),
+    *(
+        Study(
+            "direction",
+            f"mixed preference, {d}, faces {' and '.join(f)}",
+            rewards={"direction": d},
+            faces=f,
+            wanted=BOTH,
+        )
+        for d, f in (
+            *((d, ("helpful",)) for d in ("gap", "label", "agree", "fitted")),
+            ("gap", BOTH),
+            ("fitted", BOTH),
+        )
+    ),
+    Study("flow and anchor", "absolute, anchor", train={"flow": "absolute"}),
+    Study("flow and anchor", "relative, no anchor", train={"anchor": False}),
+    Study("flow and anchor", "absolute, no anchor", train={"flow": "absolute", "anchor": False}),
+    *(Study("rho", f"{rho:g}", train={"rho": rho}) for rho in (4.5, 18.0)),
+    *(Study("lambda", f"{weight:g}", train={"value_weight": weight}) for weight in (0.1, 1.0)),
+    *(Study("theta", f"{theta:g}", rewards={"theta": theta}) for theta in (0.0, 0.3)),
+    *(
+        replace(study, part="noise", method=f"{name}, labels {noise:.0%} wrong", noise=noise, at=(0.8, 1.2), **more)
+        for noise in (0.0, 0.3)
+        for name, study, more in (
+            ("gap", DEFAULT, {}),
+            ("label", DEFAULT, {"rewards": {"direction": "label"}}),
+            ("ARM loss", ARM, {}),
+            ("DPO loss", DPO, {}),
+        )
+    ),
+    *(Study("pairs", f"{n}", pairs=n) for n in (250, 1000, 4000)),
+    SAFE,
+    MIXED,
+)
+PARTS = (*dict.fromkeys(study.part for study in STUDIES), "best of 8", "frontier grid", "patient size")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How large everything is, and where it is kept."""
+
+    cache: Path
+    questions: int
+    pairs: int  # at most so many
+    steps: int | None  # at most so many
+    scale: float  # of the other patients' training
+
+    def asked(self) -> list[str]:
+        return held_out_questions(self.questions)
+
+
+# ---------------------------------------------------------------------------------------------------------- the pairs
+
+
+def prepare(run: Run, profile: Profile, count: int) -> None:
+    """The first ``count`` embedded pairs, or so many drawn anew, scored under every face; what exists is kept."""
+    assert profile.data is not None
+    rewards = run.cache / f"rewards-{count}"
+    if (rewards / "meta.json").exists():
+        return
+    clinic = Path(profile.data.source).parent
+    if count > PAIRS:  # more than the embedded ones
+        drawn = run.cache / f"drawn-{count}"
+        if not (drawn / "pairs.jsonl.gz").exists():
+            shutil.copytree(clinic / "patient", drawn / "patient", dirs_exist_ok=True)
+            build_clinic.draw_pairs(drawn, 7, count)
+        clinic = drawn
+    with gzip.open(clinic / "pairs.jsonl.gz", "rt", encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines][:count]
+    path = run.cache / f"pairs-{count}.jsonl"
+    keys = {"prompt": "prompt", "chosen": "response_0", "rejected": "response_1"}  # labels come later
+    path.write_text("".join(json.dumps({k: r[v] for k, v in keys.items()}) + "\n" for r in records), encoding="utf-8")
+    faces = {name: face.pair() for name, face in profile.faces.items()}
+    patient = load_patient(profile.patient.model)
+    scored = sum(1 for _ in extract(patient, DataSettings(source=str(path)), faces, rewards))
+    assert scored == len(records), f"{scored} of {len(records)} pairs were scored"
+
+
+def labelled(run: Run, study: Study, seed: int) -> list[tuple[dict[str, str], PairScores]]:
+    """The pairs, each turned so that the better answer by gold is the chosen one, but for the noise."""
+    count = min(study.pairs, run.pairs)
+    source = min(max(count, PAIRS), run.pairs)
+    rng = random.Random(f"labels {seed} {study.noise} {study.wanted}")
+    pairs = []
+    with (run.cache / f"pairs-{source}.jsonl").open(encoding="utf-8") as lines:
+        for line, pair in zip(lines, RewardsFolder(run.cache / f"rewards-{source}"), strict=True):
+            record = json.loads(line)
+            marks = [gold(record["prompt"], record[side]) for side in ("chosen", "rejected")]
+            first, second = (sum(getattr(mark, name) for name in study.wanted) for mark in marks)
+            right = first > second or (first == second and rng.random() < 0.5)
+            turned = pair
+            if right == (rng.random() < study.noise):
+                record |= {"chosen": record["rejected"], "rejected": record["chosen"]}
+                turned = PairScores(replace(pair.rejected, side="chosen"), replace(pair.chosen, side="rejected"))
+            pairs.append((record, turned))
+    return pairs[:count]
+
+
+# ------------------------------------------------------------------------------------------------------- the training
+
+
+class Rival(TFPOTrainer):
+    """The same doctor, data and optimiser with another loss on the responses' log-probs; the value head stays 0."""
+
+    loss = ""
+
+    def _losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        reference_B_T = inputs.pop("reference", None)
+        scored = len(inputs.pop("rewards"))
+        inputs.pop("value_pairs")
+        out = model(**inputs, scored=scored)
+        lengths_B = inputs["response_lengths"][:scored]
+        mask_B_T = torch.arange(out.logprobs_B_T.shape[1]) < lengths_B[:, None]
+        sums_B = (out.logprobs_B_T * mask_B_T).sum(dim=1)
+        if self.loss == "sft":
+            loss = -sums_B[0::2].sum() / lengths_B[0::2].sum()
+        elif self.loss == "arm":
+            loss = -logsigmoid(ARM_BETA * (sums_B[0::2] - sums_B[1::2])).mean()
+        else:
+            assert reference_B_T is not None
+            sums_B = sums_B - (reference_B_T * mask_B_T).sum(dim=1)
+            loss = -logsigmoid(DPO_BETA * (sums_B[0::2] - sums_B[1::2])).mean()
+        return loss, loss.new_zeros(()), sums_B.detach()
+
+
+def train_doctor(run: Run, study: Study, seed: int, folder: Path) -> None:
+    """A LoRA doctor on the embedded base; the tokens it saw go into doctor.json."""
+    profile = load_profile("clinic")
+    assert profile.train.doctor is not None
+    pairs = [pair for _, pair in labelled(run, study, seed)]
+    reward_settings = override(profile.rewards, faces=study.faces, **study.rewards)
+    epochs = {"epochs": EPOCHS * PAIRS / study.pairs}
+    settings = override(profile.train, seed=seed, max_steps=run.steps, **(epochs | study.train))
+    doctor, tokenizer = new_doctor(profile.train.doctor, settings)
+    weights = face_weights(pairs, study.faces, reward_settings)
+    kind: type[TFPOTrainer] = TFPOTrainer
+    if study.loss != "tfpo":
+        kind = type("Rival", (Rival,), {"loss": study.loss})
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = kind(
+            doctor, [sides(pair, reward_settings, weights, settings.ceiling) for pair in pairs], settings, scratch, None
+        )
+        trainer.train()
+    meta = {
+        "name": study.method,
+        "base_model": profile.train.doctor,
+        "settings": {"train": settings.model_dump(exclude={"doctor", "device"}), "face_weights": weights},
+        "metrics": trainer.summary(),
+    }
+    save_doctor(folder, doctor, tokenizer, meta)
+
+
+def train_patient(run: Run, study: Study, seed: int, folder: Path) -> None:
+    """The patient itself, fine-tuned by trl, in the form of a doctor whose value head is 0."""
+    from trl import DPOConfig, DPOTrainer
+
+    profile = load_profile("clinic")
+    _, loss, method = study.loss.split()
+    source, tokenizer = profile.patient.model, load_tokenizer(profile.patient.model)
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": record["prompt"]}],
+                **{side: [{"role": "assistant", "content": record[side]}] for side in ("chosen", "rejected")},
+            }
+            for record, _ in labelled(run, study, seed)
+        ]
+    )
+    torch.manual_seed(seed)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = DPOConfig(
+            output_dir=scratch,
+            loss_type=["sigmoid" if loss == "dpo" else "sft"],
+            beta=DPO_BETA,
+            precompute_ref_log_probs=True,
+            per_device_train_batch_size=8,
+            num_train_epochs=EPOCHS,
+            max_steps=run.steps or -1,
+            learning_rate=1e-3 if method == "lora" else 2e-4,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            seed=seed,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = DPOTrainer(
+            LlamaForCausalLM.from_pretrained(source),
+            args=settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=lora if method == "lora" else None,
+        )
+        trainer.train()
+    doctor = Doctor(trainer.accelerator.unwrap_model(trainer.model), len(tokenizer))
+    tokens = sum(len(one[f"{side}_ids"]) for one in trainer.train_dataset for side in ("chosen", "rejected"))
+    seen = trainer.state.global_step * settings.per_device_train_batch_size / len(data)
+    meta = {
+        "name": study.method,
+        "base_model": source,
+        "settings": {"train": {"method": method}},
+        "metrics": {"steps": trainer.state.global_step, "tokens": round(tokens * seen)},
+    }
+    save_doctor(folder, doctor, tokenizer, meta)
+
+
+# ------------------------------------------------------------------------------------------------------ the measuring
+
+
+def answers_of(model: LLMdoctor, alpha: float, betas: dict[str, float]) -> Answers:
+    """Answers of the product, with the mean KL to the patient of a whole answer."""
+
+    def ask(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
+        model.alpha, model.beta = alpha, betas
+        found = model.answer_all(questions, seed=1_000_003 * seed, temperature=1.0, max_new_tokens=240)
+        return [answer.text for answer in found], statistics.mean(sum(t.kl for t in a.tokens) for a in found)
+
+    return ask
+
+
+def at_temperature(model: LLMdoctor, temperature: float) -> Answers:
+    """The patient alone. Its KL to itself at temperature 1 is not told by its records."""
+
+    def ask(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
+        found = model.answer_all(
+            questions, guided=False, seed=1_000_003 * seed, temperature=temperature, max_new_tokens=240
+        )
+        return [answer.text for answer in found], 0.0 if temperature == 1 else math.nan
+
+    return ask
+
+
+@torch.inference_mode()
+def best_of(model: LLMdoctor, doctor_folder: Path) -> Answers:
+    """Of BEST_OF answers of the patient the one whose sum of log(doctor / its base) is greatest.
+
+    That is the doctor's own estimate of rho * sum r - log V(s_0): log V at the end is 0 by the anchor.
+    """
+    doctor = load_doctor(doctor_folder, with_base=True)
+    assert doctor.base is not None
+    tokenizer = model.patient.tokenizer
+
+    def score(questions: Sequence[str], texts: Sequence[str]) -> Tensor:
+        rows = [
+            (
+                prompt_ids(tokenizer, conversation(q)),
+                [*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id],
+            )
+            for q, t in zip(questions, texts, strict=True)
+        ]
+        longest = max(len(a) + len(b) for a, b in rows)
+        ids_B_L = torch.tensor([[*a, *b] + [0] * (longest - len(a) - len(b)) for a, b in rows])
+        wanted_B_T = torch.tensor([[len(a) <= i < len(a) + len(b) for i in range(1, longest)] for a, b in rows])
+        logprobs = [
+            lm(input_ids=ids_B_L).logits[:, :-1].log_softmax(-1).gather(2, ids_B_L[:, 1:, None])[..., 0]
+            for lm in (doctor.model, doctor.base)
+        ]
+        return ((logprobs[0] - logprobs[1]) * wanted_B_T).sum(dim=1)
+
+    def ask(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
+        drawn = [at_temperature(model, 1.0)(questions, seed * BEST_OF + k)[0] for k in range(BEST_OF)]
+        scores = [
+            torch.cat([score(questions[i : i + 50], texts[i : i + 50]) for i in range(0, len(texts), 50)])
+            for texts in drawn
+        ]
+        best = torch.stack(scores).argmax(dim=0).tolist()
+        return [drawn[k][i] for i, k in enumerate(best)], math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
+
+    return ask
+
+
+def study_rows(run: Run, study: Study, seed: int) -> list[dict[str, Any]]:
+    """Train what a study asks for, unless it stands in the cache, and measure it."""
+    started = time.monotonic()
+    profile = load_profile("clinic")
+    if study.loss == "temperature":
+        model = LLMdoctor(profile.patient.model)
+        asked = {t: at_temperature(model, t) for t in study.at}
+        tokens = 0
+    else:
+        folder = trained(run, study, seed)
+        tokens = json.loads((folder / "doctor.json").read_text())["metrics"]["tokens"]
+        model = LLMdoctor(profile.patient.model, {"doctor": folder})
+        tuned = study.loss.startswith("patient")
+        asked = {x: answers_of(model, 1 - x if tuned else 1.0, {"doctor": x}) for x in study.at}
+    return [
+        row(study.part, study.method, seed, {"x": x}, measure(answers, run.asked(), [seed])[0], tokens, started)
+        for x, answers in asked.items()
+    ]
+
+
+def row(
+    part: str, method: str, seed: int, where: dict[str, float], found: list[float], tokens: int, started: float
+) -> dict[str, Any]:
+    values = {name: None if math.isnan(x) else round(x, 5) for name, x in zip(COLUMNS, found, strict=True)}
+    return {
+        "part": part,
+        "method": method,
+        "seed": seed,
+        **where,
+        **values,
+        "tokens": tokens,
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def trained(run: Run, study: Study, seed: int) -> Path:
+    """The folder of a study's doctor."""
+    folder = run.cache / "doctors" / f"{study.slug}-{seed}"
+    if not (folder / "doctor.json").exists():
+        (train_patient if study.loss.startswith("patient") else train_doctor)(run, study, seed, folder)
+    return folder
+
+
+def best_rows(run: Run, seed: int) -> list[dict[str, Any]]:
+    """Best of 8 by the default doctor."""
+    started = time.monotonic()
+    model = LLMdoctor(load_profile("clinic").patient.model)
+    folder = trained(run, DEFAULT, seed)
+    found = measure(best_of(model, folder), run.asked(), [seed])[0]
+    tokens = json.loads((folder / "doctor.json").read_text())["metrics"]["tokens"]
+    return [row("main", f"best of {BEST_OF} by the default doctor", seed, {"x": BEST_OF}, found, tokens, started)]
+
+
+def frontier_rows(run: Run, seed: int) -> list[dict[str, Any]]:
+    """Two doctors over a grid of strengths."""
+    folders = {"helpful": trained(run, DEFAULT, seed), "safe": trained(run, SAFE, seed)}
+    model = LLMdoctor(load_profile("clinic").patient.model, folders)
+    rows = []
+    for x in (0.0, 0.4, 0.8, 1.2):
+        for y in (0.0, 0.4, 0.8, 1.2):
+            started = time.monotonic()
+            found = measure(answers_of(model, 1.0, {"helpful": x, "safe": y}), run.asked(), [seed])[0]
+            rows.append(row("frontier grid", "two doctors", seed, {"x": x, "y": y}, found, 0, started))
+    return rows
+
+
+def size_rows(run: Run, seed: int) -> list[dict[str, Any]]:
+    """One doctor, trained on the embedded patient's signals, on patients of other sizes."""
+    doctor = trained(run, DEFAULT, seed)
+    rows = []
+    for name in ("12 x 112", *SIZES):
+        source = run.cache / name.replace(" ", "") if name in SIZES else Path(load_profile("clinic").patient.model)
+        model = LLMdoctor(source, {"doctor": doctor})
+        for x in (0.0, 0.8, 1.2):
+            started = time.monotonic()
+            found = measure(answers_of(model, 1.0, {"doctor": x}), run.asked(), [seed])[0]
+            rows.append(row("patient size", name, seed, {"x": x}, found, 0, started))
+    return rows
+
+
+def build_patients(run: Run, processes: int) -> None:
+    """Patients of other sizes, by the recipe of the embedded one."""
+    tokenizer = load_tokenizer(load_profile("clinic").patient.model)
+    for name, shape in SIZES.items():
+        folder = run.cache / name.replace(" ", "")
+        if (folder / "done").exists():
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        for number, recipe in enumerate((PATIENT, PATIENT_POLISH)):
+            sized: Recipe = replace(recipe, **shape, steps=max(2, round(recipe.steps * run.scale)))
+            build_clinic.train_model(run.cache, folder.name, sized, tokenizer, number, processes)
+        (folder / "done").touch()
+
+
+def work(run: Run, job: Study | str, seed: int) -> list[dict[str, Any]]:
+    """One job, in a process of its own."""
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    if isinstance(job, Study):
+        return study_rows(run, job, seed)
+    return {"best of 8": best_rows, "frontier grid": frontier_rows, "patient size": size_rows}[job](run, seed)
+
+
+# ------------------------------------------------------------------------------------------------------ what came out
+
+Rows = list[dict[str, Any]]
+GOLD, DISTINCT, ENTROPY = "gold helpful", "distinct-4", "4-gram entropy"
+
+
+def interval(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean and half of the 95% interval over the seeds (Student's t); a mean alone of one seed."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    mean = f"{statistics.mean(found):.{digits}f}"
+    if len(found) == 1:
+        return mean
+    return f"{mean} ± {T95[len(found)] * statistics.stdev(found) / math.sqrt(len(found)):.{digits}f}"
+
+
+def grouped(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
+    """Rows by these keys, in order of appearance."""
+    groups: dict[tuple[Any, ...], Rows] = {}
+    for one in rows:
+        groups.setdefault(tuple(one.get(key) for key in keys), []).append(one)
+    return groups
+
+
+def crossing(curve: Rows, column: str, level: float, wanted: str) -> float | None:
+    """The value of ``wanted`` where one seed's curve first has ``level`` of ``column``, None where it never has."""
+    points = [(one[column], one[wanted]) for one in sorted(curve, key=lambda one: one["x"])]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if min(x0, x1) <= level <= max(x0, x1) and x0 != x1:
+            return float(y0 + (level - x0) / (x1 - x0) * (y1 - y0))
+    return None
+
+
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def good_answers(run: Run, seeds: Sequence[int]) -> Rows:
+    """The generator's own good answers."""
+    found = zip(seeds, measure(generator(("helpful",)), run.asked(), seeds), strict=True)
+    return [row("main", "generator's own good answers", seed, {"x": 1.0}, values, 0, 0) for seed, values in found]
+
+
+def tables(rows: Rows, good: Rows) -> str:
+    """Every part's table; the first with what each curve reaches at the diversity of good answers."""
+    level, sharp = statistics.mean(one[DISTINCT] for one in good), {}
+    for (seed,), curve in grouped([one for one in rows if one["method"] == STUDIES[0].method], "seed").items():
+        sharp[seed] = curve
+    out = []
+    for (part,), part_rows in grouped(rows, "part").items():
+        own = part_rows
+        out.append(f"## {part[0].upper()}{part[1:]}\n")
+        if part == "frontier grid":
+            out.append(_grid(own) + "\n")
+            continue
+        if part == "main":
+            own = [*good, *own]
+            out.append(_curves(own, level) + "\n")
+        elif part not in ("frontier", "patient size"):  # beside the default, measured at the same strengths
+            at = {one["x"] for one in own}
+            own = [one for one in rows if one["method"] == DEFAULT.method and one["x"] in at] + own
+        lines = []
+        for (method, x), found in grouped(own, "method", "x").items():
+            cells = [interval([one[name] for one in found]) for name in COLUMNS]
+            if part == "main":
+                cells.append(
+                    interval([crossing(sharp.get(one["seed"], []), ENTROPY, one[ENTROPY], GOLD) for one in found])
+                )
+            lines.append(
+                [method, f"{x:g}", *cells, f"{statistics.mean(o['tokens'] for o in found) / 1e6:.2f}", str(len(found))]
+            )
+        more = ["gold of the patient sharpened to that entropy"] if part == "main" else []
+        out.append(table(["", "at", *COLUMNS, *more, "tokens trained, millions", "seeds"], lines) + "\n")
+    return "\n".join(out)
+
+
+def _curves(rows: Rows, level: float) -> str:
+    lines = []
+    for (method,), own in grouped(rows, "method").items():
+        seeds = grouped(own, "seed").values()
+        at_level = [crossing(curve, DISTINCT, level, GOLD) for curve in seeds]
+        at_gold = [[crossing(curve, GOLD, g, DISTINCT) for curve in seeds] for g in (0.9, 0.95)]
+        best = max(statistics.mean(one[GOLD] for one in found) for found in grouped(own, "x").values())
+        lines.append(
+            [method, interval(at_level), *(interval(found) for found in at_gold), f"{best:.3f}", str(len(seeds))]
+        )
+    heads = (
+        "",
+        f"gold at distinct-4 {level:.3f}",
+        "distinct-4 at gold .9",
+        "distinct-4 at gold .95",
+        "greatest gold",
+        "seeds",
+    )
+    return table(heads, lines)
+
+
+def _grid(rows: Rows) -> str:
+    xs, ys = (sorted({one[axis] for one in rows}) for axis in ("x", "y"))
+    cells = grouped(rows, "x", "y")
+
+    def cell(x: float, y: float) -> str:
+        found = cells.get((x, y), [])
+        return " / ".join(interval([one[name] for one in found], 2) for name in ("gold helpful", "gold safe"))
+
+    heads = ["helpful / safe gold", *(f"safe doctor {y:g}" for y in ys)]
+    return table(heads, [[f"helpful doctor {x:g}", *(cell(x, y) for y in ys)] for x in xs])
+
+
+def picture(rows: Rows, good: Rows, path: Path) -> None:
+    """Gold against diversity, a curve a method: up and to the right is better."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    names = (DISTINCT, ENTROPY)
+    for axes, column in zip(figure.subplots(1, 2, sharey=True), names, strict=True):
+        for number, ((method,), own) in enumerate(grouped([r for r in rows if r["part"] == "main"], "method").items()):
+            points = [
+                [statistics.mean(one[name] for one in found) for name in (column, GOLD)]
+                + [statistics.stdev([one[GOLD] for one in found]) if len(found) > 1 else 0.0]
+                for found in grouped(sorted(own, key=lambda one: one["x"]), "x").values()
+            ]
+            x, y, spread = zip(*points, strict=True)
+            wide = method == DEFAULT.method
+            axes.errorbar(
+                x,
+                y,
+                spread,
+                fmt="o-",
+                markersize=4,
+                linewidth=2.6 if wide else 1.2,
+                color=f"C{number}",
+                label=method,
+                zorder=3 if wide else 2,
+            )
+        star = [statistics.mean(one[name] for one in good) for name in (column, GOLD)]
+        axes.plot(*star, "k*", markersize=13, label="generator's own good answers", zorder=4)
+        axes.axvline(star[0], color="0.8", zorder=0)
+        axes.set_xlabel(column)
+    figure.axes[0].set_ylabel("gold")
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    with matplotlib.rc_context({"svg.hashsalt": "llmdoctor", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="everything in small; its figures mean nothing")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--methods", nargs="+", help="only methods whose name contains one of these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--jobs", type=int, default=max(1, (multiprocessing.cpu_count() or 1)))
+    parser.add_argument("--cache", type=Path, help="trained models and rewards (default: OUTPUT/.efficacy)")
+    parser.add_argument("--output", type=Path, help="folder of the rows, the tables and the picture")
+    parser.add_argument("--report", action="store_true", help="only make tables and picture from the rows there are")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        output = options.output or Path(scratch)
+        output.mkdir(parents=True, exist_ok=True)
+        cache = (options.cache or output / ".efficacy").resolve()
+        if options.quick:
+            run, options.seeds = Run(cache, 24, 48, 6, 0.002), options.seeds[:1]
+        else:
+            run = Run(cache, 300, 1 << 30, None, 1.0)
+        kept = output / ("efficacy-quick.jsonl" if options.quick else "efficacy.jsonl")
+        if not options.report:
+            measure_all(run, options, kept)
+        rows: Rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+        order = {study.method: number for number, study in enumerate(STUDIES)}
+        rows.sort(key=lambda one: (PARTS.index(one["part"]), order.get(one["method"], 99)))
+        good = good_answers(run, sorted({one["seed"] for one in rows}))
+        text = tables(rows, good)
+        print(text)
+        if options.output:
+            name = "efficacy-quick" if options.quick else "efficacy"
+            picture(rows, good, output / f"{name}.svg")
+            command = f"python benchmarks/efficacy.py{' --quick' * options.quick} --output {output}"
+            head = (
+                f"# Does the doctor work?\n\n`{command}`: {run.questions} held-out questions of the clinic, "
+                f"temperature 1, torch {torch.__version__} on CPU. Mean ± half of the 95% interval over the seeds, each "
+                "with its own labels, training and draws. `at`: beta of the doctor, lambda of a fine-tuned patient in "
+                "patient^(1 - lambda) * tuned^lambda, or the temperature of the patient alone.\n\n"
+            )
+            (output / f"{name}.md").write_text(head + text, encoding="utf-8")
+
+
+def measure_all(run: Run, options: argparse.Namespace, kept: Path) -> None:
+    """Do what is missing in ``kept``, every job's rows as soon as it is done: trainings first, then what needs them."""
+    run.cache.mkdir(parents=True, exist_ok=True)
+    profile = load_profile("clinic")
+    done = set()
+    if kept.exists():
+        done = {(r["part"], r["method"], r["seed"]) for r in map(json.loads, kept.read_text().splitlines())}
+    chosen = [
+        study
+        for study in STUDIES
+        if study.part in options.parts and (not options.methods or any(m in study.method for m in options.methods))
+    ]
+    for count in sorted({min(max(study.pairs, PAIRS), run.pairs) for study in chosen}):
+        prepare(run, profile, count)
+    if "patient size" in options.parts:
+        build_patients(run, options.jobs)
+    phases: list[list[tuple[Study | str, int]]] = [
+        [(study, seed) for part in options.parts for seed in options.seeds for study in chosen if study.part == part],
+        [(part, seed) for part in PARTS[-3:] if part in options.parts for seed in options.seeds],
+    ]
+    made = {
+        "best of 8": ("main", f"best of {BEST_OF} by the default doctor"),
+        "frontier grid": ("frontier grid", "two doctors"),
+    }
+    made["patient size"] = ("patient size", "12 x 112")
+    with (
+        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool,
+        kept.open("a", encoding="utf-8") as file,
+    ):
+        for phase in phases:
+            waiting = []
+            for job, seed in phase:
+                part, method = (job.part, job.method) if isinstance(job, Study) else made[job]
+                if (part, method, seed) not in done:
+                    waiting.append(pool.submit(work, run, job, seed))
+            for number, future in enumerate(as_completed(waiting), 1):
+                rows = future.result()
+                file.writelines(json.dumps(one) + "\n" for one in rows)
+                file.flush()
+                last = rows[-1]
+                what = f"{last['part']}: {last['method']}, seed {last['seed']}, at {last['x']:g}"
+                found = f"gold {last[GOLD]:.3f}, distinct-4 {last[DISTINCT]:.3f}, {last['seconds']}s"
+                print(f"{number}/{len(waiting)} {what}: {found}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
