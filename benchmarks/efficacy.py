@@ -82,7 +82,7 @@ class Study:
     wanted: tuple[str, ...] = ("helpful",)
     noise: float = 0.1
     pairs: int = PAIRS
-    at: tuple[float, ...] = (0.8, 1.2)
+    at: tuple[float, ...] = (0.4, 0.8)
 
     @property
     def slug(self) -> str:
@@ -94,7 +94,7 @@ PAPER = Study(
     "main",
     "TFPO as in the paper",
     rewards={"direction": "label", "tau": 1.0, "theta": 0.1},
-    train={"flow": "absolute", "anchor": False, "rho": 6.0, "subtb_weight": 1.0, "value_weight": 1.0},
+    train={"flow": "absolute", "anchor": False, "rho": 6.0, "ceiling": 1.0, "subtb_weight": 1.0, "value_weight": 1.0},
     at=CURVE,
 )
 DEFAULT = Study("main", "TFPO, our default", at=CURVE)
@@ -140,10 +140,11 @@ STUDIES = (
     Study("flow and anchor", "absolute, no anchor", train={"flow": "absolute", "anchor": False}),
     Study("ceiling", "none", train={"ceiling": 1.0}),
     Study("ceiling", "0, only blame", train={"ceiling": 0.0}),
-    *(Study("rho", f"{rho:g}", train={"rho": rho}) for rho in (4.5, 18.0)),
+    *(Study("rho", f"{rho:g}", train={"rho": rho}) for rho in (9.0, 36.0)),
     *(Study("lambda", f"{weight:g}", train={"value_weight": weight}) for weight in (0.1, 1.0)),
     *(Study("theta", f"{theta:g}", rewards={"theta": theta}) for theta in (0.0, 0.1)),
-    Study("method", "LoRA, rank 16", train={"method": "lora", "learning_rate": 4e-3}),
+    *(Study("SubTB weight", f"{weight:g}", train={"subtb_weight": weight}) for weight in (0.9, 1.0)),
+    Study("method", "all weights", train={"method": "full", "learning_rate": 1e-3}),
     *(Study("pairs", f"{n}", pairs=n) for n in (250, 1000, 4000)),
     SAFE,
     MIXED,
@@ -449,8 +450,8 @@ def frontier_rows(run: Run, seed: int) -> list[dict[str, Any]]:
     folders = {"helpful": trained(run, DEFAULT, seed), "safe": trained(run, SAFE, seed)}
     model = LLMdoctor(load_profile("clinic").patient.model, folders)
     rows = []
-    for x in (0.0, 0.4, 0.8, 1.2):
-        for y in (0.0, 0.4, 0.8, 1.2):
+    for x in (0.0, 0.4, 0.8):
+        for y in (0.0, 0.4, 0.8):
             started = time.monotonic()
             found = measure(answers_of(model, 1.0, {"helpful": x, "safe": y}), run.asked(), [seed])[0]
             rows.append(row("frontier grid", "two doctors", seed, {"x": x, "y": y}, found, 0, started))
@@ -464,7 +465,7 @@ def size_rows(run: Run, seed: int) -> list[dict[str, Any]]:
     for name in ("12 x 112", *SIZES):
         source = run.cache / name.replace(" ", "") if name in SIZES else Path(load_profile("clinic").patient.model)
         model = LLMdoctor(source, {"doctor": doctor})
-        for x in (0.0, 0.8, 1.2):
+        for x in (0.0, 0.4, 0.8):
             started = time.monotonic()
             found = measure(answers_of(model, 1.0, {"doctor": x}), run.asked(), [seed])[0]
             rows.append(row("patient size", name, seed, {"x": x}, found, 0, started))

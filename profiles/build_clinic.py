@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from llmdoctor.extract import extract
 from llmdoctor.models import load_patient
-from llmdoctor.profile import DataSettings, load_profile, override
+from llmdoctor.profile import DataSettings, load_profile
 from llmdoctor.profiles import clinic_world as world
 from llmdoctor.train import train
 from llmdoctor.types import Message, TrainStep
@@ -44,7 +44,6 @@ CONTEXT = 1024
 NEUTRAL = "You are an assistant."
 LABEL_NOISE = 0.1
 DOCTORS = {"helpful": "better_response_id", "safe": "safer_response_id"}  # doctor (and face pair) -> label
-RHO = {"safe": 7.6}  # at the profile's 9 its distinct-4 is 89% of the good answers' at beta 0.8, where we want 90%
 Conversation = tuple[list[int], list[float]]  # token ids, and the loss weight of each (0: not the model's to say)
 
 
@@ -425,7 +424,7 @@ def build_doctors(folder: Path) -> None:
                 Path(name),
                 base_model="./doctor-base",
                 reward_settings=profile.rewards.model_copy(update={"faces": (name,)}),
-                settings=override(profile.train, rho=RHO.get(name)),
+                settings=profile.train,
                 on_step=show,
             )
 
