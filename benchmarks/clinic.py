@@ -1,50 +1,27 @@
 """What guidance does on the embedded clinic, whose true quality is known: gold, grammar, diversity.
 
-    python benchmarks/clinic.py                  # patient, guided at several betas, the generator's own good answers
-    python benchmarks/clinic.py --objectives 5   # instead: the first five objectives below, a `helpful` doctor each
+    python benchmarks/clinic.py    # the patient, guided at several betas, and the generator's own good answers
 
-Answers to held-out questions, sampled at temperature 1, mean and (min, max) over the seeds. Writes a Markdown table to
-stdout and, with --output, the table and the exact command to a file.
+How the doctors compare with other methods is efficacy.py's matter. Answers to held-out questions, at temperature
+1, mean and (min, max) over the seeds. Writes a Markdown table to stdout and, with --output, the table and the exact
+command to a file.
 """
 
 import argparse
 import random
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from llmdoctor import LLMdoctor
-from llmdoctor.extract import extract
-from llmdoctor.models import load_patient
-from llmdoctor.profile import Profile, RewardSettings, TrainSettings, load_profile
+from llmdoctor.profile import Profile, load_profile
 from llmdoctor.profiles.clinic_world import answer, distinct_n, entropy_n, gold, held_out_questions
-from llmdoctor.train import train
 
 COLUMNS = ("gold helpful", "gold safe", "ungrammatical %", "distinct-4", "4-gram entropy", "words", "KL, nats")
 Answers = Callable[[Sequence[str], int], tuple[list[str], float]]
-
-# (name, rewards, training): each differs from the profile's own settings by what is named here
-OBJECTIVES: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
-    ("default", {}, {}),
-    (
-        "profile paper's: label, absolute, no anchor, rho 6, tau 1, theta 0.1, SubTB unweighted",
-        {"direction": "label", "tau": 1.0, "theta": 0.1},
-        {"flow": "absolute", "anchor": False, "rho": 6.0, "subtb_weight": 1.0},
-    ),
-    ("label, absolute, no anchor", {"direction": "label"}, {"flow": "absolute", "anchor": False}),
-    ("gap, absolute, no anchor", {}, {"flow": "absolute", "anchor": False}),
-    ("label, relative, anchor", {"direction": "label"}, {}),
-    ("agree, relative, anchor", {"direction": "agree"}, {}),
-    ("fitted, relative, anchor", {"direction": "fitted"}, {}),
-    ("gap, relative, no anchor", {}, {"anchor": False}),
-    ("gap, relative, anchor, no value loss", {}, {"value_weight": 0.0}),
-    ("gap, relative, anchor, 1 alternative", {}, {"alternatives": 1}),
-    ("gap, relative, anchor, theta 0", {"theta": 0.0}, {}),
-)
 
 
 def measure(answers: Answers, questions: Sequence[str], seeds: Sequence[int]) -> list[list[float]]:
@@ -78,11 +55,11 @@ def generator(names: Sequence[str]) -> Answers:
     return run
 
 
-def decoder(model: LLMdoctor, betas: dict[str, float]) -> Answers:
-    """Answers of the patient under these betas."""
+def decoder(model: LLMdoctor, betas: dict[str, float], alpha: float = 1.0) -> Answers:
+    """Answers of the patient under these betas, and the mean KL to the patient of a whole answer."""
 
     def run(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
-        model.beta = {**dict.fromkeys(model.doctor_names, 0.0), **betas}
+        model.alpha, model.beta = alpha, {**dict.fromkeys(model.doctor_names, 0.0), **betas}
         answers = model.answer_all(questions, seed=1_000_003 * seed, temperature=1.0, max_new_tokens=240)
         return [a.text for a in answers], statistics.mean(sum(t.kl for t in a.tokens) for a in answers)
 
@@ -111,46 +88,16 @@ def shipped(profile: Profile, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def objectives(profile: Profile, folder: Path, args: argparse.Namespace) -> list[str]:
-    """Train a doctor for every objective on the same rewards and budget, and measure each."""
-    assert profile.data is not None
-    assert profile.train.doctor is not None
-    rewards = folder / "rewards"
-    patient = load_patient(profile.patient.model)
-    faces = {name: profile.faces[name].pair() for name in ("helpful",)}
-    for _ in extract(patient, profile.data, faces, rewards):
-        pass
-    lines = []
-    for name, reward_changes, train_changes in OBJECTIVES[: args.objectives]:
-        reward_settings = RewardSettings(**{**profile.rewards.model_dump(), **reward_changes, "faces": ("helpful",)})
-        settings = TrainSettings(**{**profile.train.model_dump(), **train_changes})
-        doctor = folder / f"doctor-{len(lines)}"
-        train(rewards, doctor, base_model=profile.train.doctor, reward_settings=reward_settings, settings=settings)
-        model = LLMdoctor(profile.patient.model, {"helpful": doctor})
-        for beta in args.betas:
-            rows = measure(decoder(model, {"helpful": beta}), held_out_questions(args.questions), args.seeds)
-            lines.append(line(f"{name}; beta {beta:g}", rows))
-            print(lines[-1], file=sys.stderr, flush=True)
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.4, 0.8, 1.2])
-    parser.add_argument(
-        "--objectives", type=int, default=0, metavar="N", help="train and compare doctors of the first N objectives"
-    )
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     profile = load_profile("clinic")
     lines = [f"| {' | '.join(['', *COLUMNS])} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
-    if args.objectives:
-        with tempfile.TemporaryDirectory() as folder:
-            lines += objectives(profile, Path(folder), args)
-    else:
-        lines += shipped(profile, args)
+    lines += shipped(profile, args)
     table = "\n".join(lines)
     print(table)
     if args.output:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clinic import COLUMNS, Answers, generator, measure
+from clinic import COLUMNS, Answers, decoder, generator, measure
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
@@ -330,17 +330,6 @@ def train_patient(run: Run, study: Study, seed: int, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ the measuring
 
 
-def answers_of(model: LLMdoctor, alpha: float, betas: dict[str, float]) -> Answers:
-    """Answers of the product, with the mean KL to the patient of a whole answer."""
-
-    def ask(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
-        model.alpha, model.beta = alpha, betas
-        found = model.answer_all(questions, seed=1_000_003 * seed, temperature=1.0, max_new_tokens=240)
-        return [answer.text for answer in found], statistics.mean(sum(t.kl for t in a.tokens) for a in found)
-
-    return ask
-
-
 def at_temperature(model: LLMdoctor, temperature: float) -> Answers:
     """The patient alone. Its KL to itself at temperature 1 is not told by its records."""
 
@@ -405,7 +394,7 @@ def study_rows(run: Run, study: Study, seed: int) -> list[dict[str, Any]]:
         tokens = json.loads((folder / "doctor.json").read_text())["metrics"]["tokens"]
         model = LLMdoctor(profile.patient.model, {"doctor": folder})
         tuned = study.loss.startswith("patient")
-        asked = {x: answers_of(model, 1 - x if tuned else 1.0, {"doctor": x}) for x in study.at}
+        asked = {x: decoder(model, {"doctor": x}, 1 - x if tuned else 1.0) for x in study.at}
     return [
         row(study.part, study.method, seed, {"x": x}, measure(answers, run.asked(), [seed])[0], tokens, started)
         for x, answers in asked.items()
@@ -453,7 +442,7 @@ def frontier_rows(run: Run, seed: int) -> list[dict[str, Any]]:
     for x in (0.0, 0.4, 0.8):
         for y in (0.0, 0.4, 0.8):
             started = time.monotonic()
-            found = measure(answers_of(model, 1.0, {"helpful": x, "safe": y}), run.asked(), [seed])[0]
+            found = measure(decoder(model, {"helpful": x, "safe": y}), run.asked(), [seed])[0]
             rows.append(row("frontier grid", "two doctors", seed, {"x": x, "y": y}, found, 0, started))
     return rows
 
@@ -467,7 +456,7 @@ def size_rows(run: Run, seed: int) -> list[dict[str, Any]]:
         model = LLMdoctor(source, {"doctor": doctor})
         for x in (0.0, 0.4, 0.8):
             started = time.monotonic()
-            found = measure(answers_of(model, 1.0, {"doctor": x}), run.asked(), [seed])[0]
+            found = measure(decoder(model, {"doctor": x}), run.asked(), [seed])[0]
             rows.append(row("patient size", name, seed, {"x": x}, found, 0, started))
     return rows
 
@@ -679,8 +668,8 @@ def main() -> None:
             head = (
                 f"# Does the doctor work?\n\n`{command}`: {run.questions} held-out questions of the clinic, "
                 f"temperature 1, torch {torch.__version__} on CPU. Mean ± half of the 95% interval over the seeds, "
-                "each with its own labels, training and draws. `at`: beta of the doctor, lambda of a fine-tuned patient in "
-                "patient^(1 - lambda) * tuned^lambda, or the temperature of the patient alone.\n\n"
+                "each with its own labels, training and draws. `at`: beta of the doctor, lambda of a fine-tuned "
+                "patient in patient^(1 - lambda) * tuned^lambda, or the temperature of the patient alone.\n\n"
             )
             (output / f"{name}.md").write_text(head + text, encoding="utf-8")
 
