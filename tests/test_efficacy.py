@@ -59,7 +59,7 @@ def test_the_rivals_losses_are_their_formulas(bench: Any, run: Any, tmp_path: Pa
     """Each on padded batches, from a doctor away from its base, against its formula on one response at a time."""
     profile = load_profile("clinic")
     pairs = [pair for _, pair in bench.labelled(run, bench.Study("", ""), seed=1)]
-    settings = override(profile.train, device="cpu", dtype="float64")
+    settings = override(profile.train, method="lora", device="cpu", dtype="float64")
     doctor, _ = new_doctor(profile.train.doctor, settings)
     weights = face_weights(pairs, ("helpful",), profile.rewards)
     generator = torch.Generator().manual_seed(0)
