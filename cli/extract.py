@@ -87,7 +87,7 @@ def extract(
             advance()
     skips.close(output)
     report = _report(output, RewardsFolder(output).meta, time.monotonic() - began)
-    found = findings.after_extraction(output, settings.rewards)
+    found = findings.after_extraction(output, options.fitting(settings, profile, loaded.fingerprint).rewards)
     if as_json:
         put_json({**report, **found.as_dict()})
     else:

@@ -80,8 +80,10 @@ def inspect(
             raise UsageError("--text looks at one answer: leave out DIR, its filters, --diagnose and --tui")
         chosen = options.load(profile)
         model = override(chosen.patient, model=patient, device=device, dtype=dtype)
-        given = override(chosen.rewards, direction=direction, tau=tau, theta=theta, faces=tuple(face) if face else None)
-        _look_at(text, prompt or "", chosen, model, given, trust_remote_code, as_json=as_json, svg=svg, page=html)
+        given = {"direction": direction, "tau": tau, "theta": theta, "faces": tuple(face) if face else None}
+        _look_at(
+            text, prompt or "", chosen, profile, model, given, trust_remote_code, as_json=as_json, svg=svg, page=html
+        )
         return
     if folder is None:
         raise UsageError("expected a rewards folder, DIR, or an answer, --text")
@@ -93,8 +95,9 @@ def inspect(
         from llmdoctor.store import RewardsFolder
 
         rewards = RewardsFolder(folder)
+        own = options.fitting(options.load(profile), profile, rewards.meta["patient"]["fingerprint"])
         settings = options.reward_settings(
-            options.load(profile), available=rewards.faces, faces=face, direction=direction, tau=tau, theta=theta
+            own, available=rewards.faces, faces=face, direction=direction, tau=tau, theta=theta
         )
     if diagnose:
         _diagnose(rewards, settings, face, as_json=as_json, svg=svg, page=html)
@@ -288,8 +291,9 @@ def _look_at(
     text: str,
     prompt: str,
     profile: "Profile",
+    named: str | None,
     model: "PatientSettings",
-    settings: "RewardSettings",
+    given: "Mapping[str, Any]",
     trust_remote_code: bool,
     *,
     as_json: bool,
@@ -298,7 +302,9 @@ def _look_at(
 ) -> None:
     """The heatmap of one answer that somebody wrote."""
     from llmdoctor.cli.extract import chosen_faces
+    from llmdoctor.profile import override
 
+    settings = override(profile.rewards, **given)
     if settings.direction == "fitted":
         raise UsageError("--direction fitted needs labelled pairs: give a rewards folder, or another direction")
     faces = chosen_faces(profile, settings.faces)
@@ -309,6 +315,7 @@ def _look_at(
 
         loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
         scores = score_answer(loaded, faces, prompt, text)
+    settings = override(options.fitting(profile, named, loaded.fingerprint).rewards, **given)
     weights = face_weights((), faces, settings)
     item = token_rewards(scores, settings, weights)
     shown = rewarded_text(loaded.tokenizer, item)

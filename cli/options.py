@@ -78,6 +78,20 @@ def load(name: str | None) -> "Profile":
     return load_profile(name or "clinic")
 
 
+def fitting(profile: "Profile", name: str | None, fingerprint: str) -> "Profile":
+    """The profile, for rewards of the patient with this fingerprint.
+
+    Unnamed, it is the clinic's, whose settings of rewards and training suit that small world alone: on another patient
+    the general ones of `RewardSettings` and `TrainSettings` stand in for them.
+    """
+    from llmdoctor.models import model_fingerprint
+    from llmdoctor.profile import RewardSettings, TrainSettings
+
+    if name or fingerprint == model_fingerprint(profile.patient.model):
+        return profile
+    return profile.model_copy(update={"rewards": RewardSettings(), "train": TrainSettings()})
+
+
 def parse_betas(values: Iterable[str], names: Sequence[str]) -> dict[str, float]:
     """``0.8`` sets every doctor, ``helpful=0.8`` one; a later value beats an earlier one."""
     betas: dict[str, float] = {}

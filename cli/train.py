@@ -71,47 +71,51 @@ def train(
     """Train a small doctor on a rewards folder.
 
     The same command again continues a run that was stopped, from its last checkpoint. With --patient, or with a
-    profile named, the rewards must come from that patient.
+    profile named, the rewards must come from that patient. With no profile named, rewards of another patient than the
+    clinic's are trained on with general settings, not the clinic's own.
     """
     from llmdoctor.profile import override
 
     settings = options.load(profile)
-    chosen = override(
-        settings.train,
-        doctor=doctor,
-        max_steps=max_steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        flow=flow,
-        anchor=anchor,
-        rho=rho,
-        ceiling=ceiling,
-        subtb_weight=subtb_weight,
-        value_weight=value_weight,
-        gamma=gamma,
-        alternatives=alternatives,
-        method=method,
-        lora_rank=lora_rank,
-        holdout=holdout,
-        checkpoint_every=checkpoint_every,
-        patience=patience,
-        keep_best=keep_best,
-        report_to=tuple(report_to) if report_to else None,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
-    if chosen.doctor is None:
-        raise UsageError(f"profile {settings.name} names no base model for the doctor: give --doctor MODEL")
-    override(settings.rewards, direction=direction, tau=tau, theta=theta)  # a bad value is said before anything is read
+    asked = {
+        "doctor": doctor,
+        "max_steps": max_steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "flow": flow,
+        "anchor": anchor,
+        "rho": rho,
+        "ceiling": ceiling,
+        "subtb_weight": subtb_weight,
+        "value_weight": value_weight,
+        "gamma": gamma,
+        "alternatives": alternatives,
+        "method": method,
+        "lora_rank": lora_rank,
+        "holdout": holdout,
+        "checkpoint_every": checkpoint_every,
+        "patience": patience,
+        "keep_best": keep_best,
+        "report_to": tuple(report_to) if report_to else None,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    override(settings.train, **asked)  # a bad value is said before anything is read
+    override(settings.rewards, direction=direction, tau=tau, theta=theta)
     with waiting("Reading the rewards ..."):
         from llmdoctor.store import RewardsFolder
 
         folder = RewardsFolder(rewards)
+        settings = options.fitting(settings, profile, folder.meta["patient"]["fingerprint"])
+        chosen = override(settings.train, **asked)
         reward_settings = options.reward_settings(
             settings, available=folder.faces, faces=face, direction=direction, tau=tau, theta=theta
         )
+    if chosen.doctor is None:
+        held = options.short(folder.meta["patient"]["model"])
+        raise UsageError(f"profile {settings.name} names no base model for a doctor of {held}: give --doctor MODEL")
     used = ", ".join(reward_settings.faces or folder.faces)
     say(f"training {options.short(chosen.doctor)} on {len(folder)} pairs of {rewards} (faces: {used})")
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmdoctor.cli.main import app
+from llmdoctor.profile import RewardSettings, TrainSettings
 from llmdoctor.store import RewardsFolder
 
 README = Path(__file__).parents[1] / "README.md"
@@ -67,6 +68,9 @@ def test_the_readmes_walk_on_a_real_llama_and_human_pairs(
     assert doctor["metrics"]["steps"] == 48
     assert doctor["metrics"]["last"]["loss"] < doctor["metrics"]["first"]["loss"]
     assert doctor["rewards"]["patient"] == str(shared / "stories260k")
+    general = TrainSettings().model_dump(include={"method", "rho", "ceiling", "subtb_weight", "value_weight"})
+    assert doctor["settings"]["train"] | general == doctor["settings"]["train"], "not the clinic's own"
+    assert doctor["settings"]["rewards"]["tau"] == RewardSettings().tau
 
     assert "there was a little dog" in llmdoctor(*written["compare"])
     guided = json.loads(llmdoctor(*written["compare"], "--json"))

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from llmdoctor.cli import heatmap, inspect, render
-from llmdoctor.cli.options import reward_settings
+from llmdoctor.cli.options import fitting, reward_settings
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile
 from llmdoctor.rewards import face_weights, token_rewards
@@ -75,7 +75,8 @@ def thirty(texts):
 def settings_of(folder):
     rewards = RewardsFolder(folder)
     none = dict.fromkeys(("faces", "direction", "tau", "theta"))
-    settings = reward_settings(load_profile("clinic"), available=rewards.faces, **none)
+    profile = fitting(load_profile("clinic"), None, rewards.meta["patient"]["fingerprint"])
+    settings = reward_settings(profile, available=rewards.faces, **none)
     return rewards, settings, face_weights(rewards, rewards.faces, settings)
 
 

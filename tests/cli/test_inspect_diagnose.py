@@ -53,7 +53,7 @@ def mixed(scale=1.0):
     pairs = []
     for i in range(60):
         kind, odd = scale if i % 6 else -scale, scale if i % 2 else -scale
-        rest = [0.0] * 7
+        rest = [0.0] * 14
         pairs.append(
             {"kind": ([kind, 0.0, *rest], [-kind, 0.0, *rest]), "odd": ([0.0, odd, *rest], [0.0, -odd, *rest])}
         )
@@ -113,8 +113,8 @@ def test_the_page_shows_the_examples_token_by_token(run, folder, tmp_path):
 
 
 def test_faces_that_hardly_differ_are_named_with_the_figure(run, folder):
-    """One token in nine is off by ``scale``: the root mean square gap is scale / 3."""
-    below = HARDLY * 3 * 0.99
+    """One token in 16 is off by ``scale``: the root mean square gap is scale / 4."""
+    below = HARDLY * 4 * 0.99
     pairs = mixed(below)
     for pair in pairs:
         pair["odd"] = tuple([2 * gap for gap in side] for side in pair["odd"])

@@ -6,7 +6,8 @@ import pytest
 
 from llmdoctor.cli import options
 from llmdoctor.errors import UsageError
-from llmdoctor.profile import load_profile
+from llmdoctor.models import model_fingerprint
+from llmdoctor.profile import RewardSettings, TrainSettings, load_profile
 
 
 class Loaded(Exception):
@@ -93,3 +94,14 @@ def test_faces_of_the_profile_count_where_the_folder_holds_them():
     assert options.reward_settings(profile, available=("helpful", "safe"), faces=["safe"], **unset).faces == ("safe",)
     with pytest.raises(UsageError, match="poker"):
         options.reward_settings(profile, available=("safe",), faces=["poker"], **unset)
+
+
+def test_the_clinics_settings_are_for_its_own_patient_unless_it_is_named():
+    profile = load_profile("clinic")
+    own = model_fingerprint(profile.patient.model)
+    assert options.fitting(profile, None, own) == profile
+    assert options.fitting(profile, "clinic", "another") == profile
+    other = options.fitting(profile, None, "another")
+    assert (other.rewards, other.train) == (RewardSettings(), TrainSettings())
+    assert (profile.rewards, profile.train) != (RewardSettings(), TrainSettings())
+    assert (other.faces, other.doctors) == (profile.faces, profile.doctors)
