@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from llmdoctor.graphs import run_step, step_graph
+from llmdoctor.static import StaticSteps, possible, static_steps
 
 
 class CachedModel:
@@ -30,6 +31,11 @@ class CachedModel:
 
     def feed(self, ids_B_T: Tensor, mask_B_L: Tensor | None = None, last: int = 1) -> Tensor:
         """Extend the cache by ``ids_B_T``; logits [B, last, V] after the last tokens. The mask covers both."""
+        if self._static(ids_B_T, last):
+            logits_B_K_V: Tensor
+            logits_B_K_V, self.hidden_B_K_H = self.cache.step(self.model, ids_B_T, mask_B_L, self.length, last)
+            self.length += ids_B_T.shape[1]
+            return logits_B_K_V
         if (
             ids_B_T.shape[1] == last
             and self.cache is not None
@@ -69,6 +75,16 @@ class CachedModel:
             self.hidden_B_K_H = self.hidden_B_K_H[:, -last:]
         return out.logits[:, -last:]  # type: ignore[no-any-return]
 
+    def _static(self, ids_B_T: Tensor, last: int) -> bool:
+        """Whether the cache is static, with room; where steps are to be static, the first one makes it so."""
+        rows, tokens = ids_B_T.shape
+        held = isinstance(self.cache, StaticSteps)
+        if not held and (self.cache is None or not self._plain or tokens != last or not possible(self.model)):
+            return False
+        if not held or self.length + tokens > self.cache.size:
+            self.cache = static_steps(self, self.cache.layers, slice(rows), rows, self.length, tokens)
+        return True
+
     @property
     def can_roll_back(self) -> bool:
         """Whether tokens can be taken back; recurrent states cannot. Only known once something has been fed."""
@@ -104,11 +120,17 @@ class CachedModel:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows of the batch but these."""
+        if isinstance(self.cache, StaticSteps):
+            self.cache = static_steps(self, self.cache.layers, rows.to(self.model.device), len(rows), self.length, 0)
+            return
         self.cache.reorder_cache(rows.to(self.model.device))  # unlike batch_select_indices it knows recurrent states
 
     def _mend(self) -> None:
         """After an interrupted forward: cut the layers that it had reached, or, where that is not certain, all."""
         layers = self.cache.layers
+        if isinstance(self.cache, StaticSteps):  # nothing behind the length is ever read
+            self._busy = False
+            return
         plain = all(
             type(layer) is DynamicLayer
             and layer.keys is not None

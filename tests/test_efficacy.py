@@ -20,7 +20,6 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    pytest.importorskip("trl", reason="the benchmark compares with trl's trainers")
     sys.path.insert(0, str(FOLDER))
     try:
         import efficacy
