@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                  # the embedded clinic, batches of 1, 8 and 32
     python benchmarks/decode.py --models clinic,stories,qwen --cache outputs/bench-models --train-seconds 150
+    python benchmarks/decode.py --models qwen-7b --acceptance 0.6,0.7,0.8,0.9 --tokens 400   # on a GPU
 
 All ways answer the same prompts in one run, in turn, after a warm-up; the figures are medians over the repeats with
 (least, greatest), and every ratio is taken within one repeat. Tokens are counted as they were drawn, the end token
@@ -14,6 +15,10 @@ parameters and a doctor of 6 million over Qwen2's real vocabulary. What is missi
 Qwen2 models on the same HH-RLHF text, so that the doctor agrees with its patient as far as two models of one text do.
 Of that text only the 4096 most frequent tokens are kept and trained; all others share one embedding, whose logit is
 low.
+
+``qwen-7b`` has the shapes of Qwen2.5-7B and 1.5B in bfloat16 with random weights, which agree in nothing: there (and
+wherever it is given) ``--acceptance`` decides by lot whether a drafted token stands, with everything computed as ever.
+On a GPU the weights a token must read over the measured bandwidth, and the prompt's share of the peak, are told too.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import gzip
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -34,6 +40,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -51,6 +58,7 @@ from llmdoctor.models import Patient, load_lm, load_patient, pick_device
 from llmdoctor.profiles.clinic_world import held_out_questions
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+PEAK = 989e12  # bfloat16 operations a second of an H200, dense, as its maker says
 Case = tuple[Patient, dict[str, LoadedDoctor], Guidance, list[list[int]]]
 Way = Callable[[list[list[int]], int], int]  # (prompts, seed) -> tokens drawn
 
@@ -322,6 +330,88 @@ def qwen(device: str, cache: Path, seconds: float) -> Case:
     return patient, {"doctor": small_doctor(lms[1], patient)}, Guidance(1.0, {"doctor": 0.8}), prompts
 
 
+def qwen_7b(device: str) -> Case:
+    where = pick_device(device)
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "qwen2-tokenizer")
+
+    def shaped(rows: int, hidden: int, inner: int, heads: int, groups: int, *, tied: bool) -> PreTrainedModel:
+        config = Qwen2Config(
+            vocab_size=rows,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=28,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            max_position_embeddings=32768,
+            rope_theta=1e6,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+        with torch.device(where):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+    patient = Patient(shaped(152064, 3584, 18944, 28, 4, tied=False), tokenizer, "Qwen2.5-7B's shapes")
+    doctor = small_doctor(shaped(151936, 1536, 8960, 12, 2, tied=True), patient)
+    prompts = [[(7919 * i + 31 * j) % 100_000 for j in range(200)] for i in range(64)]
+    return patient, {"doctor": doctor}, Guidance(1.0, {"doctor": 0.8}), prompts
+
+
+@contextmanager
+def accepting(share: float | None) -> Iterator[None]:
+    """While it is open a drafted token stands with this probability, by lot; all is computed as ever."""
+    settle, luck = decode._Models.settle, random.Random(0)
+
+    def by_lot(*args: Any, **more: Any) -> list[Any]:
+        found = settle(*args, **more)
+        for drawn in found:
+            drafted = [int(i) for i in drawn.facts.get("draft", ())[:-1]]
+            count = next((i for i in range(len(drafted)) if luck.random() >= share), len(drafted))
+            drawn.facts["id"][:count] = drafted[:count]
+            drawn.stop = drawn.start + count
+        return found
+
+    if share is not None:
+        decode._Models.settle = by_lot  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        decode._Models.settle = settle  # type: ignore[method-assign]
+
+
+def limits(name: str, case: Case, rates: dict[str, list[float]]) -> Iterator[str]:
+    """What a GPU would allow: the patient's weights over the bandwidth, and the prompt's share of ``PEAK``."""
+    patient, device = case[0], case[0].model.device
+    block = torch.empty(1 << 32, dtype=torch.uint8, device=device)
+
+    def seconds(call: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(6):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[1:])
+
+    bandwidth = 2 * len(block) / seconds(block.clone)
+    table = patient.model.get_input_embeddings().weight
+    head = patient.model.get_output_embeddings().weight
+    read = sum(p.numel() * p.element_size() for p in patient.model.parameters())
+    read -= 0 if head is table else table.numel() * table.element_size()
+    limit = bandwidth / read
+    shares = ", ".join(f"{way} {statistics.median(rate) / limit:.2f}" for way, rate in rates.items())
+    bound = f"limit: {read / 1e9:.2f} GB at {bandwidth / 1e12:.2f} TB/s"
+    yield f"| {name} | 1 | {bound} | {limit:.1f} | | of it: {shares} |"
+    ids = torch.randint(0, 100_000, (1, 4096), device=device)
+    with torch.inference_mode():
+        spent = seconds(lambda: patient.model(input_ids=ids, logits_to_keep=1))
+    flops = 2 * 4096 * sum(p.numel() for p in patient.model.base_model.layers.parameters())
+    share = f"MFU {flops / spent / PEAK:.2f} (attention not counted)"
+    yield f"| {name} | 1 | prompt of 4096 tokens | {4096 / spent:.0f} | | {share} |"
+
+
 def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> Iterator[str]:
     """Markdown rows of one pair of models."""
     patient, doctors, guidance, prompts = case
@@ -340,7 +430,6 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
         return Guided(doctors, guidance, pad, patient.vocabulary.size)
 
     for size in args.batch:
-        speculating = Counting() if args.length is None else Fixed(args.length)
         first = next(iter(doctors.values())).model
         ways: dict[str, Way] = {
             "patient.generate": generator(patient.model, patient, tokens, how, pad),
@@ -356,8 +445,14 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
             "doctor.generate": generator(first, patient, tokens, how, pad),
             "generate + LogitsProcessor": generator(patient.model, patient, tokens, how, pad, guide),
             "reference path": ours(case, how, None),
-            "speculative path": ours(case, how, speculating),
         }
+        drafting = {"speculative path": Counting() if args.length is None else Fixed(args.length)}
+        lots: list[float | None] = [None]
+        if args.acceptance:
+            lots = [float(share) for share in args.acceptance.split(",")]
+            drafting = {f"speculative path, {share:g} accepted by lot": Counting() for share in lots}
+        for (way, counting), share in zip(drafting.items(), lots, strict=True):
+            ways[way] = accepting(share)(ours(case, how, counting))
         asked = [[prompts[(r * size + i) % len(prompts)] for i in range(size)] for r in range(args.repeats + 1)]
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for repeat, batch in enumerate(asked):
@@ -387,18 +482,20 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
                 usual = rates["generate + LogitsProcessor"]
                 of_usual = statistics.median(own / other for own, other in zip(rate, usual, strict=True))
                 note = f"{of_sum:.2f} of 1 / (1/patient + {len(doctors)}/doctor), {of_usual:.2f} of the processor's"
-            if way == "speculative path" and speculating.rounds:
+            if (speculating := drafting.get(way)) and speculating.rounds:
                 drawn = 1 + speculating.total_accepted / speculating.rounds
                 often = ", ".join(str(k) for k, _ in speculating.lengths.most_common(2))
                 accepted = speculating.total_accepted / max(1, speculating.total_tested)
                 note = f"acceptance {accepted:.3f}, {drawn:.2f} tokens a patient forward, drafts mostly of {often}"
             yield f"| {name} | {size} | {way} | {spread(rate, '.1f')} | {spread(ratio, '.2f')} | {note} |"
-        for way in ("reference path", "speculative path"):
+        for way in ("reference path", *drafting):
             with parts(patient, now) as spent:
                 count = sum(ways[way](batch, 100 + r) for r, batch in enumerate(asked[1:]))
             total = sum(spent.values())
             shares = ", ".join(f"{part} {1e3 * s / count:.2f} ms ({s / total:.0%})" for part, s in spent.items())
             yield f"| {name} | {size} | {way}, a token by part | | | {shares} |"
+        if device.type == "cuda" and size == 1:
+            yield from limits(name, case, rates)
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -423,13 +520,14 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="clinic", help="of clinic, clinic-one, stories, qwen; with commas")
+    parser.add_argument("--models", default="clinic", help="of clinic, clinic-one, stories, qwen, qwen-7b; with commas")
     parser.add_argument("--batch", default="1,8,32", help="batch sizes, with commas")
     parser.add_argument("--tokens", type=int, default=120, help="longest answer")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--length", type=int, help="draft always so many tokens (default: adaptive)")
+    parser.add_argument("--acceptance", help="shares of drafted tokens that stand, by lot; with commas")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -450,6 +548,7 @@ def main() -> None:
         "clinic-one": lambda: clinic(args.device, ("helpful",)),
         "stories": lambda: stories(args.device, args.cache, args.train_seconds),
         "qwen": lambda: qwen(args.device, args.cache, args.train_seconds),
+        "qwen-7b": lambda: qwen_7b(args.device),
     }
     clock = "this process's CPU time" if args.clock == "cpu" else "wall time"
     lines = [

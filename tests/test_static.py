@@ -124,3 +124,21 @@ def test_without_a_gpu_nothing_is_static(monkeypatch: pytest.MonkeyPatch) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not static.possible(tiny("llama", seed=8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording a CUDA graph needs a GPU")
+def test_graphs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = tiny("llama", seed=9).to("cuda")
+    ids = torch.randint(1, SIZE, (1, 60), device="cuda")
+    expected = model(input_ids=ids).logits
+    cached = CachedModel(model, rolls_back=True)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cached.feed(ids[:, :8])
+        for at in range(8, 56, 4):
+            for begin, tokens, back in ((at, 1, 0), (at + 1, 6, 3)):
+                logits = cached.feed(ids[:, begin : begin + tokens], None, tokens)
+                assert torch.allclose(logits, expected[:, begin : begin + tokens], atol=1e-8)
+                cached.take_back(back)
+    assert all(cached.cache._replays.values())
