@@ -125,6 +125,23 @@ class CachedModel:
             return
         self.cache.reorder_cache(rows.to(self.model.device))  # unlike batch_select_indices it knows recurrent states
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether slots can be moved: in plain layers, whose tokens know their positions."""
+        return self._plain
+
+    def pack(self, slots_B_L: Tensor) -> None:
+        """Keep only these slots of every row, in this order."""
+        index = slots_B_L[:, None, :, None].to(self.model.device)
+        for layer in self.cache.layers:
+            keys, values = (kv[: len(index)].take_along_dim(index, dim=2) for kv in (layer.keys, layer.values))
+            if isinstance(self.cache, StaticSteps):
+                layer.keys[: len(index), :, : index.shape[2]] = keys
+                layer.values[: len(index), :, : index.shape[2]] = values
+            else:
+                layer.keys, layer.values = keys, values
+        self.length = slots_B_L.shape[1]
+
     def _mend(self) -> None:
         """After an interrupted forward: cut the layers that it had reached, or, where that is not certain, all."""
         layers = self.cache.layers

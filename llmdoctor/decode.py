@@ -26,6 +26,7 @@ from llmdoctor.speculative import Drafting
 from llmdoctor.types import Alternative, Guidance, GuidedToken, Sampling
 
 Finish = Literal["eos", "stop", "length"]
+_HOLES = 8  # so many, and an eighth of the rest, may stay
 Read = Callable[[], Guidance]
 
 
@@ -183,8 +184,10 @@ def _run(
         guidances = [once[row.read] for row in rows]
         length, drafts = 0, drafting if models.can_draft and first is None else None
         if drafts is not None:
-            room = min(row.budget - row.position for row in rows) - 1
-            length = min(drafts.choose(len(rows)), room) if room > 0 else 0
+            # as far as any row may go: a row whose budget ends within the draft ends there
+            room = min(context - len(prompts[row.index]) - row.position for row in rows)
+            room = min(room, max(row.budget - row.position for row in rows))
+            length = min(drafts.choose(len(rows)), room - 1) if room > 1 else 0
         began = time.perf_counter()
         uniforms = [row.ahead(length + 1) for row in rows]
         models.propose(length, guidances, uniforms)
@@ -271,6 +274,7 @@ class _Models:
         self.mask_B_L: Tensor | None = None  # None while every slot of every row holds a token
         if int(lengths_B.min()) < longest:
             self.mask_B_L = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
+        self.filled = [len(prompt) for prompt in prompts]  # slots of each row that hold a token
         self.pending_B_T = ids_B_L[:, self.patient.length :]
         session.prefilled = self.pending_B_T.shape[1]
         session.ids[:] = prompts[0]
@@ -436,6 +440,9 @@ class _Models:
                 mask_B_L = torch.ones(len(last), self.patient.length - slots, dtype=torch.long, device=self.device)
             holds = [[int(slot < count) for slot in range(slots)] + [1] for count in accepted]
             self.mask_B_L = torch.cat([mask_B_L, mask_B_L.new_tensor(holds)], dim=1)
+        self.filled = [filled + count for filled, count in zip(self.filled, accepted, strict=True)]
+        self._pack(max(self.filled))
+        self.filled = [filled + 1 for filled in self.filled]
         self.pending_B_T = torch.tensor(last, device=self.device)[:, None]
         self._feed_last(self.pending_B_T)
         values = {name: self._value(name)[:, 0].tolist() for name in self.doctors}
@@ -452,10 +459,23 @@ class _Models:
         rows = torch.tensor(staying, device=self.device)
         for model in (self.patient, *self.cached.values(), *self.bases.values()):
             model.keep(rows)
+        self.filled = [self.filled[i] for i in staying]
         self.pending_B_T = self.pending_B_T[rows]
         self.mask_B_L = None if self.mask_B_L is None else self.mask_B_L[rows]
         for logps in (self.next_logps, self.next_base_logps):
             logps.update({name: logp[rows] for name, logp in logps.items()})
+
+    def _pack(self, needed: int) -> None:
+        """Close the holes of the caches when they have become many: every step reads them, and copies them."""
+        everyone = [self.patient, *self.cached.values(), *self.bases.values()]
+        if self.patient.length - needed <= max(_HOLES, needed // 8) or not all(m.can_pack for m in everyone):
+            return
+        assert self.mask_B_L is not None
+        held_B_L, last_B_1 = self.mask_B_L[:, :-1], self.mask_B_L[:, -1:]
+        kept_B_L = held_B_L.argsort(dim=1, stable=True)[:, -needed:]
+        self.mask_B_L = torch.cat([held_B_L.gather(1, kept_B_L), last_B_1], dim=1)
+        for model in everyone:
+            model.pack(kept_B_L)
 
     def _feed_last(self, ids_B_L: Tensor, *, whole: bool = False) -> None:
         """Bring doctors and bases behind the last of these tokens: log-probs of its successor [B, 1, V].

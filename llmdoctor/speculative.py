@@ -11,6 +11,7 @@ the text to the length of the drafts, and the guided answer's luck is then no lo
 """
 
 from collections import defaultdict, deque
+from collections.abc import Collection
 from typing import Protocol
 
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -47,8 +48,8 @@ class AdaptiveLength:
     """The length with the most tokens a second, by the acceptance and the round times measured so far.
 
     With acceptance a, a draft of k gives 1 + a + ... + a^k tokens a round. A round's time is taken as linear in k from
-    1 on (the shortest of recent rounds, so that a hiccup of the machine does not count); 0, the reference path, has its
-    own.
+    1 on (the shortest but one of nine recent rounds, the shortest of few: hiccups of the machine do not count, nor does
+    it favour the lengths measured most often); 0, the reference path, has its own.
     Keep one object as long as the models: it goes on learning, and every size of batch is learnt apart.
     """
 
@@ -80,7 +81,7 @@ class AdaptiveLength:
         return (0, LENGTHS[max(0, at - 1)], LENGTHS[min(at + 1, len(LENGTHS) - 1)])[count // _PROBE_EVERY % 3]
 
     def _best(self, seconds: dict[int, deque[float]]) -> int:
-        points = [(k, min(times)) for k, times in seconds.items() if k and len(times) > 2]
+        points = [(k, _undisturbed(times)) for k, times in seconds.items() if k and len(times) > 2]
         if not points or len(seconds[0]) < 3:
             return _FIRST[0]
         # least squares of time over length, a line that does not fall
@@ -88,7 +89,7 @@ class AdaptiveLength:
         mean_k, mean_t = (sum(column) / n for column in zip(*points, strict=True))
         spread = sum((k - mean_k) ** 2 for k, _ in points)
         slope = max(0.0, sum((k - mean_k) * (t - mean_t) for k, t in points) / spread if spread else mean_t / 16)
-        best, rate, expected = 0, 1 / min(seconds[0]), 1.0
+        best, rate, expected = 0, 1 / _undisturbed(seconds[0]), 1.0
         for k in range(1, LENGTHS[-1] + 1):
             expected += self.acceptance**k
             time = mean_t + slope * (k - mean_k)
@@ -103,3 +104,7 @@ class AdaptiveLength:
         keep = 0.985**tested
         self._accepted = keep * self._accepted + accepted
         self._tested = keep * self._tested + tested
+
+
+def _undisturbed(times: Collection[float]) -> float:
+    return sorted(times)[len(times) // 6]

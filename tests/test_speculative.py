@@ -82,6 +82,27 @@ def test_drafted_equals_reference(arch: str, how: dict[str, float]) -> None:
             assert drafting.tested > 0
 
 
+def test_holes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with about half of its drafts rejected: the caches stay near the longest row's length, tokens as ever."""
+    model = tiny("llama", seed=3)
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        weight.add_(0.1 * weight.std() * torch.randn_like(weight))
+    patient, doctor, guidance = patient_of(tiny("llama", seed=3)), doctor_of(model), Guidance(0.8, {"doctor": 0.9})
+    lengths: list[int] = []
+    feed = CachedModel.feed
+
+    def watched(model: CachedModel, *args: Any) -> Any:
+        lengths.append(model.length)
+        return feed(model, *args)
+
+    plain = run(patient, [doctor], 3 * PROMPTS, guidance, max_new_tokens=90)
+    monkeypatch.setattr(CachedModel, "feed", watched)
+    same(run(patient, [doctor], 3 * PROMPTS, guidance, FixedLength(6), max_new_tokens=90), plain)
+    longest = max(len(prompt) + len(steps) for prompt, steps in zip(3 * PROMPTS, plain, strict=True))
+    assert max(lengths) <= longest + max(8, longest // 8) + 7
+
+
 @pytest.mark.parametrize("mode", ["product", "ratio"])
 def test_guidance_that_changes_within_a_draft(mode: str) -> None:
     """Two doctors, alpha and betas another for every token: all fields as if each token had been drawn alone."""

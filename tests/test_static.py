@@ -19,6 +19,7 @@ from tests.test_speculative import (  # noqa: F401  # collected here once more
     test_caches_after_rejection_equal_fresh_ones,
     test_drafted_equals_reference,
     test_guidance_that_changes_within_a_draft,
+    test_holes_are_closed,
     test_the_next_turn_reads_only_what_is_new,
 )
 
