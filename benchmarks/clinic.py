@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--betas", type=float, nargs="+", default=[0.4, 0.8, 1.2])
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.3, 0.6, 0.9])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     profile = load_profile("clinic")

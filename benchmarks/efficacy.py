@@ -532,7 +532,7 @@ def good_answers(run: Run, seeds: Sequence[int]) -> Rows:
 
 def tables(rows: Rows, good: Rows) -> str:
     """Every part's table; the first with what each curve reaches at the diversity of good answers."""
-    level, sharp = statistics.mean(one[DISTINCT] for one in good), {}
+    sharp = {}
     for (seed,), curve in grouped([one for one in rows if one["method"] == STUDIES[0].method], "seed").items():
         sharp[seed] = curve
     out = []
@@ -544,7 +544,7 @@ def tables(rows: Rows, good: Rows) -> str:
             continue
         if part == "main":
             own = [*good, *own]
-            out.append(_curves(own, level) + "\n")
+            out.append(_curves(own, good) + "\n")
         elif part not in ("frontier", "patient size"):  # beside the default, measured at the same strengths
             at = {one["x"] for one in own}
             own = [one for one in rows if one["method"] == DEFAULT.method and one["x"] in at] + own
@@ -563,25 +563,17 @@ def tables(rows: Rows, good: Rows) -> str:
     return "\n".join(out)
 
 
-def _curves(rows: Rows, level: float) -> str:
+def _curves(rows: Rows, good: Rows) -> str:
+    levels = {column: statistics.mean(one[column] for one in good) for column in (DISTINCT, ENTROPY)}
     lines = []
     for (method,), own in grouped(rows, "method").items():
         seeds = grouped(own, "seed").values()
-        at_level = [crossing(curve, DISTINCT, level, GOLD) for curve in seeds]
+        at_level = [[crossing(curve, column, level, GOLD) for curve in seeds] for column, level in levels.items()]
         at_gold = [[crossing(curve, GOLD, g, DISTINCT) for curve in seeds] for g in (0.9, 0.95)]
         best = max(statistics.mean(one[GOLD] for one in found) for found in grouped(own, "x").values())
-        lines.append(
-            [method, interval(at_level), *(interval(found) for found in at_gold), f"{best:.3f}", str(len(seeds))]
-        )
-    heads = (
-        "",
-        f"gold at distinct-4 {level:.3f}",
-        "distinct-4 at gold .9",
-        "distinct-4 at gold .95",
-        "greatest gold",
-        "seeds",
-    )
-    return table(heads, lines)
+        lines.append([method, *(interval(found) for found in (*at_level, *at_gold)), f"{best:.3f}", str(len(seeds))])
+    heads = ["", *(f"gold at {column} {level:.3f}" for column, level in levels.items())]
+    return table([*heads, "distinct-4 at gold .9", "distinct-4 at gold .95", "greatest gold", "seeds"], lines)
 
 
 def _grid(rows: Rows) -> str:
@@ -658,6 +650,7 @@ def main() -> None:
         rows: Rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
         order = {study.method: number for number, study in enumerate(STUDIES)}
         rows.sort(key=lambda one: (PARTS.index(one["part"]), order.get(one["method"], 99)))
+        rows = [one | {"part": "main"} if one["part"] == "tuned patient" else one for one in rows]  # in one picture
         good = good_answers(run, sorted({one["seed"] for one in rows}))
         text = tables(rows, good)
         print(text)

@@ -20,7 +20,7 @@ async def picture(path: Path, size: tuple[int, int], theme: str, token: int) -> 
     """Ask one question, open the inspector on one token, and write what the screen shows."""
     with tempfile.TemporaryDirectory() as folder:
         store = SessionStore(Path(folder) / "sessions.sqlite3")
-        app = ChatApp(start_of(load_profile("clinic"), seed=1, store=store), Config(theme=theme))
+        app = ChatApp(start_of(load_profile("clinic"), seed=2, store=store), Config(theme=theme))
         async with app.run_test(size=size) as pilot:
             await pilot.pause(0.5)
             app.chat.send(_QUESTION)
