@@ -16,6 +16,7 @@ import gzip
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
 import statistics
@@ -670,6 +671,7 @@ def main() -> None:
 def measure_all(run: Run, options: argparse.Namespace, kept: Path) -> None:
     """Do what is missing in ``kept``, every job's rows as soon as it is done: trainings first, then what needs them."""
     run.cache.mkdir(parents=True, exist_ok=True)
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes that do the work
     profile = load_profile("clinic")
     done = set()
     if kept.exists():

@@ -90,8 +90,9 @@ class TrainSettings(_Settings):
 
     ``ceiling`` is the greatest reward of a token that counts, None for no bound: with a low one only the blame is left,
     good tokens are worth the same, and the doctor does not prefer the few of them that the faces tell apart best.
-    ``subtb_weight`` 1 weighs every sub-trajectory alike, ``value_weight`` is lambda, ``alternatives`` the further
-    same-prefix token pairs a response that the value loss compares. ``method`` full trains every weight of the base.
+    ``subtb_weight`` 1 weighs every sub-trajectory alike, less the shorter ones more: a token's reward is then credited
+    to that token. ``value_weight`` is lambda, ``alternatives`` the further same-prefix token pairs a response that the
+    value loss compares. ``method`` full trains every weight of the base.
     ``holdout`` is the share of pairs that is only evaluated on; ``checkpoint_every`` how often to evaluate and to keep
     a checkpoint, in steps (below 1: that share of the run); ``patience`` the evaluations without a better held-out loss
     after which to stop; ``keep_best`` ends with the weights of the best evaluation instead of the last step's.
@@ -104,8 +105,8 @@ class TrainSettings(_Settings):
     anchor: bool = True
     rho: Positive = 10.0
     ceiling: NonNegative | None = None
-    subtb_weight: float = Field(default=1.0, gt=0, le=1)
-    value_weight: NonNegative = 1.0
+    subtb_weight: float = Field(default=0.2, gt=0, le=1)
+    value_weight: NonNegative = 0.1
     gamma: NonNegative = 1.0
     alternatives: int = Field(default=0, ge=0)
     lora_rank: Count = 16
