@@ -489,7 +489,7 @@ def work(run: Run, job: Study | str, seed: int) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------ what came out
 
 Rows = list[dict[str, Any]]
-GOLD, DISTINCT, ENTROPY = "gold helpful", "distinct-4", "4-gram entropy"
+GOLD, DISTINCT, ENTROPY, UNGRAMMATICAL = "gold helpful", "distinct-4", "4-gram entropy", "ungrammatical %"
 
 
 def interval(values: Sequence[float | None], digits: int = 3) -> str:
@@ -590,13 +590,13 @@ def _grid(rows: Rows) -> str:
 
 
 def picture(rows: Rows, good: Rows, path: Path) -> None:
-    """Gold against diversity, a curve a method: up and to the right is better."""
+    """Gold against diversity (up and to the right is better) and against broken sentences (up and to the left)."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    names = (DISTINCT, ENTROPY)
-    for axes, column in zip(figure.subplots(1, 2, sharey=True), names, strict=True):
+    figure = Figure(figsize=(14, 5.2), layout="constrained")
+    names = (DISTINCT, ENTROPY, UNGRAMMATICAL)
+    for axes, column in zip(figure.subplots(1, 3, sharey=True), names, strict=True):
         for number, ((method,), own) in enumerate(grouped([r for r in rows if r["part"] == "main"], "method").items()):
             points = [
                 [statistics.mean(one[name] for one in found) for name in (column, GOLD)]
