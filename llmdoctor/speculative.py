@@ -17,6 +17,9 @@ from typing import Protocol
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 _FIRST = (4, 0, 8, 4, 0, 8, 4, 0, 8)  # tried before anything is known
 _PROBE_EVERY = 48
+# what a draft must gain over none, of one row and of several: less is within the estimates' error, and a batch pays
+# later for what it rejects, by holes in its caches
+_WORTH = (1.1, 1.25)
 
 
 class Drafting(Protocol):
@@ -71,7 +74,7 @@ class AdaptiveLength:
         self._rounds[size] += 1
         if count < len(_FIRST):
             return _FIRST[count]
-        best = self._best(self._seconds[size])
+        best = self._best(self._seconds[size], rows > 1)
         if count % _PROBE_EVERY > 2:
             return best
         # what is not used is not measured: look, now and then, at what lies beside the best
@@ -80,7 +83,7 @@ class AdaptiveLength:
             return 4
         return (0, LENGTHS[max(0, at - 1)], LENGTHS[min(at + 1, len(LENGTHS) - 1)])[count // _PROBE_EVERY % 3]
 
-    def _best(self, seconds: dict[int, deque[float]]) -> int:
+    def _best(self, seconds: dict[int, deque[float]], several: bool) -> int:
         points = [(k, _undisturbed(times)) for k, times in seconds.items() if k and len(times) > 2]
         if not points or len(seconds[0]) < 3:
             return _FIRST[0]
@@ -89,7 +92,7 @@ class AdaptiveLength:
         mean_k, mean_t = (sum(column) / n for column in zip(*points, strict=True))
         spread = sum((k - mean_k) ** 2 for k, _ in points)
         slope = max(0.0, sum((k - mean_k) * (t - mean_t) for k, t in points) / spread if spread else mean_t / 16)
-        best, rate, expected = 0, 1 / _undisturbed(seconds[0]), 1.0
+        best, rate, expected = 0, _WORTH[several] / _undisturbed(seconds[0]), 1.0
         for k in range(1, LENGTHS[-1] + 1):
             expected += self.acceptance**k
             time = mean_t + slope * (k - mean_k)
