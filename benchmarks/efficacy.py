@@ -71,7 +71,8 @@ class Study:
     """One method: what is trained on which pairs, and the settings at which it is measured.
 
     ``train`` and ``rewards`` differ from the profile ``clinic`` by what they name. ``wanted`` is the gold that labels
-    the pairs. ``at`` are betas, lambdas of a fine-tuned patient, or temperatures of the patient alone.
+    the pairs. ``at`` are betas, lambdas of a fine-tuned patient, or temperatures of the patient alone. ``decode`` goes
+    to LLMdoctor. ``doctor`` is the method whose doctor is taken, where a study trains none of its own.
     """
 
     part: str
@@ -79,6 +80,8 @@ class Study:
     loss: str = "tfpo"
     rewards: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    decode: dict[str, Any] = field(default_factory=dict)
+    doctor: str = ""
     faces: tuple[str, ...] = ("helpful",)
     wanted: tuple[str, ...] = ("helpful",)
     noise: float = 0.1
@@ -88,7 +91,7 @@ class Study:
     @property
     def slug(self) -> str:
         """A name for files."""
-        return "".join(c if c.isalnum() else "-" for c in f"{self.part} {self.method}")
+        return "".join(c if c.isalnum() else "-" for c in f"{self.part} {self.doctor or self.method}")
 
 
 PAPER = Study(
@@ -393,7 +396,7 @@ def study_rows(run: Run, study: Study, seed: int) -> list[dict[str, Any]]:
     else:
         folder = trained(run, study, seed)
         tokens = json.loads((folder / "doctor.json").read_text())["metrics"]["tokens"]
-        model = LLMdoctor(profile.patient.model, {"doctor": folder})
+        model = LLMdoctor(profile.patient.model, {"doctor": folder}, **study.decode)
         tuned = study.loss.startswith("patient")
         asked = {x: decoder(model, {"doctor": x}, 1 - x if tuned else 1.0) for x in study.at}
     return [

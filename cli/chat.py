@@ -157,7 +157,7 @@ def start_of(
     from llmdoctor.types import Guidance, Sampling
 
     decode = settings.decode
-    drawing = decode.model_dump(exclude={"alpha", "mode", "plausibility", "speculation"})
+    drawing = decode.model_dump(exclude={"alpha", "mode", "plausibility", "dead_zone", "speculation"})
     betas = {name: doctor.beta for name, doctor in settings.doctors.items()}
     short = [options.short(settings.patient.model), ", ".join(settings.doctors)]
     models = " + ".join(part for part in short if part)
@@ -169,7 +169,7 @@ def start_of(
     return Start(
         load=load,
         models=models,
-        guidance=Guidance(decode.alpha, betas, decode.mode, decode.plausibility),
+        guidance=Guidance(decode.alpha, betas, decode.mode, decode.plausibility, decode.dead_zone),
         sampling=Sampling(**drawing),
         seed=seed,
         profile=settings.model_dump(mode="json"),

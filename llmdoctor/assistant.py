@@ -47,6 +47,7 @@ class LLMdoctor:
         doctor_base: str | Path | Mapping[str, str | Path] | None = None,
         mode: Literal["product", "ratio"] = "product",
         plausibility: float = 0.1,
+        dead_zone: float = 0.0,
         sampling: Sampling | None = None,
         system_prompt: str | None = None,
         speculation: bool = True,
@@ -60,7 +61,7 @@ class LLMdoctor:
         check_sampling(self.sampling)
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
-        self._guidance = Guidance(mode=mode, plausibility=plausibility)
+        self._guidance = Guidance(mode=mode, plausibility=plausibility, dead_zone=dead_zone)
         if isinstance(doctor_checkpoint, Mapping):  # names are known already: complain before anything is loaded
             self._check(alpha, beta, tuple(doctor_checkpoint))
         self.patient: Patient = load_patient(
@@ -100,7 +101,7 @@ class LLMdoctor:
             "system_prompt": p.patient.system_prompt,
             "dtype": p.patient.dtype,
             "device": p.patient.device,
-            **{key: decode.pop(key) for key in ("alpha", "mode", "plausibility", "speculation")},
+            **{key: decode.pop(key) for key in ("alpha", "mode", "plausibility", "dead_zone", "speculation")},
             "sampling": Sampling(**decode),
         }
         if "doctor_checkpoint" in overrides:  # the profile's bases and strengths belong to the profile's doctors
@@ -311,6 +312,8 @@ class LLMdoctor:
             "guided_seconds": guided_seconds,
         }
         described = {"alpha": guidance.alpha, "betas": dict(guidance.betas), "mode": guidance.mode, **asdict(settings)}
+        if guidance.mode == "ratio":
+            described |= {"plausibility": guidance.plausibility, "dead_zone": guidance.dead_zone}
         return Comparison(prompt if isinstance(prompt, str) else list(prompt), described, alone, guided, metrics)
 
     def _decode(

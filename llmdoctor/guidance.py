@@ -29,6 +29,8 @@ def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
         raise UsageError(f'mode must be "product" or "ratio"; got {guidance.mode!r}')
     if not 0 <= guidance.plausibility <= 1:
         raise UsageError(f"plausibility must be between 0 and 1; got {guidance.plausibility}")
+    if not (math.isfinite(guidance.dead_zone) and guidance.dead_zone >= 0):
+        raise UsageError(f"dead_zone must be a finite number of nats, 0 or more; got {guidance.dead_zone}")
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -71,14 +73,19 @@ def product(
 
     Mode "product" is the paper's. Mode "ratio" replaces each doctor by doctor / its own base (``bases_B_V``) and keeps
     the tokens whose patient probability is at least ``plausibility`` times the patient's greatest: for weak doctors.
+    There a departure from the paper keeps answers varied: |log doctor - log base| up to ``dead_zone`` nats counts as 0,
+    so that what the doctor only knows badly does not choose between tokens that it has no reason to tell apart.
     """
     if guidance.alpha == 1 and not any(guidance.betas.values()):
         return patient_B_V
     logits = guidance.alpha * patient_B_V
     for name, doctor_B_V in doctors_B_V.items():
         if beta := guidance.betas.get(name, 0.0):
-            base = 0.0 if bases_B_V is None or guidance.mode == "product" else bases_B_V[name]
-            logits = logits + beta * (doctor_B_V - base)
+            if bases_B_V is not None and guidance.mode == "ratio":
+                doctor_B_V = doctor_B_V - bases_B_V[name]
+                if guidance.dead_zone:
+                    doctor_B_V = doctor_B_V.masked_fill(doctor_B_V.abs() <= guidance.dead_zone, 0.0)
+            logits = logits + beta * doctor_B_V
     if guidance.mode == "ratio":
         # without a cut still not the ids that no token has: doctor and base agree that those are impossible
         floor = torch.full_like(patient_B_V[..., :1], torch.finfo(patient_B_V.dtype).min / 2)

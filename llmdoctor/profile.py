@@ -151,6 +151,7 @@ class DecodeSettings(_Settings):
     alpha: NonNegative = 1.0
     mode: Literal["product", "ratio"] = "product"
     plausibility: float = Field(default=0.1, ge=0, le=1)
+    dead_zone: NonNegative = 0.0
     temperature: NonNegative = 1.0
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -101,13 +101,15 @@ class Guidance:
     """How strongly each model speaks: pi ∝ patient^alpha · prod doctor_i^beta_i. An immutable snapshot, read per token.
 
     ``alpha`` and every beta are finite and >= 0, and not all zero. ``mode`` "ratio" uses (doctor / doctor_base)^beta
-    among the tokens whose patient probability is at least ``plausibility`` times the patient's greatest.
+    among the tokens whose patient probability is at least ``plausibility`` times the patient's greatest; where log
+    doctor and log base differ by at most ``dead_zone`` nats the doctor has no say.
     """
 
     alpha: float = 1.0
     betas: Mapping[str, float] = field(default_factory=dict)
     mode: Literal["product", "ratio"] = "product"
     plausibility: float = 0.1
+    dead_zone: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

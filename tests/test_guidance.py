@@ -19,12 +19,14 @@ def distributions(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
     return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(dim=-1).to(dtype)
 
 
-def naive_product(patient: Tensor, doctors: list[Tensor], alpha: float, betas: list[float], bases=None, cut=0.0):
+def naive_product(patient: Tensor, doctors: list[Tensor], alpha: float, betas: list[float], bases=None, cut=0.0, dead=0.0):
     """One row, token by token, on probabilities."""
     weights = []
     for y, p in enumerate(patient.double().exp().tolist()):
         weight = p**alpha if p >= cut * float(patient.double().exp().max()) else 0.0
         for i, (doctor, beta) in enumerate(zip(doctors, betas, strict=True)):
+            if bases and abs(float(doctor[y] - bases[i][y])) <= dead:
+                continue
             weight *= math.exp(doctor[y]) ** beta
             if bases:
                 weight /= math.exp(bases[i][y]) ** beta
@@ -49,6 +51,25 @@ def test_product_is_the_normalised_product_of_powers(dtype: torch.dtype, mode: s
         tolerance = 1e-10 if dtype == torch.float64 else 2e-5
         torch.testing.assert_close(found[row].double().exp(), expected, rtol=tolerance, atol=1e-15)
     assert mode == "product" or (found == -torch.inf).any()
+
+
+@pytest.mark.parametrize("betas", [[0.9], [0.2, 1.6]])
+def test_a_dead_zone_leaves_the_patient_its_choice(betas: list[float]):
+    """Against the twin; and two tokens in the zone keep the patient's own odds, while one beyond it loses its."""
+    patient = distributions(3, 40)
+    doctors = {f"d{i}": distributions(3, 40, seed=10 + i) for i in range(len(betas))}
+    bases = {name: distributions(3, 40, seed=20 + i) for i, name in enumerate(doctors)}
+    guidance = Guidance(1.0, dict(zip(doctors, betas, strict=True)), "ratio", plausibility=0.01, dead_zone=1.5)
+    found = product(patient, doctors, guidance, bases)
+    for row in range(3):
+        rows = [[d[row] for d in models.values()] for models in (doctors, bases)]
+        expected = naive_product(patient[row], rows[0], 1.0, betas, rows[1], cut=0.01, dead=1.5)
+        torch.testing.assert_close(found[row].exp(), expected, rtol=1e-10, atol=1e-15)
+
+    patient, doctor, base = (torch.tensor([p]).log() for p in ([0.6, 0.2, 0.2], [0.5, 0.4, 0.1], [0.25, 0.25, 0.5]))
+    odds = product(patient, {"d": doctor}, Guidance(1.0, {"d": 1.0}, "ratio", 0.0, 0.8), {"d": base}).exp()[0]
+    assert float(odds[0] / odds[1]) == pytest.approx(3.0)  # both within .8 nats
+    assert float(odds[2] / odds[1]) == pytest.approx(0.2)  # log .2 is beyond
 
 
 @pytest.mark.parametrize("mode", ["product", "ratio"])
@@ -206,6 +227,8 @@ NAN, INF = math.nan, math.inf
         ({"alpha": 0.0, "betas": {"helpful": 0.0, "safe": 0.0}}, "nothing is left"),
         ({"plausibility": 1.5}, "plausibility.*1.5"),
         ({"plausibility": NAN}, "plausibility.*nan"),
+        ({"dead_zone": -1.0}, "dead_zone.*-1"),
+        ({"dead_zone": INF}, "dead_zone.*inf"),
     ],
 )
 def test_guidance_out_of_range(change, said: str):
