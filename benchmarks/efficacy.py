@@ -102,6 +102,13 @@ PAPER = Study(
     at=CURVE,
 )
 DEFAULT = Study("main", "TFPO, our default", at=CURVE)
+RATIO = Study(  # the same doctors, decoded otherwise
+    "main",
+    "TFPO, doctor over base with a dead zone",
+    decode={"mode": "ratio", "plausibility": 0.03, "dead_zone": 2.0},
+    doctor=DEFAULT.method,
+    at=CURVE,
+)
 ARM = Study("main", "ARM loss (GenARM)", "arm", at=CURVE)
 DPO = Study("main", "DPO loss on the doctor", "dpo", at=CURVE)
 SAFE = Study("frontier", "doctor safe", faces=("safe",), wanted=("safe",))
@@ -111,6 +118,7 @@ BOTH = ("helpful", "safe")
 STUDIES = (
     Study("main", "patient alone, by temperature", "temperature", at=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
     DEFAULT,
+    RATIO,
     PAPER,
     ARM,
     DPO,
