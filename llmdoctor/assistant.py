@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from transformers import PreTrainedModel
+
 from llmdoctor.caches import Session
 from llmdoctor.decode import Step, decode
 from llmdoctor.doctor import LoadedDoctor, load_doctor
@@ -72,12 +74,14 @@ class LLMdoctor:
             named.update(doctor_checkpoint)
         elif doctor_checkpoint is not None:
             named[None] = doctor_checkpoint
+        bases: dict[str, PreTrainedModel] = {}
         for name, checkpoint in named.items():
             doctor = load_doctor(
                 checkpoint,
                 name=name,
                 base=doctor_base.get(name or "") if isinstance(doctor_base, Mapping) else doctor_base,
                 with_base=mode == "ratio",
+                bases=bases,
                 dtype=dtype,
                 device=device,
                 trust_remote_code=trust_remote_code,

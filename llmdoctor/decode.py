@@ -157,7 +157,7 @@ def _run(
         guidance = row.read()
         if guidance is not checked:
             check_guidance(guidance, names)
-            if guidance.mode == "ratio" and len(models.bases) < len(doctors):
+            if guidance.mode == "ratio" and len(models.base_of) < len(doctors):
                 raise UsageError(
                     'the mode cannot become "ratio" in the middle of an answer: set it before the answer begins'
                 )
@@ -262,12 +262,15 @@ class _Models:
 
         self.patient = cached("patient", patient.model)
         self.cached = {name: cached(f"doctor {name}", d.model, keeps_hidden=True) for name, d in doctors.items()}
-        self.bases: dict[str, CachedModel] = {}
+        self.bases: dict[str, CachedModel] = {}  # one that several doctors share is read once
+        self.base_of: dict[str, str] = {}
         if with_bases:
             for name, doctor in doctors.items():
                 if doctor.base is None:
                     raise UsageError(f'mode "ratio" needs the base model of doctor {name!r}: load it with mode="ratio"')
-                self.bases[name] = cached(f"base {name}", doctor.base)
+                self.base_of[name] = next((n for n, base in self.bases.items() if base.model is doctor.base), name)
+                if self.base_of[name] == name:
+                    self.bases[name] = cached(f"base {name}", doctor.base)
         longest = max(map(len, prompts))
         ids_B_L = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
         lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
@@ -377,7 +380,7 @@ class _Models:
         rows = slice(None) if row is None else slice(row, row + 1)
         patient_B_K_V = self.patient_logp[rows, start:]
         doctors = {name: logp[rows, start:] for name, logp in self.doctor_logps.items()}
-        bases = {name: logp[rows, start:] for name, logp in self.base_logps.items()}
+        bases = {name: self.base_logps[base][rows, start:] for name, base in self.base_of.items()}
         product_B_K_V = _products(patient_B_K_V, doctors, guidances, bases)
         b, k, v = product_B_K_V.shape
         flat = torch.tensor(uniforms, dtype=torch.float64).flatten()

@@ -160,11 +160,15 @@ def load_doctor(
     name: str | None = None,
     base: str | Path | None = None,
     with_base: bool = False,
+    bases: dict[str, PreTrainedModel] | None = None,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> LoadedDoctor:
-    """Open a doctor folder for decoding. ``base`` overrides the base model that doctor.json names. Raises LoadError."""
+    """Open a doctor folder for decoding. ``base`` overrides the base model that doctor.json names. Raises LoadError.
+
+    ``with_base`` also loads the base as it was before training: once for all doctors opened with the same ``bases``.
+    """
     folder = Path(checkpoint).expanduser()
     if not (folder / MARKER).is_file():
         raise LoadError(f"there is no doctor at {folder}: expected a folder with {MARKER}, as `llmdoctor train` writes")
@@ -176,7 +180,10 @@ def load_doctor(
         source = str((folder / source).resolve())
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(folder)
-    plain = load_lm(source, **options) if with_base else None  # type: ignore[arg-type]
+    plain, bases = None, {} if bases is None else bases
+    if with_base:
+        key = str(Path(source).resolve()) if Path(source).is_dir() else source
+        plain = bases[key] = bases.get(key) or load_lm(source, **options)  # type: ignore[arg-type]
     whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
     lm = load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
     try:

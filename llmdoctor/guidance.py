@@ -81,11 +81,12 @@ def product(
     logits = guidance.alpha * patient_B_V
     for name, doctor_B_V in doctors_B_V.items():
         if beta := guidance.betas.get(name, 0.0):
+            says_B_V = doctor_B_V
             if bases_B_V is not None and guidance.mode == "ratio":
-                doctor_B_V = doctor_B_V - bases_B_V[name]
+                says_B_V = doctor_B_V - bases_B_V[name]
                 if guidance.dead_zone:
-                    doctor_B_V = doctor_B_V.masked_fill(doctor_B_V.abs() <= guidance.dead_zone, 0.0)
-            logits = logits + beta * doctor_B_V
+                    says_B_V = says_B_V.masked_fill(says_B_V.abs() <= guidance.dead_zone, 0.0)
+            logits = logits + beta * says_B_V
     if guidance.mode == "ratio":
         # without a cut still not the ids that no token has: doctor and base agree that those are impossible
         floor = torch.full_like(patient_B_V[..., :1], torch.finfo(patient_B_V.dtype).min / 2)

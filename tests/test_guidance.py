@@ -19,7 +19,9 @@ def distributions(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
     return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(dim=-1).to(dtype)
 
 
-def naive_product(patient: Tensor, doctors: list[Tensor], alpha: float, betas: list[float], bases=None, cut=0.0, dead=0.0):
+def naive_product(
+    patient: Tensor, doctors: list[Tensor], alpha: float, betas: list[float], bases=None, cut=0.0, dead=0.0
+):
     """One row, token by token, on probabilities."""
     weights = []
     for y, p in enumerate(patient.double().exp().tolist()):
