@@ -101,12 +101,12 @@ PAPER = Study(
     train={"flow": "absolute", "anchor": False, "rho": 6.0, "ceiling": 1.0, "subtb_weight": 1.0, "value_weight": 1.0},
     at=CURVE,
 )
-DEFAULT = Study("main", "TFPO, our default", at=CURVE)
-RATIO = Study(  # the same doctors, decoded otherwise
+PRODUCT = Study("main", "TFPO, plain product", at=CURVE)  # what ablations of the training stand beside
+DEFAULT = Study(  # the same doctors, decoded as the profile `clinic` does
     "main",
-    "TFPO, doctor over base with a dead zone",
+    "TFPO, our default",
     decode={"mode": "ratio", "plausibility": 0.03, "dead_zone": 2.0},
-    doctor=DEFAULT.method,
+    doctor=PRODUCT.method,
     at=CURVE,
 )
 ARM = Study("main", "ARM loss (GenARM)", "arm", at=CURVE)
@@ -118,7 +118,7 @@ BOTH = ("helpful", "safe")
 STUDIES = (
     Study("main", "patient alone, by temperature", "temperature", at=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
     DEFAULT,
-    RATIO,
+    PRODUCT,
     PAPER,
     ARM,
     DPO,
@@ -126,7 +126,7 @@ STUDIES = (
     Study("tuned patient", "DPO of the patient, LoRA", "patient dpo lora", at=(0.25, 0.5, 1.0)),
     Study("tuned patient", "DPO of the patient, full", "patient dpo full", at=(0.25, 0.5, 1.0)),
     Study("tuned patient", "SFT of the patient, LoRA", "patient sft lora", at=(0.5, 1.0)),
-    # gap looks at no label: a mixed preference gives it the default's doctor, wrong labels too
+    # gap looks at no label: a mixed preference gives it the doctor of PRODUCT, wrong labels too
     *(Study("direction", f"{d}", rewards={"direction": d}) for d in ("label", "agree", "fitted")),
     *(
         Study(
@@ -141,7 +141,7 @@ STUDIES = (
     *(
         replace(study, part="label noise", method=f"{name}, {noise:.0%} wrong", noise=noise, at=(0.4, 0.8), **more)
         for name, study, more in (
-            ("label", DEFAULT, {"rewards": {"direction": "label"}}),
+            ("label", PRODUCT, {"rewards": {"direction": "label"}}),
             ("ARM loss", ARM, {}),
             ("DPO loss", DPO, {}),
         )
@@ -440,7 +440,7 @@ def best_rows(run: Run, seed: int) -> list[dict[str, Any]]:
     """Best of 8 by the default doctor."""
     started = time.monotonic()
     model = LLMdoctor(load_profile("clinic").patient.model)
-    folder = trained(run, DEFAULT, seed)
+    folder = trained(run, PRODUCT, seed)
     found = measure(best_of(model, folder), run.asked(), [seed])[0]
     tokens = json.loads((folder / "doctor.json").read_text())["metrics"]["tokens"]
     return [row("main", f"best of {BEST_OF} by the default doctor", seed, {"x": BEST_OF}, found, tokens, started)]
@@ -448,7 +448,7 @@ def best_rows(run: Run, seed: int) -> list[dict[str, Any]]:
 
 def frontier_rows(run: Run, seed: int) -> list[dict[str, Any]]:
     """Two doctors over a grid of strengths."""
-    folders = {"helpful": trained(run, DEFAULT, seed), "safe": trained(run, SAFE, seed)}
+    folders = {"helpful": trained(run, PRODUCT, seed), "safe": trained(run, SAFE, seed)}
     model = LLMdoctor(load_profile("clinic").patient.model, folders)
     rows = []
     for x in (0.0, 0.4, 0.8):
@@ -461,7 +461,7 @@ def frontier_rows(run: Run, seed: int) -> list[dict[str, Any]]:
 
 def size_rows(run: Run, seed: int) -> list[dict[str, Any]]:
     """One doctor, trained on the embedded patient's signals, on patients of other sizes."""
-    doctor = trained(run, DEFAULT, seed)
+    doctor = trained(run, PRODUCT, seed)
     rows = []
     for name in ("12 x 112", *SIZES):
         source = run.cache / name.replace(" ", "") if name in SIZES else Path(load_profile("clinic").patient.model)
@@ -531,6 +531,12 @@ def crossing(curve: Rows, column: str, level: float, wanted: str) -> float | Non
     return None
 
 
+def as_varied(curve: Rows, column: str, level: float) -> float | None:
+    """The greatest gold of one seed's curve where ``column`` is ``level`` or more; None where it never is."""
+    found = [one[GOLD] for one in curve if one[column] >= level]
+    return max([*found, crossing(curve, column, level, GOLD) or found[0]]) if found else None
+
+
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *lines))
@@ -557,9 +563,9 @@ def tables(rows: Rows, good: Rows) -> str:
         if part == "main":
             own = [*good, *own]
             out.append(_curves(own, good) + "\n")
-        elif part not in ("frontier", "patient size"):  # beside the default, measured at the same strengths
+        elif part not in ("frontier", "patient size"):  # beside the same decoding, measured at the same strengths
             at = {one["x"] for one in own}
-            own = [one for one in rows if one["method"] == DEFAULT.method and one["x"] in at] + own
+            own = [one for one in rows if one["method"] == PRODUCT.method and one["x"] in at] + own
         lines = []
         for (method, x), found in grouped(own, "method", "x").items():
             cells = [interval([one[name] for one in found]) for name in COLUMNS]
@@ -580,11 +586,11 @@ def _curves(rows: Rows, good: Rows) -> str:
     lines = []
     for (method,), own in grouped(rows, "method").items():
         seeds = grouped(own, "seed").values()
-        at_level = [[crossing(curve, column, level, GOLD) for curve in seeds] for column, level in levels.items()]
+        at_level = [[as_varied(curve, column, level) for curve in seeds] for column, level in levels.items()]
         at_gold = [[crossing(curve, GOLD, g, DISTINCT) for curve in seeds] for g in (0.9, 0.95)]
         best = max(statistics.mean(one[GOLD] for one in found) for found in grouped(own, "x").values())
         lines.append([method, *(interval(found) for found in (*at_level, *at_gold)), f"{best:.3f}", str(len(seeds))])
-    heads = ["", *(f"gold at {column} {level:.3f}" for column, level in levels.items())]
+    heads = ["", *(f"gold at {column} {level:.3f} or more" for column, level in levels.items())]
     return table([*heads, "distinct-4 at gold .9", "distinct-4 at gold .95", "greatest gold", "seeds"], lines)
 
 
@@ -674,7 +680,8 @@ def main() -> None:
                 f"# Does the doctor work?\n\n`{command}`: {run.questions} held-out questions of the clinic, "
                 f"temperature 1, torch {torch.__version__} on CPU. Mean ± half of the 95% interval over the seeds, "
                 "each with its own labels, training and draws. `at`: beta of the doctor, lambda of a fine-tuned "
-                "patient in patient^(1 - lambda) * tuned^lambda, or the temperature of the patient alone.\n\n"
+                "patient in patient^(1 - lambda) * tuned^lambda, or the temperature of the patient alone. All parts "
+                "but the default's own line decode by the plain product.\n\n"
             )
             (output / f"{name}.md").write_text(head + text, encoding="utf-8")
 

@@ -157,8 +157,9 @@ def start_of(
     from llmdoctor.types import Guidance, Sampling
 
     decode = settings.decode
-    drawing = decode.model_dump(exclude={"alpha", "mode", "plausibility", "dead_zone", "speculation"})
+    drawing = decode.model_dump(exclude={"alpha", "mode", "plausibility", "speculation"})
     betas = {name: doctor.beta for name, doctor in settings.doctors.items()}
+    dead_zones = {name: doctor.dead_zone for name, doctor in settings.doctors.items() if doctor.dead_zone}
     short = [options.short(settings.patient.model), ", ".join(settings.doctors)]
     models = " + ".join(part for part in short if part)
 
@@ -169,7 +170,7 @@ def start_of(
     return Start(
         load=load,
         models=models,
-        guidance=Guidance(decode.alpha, betas, decode.mode, decode.plausibility, decode.dead_zone),
+        guidance=Guidance(decode.alpha, betas, decode.mode, decode.plausibility, dead_zones),
         sampling=Sampling(**drawing),
         seed=seed,
         profile=settings.model_dump(mode="json"),

@@ -145,10 +145,13 @@ def guided_profile(
     decode: Mapping[str, Any],
 ) -> "Profile":
     """The profile with the options of ``chat`` and ``compare`` laid over it."""
-    from llmdoctor.profile import DoctorSettings, override
+    from llmdoctor.profile import DecodeSettings, DoctorSettings, override
 
     chosen = dict(profile.doctors)
+    decoding = profile.decode
     if doctors:
+        if profile.name == "clinic":  # its way to combine models suits its own doctors
+            decoding = override(decoding, mode="product", plausibility=DecodeSettings().plausibility)
         chosen = {name: DoctorSettings(checkpoint=path) for name, path in parse_doctors(doctors).items()}
     named = parse_betas(betas or (), tuple(chosen))
     return profile.model_copy(
@@ -157,7 +160,7 @@ def guided_profile(
             "doctors": {
                 name: override(settings, base=doctor_base, beta=named.get(name)) for name, settings in chosen.items()
             },
-            "decode": override(profile.decode, **decode),
+            "decode": override(decoding, **decode),
         }
     )
 

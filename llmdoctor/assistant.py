@@ -29,7 +29,8 @@ class LLMdoctor:
 
     ``doctor_checkpoint`` is one doctor folder, or a mapping of names to folders; without any, the patient speaks alone.
     ``beta`` is one strength for every doctor, or a mapping. ``doctor_base`` overrides the base model that a doctor
-    folder names. ``system_prompt`` opens every conversation. ``alpha``, ``beta`` and ``sampling`` may be set at any
+    folder names. ``mode``, ``plausibility`` and ``dead_zone`` (one, or a mapping) are those of `Guidance`.
+    ``system_prompt`` opens every conversation. ``alpha``, ``beta`` and ``sampling`` may be set at any
     time: a running ``stream`` follows with its next token.
 
     ``speculation`` lets a doctor draft tokens that the patient checks several at a time: faster, and the same answers.
@@ -49,7 +50,7 @@ class LLMdoctor:
         doctor_base: str | Path | Mapping[str, str | Path] | None = None,
         mode: Literal["product", "ratio"] = "product",
         plausibility: float = 0.1,
-        dead_zone: float = 0.0,
+        dead_zone: float | Mapping[str, float] = 0.0,
         sampling: Sampling | None = None,
         system_prompt: str | None = None,
         speculation: bool = True,
@@ -63,7 +64,7 @@ class LLMdoctor:
         check_sampling(self.sampling)
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
-        self._guidance = Guidance(mode=mode, plausibility=plausibility, dead_zone=dead_zone)
+        self._guidance = Guidance(mode=mode, plausibility=plausibility)
         if isinstance(doctor_checkpoint, Mapping):  # names are known already: complain before anything is loaded
             self._check(alpha, beta, tuple(doctor_checkpoint))
         self.patient: Patient = load_patient(
@@ -90,6 +91,8 @@ class LLMdoctor:
                 doctor.vocabulary, f"the patient {patient_model}", f"the doctor {checkpoint}"
             )
             self._doctors[doctor.name] = doctor
+        zones = dead_zone if isinstance(dead_zone, Mapping) else dict.fromkeys(self.doctor_names, dead_zone)
+        self._guidance = replace(self._guidance, dead_zones={name: x for name, x in zones.items() if x})
         self.guidance = self._check(alpha, beta, self.doctor_names)
 
     @classmethod
@@ -102,14 +105,15 @@ class LLMdoctor:
             "doctor_checkpoint": {name: doctor.checkpoint for name, doctor in p.doctors.items()},
             "doctor_base": {name: doctor.base for name, doctor in p.doctors.items() if doctor.base},
             "beta": {name: doctor.beta for name, doctor in p.doctors.items()},
+            "dead_zone": {name: doctor.dead_zone for name, doctor in p.doctors.items()},
             "system_prompt": p.patient.system_prompt,
             "dtype": p.patient.dtype,
             "device": p.patient.device,
-            **{key: decode.pop(key) for key in ("alpha", "mode", "plausibility", "dead_zone", "speculation")},
+            **{key: decode.pop(key) for key in ("alpha", "mode", "plausibility", "speculation")},
             "sampling": Sampling(**decode),
         }
         if "doctor_checkpoint" in overrides:  # the profile's bases and strengths belong to the profile's doctors
-            settings |= {"beta": 0.8, "doctor_base": None}
+            settings |= {"beta": 0.8, "doctor_base": None, "dead_zone": 0.0}
         elif isinstance(overrides.get("beta"), Mapping):
             overrides["beta"] = {**settings["beta"], **overrides["beta"]}
         return cls(**{**settings, **overrides})
@@ -317,7 +321,7 @@ class LLMdoctor:
         }
         described = {"alpha": guidance.alpha, "betas": dict(guidance.betas), "mode": guidance.mode, **asdict(settings)}
         if guidance.mode == "ratio":
-            described |= {"plausibility": guidance.plausibility, "dead_zone": guidance.dead_zone}
+            described |= {"plausibility": guidance.plausibility, "dead_zones": dict(guidance.dead_zones)}
         return Comparison(prompt if isinstance(prompt, str) else list(prompt), described, alone, guided, metrics)
 
     def _decode(

@@ -20,7 +20,7 @@ def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
     for name, strength in {"alpha": guidance.alpha, **{f"beta of {n}": b for n, b in guidance.betas.items()}}.items():
         if not (math.isfinite(strength) and strength >= 0):
             raise UsageError(f"{name} must be a finite number, 0 or more; got {strength}")
-    if unknown := [name for name in guidance.betas if name not in doctors]:
+    if unknown := [name for name in (*guidance.betas, *guidance.dead_zones) if name not in doctors]:
         known = ", ".join(doctors) or "none"
         raise UsageError(f"there is no doctor {unknown[0]!r}; the doctors are: {known}")
     if guidance.alpha == 0 and not any(guidance.betas.values()):
@@ -29,8 +29,9 @@ def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
         raise UsageError(f'mode must be "product" or "ratio"; got {guidance.mode!r}')
     if not 0 <= guidance.plausibility <= 1:
         raise UsageError(f"plausibility must be between 0 and 1; got {guidance.plausibility}")
-    if not (math.isfinite(guidance.dead_zone) and guidance.dead_zone >= 0):
-        raise UsageError(f"dead_zone must be a finite number of nats, 0 or more; got {guidance.dead_zone}")
+    for name, width in guidance.dead_zones.items():
+        if not (math.isfinite(width) and width >= 0):
+            raise UsageError(f"dead_zone of {name} must be a finite number of nats, 0 or more; got {width}")
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -73,8 +74,8 @@ def product(
 
     Mode "product" is the paper's. Mode "ratio" replaces each doctor by doctor / its own base (``bases_B_V``) and keeps
     the tokens whose patient probability is at least ``plausibility`` times the patient's greatest: for weak doctors.
-    There a departure from the paper keeps answers varied: |log doctor - log base| up to ``dead_zone`` nats counts as 0,
-    so that what the doctor only knows badly does not choose between tokens that it has no reason to tell apart.
+    There a departure from the paper keeps answers varied: |log doctor - log base| within a doctor's dead zone counts as
+    0, so that the errors of its training do not choose between tokens that it has no reason to tell apart.
     """
     if guidance.alpha == 1 and not any(guidance.betas.values()):
         return patient_B_V
@@ -84,8 +85,8 @@ def product(
             says_B_V = doctor_B_V
             if bases_B_V is not None and guidance.mode == "ratio":
                 says_B_V = doctor_B_V - bases_B_V[name]
-                if guidance.dead_zone:
-                    says_B_V = says_B_V.masked_fill(says_B_V.abs() <= guidance.dead_zone, 0.0)
+                if dead_zone := guidance.dead_zones.get(name, 0.0):
+                    says_B_V = says_B_V.masked_fill(says_B_V.abs() <= dead_zone, 0.0)
             logits = logits + beta * says_B_V
     if guidance.mode == "ratio":
         # without a cut still not the ids that no token has: doctor and base agree that those are impossible

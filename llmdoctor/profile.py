@@ -135,11 +135,15 @@ class TrainSettings(_Settings):
 
 
 class DoctorSettings(_Settings):
-    """A trained doctor. ``base`` None takes the base model that the doctor's own folder names."""
+    """A trained doctor. ``base`` None takes the base model that the doctor's own folder names.
+
+    ``dead_zone``, nats, is for mode "ratio": see `llmdoctor.types.Guidance`.
+    """
 
     checkpoint: Location
     base: Location | None = None
     beta: NonNegative = 0.8
+    dead_zone: NonNegative = 0.0
 
 
 class DecodeSettings(_Settings):
@@ -151,7 +155,6 @@ class DecodeSettings(_Settings):
     alpha: NonNegative = 1.0
     mode: Literal["product", "ratio"] = "product"
     plausibility: float = Field(default=0.1, ge=0, le=1)
-    dead_zone: NonNegative = 0.0
     temperature: NonNegative = 1.0
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)

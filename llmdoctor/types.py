@@ -102,14 +102,14 @@ class Guidance:
 
     ``alpha`` and every beta are finite and >= 0, and not all zero. ``mode`` "ratio" uses (doctor / doctor_base)^beta
     among the tokens whose patient probability is at least ``plausibility`` times the patient's greatest; where log
-    doctor and log base differ by at most ``dead_zone`` nats the doctor has no say.
+    doctor and log base differ by at most its ``dead_zones`` nats (0 if not named) a doctor has no say.
     """
 
     alpha: float = 1.0
     betas: Mapping[str, float] = field(default_factory=dict)
     mode: Literal["product", "ratio"] = "product"
     plausibility: float = 0.1
-    dead_zone: float = 0.0
+    dead_zones: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
-from llmdoctor.caches import Session
+from llmdoctor.caches import CachedModel, Session
 from llmdoctor.doctor import new_doctor, save_doctor
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import TrainSettings
@@ -237,6 +237,29 @@ def test_ratio_mode_loads_the_bases(folders: tuple[str, dict[str, Path]]) -> Non
     assert ids(ratio.stream(PROMPTS[0])) == ids(greedy.stream(PROMPTS[0]))
     ratio.guidance = replace(ratio.guidance, plausibility=0.0, betas={"kind": 3.0, "safe": 0.0})
     assert ids(ratio.stream(PROMPTS[0])) != ids(greedy.stream(PROMPTS[0]))
+
+
+def test_a_dead_zone_as_wide_as_all_opinions_leaves_the_patient_alone(
+    folders: tuple[str, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the base that both doctors share is loaded once, and read once a token."""
+    twice = dict.fromkeys(("kind", "same"), folders[1]["kind"])
+    loaded = LLMdoctor(folders[0], twice, beta=3.0, mode="ratio", plausibility=0.0, dead_zone=1e9, sampling=SHORT)
+    alone = LLMdoctor(folders[0], sampling=SHORT)
+    assert ids(loaded.stream(PROMPTS[0], seed=4)) == ids(alone.stream(PROMPTS[0], seed=4))
+    base, other = (doctor.base for doctor in loaded._doctors.values())
+    assert base is other
+    reads: list[object] = []
+    feed = CachedModel.feed
+    monkeypatch.setattr(CachedModel, "feed", lambda self, *a, **k: (reads.append(self.model), feed(self, *a, **k))[1])
+    loaded.speculation = False
+    tokens = ids(loaded.stream(PROMPTS[0], seed=4))
+    assert reads.count(base) == reads.count(loaded._doctors["kind"].model) > len(tokens) - 1
+
+    loaded.guidance = replace(loaded.guidance, dead_zones={"same": 1e9})
+    assert ids(loaded.stream(PROMPTS[0], seed=4)) != tokens
+    with pytest.raises(UsageError, match=r"dead_zone of kind.*-1"):
+        LLMdoctor(*folders, mode="ratio", dead_zone={"kind": -1.0})
 
 
 def test_what_cannot_be_loaded(folders: tuple[str, dict[str, Path]], tmp_path: Path) -> None:

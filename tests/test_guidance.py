@@ -61,7 +61,7 @@ def test_a_dead_zone_leaves_the_patient_its_choice(betas: list[float]):
     patient = distributions(3, 40)
     doctors = {f"d{i}": distributions(3, 40, seed=10 + i) for i in range(len(betas))}
     bases = {name: distributions(3, 40, seed=20 + i) for i, name in enumerate(doctors)}
-    guidance = Guidance(1.0, dict(zip(doctors, betas, strict=True)), "ratio", plausibility=0.01, dead_zone=1.5)
+    guidance = Guidance(1.0, dict(zip(doctors, betas, strict=True)), "ratio", 0.01, dict.fromkeys(doctors, 1.5))
     found = product(patient, doctors, guidance, bases)
     for row in range(3):
         rows = [[d[row] for d in models.values()] for models in (doctors, bases)]
@@ -69,7 +69,7 @@ def test_a_dead_zone_leaves_the_patient_its_choice(betas: list[float]):
         torch.testing.assert_close(found[row].exp(), expected, rtol=1e-10, atol=1e-15)
 
     patient, doctor, base = (torch.tensor([p]).log() for p in ([0.6, 0.2, 0.2], [0.5, 0.4, 0.1], [0.25, 0.25, 0.5]))
-    odds = product(patient, {"d": doctor}, Guidance(1.0, {"d": 1.0}, "ratio", 0.0, 0.8), {"d": base}).exp()[0]
+    odds = product(patient, {"d": doctor}, Guidance(1.0, {"d": 1.0}, "ratio", 0.0, {"d": 0.8}), {"d": base}).exp()[0]
     assert float(odds[0] / odds[1]) == pytest.approx(3.0)  # both within .8 nats
     assert float(odds[2] / odds[1]) == pytest.approx(0.2)  # log .2 is beyond
 
@@ -229,8 +229,9 @@ NAN, INF = math.nan, math.inf
         ({"alpha": 0.0, "betas": {"helpful": 0.0, "safe": 0.0}}, "nothing is left"),
         ({"plausibility": 1.5}, "plausibility.*1.5"),
         ({"plausibility": NAN}, "plausibility.*nan"),
-        ({"dead_zone": -1.0}, "dead_zone.*-1"),
-        ({"dead_zone": INF}, "dead_zone.*inf"),
+        ({"dead_zones": {"safe": -1.0}}, "dead_zone of safe.*-1"),
+        ({"dead_zones": {"safe": INF}}, "dead_zone.*inf"),
+        ({"dead_zones": {"saef": 1.0}}, "no doctor 'saef'"),
     ],
 )
 def test_guidance_out_of_range(change, said: str):
