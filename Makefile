@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test check format clinic clean
 
 demo: $(READY)
-	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 2
+	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 3
 
 test: $(READY)
 	$(BIN)/python -m pytest

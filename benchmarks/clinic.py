@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from llmdoctor import LLMdoctor
+from llmdoctor.models import spare_threads
 from llmdoctor.profile import Profile, load_profile
 from llmdoctor.profiles.clinic_world import answer, distinct_n, entropy_n, gold, held_out_questions
 
@@ -75,6 +76,7 @@ def line(name: str, rows: list[list[float]]) -> str:
 def shipped(profile: Profile, args: argparse.Namespace) -> list[str]:
     """The embedded doctors beside the patient alone and the generator."""
     model = LLMdoctor.from_profile(profile)
+    spare_threads(model.patient.model)
     settings: dict[str, Answers] = {"patient alone": decoder(model, {})}
     for names in (("helpful",), ("safe",), ("helpful", "safe")):
         for beta in args.betas:

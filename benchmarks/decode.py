@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from transformers import (
 from llmdoctor import Guidance, LLMdoctor, Sampling, caches, decode, speculative
 from llmdoctor.doctor import LoadedDoctor
 from llmdoctor.faces import conversation, prompt_ids
+from llmdoctor.guidance import product
 from llmdoctor.models import Patient, load_lm, load_patient, pick_device
 from llmdoctor.profiles.clinic_world import held_out_questions
 
@@ -67,9 +69,10 @@ class Guided(LogitsProcessor):
     """The usual way to guide ``generate``: a processor that runs the doctors, with their caches, on every step."""
 
     def __init__(self, doctors: dict[str, LoadedDoctor], guidance: Guidance, pads: int, vocabulary: int) -> None:
-        self.models = {name: (doctor.model, guidance.betas[name]) for name, doctor in doctors.items()}
-        self.alpha, self.pads, self.vocabulary = guidance.alpha, pads, vocabulary
-        self.caches: dict[str, Any] = dict.fromkeys(doctors)
+        self.models = {name: doctor.model for name, doctor in doctors.items()}
+        self.bases = {name: doctor.base for name, doctor in doctors.items() if guidance.mode == "ratio" and doctor.base}
+        self.guidance, self.pads, self.vocabulary = guidance, pads, vocabulary
+        self.caches: dict[PreTrainedModel, Any] = {}
         self.mask: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -81,19 +84,21 @@ class Guided(LogitsProcessor):
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
             fresh = input_ids[:, -1:]
         size = self.vocabulary
-        mixed = self.alpha * scores[:, :size].log_softmax(-1)
-        for name, (model, beta) in self.models.items():
+        said: dict[PreTrainedModel, Tensor] = {}
+        for model in dict.fromkeys([*self.models.values(), *self.bases.values()]):
             positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
             out = model(
                 input_ids=fresh,
                 attention_mask=self.mask,
                 position_ids=positions,
-                past_key_values=self.caches[name],
+                past_key_values=self.caches.get(model),
                 use_cache=True,
                 logits_to_keep=1,
             )
-            self.caches[name] = out.past_key_values
-            mixed = mixed + beta * out.logits[:, -1, :size].log_softmax(-1)
+            self.caches[model] = out.past_key_values
+            said[model] = out.logits[:, -1, :size].log_softmax(-1)
+        doctors, bases = ({name: said[m] for name, m in models.items()} for models in (self.models, self.bases))
+        mixed = product(scores[:, :size].log_softmax(-1), doctors, self.guidance, bases)
         return torch.nn.functional.pad(mixed, (0, scores.shape[1] - size), value=-torch.inf)
 
 
@@ -206,7 +211,9 @@ def clinic(device: str, names: Sequence[str]) -> Case:
     loaded = LLMdoctor.from_profile("clinic", device=device)
     doctors = {name: loaded._doctors[name] for name in names}
     prompts = [prompt_ids(loaded.patient.tokenizer, conversation(q)) for q in held_out_questions(64)]
-    return loaded.patient, doctors, Guidance(1.0, {name: loaded.beta[name] for name in names}), prompts
+    zones = {name: loaded.guidance.dead_zones[name] for name in names}
+    guidance = replace(loaded.guidance, betas={name: loaded.beta[name] for name in names}, dead_zones=zones)
+    return loaded.patient, doctors, guidance, prompts
 
 
 def small_doctor(model: PreTrainedModel, patient: Patient) -> LoadedDoctor:
@@ -474,14 +481,16 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
             ratio = [own / alone for own, alone in zip(rate, rates["patient.generate"], strict=True)]
             note = ""
             if way == "reference path":
+                bases = {doctor.base for doctor in doctors.values()} if guidance.mode == "ratio" else set()
+                small = len(doctors) + len(bases)  # a base is as large as its doctor
                 sums = [
-                    1 / (1 / p + len(doctors) / d)
+                    1 / (1 / p + small / d)
                     for p, d in zip(rates["patient.generate"], rates["doctor.generate"], strict=True)
                 ]
                 of_sum = statistics.median(own / both for own, both in zip(rate, sums, strict=True))
                 usual = rates["generate + LogitsProcessor"]
                 of_usual = statistics.median(own / other for own, other in zip(rate, usual, strict=True))
-                note = f"{of_sum:.2f} of 1 / (1/patient + {len(doctors)}/doctor), {of_usual:.2f} of the processor's"
+                note = f"{of_sum:.2f} of 1 / (1/patient + {small}/doctor), {of_usual:.2f} of the processor's"
             if (speculating := drafting.get(way)) and speculating.rounds:
                 drawn = 1 + speculating.total_accepted / speculating.rounds
                 often = ", ".join(str(k) for k, _ in speculating.lengths.most_common(2))
