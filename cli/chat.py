@@ -68,6 +68,7 @@ def chat(
         session = _saved_session(None if go_on else resume)
     settings = options.guided_profile(
         options.load(profile) if session is None or profile else _profile_of(session),
+        named=profile is not None or session is not None,
         patient={"model": patient, "device": device, "dtype": dtype},
         doctors=doctor,
         doctor_base=doctor_base,
@@ -134,11 +135,13 @@ def _profile_of(session: "Session") -> "Profile":
         return saved
     last = session.turns[-1]
     names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
-    decode = saved.decode.model_copy(
-        update={"alpha": last.guidance.alpha, **{name: getattr(last.sampling, name) for name in names}}
-    )
+    guidance = last.guidance
+    how = {"alpha": guidance.alpha, "mode": guidance.mode, "plausibility": guidance.plausibility}
+    decode = saved.decode.model_copy(update=how | {name: getattr(last.sampling, name) for name in names})
     doctors = {
-        name: doctor.model_copy(update={"beta": last.guidance.betas.get(name, doctor.beta)})
+        name: doctor.model_copy(
+            update={"beta": guidance.betas.get(name, doctor.beta), "dead_zone": guidance.dead_zones.get(name, 0.0)}
+        )
         for name, doctor in saved.doctors.items()
     }
     return saved.model_copy(update={"decode": decode, "doctors": doctors})
@@ -159,7 +162,7 @@ def start_of(
     decode = settings.decode
     drawing = decode.model_dump(exclude={"alpha", "mode", "plausibility", "speculation"})
     betas = {name: doctor.beta for name, doctor in settings.doctors.items()}
-    dead_zones = {name: doctor.dead_zone for name, doctor in settings.doctors.items() if doctor.dead_zone}
+    dead_zones = {name: doctor.dead_zone for name, doctor in settings.doctors.items()}
     short = [options.short(settings.patient.model), ", ".join(settings.doctors)]
     models = " + ".join(part for part in short if part)
 
@@ -228,8 +231,7 @@ class Conversation:
 
     def describe(self) -> str:
         """The settings in use, in one line."""
-        guidance = self.assistant.guidance
-        shown = {**self.decode.model_dump(), "alpha": guidance.alpha, "betas": guidance.betas, "seed": self.seed}
+        shown = {**self.decode.model_dump(), **self.assistant.guidance.to_dict(), "seed": self.seed}
         return f"{render.settings_text(shown)}, at most {self.decode.max_new_tokens} tokens"
 
     def _complaining(self, action: Any, text: str) -> None:

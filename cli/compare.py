@@ -65,6 +65,7 @@ def compare(
         raise UsageError(f"--lens must be one of {', '.join(render.LENSES)}, got {lens!r}")
     settings = options.guided_profile(
         options.load(profile),
+        named=profile is not None,
         patient={"model": patient, "device": device, "dtype": dtype},
         doctors=doctor,
         doctor_base=doctor_base,

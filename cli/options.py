@@ -59,7 +59,7 @@ Alpha = Annotated[float | None, option("--alpha", "Weight of the patient (>= 0).
 Betas = Annotated[
     list[str] | None, option("--beta", "Weight of the doctors: 0.8, or helpful=0.8; repeatable.", metavar="[NAME=]X")
 ]
-Mode = Annotated[str | None, option("--mode", "product or ratio (for weak doctors).", metavar="KIND")]
+Mode = Annotated[str | None, option("--mode", "product, or ratio: doctors over their bases.", metavar="KIND")]
 Temperature = Annotated[float | None, option("--temperature", "0 is greedy.")]
 TopK = Annotated[int | None, option("--top-k", "Keep the k likeliest tokens (0: off).")]
 TopP = Annotated[float | None, option("--top-p", "Keep the likeliest tokens that make up p, in (0, 1].")]
@@ -138,27 +138,33 @@ def _own_name(checkpoint: Path) -> str:
 def guided_profile(
     profile: "Profile",
     *,
+    named: bool,
     patient: Mapping[str, Any],
     doctors: Sequence[str] | None,
     doctor_base: str | None,
     betas: Sequence[str] | None,
     decode: Mapping[str, Any],
 ) -> "Profile":
-    """The profile with the options of ``chat`` and ``compare`` laid over it."""
+    """The profile with the options of ``chat`` and ``compare`` laid over it.
+
+    ``named`` False, it is the clinic's because nobody asked for another: its way to combine models suits its own
+    doctors, and other ones get the general way of `DecodeSettings`.
+    """
     from llmdoctor.profile import DecodeSettings, DoctorSettings, override
 
     chosen = dict(profile.doctors)
     decoding = profile.decode
     if doctors:
-        if profile.name == "clinic":  # its way to combine models suits its own doctors
-            decoding = override(decoding, mode="product", plausibility=DecodeSettings().plausibility)
+        if not named:
+            decoding = override(decoding, **DecodeSettings().model_dump(include={"mode", "plausibility"}))
         chosen = {name: DoctorSettings(checkpoint=path) for name, path in parse_doctors(doctors).items()}
-    named = parse_betas(betas or (), tuple(chosen))
+    strengths = parse_betas(betas or (), tuple(chosen))
     return profile.model_copy(
         update={
             "patient": override(profile.patient, **patient),
             "doctors": {
-                name: override(settings, base=doctor_base, beta=named.get(name)) for name, settings in chosen.items()
+                name: override(settings, base=doctor_base, beta=strengths.get(name))
+                for name, settings in chosen.items()
             },
             "decode": override(decoding, **decode),
         }

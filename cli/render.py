@@ -186,6 +186,10 @@ def settings_text(settings: Mapping[str, Any]) -> str:
         parts.append(f"beta {betas_text(settings['betas'])}")
     if settings.get("mode", "product") != "product":
         parts.append(f"mode {settings['mode']}")
+        if settings.get("plausibility"):
+            parts.append(f"plausibility {settings['plausibility']:g}")
+        if zones := {name: width for name, width in settings.get("dead_zones", {}).items() if width}:
+            parts.append(f"dead zone {betas_text(zones)}")
     parts.append("greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']:g}")
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     parts += [

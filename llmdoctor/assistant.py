@@ -64,7 +64,8 @@ class LLMdoctor:
         check_sampling(self.sampling)
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
-        self._guidance = Guidance(mode=mode, plausibility=plausibility)
+        zones = dead_zone if isinstance(dead_zone, Mapping) else {}
+        self._guidance = Guidance(mode=mode, plausibility=plausibility, dead_zones=zones)
         if isinstance(doctor_checkpoint, Mapping):  # names are known already: complain before anything is loaded
             self._check(alpha, beta, tuple(doctor_checkpoint))
         self.patient: Patient = load_patient(
@@ -91,14 +92,18 @@ class LLMdoctor:
                 doctor.vocabulary, f"the patient {patient_model}", f"the doctor {checkpoint}"
             )
             self._doctors[doctor.name] = doctor
-        zones = dead_zone if isinstance(dead_zone, Mapping) else dict.fromkeys(self.doctor_names, dead_zone)
-        self._guidance = replace(self._guidance, dead_zones={name: x for name, x in zones.items() if x})
+        if dead_zone and not isinstance(dead_zone, Mapping):
+            self._guidance = replace(self._guidance, dead_zones=dict.fromkeys(self.doctor_names, dead_zone))
         self.guidance = self._check(alpha, beta, self.doctor_names)
 
     @classmethod
-    def from_profile(cls, profile: str | Path | Profile = "clinic", **overrides: Any) -> "LLMdoctor":
-        """Load what a profile names; ``overrides`` are keywords of ``LLMdoctor`` and win. Raises ProfileError also."""
-        p = profile if isinstance(profile, Profile) else load_profile(profile)
+    def from_profile(cls, profile: str | Path | Profile | None = None, **overrides: Any) -> "LLMdoctor":
+        """Load what a profile names; ``overrides`` are keywords of ``LLMdoctor`` and win. Raises ProfileError also.
+
+        A mapping for ``beta`` or ``dead_zone`` changes the doctors it names. Other doctors (``doctor_checkpoint``) keep
+        the profile's ``mode``, unless no profile is given: the clinic's suits its own doctors, others get the product.
+        """
+        p = profile if isinstance(profile, Profile) else load_profile(profile or "clinic")
         decode = p.decode.model_dump()
         settings: dict[str, Any] = {
             "patient_model": p.patient.model,
@@ -113,9 +118,12 @@ class LLMdoctor:
             "sampling": Sampling(**decode),
         }
         if "doctor_checkpoint" in overrides:  # the profile's bases and strengths belong to the profile's doctors
-            settings |= {"beta": 0.8, "doctor_base": None, "dead_zone": 0.0}
-        elif isinstance(overrides.get("beta"), Mapping):
-            overrides["beta"] = {**settings["beta"], **overrides["beta"]}
+            for key in ("beta", "doctor_base", "dead_zone", *(() if profile else ("mode", "plausibility"))):
+                del settings[key]
+        else:
+            for key in ("beta", "dead_zone"):
+                if isinstance(overrides.get(key), Mapping):
+                    overrides[key] = {**settings[key], **overrides[key]}
         return cls(**{**settings, **overrides})
 
     @property
@@ -164,7 +172,8 @@ class LLMdoctor:
         """The guided answer to a prompt or to a conversation; for a list of prompts, their answers in order.
 
         ``sampling`` are fields of ``Sampling`` that differ from the instance's own. ``guidance``, one for all or (for a
-        list) one for each prompt, replaces the instance's; ``seed`` may be a list too, otherwise prompt i has seed + i.
+        list) one for each prompt, replaces the instance's, mode and all: ``replace(doctor.guidance, betas=...)`` keeps
+        the rest. ``seed`` may be a list too, otherwise prompt i has seed + i.
         """
         if isinstance(prompt, str) or not all(isinstance(item, str) for item in prompt):
             return "".join(token.text for token in self.stream(prompt, **sampling))  # type: ignore[arg-type]
@@ -319,9 +328,7 @@ class LLMdoctor:
             "patient_seconds": alone_seconds,
             "guided_seconds": guided_seconds,
         }
-        described = {"alpha": guidance.alpha, "betas": dict(guidance.betas), "mode": guidance.mode, **asdict(settings)}
-        if guidance.mode == "ratio":
-            described |= {"plausibility": guidance.plausibility, "dead_zones": dict(guidance.dead_zones)}
+        described = guidance.to_dict() | asdict(settings)
         return Comparison(prompt if isinstance(prompt, str) else list(prompt), described, alone, guided, metrics)
 
     def _decode(

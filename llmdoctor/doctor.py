@@ -167,7 +167,8 @@ def load_doctor(
 ) -> LoadedDoctor:
     """Open a doctor folder for decoding. ``base`` overrides the base model that doctor.json names. Raises LoadError.
 
-    ``with_base`` also loads the base as it was before training: once for all doctors opened with the same ``bases``.
+    ``with_base`` also loads the base as it was before training: once for all doctors opened with the same ``bases``,
+    which must be opened with the same ``dtype`` and ``device`` too.
     """
     folder = Path(checkpoint).expanduser()
     if not (folder / MARKER).is_file():

@@ -73,9 +73,10 @@ def product(
     """Log-probs of the guided distribution [B, V], normalised, at temperature 1 and before any filter.
 
     Mode "product" is the paper's. Mode "ratio" replaces each doctor by doctor / its own base (``bases_B_V``) and keeps
-    the tokens whose patient probability is at least ``plausibility`` times the patient's greatest: for weak doctors.
-    There a departure from the paper keeps answers varied: |log doctor - log base| within a doctor's dead zone counts as
-    0, so that the errors of its training do not choose between tokens that it has no reason to tell apart.
+    the tokens whose patient probability is at least ``plausibility`` times the patient's greatest: the base's own
+    habits, of which a small doctor has many, are not multiplied in. There a departure from the paper keeps answers
+    varied: |log doctor - log base| within a doctor's dead zone counts as 0, so that the errors of its training do not
+    choose between tokens that it has no reason to tell apart.
     """
     if guidance.alpha == 1 and not any(guidance.betas.values()):
         return patient_B_V

@@ -111,6 +111,13 @@ class Guidance:
     plausibility: float = 0.1
     dead_zones: Mapping[str, float] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; ``plausibility`` and ``dead_zones`` only in mode "ratio", where they count."""
+        values: dict[str, Any] = {"alpha": self.alpha, "betas": dict(self.betas), "mode": self.mode}
+        if self.mode == "ratio":
+            values |= {"plausibility": self.plausibility, "dead_zones": dict(self.dead_zones)}
+        return values
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

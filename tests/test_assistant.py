@@ -11,9 +11,10 @@ import torch
 
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
 from llmdoctor.caches import CachedModel, Session
+from llmdoctor.cli.chat import start_of
 from llmdoctor.doctor import new_doctor, save_doctor
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
-from llmdoctor.profile import TrainSettings
+from llmdoctor.profile import TrainSettings, load_profile
 
 SHORT = Sampling(max_new_tokens=14, seed=3)
 PROMPTS = ["How are you?", "Hi", "Tell me more about the moon, and the stars."]
@@ -80,6 +81,8 @@ def test_the_embedded_clinic() -> None:
     """`LLMdoctor.from_profile("clinic")`: English answers, both doctors at work, the patient alone at beta 0."""
     doctor = LLMdoctor.from_profile("clinic")
     assert doctor.doctor_names == ("helpful", "safe")
+    assert doctor.guidance == start_of(load_profile("clinic")).guidance
+    assert (doctor.guidance.mode, doctor.guidance.dead_zones) == ("ratio", {"helpful": 2.0, "safe": 1.0})
     question = "How can I sleep better?"
     answer = doctor.generate(question, seed=1)
     assert len(answer.split()) > 8
@@ -92,6 +95,24 @@ def test_the_embedded_clinic() -> None:
     assert doctor.generate(question, seed=1) == compared.patient.text
     patient_only = LLMdoctor(doctor.patient.name).generate(question, seed=1, max_new_tokens=240)
     assert patient_only == compared.patient.text
+
+
+def test_what_is_laid_over_a_profile() -> None:
+    """Mappings change what they name; other doctors keep the mode of a profile that was chosen."""
+    own = load_profile("clinic")
+    changed = LLMdoctor.from_profile(beta={"safe": 0.1}, dead_zone={"helpful": 0.5}).guidance
+    assert (changed.betas, changed.dead_zones) == ({"helpful": 1.0, "safe": 0.1}, {"helpful": 0.5, "safe": 1.0})
+    doctors = {"mine": own.doctors["helpful"].checkpoint}
+    other = LLMdoctor.from_profile(doctor_checkpoint=doctors)
+    assert other.guidance == Guidance(1.0, {"mine": 0.8})
+    assert other.sampling.max_new_tokens == own.decode.max_new_tokens
+    chosen = LLMdoctor.from_profile("clinic", doctor_checkpoint=doctors)
+    assert chosen.guidance == Guidance(1.0, {"mine": 0.8}, "ratio", own.decode.plausibility)
+    question = "How can I sleep better?"
+    settings = chosen.compare(question, seed=1, max_new_tokens=4).settings
+    assert settings["plausibility"] == own.decode.plausibility
+    assert settings["dead_zones"] == {}
+    assert "plausibility" not in other.compare(question, seed=1, max_new_tokens=4).settings
 
 
 def test_compare_keeps_its_contract(assistant: LLMdoctor) -> None:
@@ -260,6 +281,9 @@ def test_a_dead_zone_as_wide_as_all_opinions_leaves_the_patient_alone(
     assert ids(loaded.stream(PROMPTS[0], seed=4)) != tokens
     with pytest.raises(UsageError, match=r"dead_zone of kind.*-1"):
         LLMdoctor(*folders, mode="ratio", dead_zone={"kind": -1.0})
+    for width in (0.0, 1.0):  # before anything is loaded
+        with pytest.raises(UsageError, match="no doctor 'kidn'"):
+            LLMdoctor("/absent", folders[1], mode="ratio", dead_zone={"kidn": width})
 
 
 def test_what_cannot_be_loaded(folders: tuple[str, dict[str, Path]], tmp_path: Path) -> None:

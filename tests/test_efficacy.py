@@ -102,8 +102,21 @@ def test_a_curve_is_read_between_its_points(bench: Any):
     assert bench.crossing(curve, "d", 0.2, "gold") is None
 
 
+def test_the_greatest_gold_at_a_variety_is_looked_for_on_the_whole_curve(bench: Any):
+    def best(level: float, *points: tuple[float, float]) -> float | None:
+        curve = [{"x": x, "d": d, bench.GOLD: gold} for x, (d, gold) in enumerate(points)]
+        return bench.as_varied(curve[::-1], "d", level)  # type: ignore[no-any-return]
+
+    assert best(0.5, (0.4, 0.1), (0.3, 0.9)) is None
+    assert best(0.35, (0.4, 0.1), (0.3, 0.9)) == pytest.approx(0.5)
+    assert best(0.35, (0.4, 0.9), (0.3, 0.1)) == pytest.approx(0.9)
+    assert best(0.35, (0.4, 0.1), (0.3, 0.3), (0.4, 0.5), (0.3, 0.9)) == pytest.approx(0.7)  # down, up and down again
+    assert best(0.35, (0.4, -0.5), (0.3, 0.5)) == pytest.approx(0.0)
+
+
 def test_intervals_are_students(bench: Any):
     """1, 2, 3 have mean 2 and standard deviation 1: half of the interval is 4.303 / sqrt(3)."""
     assert bench.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"
-    assert bench.interval([None, 2.0]) == "2.000"
+    assert bench.interval([None, 2.0]) == "2.000 (1 of 2)"
+    assert bench.interval([None, 1.0, 2.0, 3.0]) == "2.000 ± 2.484 (3 of 4)"
     assert bench.interval([None]) == "-"

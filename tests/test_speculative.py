@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from itertools import chain as joined
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -103,18 +103,22 @@ def test_holes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(lengths) <= longest + max(8, longest // 8) + 7
 
 
-@pytest.mark.parametrize("mode", ["product", "ratio"])
-def test_guidance_that_changes_within_a_draft(mode: str) -> None:
-    """Two doctors, alpha and betas another for every token: all fields as if each token had been drawn alone."""
+@pytest.mark.parametrize(("mode", "zones"), [("product", {}), ("ratio", {}), ("ratio", {"a": 0.5, "b": 0.3})])
+def test_guidance_that_changes_within_a_draft(mode: Literal["product", "ratio"], zones: dict[str, float]) -> None:
+    """Two doctors, alpha and betas another for every token: all fields as if each token had been drawn alone.
+
+    With dead zones they share a base, as the clinic's do.
+    """
     patient = patient_of(tiny("llama", seed=5))
+    base = tiny("llama", seed=8)
     doctors = [
-        doctor_of(tiny("qwen2", seed=6), "a", 2, base=tiny("llama", seed=8)),
-        doctor_of(tiny("llama", seed=7), "b", 3, anchored=True, base=tiny("llama", seed=9)),
+        doctor_of(tiny("qwen2", seed=6), "a", 2, base=base),
+        doctor_of(tiny("llama", seed=7), "b", 3, anchored=True, base=base if zones else tiny("llama", seed=9)),
     ]
     schedule = [
-        Guidance(1.0, {"a": 0.8}, mode),
-        Guidance(0.0, {"a": 0.3, "b": 1.1}, mode),
-        Guidance(0.6, {"b": 2.0}, mode),
+        Guidance(1.0, {"a": 0.8}, mode, dead_zones=zones),
+        Guidance(0.0, {"a": 0.3, "b": 1.1}, mode, dead_zones=zones),
+        Guidance(0.6, {"b": 2.0}, mode, dead_zones=zones),
     ]
     schedule.insert(1, schedule[0])
     schedule.insert(3, schedule[2])

@@ -21,13 +21,7 @@ def comparison(turns: tuple[Turn, ...], number: int) -> Comparison:
     """One turn in the shape that ``compare`` has."""
     turn = turns[number]
     length = len(turn.guided.tokens)
-    settings: dict[str, Any] = {
-        "alpha": turn.guidance.alpha,
-        "betas": dict(turn.guidance.betas),
-        "mode": turn.guidance.mode,
-        **asdict(turn.sampling),
-        "seed": turn.seed,
-    }
+    settings = _settings(turn)
     metrics = {
         "flips": turn.guided.flips,
         "kl": turn.guided.kl,
@@ -62,13 +56,14 @@ def _markdown(session: Session) -> Iterator[str]:
         yield f"**Patient alone**{_end(turn.patient.end)}\n\n{clean(turn.patient.text)}\n"
         by = betas_text(turn.guidance.betas, " ")
         yield f"**Guided by {by or 'no doctor'}**{_end(turn.guided.end)}\n\n{clean(turn.guided.text)}\n"
-        settings = asdict(turn.sampling) | {
-            "alpha": turn.guidance.alpha, "betas": turn.guidance.betas, "mode": turn.guidance.mode, "seed": turn.seed
-        }  # fmt: skip
         yield (
-            f"*{settings_text(settings)}; {turn.guided.flips} of {len(turn.guided.tokens)} tokens are not the "
+            f"*{settings_text(_settings(turn))}; {turn.guided.flips} of {len(turn.guided.tokens)} tokens are not the "
             f"patient's first choice, KL {turn.guided.kl:.1f} nats*\n"
         )
+
+
+def _settings(turn: Turn) -> dict[str, Any]:
+    return turn.guidance.to_dict() | asdict(turn.sampling) | {"seed": turn.seed}
 
 
 def _end(end: str) -> str:

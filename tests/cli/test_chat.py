@@ -4,13 +4,17 @@ import json
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from llmdoctor.cli import chat, options
+from llmdoctor.cli.chat import _profile_of, start_of
 from llmdoctor.errors import UsageError
 from llmdoctor.guidance import check_guidance
-from llmdoctor.types import Guidance
+from llmdoctor.profile import load_profile
+from llmdoctor.sessions import Session, Turn
+from llmdoctor.types import Guidance, Sampling
 
 
 class FakeAssistant:
@@ -75,7 +79,7 @@ def test_set_changes_guidance_and_sampling(run, assistant):
     assert guidance.alpha == 0.5
     assert guidance.betas == {"helpful": 2.0, "safe": 0.9}
     assert (sampling["temperature"], sampling["top_k"], sampling["seed"]) == (0.0, 4, 5)
-    assert "alpha 0.5, beta helpful=2 safe=0.9, mode ratio, greedy, top-k 4, seed 5" in result.stderr
+    assert "alpha 0.5, beta helpful=2 safe=0.9, greedy, top-k 4, seed 5" in result.stderr
     assert result.stdout == "one two three\n"
 
 
@@ -105,6 +109,18 @@ def test_a_bad_command_is_one_line_and_changes_nothing(line, words, run, assista
     _, sampling, guidance = assistant.asked[0]
     assert guidance == Guidance(betas={"helpful": 0.8, "safe": 0.4})
     assert (sampling["temperature"], sampling["seed"]) == (0.5, 1)
+
+
+def test_a_saved_session_goes_on_as_it_was_held():
+    """Its mode, plausibility and dead zones too, whatever the profile says by now."""
+    profile = load_profile("clinic")
+    guidance = Guidance(0.5, {"helpful": 2.0, "safe": 0.3}, "product", 0.2, {"safe": 0.5})
+    turn = Turn("Hi", 1, Sampling(temperature=0.4), guidance)
+    session = replace(Session.new(profile.model_dump(mode="json")), turns=(turn,))
+    start = start_of(_profile_of(session))
+    assert start.guidance == replace(guidance, dead_zones={"helpful": 0.0, "safe": 0.5})
+    assert start.sampling.temperature == 0.4
+    assert start_of(_profile_of(replace(session, turns=()))).guidance == start_of(profile).guidance
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(run, assistant):

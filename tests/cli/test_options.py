@@ -68,6 +68,20 @@ def test_betas_by_number_by_name_and_by_variable(effective, profile_file):
     assert betas("--beta", "safe=1", LLMDOCTOR_BETA="0.1") == {"helpful": 0.7, "safe": 1.0}
 
 
+def test_other_doctors_get_the_general_mode_unless_a_profile_was_chosen(effective, profile_file):
+    def how(*args):
+        decode = effective(*args).decode
+        return decode.mode, decode.plausibility
+
+    own = load_profile("clinic").decode
+    assert own.mode == "ratio"
+    assert how() == how("--profile", "clinic", "--doctor", "./d") == ("ratio", own.plausibility)
+    assert how("--doctor", "./d") == ("product", 0.1)
+    assert how("--doctor", "./d", "--mode", "ratio") == ("ratio", 0.1)
+    profile_file.write_text(profile_file.read_text().replace("temperature: 0.3", "mode: ratio, plausibility: 0.2"))
+    assert how("--profile", profile_file, "--doctor", "./d") == ("ratio", 0.2)
+
+
 def test_doctors_replace_those_of_the_profile(effective, profile_file, tmp_path):
     trained = tmp_path / "trained"
     trained.mkdir()

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from llmdoctor.cli import render
 from llmdoctor.cli.terminal import clean, put_json
+from llmdoctor.types import Guidance
 
 
 def luminance(colour):
@@ -119,6 +121,11 @@ def test_the_colouring_doctor_is_the_first_that_speaks_or_the_one_named(comparis
 def test_settings_that_are_not_neutral_are_named(comparison, token):
     made = comparison("a", [token("a")], temperature=0, top_k=5, mode="ratio", seed=7)
     assert render.settings_text(made.settings) == "alpha 1, beta helpful=0.8, mode ratio, greedy, top-k 5, seed 7"
+    ratio = Guidance(1.0, {"helpful": 0.8, "safe": 0.4}, "ratio", 0.03, {"helpful": 2.0, "safe": 0.0})
+    told = "mode ratio, plausibility 0.03, dead zone helpful=2, temperature 1"
+    assert told in render.settings_text(ratio.to_dict() | {"temperature": 1.0})
+    for name in ("mode", "plausibility", "dead zone"):
+        assert name not in render.settings_text(replace(ratio, mode="product").to_dict() | {"temperature": 1.0})
 
 
 def test_what_a_model_says_cannot_steer_a_terminal_or_a_page(comparison, token):

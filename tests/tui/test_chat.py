@@ -7,12 +7,14 @@ import math
 import random
 import sqlite3
 import threading
+from dataclasses import replace
 
 import pytest
 from textual import events
 from textual.widgets import DataTable
 
 from llmdoctor.errors import LoadError
+from llmdoctor.sessions import Session, Turn
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.help import HelpScreen
 from llmdoctor.tui.screens.sessions import SessionsScreen
@@ -696,6 +698,25 @@ def test_a_resumed_session_goes_on_with_its_settings(make_app, drive, store):
 
     drive(later, go_on)
     assert len(store.load(saved.id).turns) == 2
+
+
+@pytest.mark.parametrize("mode", ["ratio", "product"])
+def test_a_resumed_session_keeps_its_dead_zones_in_the_mode_it_was_held_in(mode, make_app, drive, store):
+    betas = {"helpful": 0.8, "safe": 0.4}
+    then = Guidance(1.0, betas, "ratio", 0.3, {"helpful": 2.0, "gone": 1.0})
+    saved = store.save(replace(Session.new({}), turns=(Turn("Go", 1, guidance=then),)))
+    app = make_app(guidance=Guidance(1.0, betas, mode))
+
+    async def steps(d):
+        await d.type(f"/resume {saved.id}")
+        if mode == "ratio":
+            assert app.chat.guidance == replace(then, dead_zones={"helpful": 2.0})
+            assert "plausibility 0.3, dead zone helpful=2" in app.chat.describe()
+        else:
+            assert app.chat.guidance == Guidance(1.0, betas)
+            await d.until(lambda: "held in mode ratio; it goes on in mode product" in d.notices)
+
+    drive(app, steps)
 
 
 def test_a_store_that_cannot_be_written_is_told_and_the_conversation_goes_on(make_app, drive, store, tmp_path):

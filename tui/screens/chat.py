@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -494,10 +494,8 @@ class ChatScreen(Screen[None]):
 
     def describe(self) -> str:
         """The settings in use, in one line."""
-        g, s = self.guidance, self.sampling
-        shown = {name: getattr(s, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        shown |= {"alpha": g.alpha, "betas": g.betas, "mode": g.mode, "seed": self.seed}
-        return f"{settings_text(shown)}, at most {s.max_new_tokens} tokens"
+        shown = self.guidance.to_dict() | asdict(self.sampling) | {"seed": self.seed}
+        return f"{settings_text(shown)}, at most {self.sampling.max_new_tokens} tokens"
 
     def set_lens(self, text: str) -> None:
         """Colour by another score."""
@@ -613,8 +611,16 @@ class ChatScreen(Screen[None]):
         self.editing = False
         if session.turns:
             last = session.turns[-1]
-            known = {n: last.guidance.betas.get(n, b) for n, b in self.guidance.betas.items()}
-            self._guide(replace(self.guidance, alpha=last.guidance.alpha, betas=known))
+            then_g, now_g = last.guidance, self.guidance
+            known = {n: then_g.betas.get(n, b) for n, b in now_g.betas.items()}
+            restored = replace(now_g, alpha=then_g.alpha, betas=known)
+            if then_g.mode == now_g.mode:
+                zones = {n: width for n, width in then_g.dead_zones.items() if n in known}
+                restored = replace(restored, plausibility=then_g.plausibility, dead_zones=zones)
+            else:
+                said = f"It was held in mode {then_g.mode}; it goes on in mode {now_g.mode}."
+                self.notify(said, severity="warning")
+            self._guide(restored)
             self.sampling = self.app.worker.sampling = replace(last.sampling, seed=None)
             then, now = (_models(s.profile) for s in (session, Session("", profile=self.app.start.profile)))
             if then != now:
