@@ -230,8 +230,8 @@ def _run(
 class _Models:
     """The patient, the doctors and (mode "ratio") the doctors' bases, over one batch.
 
-    Between two rounds the doctors stand behind the last token and the patient before ``pending``, what it has still to
-    read. All caches give every token the same slot, so one mask serves them all.
+    Between two rounds the doctors stand behind the last token, the patient and the bases before ``pending``, what they
+    have still to read. All caches give every token the same slot, so one mask serves them all.
     """
 
     def __init__(
@@ -271,6 +271,11 @@ class _Models:
                 self.base_of[name] = next((n for n, base in self.bases.items() if base.model is doctor.base), name)
                 if self.base_of[name] == name:
                     self.bases[name] = cached(f"base {name}", doctor.base)
+        late = (self.patient, *self.bases.values())
+        while len({model.length for model in late}) > 1:
+            start = min(model.length for model in late)
+            for model in late:
+                model.rewind(start)
         longest = max(map(len, prompts))
         ids_B_L = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
         lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
@@ -312,7 +317,7 @@ class _Models:
             mask_B_L = torch.cat([mask_B_L, mask_B_L.new_ones(rows, length)], dim=1)
         self.values_B_K: dict[str, Tensor] = {}
         ids_B_T = self.pending_B_T
-        self.doctor_logps, self.base_logps = self.next_logps, self.next_base_logps
+        self.doctor_logps = self.next_logps
         if length:
             drafter = max(self.cached, key=lambda name: sum(g.betas.get(name, 0.0) for g in guidances))
             self.drafts_B_K, logps_B_K_V, self.values_B_K[drafter] = self._draft(
@@ -324,13 +329,10 @@ class _Models:
                     read = self._read(model, self.drafts_B_K, mask_B_L, length)
                     self.doctor_logps[name] = torch.cat([self.next_logps[name], read], dim=1)
                     self.values_B_K[name] = self._value(name)
-            self.base_logps = {
-                name: torch.cat([self.next_base_logps[name], self._read(m, self.drafts_B_K, mask_B_L, length)], dim=1)
-                for name, m in self.bases.items()
-            }
             ids_B_T = torch.cat([self.pending_B_T, self.drafts_B_K], dim=1)
         self.length = length
         self.patient_logp = self._read(self.patient, ids_B_T, mask_B_L, length + 1)
+        self.base_logps = {name: self._read(base, ids_B_T, mask_B_L, length + 1) for name, base in self.bases.items()}
 
     def _draft(
         self,
@@ -342,7 +344,7 @@ class _Models:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids [B, K], and the doctor's log-probs [B, K, V] and log V [B, K] after each of them."""
         model, logits_B_V = self.cached[drafter], self.next_logps[drafter][:, 0]
-        powers = [g.alpha + g.betas.get(drafter, 0.0) if g.mode == "product" else g.alpha or 1.0 for g in guidances]
+        powers = [g.alpha + g.betas.get(drafter, 0.0) for g in guidances]
         power: Any = powers[0]
         if any(other != power for other in powers):
             power = logits_B_V.new_tensor(powers)[:, None]
@@ -465,8 +467,7 @@ class _Models:
         self.filled = [self.filled[i] for i in staying]
         self.pending_B_T = self.pending_B_T[rows]
         self.mask_B_L = None if self.mask_B_L is None else self.mask_B_L[rows]
-        for logps in (self.next_logps, self.next_base_logps):
-            logps.update({name: logp[rows] for name, logp in logps.items()})
+        self.next_logps = {name: logp[rows] for name, logp in self.next_logps.items()}
 
     def _pack(self, needed: int) -> None:
         """Close the holes of the caches when they have become many: every step reads them, and copies them."""
@@ -481,7 +482,7 @@ class _Models:
             model.pack(kept_B_L)
 
     def _feed_last(self, ids_B_L: Tensor, *, whole: bool = False) -> None:
-        """Bring doctors and bases behind the last of these tokens: log-probs of its successor [B, 1, V].
+        """Bring the doctors behind the last of these tokens: log-probs of its successor [B, 1, V].
 
         Of a whole prompt each reads what its cache does not hold yet.
         """
@@ -490,7 +491,6 @@ class _Models:
             return self._read(model, ids_B_L[:, model.length :] if whole else ids_B_L, self.mask_B_L, 1)
 
         self.next_logps = {name: read(model) for name, model in self.cached.items()}
-        self.next_base_logps = {name: read(model) for name, model in self.bases.items()}
 
     def _read(self, model: CachedModel, ids_B_T: Tensor, mask_B_L: Tensor | None, last: int) -> Tensor:
         logits_B_K_V = model.feed(ids_B_T, mask_B_L, last)
