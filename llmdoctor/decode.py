@@ -287,6 +287,7 @@ class _Models:
         session.prefilled = self.pending_B_T.shape[1]
         session.ids[:] = prompts[0]
         self._told = False
+        self.next_logps: dict[str, Tensor] = {}
         with torch.inference_mode():
             self._feed_last(ids_B_L, whole=True)
 
