@@ -161,7 +161,8 @@ STUDIES = (
     SAFE,
     MIXED,
 )
-PARTS = (*dict.fromkeys(study.part for study in STUDIES), "best of 8", "frontier grid", "patient size")
+JOBS = ("best of 8", "frontier grid", "patient size", "fresh questions")  # parts that train nothing of their own
+PARTS = (*dict.fromkeys(study.part for study in STUDIES), *JOBS)
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Run:
     def asked(self) -> list[str]:
         """The last of the held-out questions: settings were chosen on the first 300.
 
-        One thing was not: that a dead zone is what the default lacked was found by looking at these.
+        One thing was not: that a dead zone is what the default lacked was found by looking at these (`fresh_rows`).
         """
         return held_out_questions()[-self.questions :]
 
@@ -476,6 +477,18 @@ def size_rows(run: Run, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def fresh_rows(run: Run, seed: int) -> list[dict[str, Any]]:
+    """The default on the questions before `Run.asked`, at which nobody looked before it was settled."""
+    questions = held_out_questions()[-2 * run.questions : -run.questions]
+    model = LLMdoctor(load_profile("clinic").patient.model, {"doctor": trained(run, PRODUCT, seed)}, **DEFAULT.decode)
+    ways = {("our default", x): decoder(model, {"doctor": x}) for x in (0.4, 0.8, 1.2)}
+    rows = []
+    for (name, x), answers in {**ways, ("generator's good answers", 1.0): generator(("helpful",))}.items():
+        started = time.monotonic()
+        rows.append(row("fresh questions", name, seed, {"x": x}, measure(answers, questions, [seed])[0], 0, started))
+    return rows
+
+
 def build_patients(run: Run, processes: int) -> None:
     """Patients of other sizes, by the recipe of the embedded one."""
     tokenizer = load_tokenizer(load_profile("clinic").patient.model)
@@ -497,7 +510,7 @@ def work(run: Run, job: Study | str, seed: int) -> list[dict[str, Any]]:
     warnings.simplefilter("ignore", FutureWarning)
     if isinstance(job, Study):
         return study_rows(run, job, seed)
-    return {"best of 8": best_rows, "frontier grid": frontier_rows, "patient size": size_rows}[job](run, seed)
+    return dict(zip(JOBS, (best_rows, frontier_rows, size_rows, fresh_rows), strict=True))[job](run, seed)
 
 
 # ------------------------------------------------------------------------------------------------------ what came out
@@ -572,7 +585,11 @@ def tables(rows: Rows, good: Rows) -> str:
         if part == "main":
             own = [*good, *own]
             out.append(_curves(own, good) + "\n")
-        elif part not in ("frontier", "patient size"):  # beside the same decoding, measured at the same strengths
+        elif part not in (
+            "frontier",
+            "patient size",
+            "fresh questions",
+        ):  # beside the same decoding, measured at the same strengths
             at = {one["x"] for one in own}
             own = [one for one in rows if one["method"] == PRODUCT.method and one["x"] in at] + own
         lines = []
@@ -717,14 +734,15 @@ def measure_all(run: Run, options: argparse.Namespace, kept: Path) -> None:
         [(study, seed) for study, seed in ordered if not study.doctor],
         [
             *((study, seed) for study, seed in ordered if study.doctor),
-            *((part, seed) for part in PARTS[-3:] if part in options.parts for seed in options.seeds),
+            *((part, seed) for part in JOBS if part in options.parts for seed in options.seeds),
         ],
     ]
     made = {
         "best of 8": ("main", f"best of {BEST_OF} by the default doctor"),
         "frontier grid": ("frontier grid", "two doctors"),
+        "patient size": ("patient size", "12 x 112"),
+        "fresh questions": ("fresh questions", "our default"),
     }
-    made["patient size"] = ("patient size", "12 x 112")
     with (
         ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool,
         kept.open("a", encoding="utf-8") as file,
