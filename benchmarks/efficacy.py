@@ -707,7 +707,7 @@ def main() -> None:
                 f"temperature 1, torch {torch.__version__} on CPU. Mean ± half of the 95% interval over the seeds, "
                 "each with its own labels, training and draws. `at`: beta of the doctor, lambda of a fine-tuned "
                 "patient in patient^(1 - lambda) * tuned^lambda, or the temperature of the patient alone. All parts "
-                "but the default's own line decode by the plain product.\n\n"
+                "but the default's own line and the fresh questions decode by the plain product.\n\n"
             )
             (output / f"{name}.md").write_text(head + text, encoding="utf-8")
 
@@ -725,7 +725,7 @@ def measure_all(run: Run, options: argparse.Namespace, kept: Path) -> None:
         for study in STUDIES
         if study.part in options.parts and (not options.methods or any(m in study.method for m in options.methods))
     ]
-    for count in sorted({min(max(study.pairs, PAIRS), run.pairs) for study in chosen}):
+    for count in sorted({min(max(study.pairs, PAIRS), run.pairs) for study in (PRODUCT, *chosen)}):
         prepare(run, profile, count)
     if "patient size" in options.parts:
         build_patients(run, options.jobs)
