@@ -68,7 +68,7 @@ def chat(
         session = _saved_session(None if go_on else resume)
     settings = options.guided_profile(
         options.load(profile) if session is None or profile else _profile_of(session),
-        named=profile is not None or session is not None,
+        named=profile is not None,
         patient={"model": patient, "device": device, "dtype": dtype},
         doctors=doctor,
         doctor_base=doctor_base,
@@ -136,15 +136,16 @@ def _profile_of(session: "Session") -> "Profile":
     last = session.turns[-1]
     names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
     guidance = last.guidance
-    how = {"alpha": guidance.alpha, "mode": guidance.mode, "plausibility": guidance.plausibility}
+    how: dict[str, Any] = {"alpha": guidance.alpha}
+    if set(guidance.betas) == set(saved.doctors):  # the last turn may have been held with other ones
+        how |= {"mode": guidance.mode, "plausibility": guidance.plausibility}
     decode = saved.decode.model_copy(update=how | {name: getattr(last.sampling, name) for name in names})
     doctors = {
-        name: doctor.model_copy(
-            update={"beta": guidance.betas.get(name, doctor.beta), "dead_zone": guidance.dead_zones.get(name, 0.0)}
-        )
+        name: doctor.model_copy(update={"beta": guidance.betas[name], "dead_zone": guidance.dead_zones.get(name, 0.0)})
         for name, doctor in saved.doctors.items()
+        if name in guidance.betas
     }
-    return saved.model_copy(update={"decode": decode, "doctors": doctors})
+    return saved.model_copy(update={"decode": decode, "doctors": {**saved.doctors, **doctors}})
 
 
 def start_of(

@@ -64,10 +64,9 @@ class LLMdoctor:
         check_sampling(self.sampling)
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
-        zones = dead_zone if isinstance(dead_zone, Mapping) else {}
-        self._guidance = Guidance(mode=mode, plausibility=plausibility, dead_zones=zones)
+        self._guidance = Guidance(mode=mode, plausibility=plausibility)
         if isinstance(doctor_checkpoint, Mapping):  # names are known already: complain before anything is loaded
-            self._check(alpha, beta, tuple(doctor_checkpoint))
+            self._check(alpha, beta, tuple(doctor_checkpoint), dead_zone)
         self.patient: Patient = load_patient(
             patient_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -92,9 +91,7 @@ class LLMdoctor:
                 doctor.vocabulary, f"the patient {patient_model}", f"the doctor {checkpoint}"
             )
             self._doctors[doctor.name] = doctor
-        if dead_zone and not isinstance(dead_zone, Mapping):
-            self._guidance = replace(self._guidance, dead_zones=dict.fromkeys(self.doctor_names, dead_zone))
-        self.guidance = self._check(alpha, beta, self.doctor_names)
+        self.guidance = self._check(alpha, beta, self.doctor_names, dead_zone)
 
     @classmethod
     def from_profile(cls, profile: str | Path | Profile | None = None, **overrides: Any) -> "LLMdoctor":
@@ -378,9 +375,18 @@ class LLMdoctor:
         check_sampling(sampling)
         return sampling
 
-    def _check(self, alpha: float, beta: float | Mapping[str, float], names: tuple[str, ...]) -> Guidance:
+    def _check(
+        self,
+        alpha: float,
+        beta: float | Mapping[str, float],
+        names: tuple[str, ...],
+        dead_zone: float | Mapping[str, float] = 0.0,
+    ) -> Guidance:
         betas = {**self._guidance.betas, **beta} if isinstance(beta, Mapping) else dict.fromkeys(names, float(beta))
         guidance = replace(self._guidance, alpha=alpha, betas=betas)
+        if dead_zone:
+            zones = dict(dead_zone) if isinstance(dead_zone, Mapping) else dict.fromkeys(names, dead_zone)
+            guidance = replace(guidance, dead_zones=zones)
         check_guidance(guidance, names)
         return guidance
 

@@ -271,11 +271,6 @@ class _Models:
                 self.base_of[name] = next((n for n, base in self.bases.items() if base.model is doctor.base), name)
                 if self.base_of[name] == name:
                     self.bases[name] = cached(f"base {name}", doctor.base)
-        late = (self.patient, *self.bases.values())
-        while len({model.length for model in late}) > 1:
-            start = min(model.length for model in late)
-            for model in late:
-                model.rewind(start)
         longest = max(map(len, prompts))
         ids_B_L = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
         lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
@@ -289,6 +284,10 @@ class _Models:
         self._told = False
         self.next_logps: dict[str, Tensor] = {}
         with torch.inference_mode():
+            for base in self.bases.values():  # beside the patient, whatever it has missed
+                base.rewind(min(base.length, self.patient.length))
+                if base.length < self.patient.length:
+                    base.feed(ids_B_L[:, base.length : self.patient.length])
             self._feed_last(ids_B_L, whole=True)
 
     @property

@@ -284,17 +284,22 @@ def test_a_dead_zone_as_wide_as_all_opinions_leaves_the_patient_alone(
     for width in (0.0, 1.0):  # before anything is loaded
         with pytest.raises(UsageError, match="no doctor 'kidn'"):
             LLMdoctor("/absent", folders[1], mode="ratio", dead_zone={"kidn": width})
+    with pytest.raises(UsageError, match=r"dead_zone of kind.*nan"):
+        LLMdoctor("/absent", folders[1], mode="ratio", dead_zone=math.nan)
 
 
 def test_a_session_whose_mode_changes_between_answers(folders: tuple[str, dict[str, Path]]) -> None:
     """A base that joins later, or comes back, reads what it has missed."""
     loaded = LLMdoctor(*folders, mode="ratio", beta=2.0, sampling=SHORT)
-    session, messages = Session(), []
+    session, messages, read = Session(), [], 0
     for turn, mode in enumerate(("product", "ratio", "product", "ratio")):
         loaded.guidance = replace(loaded.guidance, mode=mode)  # type: ignore[arg-type]
         messages.append({"role": "user", "content": PROMPTS[0]})
         alone = list(loaded.stream(messages, seed=turn))
         same(list(loaded.stream(messages, seed=turn, session=session)), alone)
+        prompt = len(session.ids) - len(alone)
+        assert session.prefilled <= prompt - read + 1  # the patient reads what is new, though a base has to catch up
+        read = prompt
         messages.append({"role": "assistant", "content": "".join(token.text for token in alone)})
 
 

@@ -121,6 +121,8 @@ def test_a_saved_session_goes_on_as_it_was_held():
     assert start.guidance == replace(guidance, dead_zones={"helpful": 0.0, "safe": 0.5})
     assert start.sampling.temperature == 0.4
     assert start_of(_profile_of(replace(session, turns=()))).guidance == start_of(profile).guidance
+    others = replace(turn, guidance=Guidance(1.0, {"mine": 2.0}))  # held with --doctor, which the session does not keep
+    assert start_of(_profile_of(replace(session, turns=(others,)))).guidance == start_of(profile).guidance
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(run, assistant):

@@ -703,17 +703,18 @@ def test_a_resumed_session_goes_on_with_its_settings(make_app, drive, store):
 @pytest.mark.parametrize("mode", ["ratio", "product"])
 def test_a_resumed_session_keeps_its_dead_zones_in_the_mode_it_was_held_in(mode, make_app, drive, store):
     betas = {"helpful": 0.8, "safe": 0.4}
-    then = Guidance(1.0, betas, "ratio", 0.3, {"helpful": 2.0, "gone": 1.0})
+    then = Guidance(1.0, {"helpful": 0.8, "gone": 1.0}, "ratio", 0.3, {"helpful": 2.0, "gone": 1.0})
     saved = store.save(replace(Session.new({}), turns=(Turn("Go", 1, guidance=then),)))
-    app = make_app(guidance=Guidance(1.0, betas, mode))
+    now = Guidance(1.0, betas, mode, 0.1, {"helpful": 0.5, "safe": 1.0})
+    app = make_app(guidance=now)
 
     async def steps(d):
         await d.type(f"/resume {saved.id}")
         if mode == "ratio":
-            assert app.chat.guidance == replace(then, dead_zones={"helpful": 2.0})
+            assert app.chat.guidance == replace(then, betas=betas, dead_zones={"helpful": 2.0, "safe": 1.0})
             assert "plausibility 0.3, dead zone helpful=2" in app.chat.describe()
         else:
-            assert app.chat.guidance == Guidance(1.0, betas)
+            assert app.chat.guidance == now
             await d.until(lambda: "held in mode ratio; it goes on in mode product" in d.notices)
 
     drive(app, steps)

@@ -615,7 +615,8 @@ class ChatScreen(Screen[None]):
             known = {n: then_g.betas.get(n, b) for n, b in now_g.betas.items()}
             restored = replace(now_g, alpha=then_g.alpha, betas=known)
             if then_g.mode == now_g.mode:
-                zones = {n: width for n, width in then_g.dead_zones.items() if n in known}
+                widths = {n: (then_g if n in then_g.betas else now_g).dead_zones.get(n, 0.0) for n in known}
+                zones = {n: width for n, width in widths.items() if width}
                 restored = replace(restored, plausibility=then_g.plausibility, dead_zones=zones)
             else:
                 said = f"It was held in mode {then_g.mode}; it goes on in mode {now_g.mode}."
