@@ -230,8 +230,8 @@ def contents(model: CachedModel, length: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "mistral", "gemma3"])
 def test_caches_after_rejection_equal_fresh_ones(arch: str) -> None:
     """Left after any token, and rewound to what was shown: every key and value as from one forward of those tokens."""
-    patient, doctor = patient_of(tiny(arch, seed=3)), doctor_of(tiny(arch, seed=4))
-    prompt, guidance = PROMPTS[1], Guidance(0.8, {"doctor": 0.9})
+    patient, doctor = patient_of(tiny(arch, seed=3)), doctor_of(tiny(arch, seed=4), base=tiny(arch, seed=5))
+    prompt, guidance = PROMPTS[1], Guidance(0.8, {"doctor": 0.9}, "ratio", 0.0)
     for shown in (1, 2, 3, 5, 6, 8):
         session, ids = Session(), list(prompt)
         steps = decode(
@@ -247,6 +247,7 @@ def test_caches_after_rejection_equal_fresh_ones(arch: str) -> None:
         ids.extend(step.token.id for step in islice(steps, shown))
         steps.close()
         assert session.ids == ids
+        assert list(session.models) == ["patient", "doctor doctor", "base doctor"]
         for role, model in session.models.items():
             least = min(model.length, len(ids))
             assert least >= len(ids) - 1
@@ -259,11 +260,12 @@ def test_caches_after_rejection_equal_fresh_ones(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral"])
+@pytest.mark.parametrize("mode", ["product", "ratio"])
 @pytest.mark.parametrize("drafting", [None, FixedLength(4)], ids=["reference", "drafted"])
-def test_the_next_turn_reads_only_what_is_new(arch: str, drafting: Any) -> None:
+def test_the_next_turn_reads_only_what_is_new(arch: str, drafting: Any, mode: Literal["product", "ratio"]) -> None:
     """Interrupted after any token, the conversation goes on from the caches, as one decoded from nothing does."""
-    patient, doctor = patient_of(tiny(arch, seed=3)), doctor_of(tiny("llama", seed=4))
-    named, guidance = {"doctor": doctor}, Guidance(0.8, {"doctor": 0.9})
+    patient, doctor = patient_of(tiny(arch, seed=3)), doctor_of(tiny("llama", seed=4), base=tiny("llama", seed=5))
+    named, guidance = {"doctor": doctor}, Guidance(0.8, {"doctor": 0.9}, mode, 0.0)
     for shown in (1, 2, 4, 7):
         session, prompt = Session(), list(PROMPTS[1])
         steps = decode(
@@ -282,11 +284,11 @@ def test_the_next_turn_reads_only_what_is_new(arch: str, drafting: Any) -> None:
             same(again, run(patient, [doctor], [other], guidance, **how))
 
 
-@pytest.mark.parametrize("who", ["patient", "doctor"])
+@pytest.mark.parametrize("who", ["patient", "doctor doctor", "base doctor"])
 def test_an_interrupt_within_a_forward(who: str) -> None:
     """Ctrl+C lands in the middle of a model more often than between two: the layers that had gone on are cut back."""
-    patient, doctor = patient_of(tiny("llama", seed=3)), doctor_of(tiny("llama", seed=4))
-    guidance, session, prompt = Guidance(0.8, {"doctor": 0.9}), Session(), PROMPTS[1]
+    patient, doctor = patient_of(tiny("llama", seed=3)), doctor_of(tiny("llama", seed=4), base=tiny("llama", seed=5))
+    guidance, session, prompt = Guidance(0.8, {"doctor": 0.9}, "ratio", 0.0), Session(), PROMPTS[1]
     named, drafting = {"doctor": doctor}, FixedLength(1)
     steps = decode(patient, named, [prompt], lambda: guidance, Sampling(), seed=1, drafting=drafting, session=session)
     said = [next(steps).token.id for _ in range(2)]  # by then every model has taken a step
@@ -294,12 +296,11 @@ def test_an_interrupt_within_a_forward(who: str) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    model = patient.model if who == "patient" else doctor.model
-    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    hook = session.models[who].model.model.layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         said.extend(step.token.id for step in steps)
     hook.remove()
-    cache = session.models["patient" if who == "patient" else "doctor doctor"].cache
+    cache = session.models[who].cache
     assert isinstance(cache, StaticSteps) or cache.layers[0].keys.shape[-2] > cache.layers[1].keys.shape[-2]
     assert session.ids == prompt + said
     turn = [*prompt, *said, 4, 5]
@@ -332,10 +333,12 @@ def recurrent() -> Any:
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-def test_a_state_that_cannot_go_back_is_not_drafted_for() -> None:
-    """A recurrent doctor: the reference path by itself, said once; the answers are those of the reference path."""
-    patient, doctor = patient_of(tiny("llama", seed=3).float()), doctor_of(recurrent())
-    guidance, drafting = Guidance(0.8, {"doctor": 0.9}), Erratic()
+@pytest.mark.parametrize("who", ["doctor", "base"])
+def test_a_state_that_cannot_go_back_is_not_drafted_for(who: str) -> None:
+    """A recurrent model: the reference path by itself, said once; the answers are those of the reference path."""
+    patient, plain = patient_of(tiny("llama", seed=3).float()), tiny("llama", seed=4).float()
+    doctor = doctor_of(recurrent()) if who == "doctor" else doctor_of(plain, base=recurrent())
+    guidance, drafting = Guidance(0.8, {"doctor": 0.9}, "product" if who == "doctor" else "ratio", 0.0), Erratic()
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         rows = run(patient, [doctor], PROMPTS, guidance, drafting, max_new_tokens=8)
