@@ -88,7 +88,7 @@ def product(
                 says_B_V = doctor_B_V - bases_B_V[name]
                 if dead_zone := guidance.dead_zones.get(name, 0.0):
                     says_B_V = says_B_V.masked_fill(says_B_V.abs() <= dead_zone, 0.0)
-            logits = logits + beta * says_B_V
+            logits = logits.add(says_B_V, alpha=beta)
     if guidance.mode == "ratio":
         # without a cut still not the ids that no token has: doctor and base agree that those are impossible
         floor = torch.full_like(patient_B_V[..., :1], torch.finfo(patient_B_V.dtype).min / 2)
@@ -100,7 +100,9 @@ def product(
 
 def kl_divergence(product_B_V: Tensor, patient_B_V: Tensor) -> Tensor:
     """KL(product || patient) of every row [B], nats."""
-    return torch.where(product_B_V > -1e4, product_B_V.exp() * (product_B_V - patient_B_V), 0.0).sum(dim=-1)
+    excess_B_V = (product_B_V - patient_B_V).clamp(min=-1e30)  # -inf where a token was cut: 0 times it is 0
+    divergence_B: Tensor = torch.linalg.vecdot(product_B_V.exp(), excess_B_V)
+    return divergence_B
 
 
 def draw(product_B_V: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ def draw(product_B_V: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
         return product_B_V.argmax(dim=-1)
     scores = _warpers(sampling)(None, product_B_V)  # type: ignore[arg-type]  # these warpers read no input ids
     exact = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulative_B_V = scores.softmax(dim=-1, dtype=exact).cumsum(dim=-1)
+    cumulative_B_V = scores.softmax(dim=-1).cumsum(dim=-1, dtype=exact)
     target_B_1 = uniforms_B.to(cumulative_B_V)[:, None] * cumulative_B_V[:, -1:]
     return torch.searchsorted(cumulative_B_V, target_B_1, right=True)[:, 0].clamp(max=product_B_V.shape[-1] - 1)
 
