@@ -584,7 +584,7 @@ def tables(rows: Rows, good: Rows) -> str:
             continue
         if part == "main":
             own = [*good, *own]
-            out.append(_curves(own, good) + "\n")
+            out.append(_curves(part_rows, good) + "\n")
         elif part not in (
             "frontier",
             "patient size",
