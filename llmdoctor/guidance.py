@@ -100,7 +100,8 @@ def product(
 
 def kl_divergence(product_B_V: Tensor, patient_B_V: Tensor) -> Tensor:
     """KL(product || patient) of every row [B], nats."""
-    excess_B_V = (product_B_V - patient_B_V).clamp(min=-1e30)  # -inf where a token was cut: 0 times it is 0
+    # -inf, of a token that was cut, becomes a number: 0 times it is 0
+    excess_B_V = (product_B_V - patient_B_V.clamp(min=-1e30)).clamp(min=-1e30)
     divergence_B: Tensor = torch.linalg.vecdot(product_B_V.exp(), excess_B_V)
     return divergence_B
 

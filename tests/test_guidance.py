@@ -212,6 +212,8 @@ def test_kl_golden():
     guided = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]).log()
     patient = torch.tensor([[0.25, 0.5, 0.25]] * 2).log()
     torch.testing.assert_close(kl_divergence(guided, patient), torch.tensor([0.5 * math.log(2), 0.0]))
+    impossible = torch.tensor([[math.log(0.5), math.log(0.5), -INF]])  # also for the patient
+    assert kl_divergence(impossible, impossible).item() == 0
 
 
 NAN, INF = math.nan, math.inf
