@@ -685,7 +685,7 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         cache = (options.cache or output / ".efficacy").resolve()
         if options.quick:
-            run, options.seeds = Run(cache, 24, 48, 6, 0.002), options.seeds[:1]
+            run, options.seeds = Run(cache, 16, 32, 4, 0.002), options.seeds[:1]
         else:
             run = Run(cache, 300, 1 << 30, None, 0.5)
         kept = output / ("efficacy-quick.jsonl" if options.quick else "efficacy.jsonl")
