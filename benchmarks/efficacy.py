@@ -585,11 +585,7 @@ def tables(rows: Rows, good: Rows) -> str:
         if part == "main":
             own = [*good, *own]
             out.append(_curves(part_rows, good) + "\n")
-        elif part not in (
-            "frontier",
-            "patient size",
-            "fresh questions",
-        ):  # beside the same decoding, measured at the same strengths
+        elif part != "frontier" and part not in JOBS:  # beside the same decoding, measured at the same strengths
             at = {one["x"] for one in own}
             own = [one for one in rows if one["method"] == PRODUCT.method and one["x"] in at] + own
         lines = []
