@@ -39,12 +39,12 @@ class Paced:
     doctor_names = ("helpful", "safe")
 
     def __init__(self) -> None:
-        from llmdoctor.types import Guidance
+        from llmdoctor.settings import Guidance
 
         self.guidance = Guidance(betas={"helpful": 0.8, "safe": 0.4})
 
     def stream(self, _prompt: Any, **how: Any) -> Iterator[Any]:
-        from llmdoctor.types import Alternative, GuidedToken
+        from llmdoctor.records import Alternative, GuidedToken
 
         due = time.perf_counter()
         for position in range(how["max_new_tokens"]):
@@ -68,7 +68,7 @@ def load(clinic: bool) -> Any:
 
 
 def settings(tokens: int, clinic: bool) -> Any:
-    from llmdoctor.types import Sampling
+    from llmdoctor.settings import Sampling
 
     return Sampling(max_new_tokens=tokens if not clinic else 240, temperature=1.0)
 
@@ -103,9 +103,9 @@ def alone(tokens: int, clinic: bool, out: Path) -> None:
 def app(tokens: int, clinic: bool, out: Path) -> None:
     """The app itself; the question is asked by a timer, and again until there are enough tokens."""
     from llmdoctor.sessions import SessionStore
+    from llmdoctor.settings import Guidance
     from llmdoctor.tui.app import ChatApp, Start, run
     from llmdoctor.tui.config import Config
-    from llmdoctor.types import Guidance
 
     start = Start(
         load=lambda _progress: load(clinic),

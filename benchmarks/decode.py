@@ -52,12 +52,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from llmdoctor import Guidance, LLMdoctor, Sampling, caches, decode, speculative
-from llmdoctor.doctor import LoadedDoctor
-from llmdoctor.faces import conversation, prompt_ids
-from llmdoctor.guidance import product
+from llmdoctor import Guidance, LLMdoctor, Sampling
+from llmdoctor.decoding import caches, decode
+from llmdoctor.decoding import drafting as speculative
+from llmdoctor.decoding.product import product
 from llmdoctor.models import Patient, load_lm, load_patient, pick_device
 from llmdoctor.profiles.clinic_world import held_out_questions
+from llmdoctor.text import conversation, prompt_ids
+from llmdoctor.training.doctor import LoadedDoctor
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PEAK = 989e12  # bfloat16 operations a second of an H200, dense, as its maker says

@@ -41,18 +41,19 @@ from transformers import LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from llmdoctor import LLMdoctor
-from llmdoctor.doctor import Doctor, load_doctor, new_doctor, save_doctor
-from llmdoctor.extract import extract
-from llmdoctor.faces import conversation, prompt_ids
-from llmdoctor.models import load_patient, load_tokenizer
-from llmdoctor.profile import DataSettings, Profile, load_profile, override
+from llmdoctor.models import Vocabulary, load_patient, load_tokenizer
+from llmdoctor.profile import Profile, load_profile, override
 from llmdoctor.profiles import build_clinic
 from llmdoctor.profiles.build_clinic import PATIENT, PATIENT_POLISH, Recipe
 from llmdoctor.profiles.clinic_world import gold, held_out_questions
-from llmdoctor.rewards import face_weights
-from llmdoctor.store import RewardsFolder
-from llmdoctor.train import TFPOTrainer, sides
-from llmdoctor.types import PairScores
+from llmdoctor.records import PairScores
+from llmdoctor.settings import DataSettings
+from llmdoctor.text import conversation, prompt_ids
+from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.folder import RewardsFolder
+from llmdoctor.token_rewards.formula import face_weights
+from llmdoctor.training.doctor import Doctor, load_doctor, new_doctor, save_doctor
+from llmdoctor.training.train import TFPOTrainer, sides
 
 PAIRS = 1500  # what every method learns from, where a row does not say otherwise
 EPOCHS = 3.0  # over PAIRS pairs: the budget of training tokens, about 1.2 million
@@ -331,7 +332,7 @@ def train_patient(run: Run, study: Study, seed: int, folder: Path) -> None:
             peft_config=lora if method == "lora" else None,
         )
         trainer.train()
-    doctor = Doctor(trainer.accelerator.unwrap_model(trainer.model), len(tokenizer))
+    doctor = Doctor(trainer.accelerator.unwrap_model(trainer.model), Vocabulary.of(tokenizer))
     tokens = sum(len(one[f"{side}_ids"]) for one in trainer.train_dataset for side in ("chosen", "rejected"))
     seen = trainer.state.global_step * settings.per_device_train_batch_size / len(data)
     meta = {

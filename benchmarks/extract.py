@@ -39,13 +39,14 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import llmdoctor.extract as stage
-from llmdoctor.data import read_pairs
-from llmdoctor.extract import extract, fitting_batch_tokens
-from llmdoctor.faces import end_of_turn, prompt_ids, response_ids, with_system
+import llmdoctor.token_rewards.extract as stage
 from llmdoctor.models import Patient, SplitLM, load_patient
-from llmdoctor.profile import DataSettings, library_faces
-from llmdoctor.types import PreferencePair
+from llmdoctor.profile import library_faces
+from llmdoctor.records import PreferencePair
+from llmdoctor.settings import DataSettings
+from llmdoctor.text import end_of_turn, prompt_ids, response_ids, with_system
+from llmdoctor.token_rewards.extract import extract, fitting_batch_tokens
+from llmdoctor.token_rewards.pairs import read_pairs
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HH = DATA / "hh-rlhf" / "harmless-base_test.jsonl.gz"

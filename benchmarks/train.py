@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmdoctor.doctor import Doctor, new_doctor
-from llmdoctor.losses import subtb
 from llmdoctor.models import load_tokenizer, token_log_probs
-from llmdoctor.profile import TrainSettings
-from llmdoctor.train import TFPOTrainer, _Side
+from llmdoctor.settings import TrainSettings
+from llmdoctor.training.doctor import Doctor, new_doctor
+from llmdoctor.training.losses import subtb
+from llmdoctor.training.train import TFPOTrainer, _Side
 
 LENGTH = 4096
 
@@ -100,7 +100,7 @@ def cross_entropy(doctor: Doctor, pairs: list[tuple[_Side, _Side]]) -> Callable[
         prompts = torch.tensor([len(row.prompt) for row in rows])
         hidden = lm.hidden(ids, (places < lengths[:, None]).long())
         wanted = ((places >= prompts[:, None]) & (places < lengths[:, None]))[:, 1:]
-        scores = token_log_probs(lm, hidden[:, :-1][wanted], ids[:, 1:][wanted], doctor.vocabulary_size)
+        scores = token_log_probs(lm, hidden[:, :-1][wanted], ids[:, 1:][wanted], doctor.vocabulary)
         (-scores.mean()).backward()
         optimizer.step()
 
@@ -157,7 +157,7 @@ def measure(rounds: int, batch: int) -> list[str]:
     ]
     generator = torch.Generator().manual_seed(1)
     long = [
-        _Side("long", pairs[0][0].prompt, torch.randint(doctor.vocabulary_size, (LENGTH,), generator=generator), r, [])
+        _Side("long", pairs[0][0].prompt, torch.randint(doctor.vocabulary.size, (LENGTH,), generator=generator), r, [])
         for r in torch.rand(2, LENGTH, generator=generator) - 0.5
     ]
     doctor.lm.config.max_position_embeddings = LENGTH + len(long[0].prompt)  # rotary: no weight depends on it

@@ -15,7 +15,7 @@ from llmdoctor.cli.terminal import clean
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmdoctor.diagnosis import Diagnosis, Estimate, Example, FaceDiagnosis
+    from llmdoctor.token_rewards.diagnosis import Diagnosis, Estimate, Example, FaceDiagnosis
 
 _PLAIN_BAR = 31
 _UNICODE = ("█", "├", "─", "┤", "●", "│")

@@ -16,10 +16,11 @@ from llmdoctor.errors import LLMDoctorError, UsageError
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
-    from llmdoctor.profile import DecodeSettings, Profile
+    from llmdoctor.profile import Profile
+    from llmdoctor.records import GuidedToken, Message
     from llmdoctor.sessions import Session, SessionStore
+    from llmdoctor.settings import DecodeSettings, Guidance
     from llmdoctor.tui.app import Start
-    from llmdoctor.types import Guidance, GuidedToken, Message
 
 _HELP = """\
 /set alpha=1 beta=0.8   change how the models speak; beta.helpful=0.8 or helpful=0.8 for one doctor;
@@ -157,8 +158,8 @@ def start_of(
     trust_remote_code: bool = False,
 ) -> "Start":
     """What the full-screen app begins with; it loads the models itself."""
+    from llmdoctor.settings import Guidance, Sampling
     from llmdoctor.tui.app import Start
-    from llmdoctor.types import Guidance, Sampling
 
     decode = settings.decode
     drawing = decode.model_dump(exclude={"alpha", "mode", "plausibility", "speculation"})
@@ -200,11 +201,11 @@ class Conversation:
     """A conversation and its settings: what a line of the user does to them, and what it prints."""
 
     def __init__(self, assistant: "LLMdoctor", decode: "DecodeSettings", seed: int | None, *, as_json: bool) -> None:
-        from llmdoctor.caches import Session
+        from llmdoctor.decoding.caches import PrefixCache
 
         self.assistant, self.decode, self.seed, self.as_json = assistant, decode, seed, as_json
         self.messages: list[Message] = []
-        self._session = Session()
+        self._prefix_cache = PrefixCache()
         self.turn = 0
         self._coloured = not as_json and decorated(sys.stdout)
         self._greatest = 0.0
@@ -262,7 +263,7 @@ class Conversation:
         began, count, interrupted = time.monotonic(), 0, False
         self.turn += 1
         try:
-            for token in self.assistant.stream(messages, seed=seed, session=self._session, **how):  # type: ignore[arg-type]
+            for token in self.assistant.stream(messages, seed=seed, prefix_cache=self._prefix_cache, **how):  # type: ignore[arg-type]
                 count += 1
                 piece = clean(token.text) if any(pieces) else clean(token.text).lstrip()
                 pieces.append(piece)

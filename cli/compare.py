@@ -15,8 +15,8 @@ from llmdoctor.errors import UsageError
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
+    from llmdoctor.records import Comparison, GuidedToken, Message
     from llmdoctor.tui.screens.browser import Post
-    from llmdoctor.types import Comparison, GuidedToken, Message
 
     Prompt = str | Sequence[Message]
 
@@ -115,7 +115,7 @@ def _prompts(prompt: str | None, file: Path | None) -> "list[Prompt]":
             'give either a prompt or --prompts FILE, for example: llmdoctor compare "How can I sleep better?"'
         )
     if file is not None:
-        from llmdoctor.data import read_prompts
+        from llmdoctor.token_rewards.pairs import read_prompts
 
         return list(read_prompts(file))
     text = sys.stdin.read().strip() if prompt == "-" else prompt or ""
@@ -179,7 +179,7 @@ def _print(views: "Iterator[render.View]") -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    from llmdoctor.store import atomic_path
+    from llmdoctor.files import atomic_path
 
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -12,8 +12,9 @@ from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, wai
 from llmdoctor.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmdoctor.profile import DataSettings, Profile
-    from llmdoctor.types import FacePair, SkippedRecord
+    from llmdoctor.profile import Profile
+    from llmdoctor.records import FacePair, SkippedRecord
+    from llmdoctor.settings import DataSettings
 
 _SKIPS_SHOWN = 20
 
@@ -59,9 +60,9 @@ def extract(
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with waiting(f"Loading {options.short(model.model)} ..."):
-        from llmdoctor.extract import extract as scored_pairs
         from llmdoctor.models import load_patient
-        from llmdoctor.store import RewardsFolder
+        from llmdoctor.token_rewards.extract import extract as scored_pairs
+        from llmdoctor.token_rewards.folder import RewardsFolder
 
         if processes > 1 and model.device in {"auto", "cuda"}:  # a device a process
             import torch
@@ -97,7 +98,8 @@ def extract(
 
 def _data(profile: "Profile", source: str | None, split: str | None, label: str | None) -> "DataSettings":
     """The profile's data set, or the one named: it does not inherit the split and label of the other."""
-    from llmdoctor.profile import DataSettings, override
+    from llmdoctor.profile import override
+    from llmdoctor.settings import DataSettings
 
     named = DataSettings(source=source) if source else profile.data
     if named is None:
@@ -122,7 +124,7 @@ def chosen_faces(profile: "Profile", names: Sequence[str] | None) -> "dict[str, 
 
 def _require_usable(data: "DataSettings") -> None:
     """Say what is wrong with the data before a large patient is loaded for it."""
-    from llmdoctor.data import read_pairs
+    from llmdoctor.token_rewards.pairs import read_pairs
 
     next(iter(read_pairs(data.source, split=data.split, label=data.label, limit=1)), None)
 

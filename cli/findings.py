@@ -12,11 +12,11 @@ from llmdoctor.cli.terminal import console, decorated, progress, put, say
 from llmdoctor.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from llmdoctor.diagnosis import Diagnosis
-    from llmdoctor.profile import RewardSettings
-    from llmdoctor.statistics import FaceDifference
-    from llmdoctor.store import RewardsFolder
-    from llmdoctor.types import PairScores
+    from llmdoctor.records import PairScores
+    from llmdoctor.settings import RewardSettings
+    from llmdoctor.token_rewards.diagnosis import Diagnosis
+    from llmdoctor.token_rewards.folder import RewardsFolder
+    from llmdoctor.token_rewards.summary import FaceDifference
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ def find(rewards: "RewardsFolder", settings: "RewardSettings", faces: Sequence[s
 
     Of several processes only the first looks: the others return empty findings.
     """
-    from llmdoctor.diagnosis import diagnose
-    from llmdoctor.statistics import FaceDifferences
+    from llmdoctor.token_rewards.diagnosis import diagnose
+    from llmdoctor.token_rewards.summary import FaceDifferences
 
     if os.environ.get("RANK", "0") != "0":
         return Findings((), None)
@@ -77,8 +77,8 @@ def find(rewards: "RewardsFolder", settings: "RewardSettings", faces: Sequence[s
 
 def after_extraction(folder: Path, settings: "RewardSettings") -> Findings:
     """`find` for a folder just written: what stands against a diagnosis is a warning, for the rewards are there."""
-    from llmdoctor.statistics import face_differences
-    from llmdoctor.store import RewardsFolder
+    from llmdoctor.token_rewards.folder import RewardsFolder
+    from llmdoctor.token_rewards.summary import face_differences
 
     rewards = RewardsFolder(folder)
     try:
@@ -92,7 +92,7 @@ def after_extraction(folder: Path, settings: "RewardSettings") -> Findings:
 
 def warn(differences: "Sequence[FaceDifference]") -> None:
     """Say on stderr which face pairs hardly differ on this patient, with the figure and what to change."""
-    from llmdoctor.statistics import HARDLY
+    from llmdoctor.token_rewards.summary import HARDLY
 
     for face in differences:
         if face.hardly:

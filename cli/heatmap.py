@@ -15,7 +15,7 @@ from llmdoctor.cli.terminal import clean
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmdoctor.statistics import Statistics, Word
+    from llmdoctor.token_rewards.summary import Statistics, Word
 
 # A browser that reads this refuses every script and every request, whatever the data holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -159,7 +159,7 @@ def html_parts(heading: Sequence[str], pairs: Sequence[ShownPair], statistics: "
 
 
 def _html_statistics(statistics: "Statistics") -> Iterator[str]:
-    from llmdoctor.statistics import EDGES
+    from llmdoctor.token_rewards.summary import EDGES
 
     facts = "".join(
         f"<tr><th scope=row>{_escape(name)}</th><td>{_escape(text)}</td></tr>" for name, text in _facts(statistics)

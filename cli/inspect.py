@@ -16,11 +16,12 @@ from llmdoctor.cli.terminal import console, decorated, progress, put, put_json, 
 from llmdoctor.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from llmdoctor.diagnosis import Diagnosis
-    from llmdoctor.profile import PatientSettings, Profile, RewardSettings
-    from llmdoctor.statistics import FaceDifference, Statistics
-    from llmdoctor.store import RewardsFolder
-    from llmdoctor.types import PairScores, TokenRewards
+    from llmdoctor.profile import Profile
+    from llmdoctor.records import PairScores, TokenRewards
+    from llmdoctor.settings import PatientSettings, RewardSettings
+    from llmdoctor.token_rewards.diagnosis import Diagnosis
+    from llmdoctor.token_rewards.folder import RewardsFolder
+    from llmdoctor.token_rewards.summary import FaceDifference, Statistics
 
 _SHOWN, _SHOWN_ON_PAGE, _BROWSED = 3, 20, 1000
 
@@ -92,7 +93,7 @@ def inspect(
     if tui:
         options.require_screen("--tui", as_json or diagnose or (svg or html) is not None)
     with waiting("Reading the rewards ..."):
-        from llmdoctor.store import RewardsFolder
+        from llmdoctor.token_rewards.folder import RewardsFolder
 
         rewards = RewardsFolder(folder)
         own = options.fitting(options.load(profile), profile, rewards.meta["patient"]["fingerprint"])
@@ -104,7 +105,7 @@ def inspect(
         return
     with waiting("Reading the rewards ..."):
         from llmdoctor.models import load_tokenizer
-        from llmdoctor.rewards import face_weights
+        from llmdoctor.token_rewards.formula import face_weights
 
         tokenizer = load_tokenizer(folder / "tokenizer")
         weights = face_weights(rewards, rewards.faces, settings)
@@ -128,7 +129,7 @@ def inspect(
     if svg is not None:
         from rich.text import Text
 
-        from llmdoctor.statistics import EDGES
+        from llmdoctor.token_rewards.summary import EDGES
 
         top = heatmap.limit_of(pairs)
         pictures = [render.rich_heatmap(_title(one), one.sides, 110, top) for one in pairs]
@@ -161,7 +162,7 @@ def _title(pair: heatmap.ShownPair) -> str:
 
 
 def _print(heading: Sequence[str], pairs: Sequence[heatmap.ShownPair], statistics: "Statistics") -> None:
-    from llmdoctor.statistics import EDGES
+    from llmdoctor.token_rewards.summary import EDGES
 
     if not decorated(sys.stdout):
         for one in pairs:
@@ -189,7 +190,7 @@ class _Look:
         self, *, pair: str | None, contains: str | None, worst: bool, limit: int
     ) -> "tuple[list[tuple[TokenRewards, TokenRewards]], Statistics, tuple[FaceDifference, ...]]":
         """In one pass, holding ``limit`` pairs: those to show, and the statistics of all that match ``contains``."""
-        from llmdoctor.statistics import Counter, FaceDifferences, margin
+        from llmdoctor.token_rewards.summary import Counter, FaceDifferences, margin
 
         ids = range(max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1))
         special = [i for i in self.tokenizer.all_special_ids if i in ids]
@@ -247,7 +248,7 @@ class _Look:
 
     def sides(self, scores: "PairScores") -> "tuple[TokenRewards, TokenRewards]":
         """The token rewards of both responses."""
-        from llmdoctor.rewards import token_rewards
+        from llmdoctor.token_rewards.formula import token_rewards
 
         made = (token_rewards(side, self.settings, self.weights) for side in (scores.chosen, scores.rejected))
         return next(made), next(made)
@@ -271,7 +272,7 @@ class _Look:
 
 def rewarded_text(tokenizer: Any, item: "TokenRewards") -> render.RewardedText:
     """One response as screens show it."""
-    from llmdoctor.faces import token_texts
+    from llmdoctor.text import token_texts
 
     gap = float(item.gaps.sum())
     title = f"{item.scores.side}, reward {float(item.rewards.sum()):+.2f}, gap {gap:+.2f}, {len(item.rewards)} tokens"
@@ -310,8 +311,8 @@ def _look_at(
     faces = chosen_faces(profile, settings.faces)
     with waiting(f"Loading {options.short(model.model)} ..."):
         from llmdoctor.models import load_patient
-        from llmdoctor.rewards import face_weights, token_rewards
-        from llmdoctor.single import score_answer
+        from llmdoctor.token_rewards.answer import score_answer
+        from llmdoctor.token_rewards.formula import face_weights, token_rewards
 
         loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
         scores = score_answer(loaded, faces, prompt, text)
@@ -390,7 +391,7 @@ def _examples(rewards: "RewardsFolder", settings: "RewardSettings", diagnosis: "
 
 
 def _write(path: Path, text: str) -> None:
-    from llmdoctor.store import atomic_path
+    from llmdoctor.files import atomic_path
 
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

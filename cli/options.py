@@ -17,7 +17,8 @@ from llmdoctor.errors import UsageError
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
-    from llmdoctor.profile import Profile, RewardSettings
+    from llmdoctor.profile import Profile
+    from llmdoctor.settings import RewardSettings
 
 
 GREATEST_SEED = 2**32 - 1  # numpy's limit
@@ -85,7 +86,7 @@ def fitting(profile: "Profile", name: str | None, fingerprint: str) -> "Profile"
     the general ones of `RewardSettings` and `TrainSettings` stand in for them.
     """
     from llmdoctor.models import model_fingerprint
-    from llmdoctor.profile import RewardSettings, TrainSettings
+    from llmdoctor.settings import RewardSettings, TrainSettings
 
     if name or fingerprint == model_fingerprint(profile.patient.model):
         return profile
@@ -150,7 +151,8 @@ def guided_profile(
     ``named`` False, it is the clinic's because nobody asked for another: its way to combine models suits its own
     doctors, and other ones get the general way of `DecodeSettings`.
     """
-    from llmdoctor.profile import DecodeSettings, DoctorSettings, override
+    from llmdoctor.profile import override
+    from llmdoctor.settings import DecodeSettings, DoctorSettings
 
     chosen = dict(profile.doctors)
     decoding = profile.decode

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from llmdoctor.types import Comparison, GuidedToken
+    from llmdoctor.records import Comparison, GuidedToken
 
 Lens = Literal["value", "ratio", "kl", "flips", "off"]
 LENSES: tuple[str, ...] = get_args(Lens)

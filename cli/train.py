@@ -10,7 +10,7 @@ from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, wai
 from llmdoctor.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmdoctor.types import TrainStep
+    from llmdoctor.records import TrainStep
 
 
 def train(
@@ -105,7 +105,7 @@ def train(
     override(settings.train, **asked)  # a bad value is said before anything is read
     override(settings.rewards, direction=direction, tau=tau, theta=theta)
     with waiting("Reading the rewards ..."):
-        from llmdoctor.store import RewardsFolder
+        from llmdoctor.token_rewards.folder import RewardsFolder
 
         folder = RewardsFolder(rewards)
         settings = options.fitting(settings, profile, folder.meta["patient"]["fingerprint"])
@@ -120,7 +120,7 @@ def train(
     say(f"training {options.short(chosen.doctor)} on {len(folder)} pairs of {rewards} (faces: {used})")
 
     with waiting(f"Loading {options.short(chosen.doctor)} ..."):
-        from llmdoctor.train import train as train_doctor
+        from llmdoctor.training.train import train as train_doctor
     began = time.monotonic()
     with progress("Training", None, "steps") as advance:
 

@@ -14,27 +14,27 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLMdoctor": "assistant",
-    "Comparison": "types",
-    "Guidance": "types",
-    "GuidedToken": "types",
+    "Comparison": "records",
+    "Guidance": "settings",
+    "GuidedToken": "records",
     "LLMDoctorError": "errors",
-    "PreferencePair": "types",
-    "Sampling": "types",
-    "Session": "caches",
-    "TokenRewards": "types",
+    "PreferencePair": "records",
+    "Sampling": "settings",
+    "PrefixCache": "decoding.caches",
+    "TokenRewards": "records",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor as LLMdoctor
-    from llmdoctor.caches import Session as Session
+    from llmdoctor.decoding.caches import PrefixCache as PrefixCache
     from llmdoctor.errors import LLMDoctorError as LLMDoctorError
-    from llmdoctor.types import Comparison as Comparison
-    from llmdoctor.types import Guidance as Guidance
-    from llmdoctor.types import GuidedToken as GuidedToken
-    from llmdoctor.types import PreferencePair as PreferencePair
-    from llmdoctor.types import Sampling as Sampling
-    from llmdoctor.types import TokenRewards as TokenRewards
+    from llmdoctor.records import Comparison as Comparison
+    from llmdoctor.records import GuidedToken as GuidedToken
+    from llmdoctor.records import PreferencePair as PreferencePair
+    from llmdoctor.records import TokenRewards as TokenRewards
+    from llmdoctor.settings import Guidance as Guidance
+    from llmdoctor.settings import Sampling as Sampling
 
 
 def __getattr__(name: str) -> Any:

@@ -9,18 +9,18 @@ from typing import Any, Literal, overload
 
 from transformers import PreTrainedModel
 
-from llmdoctor.caches import Session
-from llmdoctor.decode import Step, decode
-from llmdoctor.doctor import LoadedDoctor, load_doctor
+from llmdoctor.decoding.caches import PrefixCache
+from llmdoctor.decoding.decode import Step, decode
+from llmdoctor.decoding.drafting import AdaptiveLength
+from llmdoctor.decoding.product import check_guidance, check_sampling
 from llmdoctor.errors import UsageError
-from llmdoctor.faces import TextStream, conversation, prompt_ids, with_system
-from llmdoctor.guidance import check_guidance, check_sampling
 from llmdoctor.models import Patient, load_patient
 from llmdoctor.profile import Profile, load_profile
-from llmdoctor.speculative import AdaptiveLength
-from llmdoctor.types import Answer, Comparison, Guidance, GuidedToken, Message, Sampling
+from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
+from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
+from llmdoctor.training.doctor import LoadedDoctor, load_doctor
 
-Which = Literal["patient", "guided"]
 _BATCH_ROWS = 32
 
 
@@ -215,16 +215,16 @@ class LLMdoctor:
         prefix_ids: Sequence[int] = (),
         force_id: int | None = None,
         top: int = 0,
-        session: Session | None = None,
+        prefix_cache: PrefixCache | None = None,
         **sampling: Any,
     ) -> Iterator[GuidedToken]:
         """Guided tokens as they are drawn, each with its numbers and, on request, its ``top`` alternatives.
 
         ``guidance`` is a fixed snapshot, or a function that is called for every token; by default the instance's own,
-        live. ``guided`` False is the patient alone. A ``session``, given to every turn of one conversation, spares the
-        models what they have read before. ``prefix_ids`` continues an answer that begins with these tokens: they are
-        read, not said again, count towards ``max_new_tokens``, and the draws that follow are seeded with the seed and
-        their number. ``force_id`` is the next token instead of a draw, with its numbers like any other. Close the
+        live. ``guided`` False is the patient alone. A ``prefix_cache``, given to every turn of one conversation, spares
+        the models what they have read before. ``prefix_ids`` continues an answer that begins with these tokens: they
+        are read, not said again, count towards ``max_new_tokens``, and the draws that follow are seeded with the seed
+        and their number. ``force_id`` is the next token instead of a draw, with its numbers like any other. Close the
         iterator to stop. Settings are checked at once, not at the first token; UsageError also for an id that is no
         token.
         """
@@ -248,7 +248,7 @@ class LLMdoctor:
             read=[self._read(guidance)],
             guided=guided,
             top=top,
-            session=session,
+            prefix_cache=prefix_cache,
             prefix=prefix_ids,
             first=force_id,
         )
@@ -259,7 +259,7 @@ class LLMdoctor:
         prompt: str | Sequence[Message],
         *,
         top: int = 0,
-        on_token: Callable[[Which, GuidedToken], None] | None = None,
+        on_token: Callable[[Speaker, GuidedToken], None] | None = None,
         **sampling: Any,
     ) -> Comparison:
         """The patient alone, then the guided patient, on the same prompt and with the same random numbers."""
@@ -270,7 +270,7 @@ class LLMdoctor:
         prompts: Sequence[str | Sequence[Message]],
         *,
         top: int = 0,
-        on_token: Callable[[Which, GuidedToken], None] | None = None,
+        on_token: Callable[[Speaker, GuidedToken], None] | None = None,
         **sampling: Any,
     ) -> Iterator[Comparison]:
         """``compare`` for many prompts, decoded in batches, in order.
@@ -283,7 +283,7 @@ class LLMdoctor:
         settings = replace(settings, seed=seed)
         guidance = self._guidance
 
-        def run(which: Which, rows: Sequence[str | Sequence[Message]]) -> tuple[list[Answer], float]:
+        def run(which: Speaker, rows: Sequence[str | Sequence[Message]]) -> tuple[list[Answer], float]:
             started = time.perf_counter()
             steps: list[list[Step]] = [[] for _ in rows]
             reads = [lambda: guidance] * len(rows)
@@ -337,7 +337,7 @@ class LLMdoctor:
         read: Sequence[Callable[[], Guidance]],
         guided: bool = True,
         top: int = 0,
-        session: Session | None = None,
+        prefix_cache: PrefixCache | None = None,
         prefix: Sequence[int] = (),
         first: int | None = None,
     ) -> Iterator[Step]:
@@ -355,7 +355,7 @@ class LLMdoctor:
             seed=seeds,
             top=top,
             drafting=self._drafting if self.speculation else None,
-            session=session,
+            prefix_cache=prefix_cache,
             first=first,
         )
 

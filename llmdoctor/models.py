@@ -68,13 +68,28 @@ class Vocabulary:
         """Sha-256 of the map."""
         return hashlib.sha256(json.dumps(sorted(self.ids.items())).encode()).hexdigest()
 
-    def valid(self, device: torch.device) -> Tensor | None:
-        """[size] True where an id has a token; None when all of them do."""
-        if len(set(self.ids.values())) == self.size:
+    @cached_property
+    def _unused(self) -> Tensor | None:
+        """[size] True where no token has the id; None when every id has one."""
+        if len(used := set(self.ids.values())) == self.size:
             return None
-        mask = torch.zeros(self.size, dtype=torch.bool, device=device)
-        mask[list(self.ids.values())] = True
+        mask = torch.ones(self.size, dtype=torch.bool)
+        mask[list(used)] = False
         return mask
+
+    def mask(self, logits: Tensor, start: int = 0) -> Tensor:
+        """The logits of the ids that a token has, in float32 or better. All three stages normalise over these.
+
+        ``logits`` [..., R] are those of the ids from ``start`` on. Rows beyond the vocabulary (embeddings are often
+        padded) are cut off: [..., min(R, size - start)]. An id in between that no token has gets the lowest finite
+        number, not -inf, so that 0 times its log-prob stays 0.
+        """
+        logits = logits[..., : self.size - start]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self._unused is None:
+            return logits
+        unused = self._unused[start : start + logits.shape[-1]].to(logits.device)
+        return logits.masked_fill(unused, torch.finfo(logits.dtype).min)
 
     def require_same(self, other: "Vocabulary", name: str, other_name: str) -> None:
         """Raise VocabularyError, naming both models and the first differing token, unless the maps are equal.
@@ -243,17 +258,16 @@ class SplitLM:
         return out.last_hidden_state  # type: ignore[no-any-return]
 
 
-def token_log_probs(lm: SplitLM, hidden_N_H: Tensor, ids_N: Tensor, vocabulary_size: int, chunk: int = 0) -> Tensor:
+def token_log_probs(lm: SplitLM, hidden_N_H: Tensor, ids_N: Tensor, vocabulary: Vocabulary, chunk: int = 0) -> Tensor:
     """log pi(ids) [N] in float32 or better, over the shared vocabulary, holding at most ``chunk`` rows of logits.
 
     With gradients each chunk's logits are made again in the backward pass instead of being kept. ``chunk`` 0 takes as
     many rows as fit 64 MiB of float32.
     """
-    chunk = chunk or max(1, (1 << 24) // vocabulary_size)
+    chunk = chunk or max(1, (1 << 24) // vocabulary.size)
 
     def score(hidden: Tensor, ids: Tensor) -> Tensor:
-        logits = lm.logits(hidden)[:, :vocabulary_size]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = vocabulary.mask(lm.logits(hidden))
         return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1)
 
     pieces = []

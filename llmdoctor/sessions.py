@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmdoctor.errors import StorageError, UsageError
-from llmdoctor.types import Alternative, Guidance, GuidedToken, Message, Sampling
+from llmdoctor.records import Alternative, GuidedToken, Message, Speaker
+from llmdoctor.settings import Guidance, Sampling
 
-Which = Literal["patient", "guided"]
 End = Literal["", "done", "length", "interrupted", "error"]
 
 
@@ -60,7 +60,7 @@ class Turn:
     patient: Reply = Reply()
     guided: Reply = Reply()
 
-    def reply(self, which: Which) -> Reply:
+    def reply(self, which: Speaker) -> Reply:
         """One side's answer."""
         return self.patient if which == "patient" else self.guided
 
@@ -94,7 +94,7 @@ class Summary:
     turns: int
 
 
-def messages(turns: tuple[Turn, ...], which: Which, prompt: str) -> list[Message]:
+def messages(turns: tuple[Turn, ...], which: Speaker, prompt: str) -> list[Message]:
     """The conversation as one side knows it, ending with ``prompt``: every side goes on from its own answers."""
     said: list[Message] = []
     for turn in turns:

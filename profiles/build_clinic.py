@@ -26,12 +26,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmdoctor.extract import extract
 from llmdoctor.models import load_patient
-from llmdoctor.profile import DataSettings, load_profile
+from llmdoctor.profile import load_profile
 from llmdoctor.profiles import clinic_world as world
-from llmdoctor.train import train
-from llmdoctor.types import Message, TrainStep
+from llmdoctor.records import Message, TrainStep
+from llmdoctor.settings import DataSettings
+from llmdoctor.token_rewards.extract import extract
+from llmdoctor.training.train import train
 
 CLINIC = Path(__file__).parent / "clinic"
 PAD, END = "<|pad|>", "<|end|>"

@@ -25,7 +25,7 @@ from functools import cache
 from itertools import product
 from typing import Literal
 
-from llmdoctor.types import FacePair, Message
+from llmdoctor.records import FacePair, Message
 
 Axis = Literal["helpful", "safe"]
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
-from llmdoctor.caches import CachedModel, Session
 from llmdoctor.cli.chat import start_of
-from llmdoctor.doctor import new_doctor, save_doctor
+from llmdoctor.decoding.caches import CachedModel, PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
-from llmdoctor.profile import TrainSettings, load_profile
+from llmdoctor.profile import load_profile
+from llmdoctor.settings import TrainSettings
+from llmdoctor.training.doctor import new_doctor, save_doctor
 
 SHORT = Sampling(max_new_tokens=14, seed=3)
 PROMPTS = ["How are you?", "Hi", "Tell me more about the moon, and the stars."]
@@ -291,12 +292,12 @@ def test_a_dead_zone_as_wide_as_all_opinions_leaves_the_patient_alone(
 def test_a_session_whose_mode_changes_between_answers(folders: tuple[str, dict[str, Path]]) -> None:
     """A base that joins later, or comes back, reads what it has missed."""
     loaded = LLMdoctor(*folders, mode="ratio", beta=2.0, sampling=SHORT)
-    session, messages, read = Session(), [], 0
+    session, messages, read = PrefixCache(), [], 0
     for turn, mode in enumerate(("product", "ratio", "product", "ratio")):
         loaded.guidance = replace(loaded.guidance, mode=mode)  # type: ignore[arg-type]
         messages.append({"role": "user", "content": PROMPTS[0]})
         alone = list(loaded.stream(messages, seed=turn))
-        same(list(loaded.stream(messages, seed=turn, session=session)), alone)
+        same(list(loaded.stream(messages, seed=turn, prefix_cache=session)), alone)
         prompt = len(session.ids) - len(alone)
         assert session.prefilled <= prompt - read + 1  # the patient reads what is new, though a base has to catch up
         read = prompt
@@ -353,13 +354,13 @@ def test_speculation_changes_nothing_but_the_time(folders: tuple[str, dict[str, 
 
 def test_a_session_reads_only_what_is_new(assistant: LLMdoctor) -> None:
     """The second turn of a conversation, after a first that was left in its middle."""
-    session, turns = Session(), [{"role": "user", "content": PROMPTS[2]}]
-    stream = assistant.stream(turns, session=session)
+    session, turns = PrefixCache(), [{"role": "user", "content": PROMPTS[2]}]
+    stream = assistant.stream(turns, prefix_cache=session)
     said = "".join(next(stream).text for _ in range(9))
     stream.close()
     read = session.prefilled
     turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "And?"}]
-    continued = list(assistant.stream(turns, session=session))
+    continued = list(assistant.stream(turns, prefix_cache=session))
     assert session.prefilled < read
     same(continued, assistant.stream(turns))
 

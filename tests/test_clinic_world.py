@@ -4,7 +4,7 @@ import re
 import pytest
 
 from llmdoctor.profiles import clinic_world as world
-from llmdoctor.types import FacePair
+from llmdoctor.records import FacePair
 
 QUESTIONS = world.held_out_questions(300)
 

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llmdoctor.data import _array_records, fingerprint, read_pairs, read_prompts, shuffled
 from llmdoctor.errors import DataError
-from llmdoctor.types import PreferencePair, SkippedRecord
+from llmdoctor.records import PreferencePair, SkippedRecord
+from llmdoctor.token_rewards.pairs import _array_records, fingerprint, read_pairs, read_prompts, shuffled
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 HH = REAL / "hh-rlhf" / "harmless-base_test.jsonl.gz"
@@ -300,7 +300,7 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, name, content, message):
 def test_a_hub_name_that_cannot_be_reached_is_one_clear_line(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     code = (
-        "from llmdoctor.data import read_pairs\nfrom llmdoctor.errors import DataError\n"
+        "from llmdoctor.token_rewards.pairs import read_pairs\nfrom llmdoctor.errors import DataError\n"
         "try:\n    next(read_pairs('nobody/nothing', split='test'))\nexcept DataError as error:\n    print(error)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

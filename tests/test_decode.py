@@ -22,11 +22,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from llmdoctor.decode import Step, decode
-from llmdoctor.doctor import LoadedDoctor
+from llmdoctor.decoding.decode import Step, decode
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.models import Patient, Vocabulary, load_patient
-from llmdoctor.types import Guidance, GuidedToken, Sampling
+from llmdoctor.records import GuidedToken
+from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.training.doctor import LoadedDoctor
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")

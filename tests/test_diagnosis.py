@@ -8,12 +8,12 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from llmdoctor import diagnosis as engine
-from llmdoctor.diagnosis import Diagnosis, bradley_terry, diagnose
 from llmdoctor.errors import DataError, UsageError
-from llmdoctor.profile import RewardSettings
-from llmdoctor.rewards import face_weights, token_rewards
-from llmdoctor.types import PairScores, Side, TokenScores
+from llmdoctor.records import PairScores, Side, TokenScores
+from llmdoctor.settings import RewardSettings
+from llmdoctor.token_rewards import diagnosis as engine
+from llmdoctor.token_rewards.diagnosis import Diagnosis, bradley_terry, diagnose
+from llmdoctor.token_rewards.formula import face_weights, token_rewards
 
 FACES = ("kind", "brief", "safe")
 MIX = np.array([1.2, -0.6, 0.0])

@@ -20,9 +20,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from llmdoctor.doctor import Doctor, load_doctor, new_doctor, save_doctor
 from llmdoctor.errors import LoadError, StorageError, UsageError
-from llmdoctor.profile import TrainSettings
+from llmdoctor.settings import TrainSettings
+from llmdoctor.training.doctor import Doctor, load_doctor, new_doctor, save_doctor
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 SIZE = len(LETTERS) + 1

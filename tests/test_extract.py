@@ -13,14 +13,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers import Qwen2ForCausalLM as Qwen2
 from typer.testing import CliRunner
 
-import llmdoctor.extract as stage
+import llmdoctor.token_rewards.extract as stage
 from llmdoctor.cli.main import app
 from llmdoctor.errors import DataError, LoadError, StorageError, UsageError
-from llmdoctor.extract import extract
 from llmdoctor.models import Patient, load_patient
-from llmdoctor.profile import DataSettings
-from llmdoctor.store import RewardsFolder, shard_paths
-from llmdoctor.types import FacePair, PairScores, SkippedRecord, TokenScores
+from llmdoctor.records import FacePair, PairScores, SkippedRecord, TokenScores
+from llmdoctor.settings import DataSettings
+from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.folder import RewardsFolder, shard_paths
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")

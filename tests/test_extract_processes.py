@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmdoctor.extract import extract
 from llmdoctor.models import load_patient
-from llmdoctor.profile import DataSettings
-from llmdoctor.store import RewardsFolder
-from llmdoctor.types import FacePair
+from llmdoctor.records import FacePair
+from llmdoctor.settings import DataSettings
+from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.folder import RewardsFolder
 
 # One of two gloo processes: what it scores goes to stdout; then the same folder with another face.
 PROCESS = """
 import sys
 import torch
 torch.set_num_threads(1)
-import llmdoctor.extract as stage
+import llmdoctor.token_rewards.extract as stage
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.models import load_patient
-from llmdoctor.profile import DataSettings
-from llmdoctor.types import FacePair
+from llmdoctor.settings import DataSettings
+from llmdoctor.records import FacePair
 
 stage.SHARD_PAIRS, stage._WINDOW_PAIRS = 4, 3
 def run(positive):
@@ -91,8 +91,8 @@ def test_two_gloo_processes_share_the_shards_and_write_the_folder_of_one(
         assert scored.split() == [id for shard in shards for id in usable[4 * shard : 4 * shard + 4]]
         assert finished == "True"
         assert "holds the rewards of another run: its faces is f" in refusal
-    monkeypatch.setattr("llmdoctor.extract.SHARD_PAIRS", 4)
-    monkeypatch.setattr("llmdoctor.extract._WINDOW_PAIRS", 3)
+    monkeypatch.setattr("llmdoctor.token_rewards.extract.SHARD_PAIRS", 4)
+    monkeypatch.setattr("llmdoctor.token_rewards.extract._WINDOW_PAIRS", 3)
     list(extract(load_patient(model), data, {"f": FacePair("Be kind.", "Be rude.")}, tmp_path / "one"))
     assert read(tmp_path / "two") == read(tmp_path / "one")
 

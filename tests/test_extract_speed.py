@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from llmdoctor.extract import extract, fitting_batch_tokens
-from llmdoctor.faces import prompt_ids, with_system
+from llmdoctor.files import read_json
 from llmdoctor.models import Patient, load_patient
-from llmdoctor.profile import DataSettings
-from llmdoctor.store import RewardsFolder, read_json
-from llmdoctor.types import FacePair
+from llmdoctor.records import FacePair
+from llmdoctor.settings import DataSettings
+from llmdoctor.text import prompt_ids, with_system
+from llmdoctor.token_rewards.extract import extract, fitting_batch_tokens
+from llmdoctor.token_rewards.folder import RewardsFolder
 
 FACES = {"kind": FacePair("Be kind.", "Be rude."), "exact": FacePair("Be very exact, always.", "Guess.")}
 RECORDS: list[dict[str, Any]] = [
@@ -138,12 +139,12 @@ def test_the_batch_size_is_found_once_and_kept_by_a_resumed_run(
     """Batches decide the last bits of a log-prob: another machine's free memory must not change the rest of a run."""
     patient = load_patient(tiny_model())
     assert fitting_batch_tokens(patient) == 4096
-    monkeypatch.setattr("llmdoctor.extract.SHARD_PAIRS", 2)
+    monkeypatch.setattr("llmdoctor.token_rewards.extract.SHARD_PAIRS", 2)
     run = extract(patient, data, FACES, tmp_path / "out")
     for _ in range(3):
         next(run)
     run.close()
-    monkeypatch.setattr("llmdoctor.extract.fitting_batch_tokens", lambda _patient: 64)
+    monkeypatch.setattr("llmdoctor.token_rewards.extract.fitting_batch_tokens", lambda _patient: 64)
     list(extract(patient, data, FACES, tmp_path / "out"))
     assert RewardsFolder(tmp_path / "out").meta["batch_tokens"] == 4096
     list(extract(patient, data, FACES, tmp_path / "other"))

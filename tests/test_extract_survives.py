@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-import llmdoctor.extract as stage
+import llmdoctor.token_rewards.extract as stage
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.extract import extract
 from llmdoctor.models import Patient, load_patient
-from llmdoctor.profile import DataSettings
-from llmdoctor.store import RewardsFolder, shard_paths
-from llmdoctor.types import FacePair
+from llmdoctor.records import FacePair
+from llmdoctor.settings import DataSettings
+from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.folder import RewardsFolder, shard_paths
 
 FACES = {"f": FacePair("Be kind.", "Be rude.")}
 PAIRS = 22
@@ -31,10 +31,10 @@ import json, os, signal, sys, time
 import numpy as np, pyarrow as pa, torch
 torch.set_num_threads(1)
 pa.array([np.zeros(1)])  # imports what its first use imports
-import llmdoctor.extract as stage
+import llmdoctor.token_rewards.extract as stage
 from llmdoctor.models import load_patient
-from llmdoctor.profile import DataSettings
-from llmdoctor.types import FacePair
+from llmdoctor.settings import DataSettings
+from llmdoctor.records import FacePair
 
 stage.SHARD_PAIRS, stage._WINDOW_PAIRS = 4, 3
 patient = load_patient(sys.argv[1])

@@ -7,9 +7,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from llmdoctor.errors import DataError
-from llmdoctor.faces import conversation, end_of_turn, prompt_ids, response_ids, token_texts, with_system
 from llmdoctor.models import load_tokenizer
-from llmdoctor.types import Message
+from llmdoctor.records import Message
+from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids, token_texts, with_system
 
 ASKED = [Message(role="user", content="Why is the sky blue?")]
 TALK = [*ASKED, Message(role="assistant", content="It scatters."), Message(role="user", content="And red?")]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmdoctor.caches import CachedModel
-from llmdoctor.graphs import run_step, step_graph
+from llmdoctor.decoding.caches import CachedModel
+from llmdoctor.decoding.graphs import run_step, step_graph
 from tests.test_decode import SIZE, TINY, tiny
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmdoctor.decoding.product import check_guidance, check_sampling, draw, kl_divergence, product
 from llmdoctor.errors import UsageError
-from llmdoctor.guidance import check_guidance, check_sampling, draw, kl_divergence, log_probs, product
-from llmdoctor.types import Guidance, Sampling
+from llmdoctor.models import Vocabulary
+from llmdoctor.settings import Guidance, Sampling
 
 ALMOST_ONE = 1 - 2**-53  # the greatest uniform
 
@@ -160,7 +161,7 @@ def test_temperature_towards_0_is_greedy(temperature: float):
     assert torch.equal(drawn, rows.argmax(dim=1))
 
 
-PADDED = torch.tensor([False, True, True, True, True, True, False, True, False])  # ids 0, 6 and 8 have no token
+PADDED = Vocabulary({str(i): i for i in (1, 2, 3, 4, 5, 7)} | {"8": 7}, 9)  # ids 0, 6 and 8 have no token
 
 
 @pytest.mark.parametrize(
@@ -186,14 +187,14 @@ def test_padding_is_never_drawn(guidance: Guidance, sampling: Sampling):
         logits = distributions(200, 12, seed=seed, dtype=torch.float32)
         logits[:, 9:] = 50
         logits[:, [0, 6, 8]] = 60
-        return log_probs(logits, PADDED, 9)
+        return PADDED.mask(logits).log_softmax(dim=-1)
 
     patient, doctor, base = model(1), model(2), model(3)
     torch.testing.assert_close(patient.exp().sum(dim=1), torch.ones(200))
     guided = product(patient, {"d": doctor}, guidance, {"d": base})
     uniforms = torch.linspace(0, ALMOST_ONE, 200, dtype=torch.float64)
     drawn = draw(guided, sampling, uniforms)
-    assert PADDED[drawn].all()
+    assert set(drawn.tolist()) <= set(PADDED.ids.values())
     divergence = kl_divergence(guided, patient)
     assert (divergence.isfinite() & (divergence > -1e-6)).all()
 
@@ -202,7 +203,7 @@ def test_log_probs_promote_half_precision_and_keep_float64():
     logits = torch.tensor([[8.0, 1.0, -3.0, 99.0]])
     expected = logits[:, :3].double().softmax(dim=1)
     for dtype, out, tolerance in ((torch.bfloat16, torch.float32, 1e-6), (torch.float64, torch.float64, 1e-14)):
-        found = log_probs(logits.to(dtype), None, 3)
+        found = Vocabulary({"a": 0, "b": 1, "c": 2}, 3).mask(logits.to(dtype)).log_softmax(dim=-1)
         assert found.dtype == out
         torch.testing.assert_close(found.double().exp(), expected, rtol=tolerance, atol=0)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmdoctor.guidance import draw, product
-from llmdoctor.losses import anchored, log_flow, state_mask, subtb, value_discrimination
-from llmdoctor.types import Guidance, Sampling
+from llmdoctor.decoding.product import draw, product
+from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.training.losses import anchored, log_flow, state_mask, subtb, value_discrimination
 
 WEIGHTS = [1.0, 1 - 1e-12, 0.999999, 0.97, 0.5, 1e-3]
 

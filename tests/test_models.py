@@ -79,25 +79,30 @@ def test_token_log_probs_are_the_full_log_softmax(chunk, tiny_model):
     ids = torch.randint(0, size, (11,), generator=generator)
     pull = torch.randn(11, generator=generator, dtype=torch.float64)
     head = model.get_output_embeddings().weight.requires_grad_()
-    found = token_log_probs(SplitLM(split.backbone, watched), hidden, ids, size, chunk)
+    found = token_log_probs(SplitLM(split.backbone, watched), hidden, ids, full(size), chunk)
     expected = split.logits(hidden)[:, :size].log_softmax(dim=1)[torch.arange(11), ids]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     found_grads = torch.autograd.grad((found * pull).sum(), [hidden, head])
     torch.testing.assert_close(found_grads, torch.autograd.grad((expected * pull).sum(), [hidden, head]))
     assert max(rows) <= (chunk or 11)
     with torch.no_grad():
-        torch.testing.assert_close(token_log_probs(split, hidden, ids, size, chunk), expected)
+        torch.testing.assert_close(token_log_probs(split, hidden, ids, full(size), chunk), expected)
+
+
+def full(size: int) -> Vocabulary:
+    """Every id has a token."""
+    return Vocabulary({str(i): i for i in range(size)}, size)
 
 
 def test_token_log_probs_of_nothing_and_in_half_precision(tiny_model):
     model = load_lm(tiny_model("llama"), dtype="bfloat16")
     split = SplitLM.of(model)
     hidden = torch.randn(4, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found = token_log_probs(split, hidden, torch.arange(4), 400, 2)
+    found = token_log_probs(split, hidden, torch.arange(4), full(400), 2)
     assert found.dtype == torch.float32
     expected = split.logits(hidden)[:, :400].double().log_softmax(dim=1).diagonal()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
-    assert token_log_probs(split, hidden[:0], torch.arange(0), 400).shape == (0,)
+    assert token_log_probs(split, hidden[:0], torch.arange(0), full(400)).shape == (0,)
 
 
 def test_padded_embeddings_of_different_heights_share_a_vocabulary(shared, tiny_model):
@@ -111,7 +116,8 @@ def test_padded_embeddings_of_different_heights_share_a_vocabulary(shared, tiny_
     patient.vocabulary.require_same(doctor.vocabulary, "patient", "doctor")
     assert patient.vocabulary.size == doctor.vocabulary.size == 151_646
     assert patient.vocabulary.fingerprint == doctor.vocabulary.fingerprint
-    assert patient.vocabulary.valid(torch.device("cpu")) is None
+    padded = torch.randn(152_064)
+    assert torch.equal(patient.vocabulary.mask(padded), padded[:151_646])
 
 
 @pytest.mark.parametrize(
@@ -143,9 +149,13 @@ def test_real_tokenizers_that_differ_in_one_added_token(tiny_tokenizer, tmp_path
         Vocabulary.of(tiny_tokenizer).require_same(Vocabulary.of(other), "a", "b")
 
 
-def test_ids_without_a_token_are_invalid():
+def test_ids_without_a_token_are_masked_from_any_start():
     gaps = Vocabulary({"a": 0, "b": 3, "also b": 3, "c": 4}, 5)
-    assert gaps.valid(torch.device("cpu")).tolist() == [True, False, False, True, True]
+    logits, least = torch.arange(7, dtype=torch.bfloat16), torch.finfo(torch.float32).min
+    assert gaps.mask(logits).tolist() == [0, least, least, 3, 4]
+    assert gaps.mask(logits[2:], 2).tolist() == [least, 3, 4]
+    assert gaps.mask(logits[2:3], 2).tolist() == [least]
+    assert gaps.mask(logits.double()).dtype == torch.float64
 
 
 def test_fingerprints(tiny_model, copied):

@@ -16,7 +16,11 @@ from llmdoctor.profile import load_profile
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = PROJECT["tool"]["setuptools"]["package-dir"]  # module -> folder
-ENGINE = sorted(path.stem for path in (ROOT / "llmdoctor").glob("*.py") if path.stem not in ("__init__", "__main__"))
+ENGINE = sorted(
+    ".".join(path.relative_to(ROOT / "llmdoctor").with_suffix("").parts)
+    for path in (ROOT / "llmdoctor").rglob("*.py")
+    if path.stem not in ("__init__", "__main__")
+)
 SCREEN = {"typer", "click", "rich", "textual"}
 
 
@@ -128,7 +132,7 @@ def test_the_engine_loads_no_user_interface_and_every_public_name():
 @pytest.mark.parametrize("module", ENGINE)
 def test_an_engine_source_names_no_user_interface(module: str):
     """Also not inside a function, where no import above would show it; and nothing is printed."""
-    tree = ast.parse((ROOT / "llmdoctor" / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "llmdoctor" / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8"))
     imported: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

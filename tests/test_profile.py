@@ -7,17 +7,9 @@ import pytest
 
 from llmdoctor.cli.extract import chosen_faces
 from llmdoctor.errors import ProfileError, UsageError
-from llmdoctor.profile import (
-    Profile,
-    RewardSettings,
-    TrainSettings,
-    library_faces,
-    load_profile,
-    override,
-    profile_names,
-    profile_path,
-)
+from llmdoctor.profile import Profile, library_faces, load_profile, override, profile_names, profile_path
 from llmdoctor.profiles.clinic_world import FACES
+from llmdoctor.settings import RewardSettings, TrainSettings
 
 SHIPPED = {"clinic", "qwen2.5-7b", "paper", "weak-to-strong", "safe-and-helpful"}
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmdoctor.caches import CachedModel, Session
-from llmdoctor.decode import Step, decode
+from llmdoctor.decoding.caches import CachedModel, PrefixCache
+from llmdoctor.decoding.decode import Step, decode
+from llmdoctor.decoding.drafting import LENGTHS, AdaptiveLength, FixedLength
+from llmdoctor.decoding.static import StaticSteps
 from llmdoctor.errors import LLMDoctorWarning
-from llmdoctor.speculative import LENGTHS, AdaptiveLength, FixedLength
-from llmdoctor.static import StaticSteps
-from llmdoctor.types import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling
 from tests.test_decode import EOS, PROMPTS, SIZE, bigram, chain, doctor_of, ids_of, patient_of, text_of, tiny
 
 
@@ -40,7 +40,7 @@ def run(
     patient: Any, doctors: list[Any], prompts: list[list[int]], guidance: Any, drafting: Any = None, **how: Any
 ) -> list[list[Step]]:
     rows: list[list[Step]] = [[] for _ in prompts]
-    own = {key: how.pop(key) for key in ("seed", "top", "session") if key in how}
+    own = {key: how.pop(key) for key in ("seed", "top", "prefix_cache") if key in how}
     for step in decode(
         patient,
         {doctor.name: doctor for doctor in doctors},
@@ -233,7 +233,7 @@ def test_caches_after_rejection_equal_fresh_ones(arch: str) -> None:
     patient, doctor = patient_of(tiny(arch, seed=3)), doctor_of(tiny(arch, seed=4), base=tiny(arch, seed=5))
     prompt, guidance = PROMPTS[1], Guidance(0.8, {"doctor": 0.9}, "ratio", 0.0)
     for shown in (1, 2, 3, 5, 6, 8):
-        session, ids = Session(), list(prompt)
+        session, ids = PrefixCache(), list(prompt)
         steps = decode(
             patient,
             {"doctor": doctor},
@@ -242,7 +242,7 @@ def test_caches_after_rejection_equal_fresh_ones(arch: str) -> None:
             Sampling(),
             seed=1,
             drafting=FixedLength(5),
-            session=session,
+            prefix_cache=session,
         )
         ids.extend(step.token.id for step in islice(steps, shown))
         steps.close()
@@ -266,20 +266,20 @@ def test_the_next_turn_reads_only_what_is_new(arch: str, drafting: Any) -> None:
     patient, doctor = patient_of(tiny(arch, seed=3)), doctor_of(tiny("llama", seed=4), base=tiny("llama", seed=5))
     named, guidance = {"doctor": doctor}, Guidance(0.8, {"doctor": 0.9}, "ratio", 0.0)
     for shown in (1, 2, 4, 7):
-        session, prompt = Session(), list(PROMPTS[1])
+        session, prompt = PrefixCache(), list(PROMPTS[1])
         steps = decode(
-            patient, named, [prompt], lambda: guidance, Sampling(), seed=1, drafting=drafting, session=session
+            patient, named, [prompt], lambda: guidance, Sampling(), seed=1, drafting=drafting, prefix_cache=session
         )
         said = [step.token.id for step in islice(steps, shown)]
         steps.close()
         turn = [*prompt, *said, 4, 5, 6]
         how: dict[str, Any] = {"max_new_tokens": 8, "seed": 2, "drafting": drafting}
-        continued = run(patient, [doctor], [turn], guidance, session=session, **how)
+        continued = run(patient, [doctor], [turn], guidance, prefix_cache=session, **how)
         assert session.prefilled <= 5
         same(continued, run(patient, [doctor], [turn], guidance, **how))
         # another conversation shares nothing, a shorter one a part; a window that has moved on is read anew
         for other in ([9, *turn], turn[:6], turn[:-1]):
-            again = run(patient, [doctor], [other], guidance, session=session, **how)
+            again = run(patient, [doctor], [other], guidance, prefix_cache=session, **how)
             same(again, run(patient, [doctor], [other], guidance, **how))
 
 
@@ -287,9 +287,11 @@ def test_the_next_turn_reads_only_what_is_new(arch: str, drafting: Any) -> None:
 def test_an_interrupt_within_a_forward(who: str) -> None:
     """Ctrl+C lands in the middle of a model more often than between two: the layers that had gone on are cut back."""
     patient, doctor = patient_of(tiny("llama", seed=3)), doctor_of(tiny("llama", seed=4), base=tiny("llama", seed=5))
-    guidance, session, prompt = Guidance(0.8, {"doctor": 0.9}, "ratio", 0.0), Session(), PROMPTS[1]
+    guidance, session, prompt = Guidance(0.8, {"doctor": 0.9}, "ratio", 0.0), PrefixCache(), PROMPTS[1]
     named, drafting = {"doctor": doctor}, FixedLength(1)
-    steps = decode(patient, named, [prompt], lambda: guidance, Sampling(), seed=1, drafting=drafting, session=session)
+    steps = decode(
+        patient, named, [prompt], lambda: guidance, Sampling(), seed=1, drafting=drafting, prefix_cache=session
+    )
     said = [next(steps).token.id for _ in range(2)]  # by then every model has taken a step
 
     def interrupt(*_: Any) -> None:
@@ -303,7 +305,7 @@ def test_an_interrupt_within_a_forward(who: str) -> None:
     assert isinstance(cache, StaticSteps) or cache.layers[0].keys.shape[-2] > cache.layers[1].keys.shape[-2]
     assert session.ids == prompt + said
     turn = [*prompt, *said, 4, 5]
-    again = run(patient, [doctor], [turn], guidance, session=session, max_new_tokens=8)
+    again = run(patient, [doctor], [turn], guidance, prefix_cache=session, max_new_tokens=8)
     assert session.prefilled <= 3
     same(again, run(patient, [doctor], [turn], guidance, max_new_tokens=8))
 

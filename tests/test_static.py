@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmdoctor import static
-from llmdoctor.caches import CachedModel
+from llmdoctor.decoding import static
+from llmdoctor.decoding.caches import CachedModel
 from llmdoctor.errors import LLMDoctorWarning
 from tests.test_decode import SIZE, tiny
 from tests.test_speculative import (  # noqa: F401  # collected here once more

@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from llmdoctor import statistics as engine
-from llmdoctor.statistics import EDGES, Counter, FaceDifferences, face_differences, margin
-from llmdoctor.types import PairScores, TokenRewards, TokenScores
+from llmdoctor.records import PairScores, TokenRewards, TokenScores
+from llmdoctor.token_rewards import summary as engine
+from llmdoctor.token_rewards.summary import EDGES, Counter, FaceDifferences, face_differences, margin
 
 SPELLINGS = ["Ġkind", "ly", ".", "<|end|>", "▁Kind", "Hello", "Ġ", "Ċ", None]
 

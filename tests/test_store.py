@@ -6,17 +6,9 @@ import pytest
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
-from llmdoctor.store import (
-    SCHEMA_VERSION,
-    RewardsFolder,
-    atomic_path,
-    ensure_replaceable,
-    read_json,
-    shard_paths,
-    write_json,
-    write_shard,
-)
-from llmdoctor.types import PairScores, Side, TokenScores
+from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
+from llmdoctor.records import PairScores, Side, TokenScores
+from llmdoctor.token_rewards.folder import SCHEMA_VERSION, RewardsFolder, shard_paths, write_shard
 
 FACES = ("helpful", "safe")
 

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmdoctor.doctor import Doctor, load_doctor, new_doctor
 from llmdoctor.errors import DataError, LoadError, TrainingError, UsageError, VocabularyError
-from llmdoctor.extract import extract
 from llmdoctor.models import load_patient
-from llmdoctor.profile import DataSettings, RewardSettings, TrainSettings
-from llmdoctor.rewards import alternative_rewards, face_weights, token_rewards
-from llmdoctor.store import RewardsFolder
-from llmdoctor.train import TFPOTrainer, hold_out, last_checkpoint, sides, train
-from llmdoctor.types import FacePair, PairScores, TokenScores, TrainStep
+from llmdoctor.records import FacePair, PairScores, TokenScores, TrainStep
+from llmdoctor.settings import DataSettings, RewardSettings, TrainSettings
+from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.folder import RewardsFolder
+from llmdoctor.token_rewards.formula import alternative_rewards, face_weights, token_rewards
+from llmdoctor.training.doctor import Doctor, load_doctor, new_doctor
+from llmdoctor.training.train import TFPOTrainer, hold_out, last_checkpoint, sides, train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 RECORDS = [
@@ -578,7 +578,7 @@ def test_the_reference_is_computed_once_and_is_the_base(
     for side in (side for pair in pairs for side in pair):
         ids = torch.cat([side.prompt, side.response])[None]
         with torch.no_grad():
-            table = plain(ids).logits[0, len(side.prompt) - 1 : -1, : doctor.vocabulary_size].log_softmax(-1)
+            table = plain(ids).logits[0, len(side.prompt) - 1 : -1, : doctor.vocabulary.size].log_softmax(-1)
         expected = table.gather(1, side.response[:, None])[:, 0]
         assert side.reference is not None
         torch.testing.assert_close(side.reference, expected, atol=1e-9, rtol=0)

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmdoctor.cli.main import app
-from llmdoctor.profile import RewardSettings, TrainSettings
-from llmdoctor.store import RewardsFolder
+from llmdoctor.settings import RewardSettings, TrainSettings
+from llmdoctor.token_rewards.folder import RewardsFolder
 
 README = Path(__file__).parents[1] / "README.md"
 PAIRS = [

@@ -16,11 +16,11 @@ from textual.screen import Screen
 from llmdoctor.cli.render import Lens
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.sessions import Session, SessionStore, Summary
+from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.tui import clipboard, export
 from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
 from llmdoctor.tui.generation import Assistant, Worker
 from llmdoctor.tui.guard import quiet_terminal, written
-from llmdoctor.types import Guidance, Sampling
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llmdoctor.sessions import End, Reply, Turn, Which
+from llmdoctor.records import GuidedToken, Speaker
+from llmdoctor.sessions import End, Reply, Turn
 from llmdoctor.tui.widgets.token_view import Piece
-from llmdoctor.types import GuidedToken
 
-SIDES: tuple[Which, Which] = ("patient", "guided")
+SIDES: tuple[Speaker, Speaker] = ("patient", "guided")
 
 
 class Said(NamedTuple):
@@ -24,7 +24,7 @@ class Said(NamedTuple):
 class LiveReply:
     """One side of the answer that is being made."""
 
-    which: Which
+    which: Speaker
     tokens: list[GuidedToken]
     seconds: float
     forced: list[int]
@@ -36,7 +36,7 @@ class LiveReply:
     kl: float = 0.0
 
     @classmethod
-    def after(cls, which: Which, reply: Reply, cut: int) -> "LiveReply":
+    def after(cls, which: Speaker, reply: Reply, cut: int) -> "LiveReply":
         """One that begins with the first ``cut`` tokens of ``reply``."""
         kept = list(reply.tokens[:cut])
         live = cls(
@@ -69,7 +69,7 @@ class Live:
     job: int
     turn: int
     max_new_tokens: int
-    sides: dict[Which, LiveReply] = field(default_factory=dict)
+    sides: dict[Speaker, LiveReply] = field(default_factory=dict)
 
 
 def changes(before: GuidedToken | None, token: GuidedToken, temperatures: tuple[float, float] | None) -> str:
@@ -125,7 +125,7 @@ def ending(turn: int, reply: Reply, error: str = "") -> Iterator[Piece]:
     yield Piece("\n\n", "plain")
 
 
-def conversation(turns: Sequence[Turn], which: Which, live: Live | None) -> Iterator[Piece]:
+def conversation(turns: Sequence[Turn], which: Speaker, live: Live | None) -> Iterator[Piece]:
     """All turns of one side; the reply of ``live`` as far as it is, without an ending."""
     for number, turn in enumerate(turns):
         yield Piece(f"❯ {turn.prompt}\n", "user")

@@ -11,8 +11,8 @@ from typing import Any
 from llmdoctor.cli.render import Lens, View, betas_text, html_page, settings_text
 from llmdoctor.cli.terminal import clean
 from llmdoctor.errors import UsageError
+from llmdoctor.records import Answer, Comparison
 from llmdoctor.sessions import Session, Turn, messages
-from llmdoctor.types import Answer, Comparison
 
 KINDS = {"md": "Markdown", "json": "JSON", "html": "web page", "svg": "picture of the screen"}
 
@@ -83,7 +83,7 @@ def file_name(session: Session, kind: str) -> str:
 
 def write(path: Path, text: str) -> Path:
     """Write the file atomically; StorageError where that fails. Returns the path."""
-    from llmdoctor.store import atomic_path
+    from llmdoctor.files import atomic_path
 
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

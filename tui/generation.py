@@ -15,8 +15,8 @@ from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 
 from llmdoctor.errors import LLMDoctorError
-from llmdoctor.sessions import Which
-from llmdoctor.types import Guidance, GuidedToken, Message, Sampling
+from llmdoctor.records import GuidedToken, Message, Speaker
+from llmdoctor.settings import Guidance, Sampling
 
 TOP = 10  # alternatives of every token
 _JOIN_SECONDS = 5.0
@@ -41,7 +41,7 @@ class Assistant(Protocol):
 class Part:
     """One side of an answer: what it answers, the tokens it begins with, and a token to say first."""
 
-    which: Which
+    which: Speaker
     messages: Sequence[Message]
     prefix: tuple[int, ...] = ()
     force: int | None = None
@@ -76,7 +76,7 @@ class Spoken:
     """A token, the seconds it took, and the temperature it was drawn at."""
 
     job: int
-    which: Which
+    which: Speaker
     token: GuidedToken
     seconds: float
     temperature: float
@@ -87,7 +87,7 @@ class SideEnded:
     """One side has said all it had to say."""
 
     job: int
-    which: Which
+    which: Speaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Worker:
         self.guidance = guidance
         self.events: deque[Event] = deque()
         self._load = load
-        self._sessions: dict[Which, Any] = {}
+        self._prefix_caches: dict[Speaker, Any] = {}
         self._jobs: SimpleQueue[Callable[[Assistant], None] | None] = SimpleQueue()
         self._number = 0
         self._cancelled_up_to = 0
@@ -176,9 +176,9 @@ class Worker:
         except Exception as error:  # a screen with the reason, not a dead thread behind a living screen
             self.events.append(Failed(LLMDoctorError(f"{type(error).__name__}: {error}")))
             return
-        from llmdoctor.caches import Session  # with torch, which the models have brought
+        from llmdoctor.decoding.caches import PrefixCache  # with torch, which the models have brought
 
-        self._sessions = {"patient": Session(), "guided": Session()}
+        self._prefix_caches = {"patient": PrefixCache(), "guided": PrefixCache()}
         gc.freeze()  # else every full collection looks through the models' libraries: 0.3 s without a key
         self.events.append(Loaded(assistant))
         while (job := self._jobs.get()) is not None:
@@ -202,7 +202,7 @@ class Worker:
             raise _Cancelled
 
     def _speak(self, job: int, assistant: Assistant, parts: Sequence[Part], seed: int) -> None:
-        sides = [_Side(assistant, part, seed, self._sessions[part.which]) for part in parts]
+        sides = [_Side(assistant, part, seed, self._prefix_caches[part.which]) for part in parts]
 
         def work() -> None:
             running = list(sides)
@@ -226,9 +226,9 @@ class Worker:
 class _Side:
     """One side's stream. Other sampling settings open it anew, behind the tokens that were said."""
 
-    def __init__(self, assistant: Assistant, part: Part, seed: int, session: Any) -> None:
+    def __init__(self, assistant: Assistant, part: Part, seed: int, prefix_cache: Any) -> None:
         self.part = part
-        self._assistant, self._seed, self._session = assistant, seed, session
+        self._assistant, self._seed, self._prefix_cache = assistant, seed, prefix_cache
         self._said = list(part.prefix)
         self._force = part.force
         self._sampling: Sampling | None = None
@@ -258,7 +258,7 @@ class _Side:
             "prefix_ids": tuple(self._said),
             "force_id": self._force,
             "top": TOP,
-            "session": self._session,
+            "prefix_cache": self._prefix_cache,
         }
 
     def close(self) -> None:

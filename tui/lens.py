@@ -12,7 +12,7 @@ from rich.style import Style
 from rich.text import Text
 
 from llmdoctor.cli.render import LENSES, Lens, lens_scores, scale_colour
-from llmdoctor.types import GuidedToken
+from llmdoctor.records import GuidedToken
 
 __all__ = ["LENSES", "Lens", "legend", "score", "style"]
 

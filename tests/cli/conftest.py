@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from llmdoctor.cli.main import app
 from llmdoctor.profile import profile_path
-from llmdoctor.types import Answer, Comparison, GuidedToken
+from llmdoctor.records import Answer, Comparison, GuidedToken
 
 CLINIC = profile_path("clinic").parent / "clinic"
 

@@ -10,11 +10,11 @@ import pytest
 
 from llmdoctor.cli import chat, options
 from llmdoctor.cli.chat import _profile_of, start_of
+from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
-from llmdoctor.guidance import check_guidance
 from llmdoctor.profile import load_profile
 from llmdoctor.sessions import Session, Turn
-from llmdoctor.types import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling
 
 
 class FakeAssistant:
@@ -183,6 +183,6 @@ def _colour_console(stream):
 
 
 def _decode():
-    from llmdoctor.profile import DecodeSettings
+    from llmdoctor.settings import DecodeSettings
 
     return DecodeSettings()

@@ -12,11 +12,12 @@ from rich.console import Console
 
 from llmdoctor.cli import heatmap, inspect, render
 from llmdoctor.cli.options import fitting, reward_settings
+from llmdoctor.files import write_json
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile
-from llmdoctor.rewards import face_weights, token_rewards
-from llmdoctor.store import RewardsFolder, write_json, write_shard
-from llmdoctor.types import PairScores, TokenScores
+from llmdoctor.records import PairScores, TokenScores
+from llmdoctor.token_rewards.folder import RewardsFolder, write_shard
+from llmdoctor.token_rewards.formula import face_weights, token_rewards
 
 NASTY = (
     "<script>alert(1)</script>",
@@ -272,13 +273,13 @@ def test_statistics_say_the_same_everywhere(run, thirty, tmp_path):
 
 
 def test_a_folder_of_faces_that_hardly_differ_is_named(texts, run, monkeypatch):
-    monkeypatch.setattr("llmdoctor.statistics.HARDLY", 1e9)
+    monkeypatch.setattr("llmdoctor.token_rewards.summary.HARDLY", 1e9)
     done = run("inspect", texts([("Hi", "Yes, I do.", "No, I do not.")]))
     assert "'kind' hardly differ on this patient" in done.stderr
 
 
 def test_bars_leave_the_tokens_around_zero_out_of_the_scale():
-    from llmdoctor.statistics import EDGES, Statistics
+    from llmdoctor.token_rewards.summary import EDGES, Statistics
 
     statistics = Statistics(1, 1000, 0, 0, 0, 0, (0, 0, 0, 0, 50, 900, 25, 25, 0, 0, 0), 1, 1, (), ())
     rows = {name: (share, sign, length) for name, share, sign, length in heatmap._bars(statistics, EDGES)}

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from llmdoctor.cli import findings
-from llmdoctor.diagnosis import diagnose, features
+from llmdoctor.files import write_json
 from llmdoctor.profile import load_profile
-from llmdoctor.statistics import HARDLY
-from llmdoctor.store import RewardsFolder, write_json, write_shard
-from llmdoctor.types import PairScores, TokenScores
+from llmdoctor.records import PairScores, TokenScores
+from llmdoctor.token_rewards.diagnosis import diagnose, features
+from llmdoctor.token_rewards.folder import RewardsFolder, write_shard
+from llmdoctor.token_rewards.summary import HARDLY
 
 SETTINGS = load_profile("clinic").rewards.model_copy(update={"faces": None})  # what inspect reads rewards with
 

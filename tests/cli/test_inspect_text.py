@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from llmdoctor.data import read_pairs
 from llmdoctor.errors import UsageError
 from llmdoctor.models import load_patient
 from llmdoctor.profile import load_profile
-from llmdoctor.single import score_answer
-from llmdoctor.store import RewardsFolder
-from llmdoctor.types import FacePair
+from llmdoctor.records import FacePair
+from llmdoctor.token_rewards.answer import score_answer
+from llmdoctor.token_rewards.folder import RewardsFolder
+from llmdoctor.token_rewards.pairs import read_pairs
 
 PROMPT, ANSWER = "How can I sleep better?", "Keep the bedroom dark. There is no point in asking me."
 

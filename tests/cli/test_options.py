@@ -7,7 +7,8 @@ import pytest
 from llmdoctor.cli import options
 from llmdoctor.errors import UsageError
 from llmdoctor.models import model_fingerprint
-from llmdoctor.profile import RewardSettings, TrainSettings, load_profile
+from llmdoctor.profile import load_profile
+from llmdoctor.settings import RewardSettings, TrainSettings
 
 
 class Loaded(Exception):

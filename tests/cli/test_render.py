@@ -11,7 +11,7 @@ from rich.console import Console
 
 from llmdoctor.cli import render
 from llmdoctor.cli.terminal import clean, put_json
-from llmdoctor.types import Guidance
+from llmdoctor.settings import Guidance
 
 
 def luminance(colour):

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
-from llmdoctor.guidance import check_guidance
+from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.sessions import SessionStore
+from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.tui.app import ChatApp, Start
 from llmdoctor.tui.config import Config
-from llmdoctor.types import Alternative, Guidance, GuidedToken, Sampling
 
 WORDS = (" sun", " moon", " star", " rain", " wind", " snow", " sky", "")  # the last one ends an answer
 END = len(WORDS) - 1

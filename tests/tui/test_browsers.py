@@ -7,12 +7,12 @@ from textual.widgets import OptionList
 
 from llmdoctor.cli.render import RewardedText
 from llmdoctor.errors import DataError
+from llmdoctor.records import Answer, Comparison
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
 from llmdoctor.tui.screens.browser import ComparisonsScreen, RewardsScreen, comparison_item, rewards_item
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.widgets.inspector import Inspector
-from llmdoctor.types import Answer, Comparison
 
 from .conftest import FakeAssistant
 

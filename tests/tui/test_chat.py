@@ -15,6 +15,7 @@ from textual.widgets import DataTable
 
 from llmdoctor.errors import LoadError
 from llmdoctor.sessions import Session, Turn
+from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.help import HelpScreen
 from llmdoctor.tui.screens.sessions import SessionsScreen
@@ -22,7 +23,6 @@ from llmdoctor.tui.widgets.curve import Curve
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector, ranked
 from llmdoctor.tui.widgets.prompt import Prompt
 from llmdoctor.tui.widgets.slider import Slider
-from llmdoctor.types import Guidance, Sampling
 
 from .conftest import DOCTORS, END, PATIENT, WORDS, FakeAssistant, product
 

@@ -15,13 +15,14 @@ import pytest
 from textual.theme import BUILTIN_THEMES
 
 from llmdoctor.errors import StorageError, UsageError
+from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.sessions import Reply, Session, SessionStore, Turn, messages
+from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.tui import clipboard, lens
 from llmdoctor.tui.config import Config, read_config
 from llmdoctor.tui.export import file_name, render
 from llmdoctor.tui.generation import Ended, Part, Spoken, Worker
 from llmdoctor.tui.guard import full_screen
-from llmdoctor.types import Alternative, Guidance, GuidedToken, Sampling
 
 from .conftest import FakeAssistant
 

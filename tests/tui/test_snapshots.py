@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llmdoctor.settings import Sampling
 from llmdoctor.tui import generation
 from llmdoctor.tui.config import Config
 from llmdoctor.tui.widgets.prompt import Prompt
-from llmdoctor.types import Sampling
 
 from .conftest import FakeAssistant
 

@@ -20,12 +20,12 @@ from textual.widgets.option_list import Option
 from llmdoctor.cli.render import Lens, RewardedText, View
 from llmdoctor.cli.terminal import clean
 from llmdoctor.errors import LLMDoctorError
+from llmdoctor.records import Comparison
 from llmdoctor.sessions import Reply
 from llmdoctor.tui import lens
 from llmdoctor.tui.conversation import Said, pieces
 from llmdoctor.tui.widgets.inspector import Inspector, quoted
 from llmdoctor.tui.widgets.token_view import Piece, TokenView
-from llmdoctor.types import Comparison
 
 if TYPE_CHECKING:
     from llmdoctor.tui.app import DoctorApp

@@ -18,7 +18,9 @@ from textual.widgets import Footer, Static
 
 from llmdoctor.cli.render import Lens, betas_text, settings_text
 from llmdoctor.errors import LLMDoctorError, UsageError
-from llmdoctor.sessions import End, Session, Turn, Which, messages
+from llmdoctor.records import Speaker
+from llmdoctor.sessions import End, Session, Turn, messages
+from llmdoctor.settings import Guidance
 from llmdoctor.tui import commands, lens
 from llmdoctor.tui.conversation import SIDES, Live, LiveReply, Said, conversation, ending, pieces
 from llmdoctor.tui.generation import Assistant, Ended, Event, Failed, Loaded, Part, Progress, SideEnded, Spoken
@@ -27,7 +29,6 @@ from llmdoctor.tui.widgets.inspector import Alternatives, Inspector
 from llmdoctor.tui.widgets.prompt import Prompt
 from llmdoctor.tui.widgets.slider import Slider
 from llmdoctor.tui.widgets.token_view import Piece, TokenView
-from llmdoctor.types import Guidance
 
 if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
@@ -84,10 +85,10 @@ class ChatScreen(Screen[None]):
         self._moved_at = 0.0
         self._rerun_timer: Timer | None = None
         self._status_at = 0.0
-        self._facts: dict[Which, str] = {}
+        self._facts: dict[Speaker, str] = {}
         self._drained_at = self._drained_busy = self._owed = 0.0
         self._curve_turn = -1
-        self._tab: Which = "guided"
+        self._tab: Speaker = "guided"
 
     def compose(self) -> ComposeResult:
         """Panes, legend, sliders, status, prompt."""
@@ -134,7 +135,7 @@ class ChatScreen(Screen[None]):
         self._take()
 
     def _take(self) -> None:
-        grown: dict[Which, int] = {}
+        grown: dict[Speaker, int] = {}
         for event in self.app.worker.drain():
             self._hear(event, grown)
         self._show_grown(grown)
@@ -144,7 +145,7 @@ class ChatScreen(Screen[None]):
         if self.live is None and self.assistant is not None:
             self._frames.pause()
 
-    def _hear(self, event: Event, grown: dict[Which, int]) -> None:
+    def _hear(self, event: Event, grown: dict[Speaker, int]) -> None:
         live = self.live
         match event:
             case Progress(text):
@@ -168,7 +169,7 @@ class ChatScreen(Screen[None]):
             case _:
                 pass  # of a job that was stopped
 
-    def _show_grown(self, grown: Mapping[Which, int]) -> None:
+    def _show_grown(self, grown: Mapping[Speaker, int]) -> None:
         live = self.live
         if live is None:
             return
@@ -217,7 +218,7 @@ class ChatScreen(Screen[None]):
         turn = Turn(text, self._next_seed(), self.sampling, self.guidance)
         self._answer((*before, turn), dict.fromkeys(SIDES, (0, None)))
 
-    def _answer(self, turns: tuple[Turn, ...], sides: Mapping[Which, tuple[int, int | None]]) -> None:
+    def _answer(self, turns: tuple[Turn, ...], sides: Mapping[Speaker, tuple[int, int | None]]) -> None:
         """Let ``sides`` answer the last of ``turns``, each after so many of its tokens, with a forced one if named."""
         self._stop_now()
         number = len(turns) - 1
@@ -348,7 +349,7 @@ class ChatScreen(Screen[None]):
         self.save()
         self._show_all()
 
-    def force(self, which: Which, said: Said, token_id: int) -> None:
+    def force(self, which: Speaker, said: Said, token_id: int) -> None:
         """Say this token instead of what was said, and go on from there."""
         self._stop_now()
         turns = self.turns[: said.turn + 1]
@@ -359,8 +360,8 @@ class ChatScreen(Screen[None]):
 
     # Inspector
 
-    _inspected: Which | None = None
-    _wanted: tuple[Which, int] | None = None  # a forced token, to be selected when it is there
+    _inspected: Speaker | None = None
+    _wanted: tuple[Speaker, int] | None = None  # a forced token, to be selected when it is there
 
     def action_inspect(self) -> None:
         """Open or close the inspector."""
@@ -383,7 +384,7 @@ class ChatScreen(Screen[None]):
 
     @on(TokenView.Selected)
     def _selected(self, event: TokenView.Selected) -> None:
-        which: Which = "patient" if event.view.id == "patient-view" else "guided"
+        which: Speaker = "patient" if event.view.id == "patient-view" else "guided"
         said: Said | None = event.payload
         inspector = self.query_one(Inspector)
         if said is None:
@@ -410,7 +411,7 @@ class ChatScreen(Screen[None]):
     def _chosen(self, event: TokenView.Chosen) -> None:
         self._selected(event)
 
-    def _tokens(self, which: Which, turn: int) -> tuple[Any, Any]:
+    def _tokens(self, which: Speaker, turn: int) -> tuple[Any, Any]:
         live = self.live
         if live is not None and live.turn == turn and which in live.sides:
             return live.sides[which].tokens, live.sides[which].forced
@@ -473,7 +474,7 @@ class ChatScreen(Screen[None]):
     def set_settings(self, text: str) -> None:
         """``alpha=1 beta=0.8 ...``: all of it, or, where one value is wrong, nothing."""
         from llmdoctor.cli.chat import parse_settings
-        from llmdoctor.profile import DecodeSettings
+        from llmdoctor.settings import DecodeSettings
 
         kept = {name: getattr(self.sampling, name) for name in _DRAWING}
         decode = DecodeSettings(alpha=self.guidance.alpha, mode=self.guidance.mode, **kept)
@@ -654,7 +655,7 @@ class ChatScreen(Screen[None]):
 
     # Showing
 
-    def view(self, which: Which) -> TokenView:
+    def view(self, which: Speaker) -> TokenView:
         """One side's text."""
         return self.query_one(f"#{which}-view", TokenView)
 
@@ -731,7 +732,7 @@ class ChatScreen(Screen[None]):
         )
         self.query_one("#legend", Static).update(drawn, layout=False)
 
-    def _side_facts(self, which: Which) -> str:
+    def _side_facts(self, which: Speaker) -> str:
         live = self.live.sides.get(which) if self.live else None
         if live is not None:
             count, seconds, flips, kl, all_tokens = (

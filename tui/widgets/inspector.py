@@ -12,7 +12,7 @@ from textual.message import Message
 from textual.widgets import DataTable, Static
 
 from llmdoctor.cli.terminal import clean
-from llmdoctor.types import Alternative, GuidedToken
+from llmdoctor.records import Alternative, GuidedToken
 
 
 class Alternatives(DataTable[Text]):

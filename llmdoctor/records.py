@@ -7,7 +7,7 @@ D doctors. ``logits_B_T_V`` is [rows, tokens, vocabulary]. All log-probabilities
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Role = Literal["system", "user", "assistant"]
 Side = Literal["chosen", "rejected"]
+Speaker = Literal["patient", "guided"]
 Direction = Literal["label", "gap", "agree", "fitted"]
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -94,46 +95,6 @@ class TokenRewards:
     rewards: Floats
     gaps: Floats
     importance: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """How strongly each model speaks: pi ∝ patient^alpha · prod doctor_i^beta_i. An immutable snapshot, read per token.
-
-    ``alpha`` and every beta are finite and >= 0, and not all zero. ``mode`` "ratio" uses (doctor / doctor_base)^beta
-    among the tokens whose patient probability is at least ``plausibility`` times the patient's greatest; where log
-    doctor and log base differ by at most its ``dead_zones`` nats (0 if not named) a doctor has no say.
-    """
-
-    alpha: float = 1.0
-    betas: Mapping[str, float] = field(default_factory=dict)
-    mode: Literal["product", "ratio"] = "product"
-    plausibility: float = 0.1
-    dead_zones: Mapping[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values; ``plausibility`` and ``dead_zones`` only in mode "ratio", where they count."""
-        values: dict[str, Any] = {"alpha": self.alpha, "betas": dict(self.betas), "mode": self.mode}
-        if self.mode == "ratio":
-            values |= {"plausibility": self.plausibility, "dead_zones": dict(self.dead_zones)}
-        return values
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is drawn from the product. Temperature, top-k, top-p and min-p apply after the product.
-
-    ``temperature`` >= 0 (0 is greedy), ``top_k`` >= 0 (0 is off), ``top_p`` in (0, 1], ``min_p`` in [0, 1),
-    ``max_new_tokens`` >= 1; ``seed`` None draws a fresh one. ``stop`` strings end the answer and are cut from it.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_new_tokens: int = 256
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llmdoctor.caches import CachedModel, Session
-from llmdoctor.doctor import LoadedDoctor
+from llmdoctor.decoding.caches import CachedModel, PrefixCache
+from llmdoctor.decoding.drafting import Drafting
+from llmdoctor.decoding.product import check_guidance, check_sampling, draw, kl_divergence, product
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
-from llmdoctor.faces import TextStream, token_texts
-from llmdoctor.guidance import check_guidance, check_sampling, draw, kl_divergence, log_probs, product
 from llmdoctor.models import Patient, not_numbers
-from llmdoctor.speculative import Drafting
-from llmdoctor.types import Alternative, Guidance, GuidedToken, Sampling
+from llmdoctor.records import Alternative, GuidedToken
+from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.text import TextStream, token_texts
+from llmdoctor.training.doctor import LoadedDoctor
 
 Finish = Literal["eos", "stop", "length"]
 _HOLES = 8  # so many, and an eighth of the rest, may stay
@@ -48,7 +49,7 @@ def decode(
     seed: int | Sequence[int],
     top: int = 0,
     drafting: Drafting | None = None,
-    session: Session | None = None,
+    prefix_cache: PrefixCache | None = None,
     first: int | None = None,
 ) -> Iterator[Step]:
     """Decode all ``prompts`` (token ids) together and yield their tokens as they are drawn, row after row.
@@ -59,7 +60,7 @@ def decode(
     ``drafting`` lets a doctor draft ahead; without it every token costs one forward of every model. Both ways draw the
     same tokens from the same seed, up to the rounding of the models' own arithmetic. Where it cannot be done (a cache
     that cannot take tokens back; a batch over a sliding window) it is not done; the first is told by a warning.
-    ``session`` keeps the caches of a single prompt for the next one. ``first`` is said first instead of a draw.
+    ``prefix_cache`` keeps the caches of a single prompt for the next one. ``first`` is said first instead of a draw.
 
     Raises UsageError for settings out of range and for a prompt that fills the context.
     """
@@ -67,13 +68,13 @@ def decode(
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if not len(reads) == len(seeds) == len(prompts):
         raise UsageError(f"expected one guidance and one seed for each of {len(prompts)} prompts")
-    if session is not None and len(prompts) != 1:
-        raise UsageError(f"a session holds one conversation; got {len(prompts)} prompts")
+    if prefix_cache is not None and len(prompts) != 1:
+        raise UsageError(f"a prefix cache holds one conversation; got {len(prompts)} prompts")
     check_sampling(sampling)
     for read in dict.fromkeys(reads):
         check_guidance(read(), tuple(doctors))
     _check_lengths(patient, doctors, prompts)
-    return _run(patient, doctors, prompts, reads, sampling, seeds, top, drafting, session or Session(), first)
+    return _run(patient, doctors, prompts, reads, sampling, seeds, top, drafting, prefix_cache or PrefixCache(), first)
 
 
 def _check_lengths(patient: Patient, doctors: Mapping[str, LoadedDoctor], prompts: Sequence[Sequence[int]]) -> None:
@@ -133,11 +134,13 @@ def _run(
     seeds: Sequence[int],
     top: int,
     drafting: Drafting | None,
-    session: Session,
+    prefix_cache: PrefixCache,
     first: int | None,
 ) -> Iterator[Step]:
     names = tuple(doctors)
-    models = _Models(patient, doctors, prompts, sampling, top, session, any(read().mode == "ratio" for read in reads))
+    models = _Models(
+        patient, doctors, prompts, sampling, top, prefix_cache, any(read().mode == "ratio" for read in reads)
+    )
     context = _context(patient, doctors)
     rows = [
         _Row(
@@ -170,7 +173,7 @@ def _run(
         row.last = token.id
         del row.uniforms[0]
         if len(prompts) == 1:
-            session.ids.append(token.id)
+            prefix_cache.ids.append(token.id)
         if token.id in patient.eos_ids:
             row.ended = "eos"
         elif row.position >= row.budget:
@@ -241,22 +244,25 @@ class _Models:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         top: int,
-        session: Session,
+        prefix_cache: PrefixCache,
         with_bases: bool,
     ) -> None:
         self.doctors, self.sampling, self.top = doctors, sampling, top
+        self.vocabulary = patient.vocabulary
         self.size = patient.vocabulary.size
         self.eos_ids = patient.eos_ids
         self.device = patient.model.device
-        self.valid = patient.vocabulary.valid(self.device)
-        shared = session.shared(list(prompts[0]))
-        before, session.models = session.models, {}  # whoever is not of this answer does not know what it will say
+        shared = prefix_cache.shared(list(prompts[0]))
+        before, prefix_cache.models = (
+            prefix_cache.models,
+            {},
+        )  # whoever is not of this answer does not know what it will say
 
         def cached(role: str, model: Any, keeps_hidden: bool = False) -> CachedModel:
             held = before.get(role)
             if held is None or held.model is not model:
                 held = CachedModel(model, keeps_hidden=keeps_hidden, rolls_back=True)
-            session.models[role] = held
+            prefix_cache.models[role] = held
             held.rewind(min(shared, held.length))
             return held
 
@@ -279,8 +285,8 @@ class _Models:
             self.mask_B_L = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
         self.filled = [len(prompt) for prompt in prompts]  # slots of each row that hold a token
         self.pending_B_T = ids_B_L[:, self.patient.length :]
-        session.prefilled = self.pending_B_T.shape[1]
-        session.ids[:] = prompts[0]
+        prefix_cache.prefilled = self.pending_B_T.shape[1]
+        prefix_cache.ids[:] = prompts[0]
         self._told = False
         self.next_logps: dict[str, Tensor] = {}
         with torch.inference_mode():
@@ -363,7 +369,7 @@ class _Models:
             logits_B_V = read_B_1_V[:, 0, : self.size].to(
                 logits_B_V
             )  # good enough for a guess; the rest is done at once
-        logps_B_K_V = log_probs(torch.cat(logits, dim=1).to(self.device), self.valid, self.size)
+        logps_B_K_V = self.vocabulary.mask(torch.cat(logits, dim=1).to(self.device)).log_softmax(dim=-1)
         return torch.cat(drafts, dim=1), logps_B_K_V, self._value(drafter, torch.cat(hidden, dim=1))
 
     @torch.inference_mode()
@@ -494,7 +500,7 @@ class _Models:
 
     def _read(self, model: CachedModel, ids_B_T: Tensor, mask_B_L: Tensor | None, last: int) -> Tensor:
         logits_B_K_V = model.feed(ids_B_T, mask_B_L, last)
-        return log_probs(logits_B_K_V.to(self.device), self.valid, self.size)
+        return self.vocabulary.mask(logits_B_K_V.to(self.device)).log_softmax(dim=-1)
 
     def _value(self, name: str, hidden_B_K_H: Tensor | None = None) -> Tensor:
         """Log V [B, K] from what the doctor's LM head read, at the latest feed if not given."""

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from llmdoctor.errors import DataError
-from llmdoctor.types import Message
+from llmdoctor.records import Message
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 

@@ -18,27 +18,21 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from llmdoctor import __version__
-from llmdoctor.data import fingerprint, read_pairs, shuffled
 from llmdoctor.errors import DataError, LLMDoctorError, LoadError, UsageError
-from llmdoctor.faces import end_of_turn, prompt_ids, response_ids, with_system
+from llmdoctor.files import LOCK, atomic_path, ensure_replaceable, file_checksum, locked, read_json, write_json
 from llmdoctor.models import Patient, SplitLM, not_numbers
-from llmdoctor.profile import DataSettings
-from llmdoctor.store import (
-    LOCK,
+from llmdoctor.records import FacePair, Floats, Message, PairScores, PreferencePair, Side, SkippedRecord, TokenScores
+from llmdoctor.settings import DataSettings
+from llmdoctor.text import end_of_turn, prompt_ids, response_ids, with_system
+from llmdoctor.token_rewards.folder import (
     SCHEMA_VERSION,
-    atomic_path,
-    ensure_replaceable,
-    file_checksum,
-    locked,
-    read_json,
     read_shard,
     require_checksum,
     shard_path,
     shard_paths,
-    write_json,
     write_shard,
 )
-from llmdoctor.types import FacePair, Floats, Message, PairScores, PreferencePair, Side, SkippedRecord, TokenScores
+from llmdoctor.token_rewards.pairs import fingerprint, read_pairs, shuffled
 
 SHARD_PAIRS = 256
 _WINDOW_PAIRS = 64  # pairs whose responses are sorted by length and scored together
@@ -328,7 +322,6 @@ class _Scorer:
         self.systems = [face.positive for face in faces.values()] + [face.negative for face in faces.values()]
         self.lm = SplitLM.of(patient.model)
         self.size = patient.vocabulary.size
-        self.valid = patient.vocabulary.valid(patient.model.device)
         self.end_id = end_of_turn(patient.tokenizer, patient.eos_ids)
         self.truncated = 0
         self.head_rows, self.head_blocks = self._plan_head()
@@ -522,15 +515,13 @@ class _Scorer:
         best_N = torch.full_like(peak_F_N[0], -torch.inf)
         other_N = torch.zeros_like(targets_N)
         for start, stop, logits_of in self.head_blocks:
-            logits_F_N_V = logits_of(hidden_F_N_H).float()
+            logits_F_N_V = self.patient.vocabulary.mask(logits_of(hidden_F_N_H), start)
             place_N = (targets_N - start).clamp(0, stop - start - 1)
             here_N = (targets_N >= start) & (targets_N < stop)
             own_F_N = torch.where(here_N, _at(logits_F_N_V, place_N), own_F_N)
             liking_N_V = logits_F_N_V[: len(self.names)].mean(dim=0)
             kept_N = torch.where(here_N, -torch.inf, _at(liking_N_V[None], place_N)[0])
             liking_N_V.scatter_(1, place_N[:, None], kept_N[:, None])
-            if self.valid is not None:
-                liking_N_V.masked_fill_(~self.valid[start:stop], -torch.inf)
             most_N, where_N = liking_N_V.max(dim=-1)
             better_N = most_N > best_N
             best_N = torch.maximum(best_N, most_N)

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdoctor.errors import DataError
-from llmdoctor.types import Message, PreferencePair, Role, SkippedRecord
+from llmdoctor.records import Message, PreferencePair, Role, SkippedRecord
 
 DEFAULT_LABEL = "better_response_id"
 _NEEDED = f"prompt + chosen + rejected, chosen + rejected, or prompt + response_0 + response_1 + {DEFAULT_LABEL}"

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdoctor.errors import LoadError
+from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
 from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer, token_log_probs
-from llmdoctor.profile import TrainSettings
-from llmdoctor.store import atomic_path, ensure_replaceable, read_json, write_json
+from llmdoctor.settings import TrainSettings
 
 MARKER = "doctor.json"
 
@@ -37,12 +37,12 @@ class Doctor(nn.Module):
     gives no parameterisation). Folded into w and b when saved.
     """
 
-    def __init__(self, lm: PeftModel | PreTrainedModel, vocabulary_size: int, scale: float = 1.0) -> None:
+    def __init__(self, lm: PeftModel | PreTrainedModel, vocabulary: Vocabulary, scale: float = 1.0) -> None:
         super().__init__()
         self.lm = lm
         base = cast("PreTrainedModel", lm.get_base_model() if isinstance(lm, PeftModel) else lm)
         self._split = (SplitLM.of(base),)  # a tuple: not a submodule twice
-        self.vocabulary_size, self.scale = vocabulary_size, scale
+        self.vocabulary, self.scale = vocabulary, scale
         width = base.get_output_embeddings().in_features
         self.value_head = nn.Linear(width, 1, device=lm.device)
         nn.init.zeros_(self.value_head.weight)
@@ -79,7 +79,7 @@ class Doctor(nn.Module):
 
     def _log_probs(self, states_B_T_H: Tensor, targets_B_T: Tensor, mask_B_T: Tensor) -> Tensor:
         (lm,) = self._split
-        found = token_log_probs(lm, states_B_T_H[mask_B_T], targets_B_T[mask_B_T], self.vocabulary_size)
+        found = token_log_probs(lm, states_B_T_H[mask_B_T], targets_B_T[mask_B_T], self.vocabulary)
         return torch.zeros(mask_B_T.shape, dtype=found.dtype, device=found.device).masked_scatter(mask_B_T, found)
 
 
@@ -104,7 +104,7 @@ def new_doctor(
         base.enable_input_require_grads()
     torch.manual_seed(settings.seed)
     lm = base.requires_grad_() if full else cast("PeftModel", get_peft_model(base, config))
-    return Doctor(lm, Vocabulary.of(tokenizer).size, settings.rho), tokenizer
+    return Doctor(lm, Vocabulary.of(tokenizer), settings.rho), tokenizer
 
 
 def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase, meta: Mapping[str, Any]) -> None:

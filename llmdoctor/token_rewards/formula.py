@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmdoctor.errors import UsageError
-from llmdoctor.profile import RewardSettings
-from llmdoctor.types import Floats, PairScores, TokenRewards, TokenScores
+from llmdoctor.records import Floats, PairScores, TokenRewards, TokenScores
+from llmdoctor.settings import RewardSettings
 
 
 def gap(scores: TokenScores, face: str) -> Floats:
@@ -72,7 +72,10 @@ def face_weights(pairs: Iterable[PairScores], faces: Iterable[str], settings: Re
     names = face_names(faces, settings)
     if settings.direction != "fitted":
         return dict.fromkeys(names, 1.0 / len(names))
-    from llmdoctor.diagnosis import bradley_terry, features  # which itself reads the signals of this module
+    from llmdoctor.token_rewards.diagnosis import (  # which itself reads the signals of this module
+        bradley_terry,
+        features,
+    )
 
     return dict(zip(names, bradley_terry(features(pairs, names, settings)[0]).tolist(), strict=True))
 

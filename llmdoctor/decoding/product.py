@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogit
 from transformers import TopPLogitsWarper as TopP
 
 from llmdoctor.errors import UsageError
-from llmdoctor.types import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling
 
 
 def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
@@ -49,19 +49,6 @@ def check_sampling(sampling: Sampling) -> None:
     for rule, (value, holds) in checks.items():
         if not holds:
             raise UsageError(f"{rule}; got {value}")
-
-
-def log_probs(logits_B_V: Tensor, valid_V: Tensor | None, size: int) -> Tensor:
-    """Natural log-probs over the shared vocabulary [B, size], in float32 or better.
-
-    Rows of the embedding beyond ``size`` (padding) are cut off; ids that no token has (``valid_V`` False) get the
-    lowest finite number, not -inf, so that a beta of 0 times it stays 0.
-    """
-    logits = logits_B_V[..., :size]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if valid_V is not None:
-        logits = logits.masked_fill(~valid_V, torch.finfo(logits.dtype).min)
-    return logits.log_softmax(dim=-1)
 
 
 def product(

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from llmdoctor.graphs import run_step, step_graph
-from llmdoctor.static import StaticSteps, possible, static_steps
+from llmdoctor.decoding.graphs import run_step, step_graph
+from llmdoctor.decoding.static import StaticSteps, possible, static_steps
 
 
 class CachedModel:
@@ -168,7 +168,7 @@ class CachedModel:
 
 
 @dataclass(eq=False)
-class Session:
+class PrefixCache:
     """What one conversation keeps between its answers, so that the next turn reads only what is new.
 
     Give the same object to every turn. ``ids`` are the tokens that the caches hold; a next prompt that begins with some

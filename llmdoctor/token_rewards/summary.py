@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmdoctor.types import PairScores, TokenRewards
+from llmdoctor.records import PairScores, TokenRewards
 
 HARDLY = 0.15
 """Root mean square gap, nats a token, below which two faces hardly differ.

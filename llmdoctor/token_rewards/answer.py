@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.faces import conversation, end_of_turn, prompt_ids, response_ids, with_system
 from llmdoctor.models import Patient, SplitLM, not_numbers, token_log_probs
-from llmdoctor.types import FacePair, Floats, Message, Side, TokenScores
+from llmdoctor.records import FacePair, Floats, Message, Side, TokenScores
+from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids, with_system
 
 
 def score_answer(
@@ -44,7 +44,7 @@ def score_answer(
         ids_1_L = torch.tensor([faced + response], device=patient.model.device)
         with torch.inference_mode():
             hidden_T_H = lm.hidden(ids_1_L, torch.ones_like(ids_1_L))[0, len(faced) - 1 : -1]
-            logprobs_T = token_log_probs(lm, hidden_T_H, ids_1_L[0, len(faced) :], patient.vocabulary.size)
+            logprobs_T = token_log_probs(lm, hidden_T_H, ids_1_L[0, len(faced) :], patient.vocabulary)
         found: Floats = logprobs_T.float().cpu().numpy()
         if np.isnan(found).any():
             raise LoadError(not_numbers(f"the log-probs of the patient {patient.name}"))

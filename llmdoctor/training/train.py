@@ -30,14 +30,15 @@ from transformers import (
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from llmdoctor import __version__
-from llmdoctor.doctor import MARKER, Doctor, DoctorOutput, new_doctor, save_doctor
 from llmdoctor.errors import DataError, LoadError, TrainingError, UsageError
-from llmdoctor.losses import anchored, log_flow, state_mask, subtb, value_discrimination
+from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint, pick_device
-from llmdoctor.profile import RewardSettings, TrainSettings
-from llmdoctor.rewards import alternative_rewards, face_weights, token_rewards
-from llmdoctor.store import RewardsFolder, atomic_path, ensure_replaceable, read_json, write_json
-from llmdoctor.types import PairScores, TokenScores, TrainStep
+from llmdoctor.records import PairScores, TokenScores, TrainStep
+from llmdoctor.settings import RewardSettings, TrainSettings
+from llmdoctor.token_rewards.folder import RewardsFolder
+from llmdoctor.token_rewards.formula import alternative_rewards, face_weights, token_rewards
+from llmdoctor.training.doctor import MARKER, Doctor, DoctorOutput, new_doctor, save_doctor
+from llmdoctor.training.losses import anchored, log_flow, state_mask, subtb, value_discrimination
 
 _MIN_ADVANTAGE = 0.5  # how much better the reward of a same-prefix token must be to count as preferred
 _EXPLODED = 100.0  # a loss that many times the greatest of the last _RECENT steps (and of 1) will not come back

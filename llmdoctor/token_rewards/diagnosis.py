@@ -2,8 +2,8 @@
 
     P(a is preferred to b) = sigmoid(sum_j w_j x_j),   x_j = sum_t g_{j,t}(a) - sum_t g_{j,t}(b)
 
-with g_{j,t} the signed importance of token t under face pair j (`llmdoctor.rewards.face_signal`). The paper (arXiv
-2601.10416) has one face pair and no fit; this is direction "fitted" and what can be known about it before training.
+with g_{j,t} the signed importance of token t under face pair j (`formula.face_signal`). The paper (arXiv 2601.10416)
+has one face pair and no fit; this is direction "fitted" and what can be known about it before training.
 """
 
 import math
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmdoctor.errors import DataError, UsageError
-from llmdoctor.profile import RewardSettings
-from llmdoctor.rewards import face_names, face_sums
-from llmdoctor.types import PairScores
+from llmdoctor.records import PairScores
+from llmdoctor.settings import RewardSettings
+from llmdoctor.token_rewards.formula import face_names, face_sums
 
 Doubles = NDArray[np.float64]
 

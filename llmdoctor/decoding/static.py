@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from llmdoctor.decoding.graphs import close, holds
 from llmdoctor.errors import LLMDoctorWarning
-from llmdoctor.graphs import close, holds
 
 DEVICES = frozenset({"cuda"})  # where steps are static
 LONGEST = 32  # tokens of a recorded step; longer ones are prompts, whose launches do not count
