@@ -53,9 +53,13 @@ from transformers import (
 )
 
 from llmdoctor import Guidance, LLMdoctor, Sampling
-from llmdoctor.decoding import caches, decode
+from llmdoctor.decoding import batch as loop
 from llmdoctor.decoding import drafting as speculative
+from llmdoctor.decoding import ensemble
+from llmdoctor.decoding.caches import BACKENDS
+from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.product import product
+from llmdoctor.decoding.round import Place
 from llmdoctor.models import Patient, load_lm, load_patient, pick_device
 from llmdoctor.profiles.clinic_world import held_out_questions
 from llmdoctor.text import conversation, prompt_ids
@@ -144,9 +148,9 @@ class Counting(speculative.AdaptiveLength):
         self.total_accepted = self.total_tested = self.rounds = 0
         self.lengths: Counter[int] = Counter()
 
-    def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
-        super().record(rows, length, accepted, tested, seconds)
+        super().record(rows, filled, length, accepted, tested, seconds)
         self.total_accepted += accepted
         self.total_tested += tested
         self.rounds += rows
@@ -160,7 +164,7 @@ class Fixed(Counting):
         super().__init__()
         self.length = length
 
-    def choose(self, rows: int) -> int:
+    def choose(self, rows: int, filled: int) -> int:
         """See ``Drafting``."""
         return self.length
 
@@ -170,9 +174,7 @@ def ours(case: Case, how: Sampling, drafting: speculative.Drafting | None) -> Wa
     patient, doctors, guidance, _ = case
 
     def run(prompts: list[list[int]], seed: int) -> int:
-        return sum(
-            1 for _ in decode.decode(patient, doctors, prompts, lambda: guidance, how, seed=seed, drafting=drafting)
-        )
+        return sum(1 for _ in decode(patient, doctors, prompts, lambda: guidance, how, seed=seed, drafting=drafting))
 
     return run
 
@@ -182,7 +184,8 @@ def parts(patient: Patient, now: Callable[[], float]) -> Iterator[dict[str, floa
     """Seconds by part while it is open: the forwards of patient and doctors, and what combines their log-probs."""
     spent: dict[str, float] = Counter()
     inside = 0.0
-    feed, settle, draw = caches.CachedModel.feed, decode._Models.settle, decode.draw
+    backend = BACKENDS[patient.model.device.type]
+    feed, draw_round, draw_rows = backend.feed, loop.draw_round, ensemble.draw_rows
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **more: Any) -> Any:
@@ -197,15 +200,14 @@ def parts(patient: Patient, now: Callable[[], float]) -> Iterator[dict[str, floa
 
         return run
 
-    caches.CachedModel.feed = timed("", feed)  # type: ignore[method-assign]
-    decode._Models.settle = timed("combining", settle)  # type: ignore[method-assign]
-    decode.draw = timed("combining", draw)  # type: ignore[attr-defined]
+    backend.feed = timed("", feed)  # type: ignore[method-assign]
+    loop.draw_round = timed("combining", draw_round)
+    ensemble.draw_rows = timed("combining", draw_rows)
     began = now()
     try:
         yield spent
     finally:
-        caches.CachedModel.feed, decode._Models.settle = feed, settle  # type: ignore[method-assign]
-        decode.draw = draw  # type: ignore[attr-defined]
+        backend.feed, loop.draw_round, ensemble.draw_rows = feed, draw_round, draw_rows  # type: ignore[method-assign]
         spent["Python"] = now() - began - sum(spent.values())
 
 
@@ -370,23 +372,25 @@ def qwen_7b(device: str) -> Case:
 @contextmanager
 def accepting(share: float | None) -> Iterator[None]:
     """While it is open a drafted token stands with this probability, by lot; all is computed as ever."""
-    settle, luck = decode._Models.settle, random.Random(0)
+    draw_round, luck = loop.draw_round, random.Random(0)
 
-    def by_lot(*args: Any, **more: Any) -> list[Any]:
-        found = settle(*args, **more)
-        for drawn in found:
-            drafted = [int(i) for i in drawn.facts.get("draft", ())[:-1]]
-            count = next((i for i in range(len(drafted)) if luck.random() >= share), len(drafted))
-            drawn.facts["id"][:count] = drafted[:count]
-            drawn.stop = drawn.start + count
-        return found
+    def by_lot(round_: Any, *args: Any, **more: Any) -> list[list[Place]]:
+        rows = []
+        for drafts, places in zip(round_.drafts_B_K.tolist(), draw_round(round_, *args, **more), strict=True):
+            count = next((i for i in range(len(drafts)) if luck.random() >= share), len(drafts))
+            numbers = places[0]  # of the first place for all: only the ids, and how many stand, are made up
+            values = dict.fromkeys(round_.values_B_K, 0.0)
+            ids = [*drafts[:count], places[-1].drawn.id]
+            made = [replace(numbers, drawn=replace(numbers.drawn, id=i), drafted=True, values=values) for i in ids]
+            rows.append([*made[:-1], replace(made[-1], drafted=False)])
+        return rows
 
     if share is not None:
-        decode._Models.settle = by_lot  # type: ignore[method-assign]
+        loop.draw_round = by_lot
     try:
         yield
     finally:
-        decode._Models.settle = settle  # type: ignore[method-assign]
+        loop.draw_round = draw_round
 
 
 def limits(name: str, case: Case, rates: dict[str, list[float]]) -> Iterator[str]:

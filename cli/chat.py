@@ -201,7 +201,7 @@ class Conversation:
     """A conversation and its settings: what a line of the user does to them, and what it prints."""
 
     def __init__(self, assistant: "LLMdoctor", decode: "DecodeSettings", seed: int | None, *, as_json: bool) -> None:
-        from llmdoctor.decoding.caches import PrefixCache
+        from llmdoctor.decoding.prefix import PrefixCache
 
         self.assistant, self.decode, self.seed, self.as_json = assistant, decode, seed, as_json
         self.messages: list[Message] = []

@@ -20,14 +20,14 @@ _HOME = {
     "LLMDoctorError": "errors",
     "PreferencePair": "records",
     "Sampling": "settings",
-    "PrefixCache": "decoding.caches",
+    "PrefixCache": "decoding.prefix",
     "TokenRewards": "records",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor as LLMdoctor
-    from llmdoctor.decoding.caches import PrefixCache as PrefixCache
+    from llmdoctor.decoding.prefix import PrefixCache as PrefixCache
     from llmdoctor.errors import LLMDoctorError as LLMDoctorError
     from llmdoctor.records import Comparison as Comparison
     from llmdoctor.records import GuidedToken as GuidedToken

@@ -9,10 +9,11 @@ from typing import Any, Literal, overload
 
 from transformers import PreTrainedModel
 
-from llmdoctor.decoding.caches import PrefixCache
-from llmdoctor.decoding.decode import Step, decode
+from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength
+from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.product import check_guidance, check_sampling
+from llmdoctor.decoding.rows import Step
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Patient, load_patient
 from llmdoctor.profile import Profile, load_profile

@@ -11,7 +11,8 @@ import torch
 
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
 from llmdoctor.cli.chat import start_of
-from llmdoctor.decoding.caches import CachedModel, PrefixCache
+from llmdoctor.decoding.caches.recorded import RecordedKV
+from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import load_profile
 from llmdoctor.settings import TrainSettings
@@ -272,8 +273,8 @@ def test_a_dead_zone_as_wide_as_all_opinions_leaves_the_patient_alone(
     base, other = (doctor.base for doctor in loaded._doctors.values())
     assert base is other
     reads: list[object] = []
-    feed = CachedModel.feed
-    monkeypatch.setattr(CachedModel, "feed", lambda self, *a, **k: (reads.append(self.model), feed(self, *a, **k))[1])
+    feed = RecordedKV.feed
+    monkeypatch.setattr(RecordedKV, "feed", lambda self, *a, **k: (reads.append(self.model), feed(self, *a, **k))[1])
     loaded.speculation = False
     tokens = ids(loaded.stream(PROMPTS[0], seed=4))
     assert reads.count(base) == reads.count(loaded.patient.model) == len(tokens)

@@ -22,7 +22,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from llmdoctor.decoding.decode import Step, decode
+from llmdoctor.decoding.decode import decode
+from llmdoctor.decoding.rows import Step
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.models import Patient, Vocabulary, load_patient
 from llmdoctor.records import GuidedToken

@@ -10,11 +10,14 @@ from typing import Any, Literal
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import StaticLayer
 
-from llmdoctor.decoding.caches import CachedModel, PrefixCache
-from llmdoctor.decoding.decode import Step, decode
+from llmdoctor.decoding.caches import BACKENDS
+from llmdoctor.decoding.caches.dynamic import DynamicKV
+from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import LENGTHS, AdaptiveLength, FixedLength
-from llmdoctor.decoding.static import StaticSteps
+from llmdoctor.decoding.prefix import PrefixCache
+from llmdoctor.decoding.rows import Step
 from llmdoctor.errors import LLMDoctorWarning
 from llmdoctor.settings import Guidance, Sampling
 from tests.test_decode import EOS, PROMPTS, SIZE, bigram, chain, doctor_of, ids_of, patient_of, text_of, tiny
@@ -26,10 +29,10 @@ class Erratic(FixedLength):
     def __init__(self, seed: int = 0) -> None:
         self.random, self.accepted, self.tested, self.lengths = random.Random(seed), 0, 0, set()
 
-    def choose(self, rows: int) -> int:
+    def choose(self, rows: int, filled: int) -> int:
         return self.random.randrange(7)
 
-    def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         assert 0 <= accepted <= tested <= rows * length
         assert seconds > 0
         self.accepted, self.tested = self.accepted + accepted, self.tested + tested
@@ -90,14 +93,15 @@ def test_holes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
         weight.add_(0.1 * weight.std() * torch.randn_like(weight))
     patient, doctor, guidance = patient_of(tiny("llama", seed=3)), doctor_of(model), Guidance(0.8, {"doctor": 0.9})
     lengths: list[int] = []
-    feed = CachedModel.feed
+    backend = BACKENDS["cpu"]
+    feed = backend.feed
 
-    def watched(model: CachedModel, *args: Any) -> Any:
+    def watched(model: Any, *args: Any) -> Any:
         lengths.append(model.length)
         return feed(model, *args)
 
     plain = run(patient, [doctor], 3 * PROMPTS, guidance, max_new_tokens=90)
-    monkeypatch.setattr(CachedModel, "feed", watched)
+    monkeypatch.setattr(backend, "feed", watched)
     same(run(patient, [doctor], 3 * PROMPTS, guidance, FixedLength(6), max_new_tokens=90), plain)
     longest = max(len(prompt) + len(steps) for prompt, steps in zip(3 * PROMPTS, plain, strict=True))
     assert max(lengths) <= longest + max(8, longest // 8) + 7
@@ -219,10 +223,15 @@ def test_an_answer_that_ends_inside_a_draft(stop: tuple[str, ...], text: str, fi
     assert (len(row), row[-1].finish) == (7, "length")
 
 
-def contents(model: CachedModel, length: int) -> list[torch.Tensor]:
+def layers_of(cache: Any) -> list[Any]:
+    """The layers that hold the keys and values, wherever they are now."""
+    return (getattr(cache, "slots", None) or cache.cache).layers
+
+
+def contents(model: Any, length: int) -> list[torch.Tensor]:
     """Keys and values of the last ``length`` slots of every layer, of a sliding one as far as its window of 8 goes."""
-    held = [torch.cat([layer.keys, layer.values]) for layer in model.cache.layers]
-    sizes = [min(length, 7) if layer.is_sliding else length for layer in model.cache.layers]
+    held = [torch.cat([layer.keys, layer.values]) for layer in layers_of(model)]
+    sizes = [min(length, 7) if layer.is_sliding else length for layer in layers_of(model)]
     ends = [min(model.length, kv.shape[-2]) for kv in held]  # a static cache has free slots behind them
     return [kv[..., end - size : end, :] for kv, end, size in zip(held, ends, sizes, strict=True)]
 
@@ -247,13 +256,13 @@ def test_caches_after_rejection_equal_fresh_ones(arch: str) -> None:
         ids.extend(step.token.id for step in islice(steps, shown))
         steps.close()
         assert session.ids == ids
-        assert list(session.models) == ["patient", "doctor doctor", "base doctor"]
-        for role, model in session.models.items():
+        assert list(session.caches) == ["patient", "doctor doctor", "base doctor"]
+        for role, model in session.caches.items():
             least = min(model.length, len(ids))
             assert least >= len(ids) - 1
             model.rewind(least)
             assert model.length == least, role
-            fresh = CachedModel(model.model)
+            fresh = DynamicKV(model.model)
             fresh.feed(torch.tensor([ids[:least]]))
             for mine, other in zip(contents(model, least), contents(fresh, least), strict=True):
                 assert torch.allclose(mine, other, atol=1e-9)
@@ -297,12 +306,12 @@ def test_an_interrupt_within_a_forward(who: str) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    hook = session.models[who].model.model.layers[1].register_forward_pre_hook(interrupt)
+    hook = session.caches[who].model.model.layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         said.extend(step.token.id for step in steps)
     hook.remove()
-    cache = session.models[who].cache
-    assert isinstance(cache, StaticSteps) or cache.layers[0].keys.shape[-2] > cache.layers[1].keys.shape[-2]
+    layers = layers_of(session.caches[who])
+    assert type(layers[0]) is StaticLayer or layers[0].keys.shape[-2] > layers[1].keys.shape[-2]
     assert session.ids == prompt + said
     turn = [*prompt, *said, 4, 5]
     again = run(patient, [doctor], [turn], guidance, prefix_cache=session, max_new_tokens=8)
@@ -356,10 +365,10 @@ def simulated(acceptance: float, patient: float, verify: float, draft: float, ro
     """A controller after rounds of these costs (seconds of a patient's forward, a token more of it, a draft)."""
     lengths, dice = AdaptiveLength(), random.Random(0)
     for _ in range(rounds):
-        k = lengths.choose(1)
+        k = lengths.choose(1, 100)
         accepted = next((i for i in range(k) if dice.random() > acceptance), k)
         seconds = (patient + verify * k + draft * (k + 1)) * dice.choice((1.0, 1.05, 1.1, 6.0))
-        lengths.record(1, k, accepted, min(accepted + 1, k), seconds)
+        lengths.record(1, 100, k, accepted, min(accepted + 1, k), seconds)
     return lengths
 
 
@@ -373,5 +382,5 @@ def test_the_length_follows_acceptance_and_cost(acceptance: float, draft: float)
 
     lengths = simulated(acceptance, 1.0, 0.02, draft)
     assert lengths.acceptance == pytest.approx(acceptance, abs=0.15)
-    chosen = [lengths.choose(1) for _ in range(31)][-1]
+    chosen = [lengths.choose(1, 100) for _ in range(31)][-1]
     assert rate(chosen) > 0.9 * max(map(rate, LENGTHS))

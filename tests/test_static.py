@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmdoctor.decoding import static
-from llmdoctor.decoding.caches import CachedModel
+from llmdoctor.decoding import caches
+from llmdoctor.decoding.caches import Read, static
+from llmdoctor.decoding.caches.static import StaticKV
 from llmdoctor.errors import LLMDoctorWarning
 from tests.test_decode import SIZE, tiny
 from tests.test_speculative import (  # noqa: F401  # collected here once more
@@ -41,7 +42,7 @@ def replayed(_model: Any, forward: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _static(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static, "DEVICES", {"cpu"})
+    monkeypatch.setitem(caches.BACKENDS, "cpu", StaticKV)
     monkeypatch.setattr(static, "_LEAST", 16)  # so that caches grow within a test
     monkeypatch.setattr(static, "_record", replayed)
     recorded.clear()
@@ -56,7 +57,7 @@ def test_steps_are_the_models_own(arch: str) -> None:
     mask[0, :3] = mask[2, :1] = mask[1, 6] = mask[3, 9:11] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    cached = CachedModel(model, keeps_hidden=True, rolls_back=True)
+    cached = StaticKV(model)
     with torch.inference_mode():
         cached.feed(ids[:, :5], mask[:, :5])
         at, rows = 5, torch.arange(5)
@@ -68,16 +69,16 @@ def test_steps_are_the_models_own(arch: str) -> None:
             (1, 0, None),
             (20, 0, [1]),
         ):
-            logits = cached.feed(ids[rows, at : at + tokens], mask[rows, : at + tokens], tokens)
+            logits, hidden = cached.feed(ids[rows, at : at + tokens], mask[rows, : at + tokens], tokens)
             valid = mask[rows, at : at + tokens].bool()
             assert torch.allclose(logits[valid], expected[rows, at : at + tokens][valid], atol=1e-10)
-            assert torch.allclose(model.lm_head(cached.hidden_B_K_H), logits, atol=1e-10) or arch == "gemma3"
+            assert torch.allclose(model.lm_head(hidden), logits, atol=1e-10) or arch == "gemma3"
             cached.take_back(back)
             at += tokens - back
             if staying is not None:
                 cached.keep(torch.tensor(staying))
                 rows = rows[staying]
-    used = isinstance(cached.cache, static.StaticSteps)
+    used = cached.slots is not None
     assert used == (arch != "gemma3")  # a sliding window has no static form here
     assert set(recorded) == ({1, 4, 7, 20} if used else set())
 
@@ -86,37 +87,37 @@ def test_a_slot_is_used_again_with_its_graphs_but_never_by_two() -> None:
     model = tiny("llama", seed=6)
     ids = torch.randint(1, SIZE, (1, 12))
 
-    def begun() -> CachedModel:
-        cached = CachedModel(model)
+    def begun() -> StaticKV:
+        cached = StaticKV(model)
         with torch.inference_mode():
             cached.feed(ids[:, :4])
             cached.feed(ids[:, 4:5])
         return cached
 
     first, second = begun(), begun()
-    assert first.cache is not second.cache
+    assert first.slots is not second.slots
     assert len(recorded) == 2
     with torch.inference_mode():  # neither disturbs the other
-        assert torch.equal(first.feed(ids[:, 5:6]), second.feed(ids[:, 5:6]))
-    was = first.cache
+        assert torch.equal(first.feed(ids[:, 5:6])[0], second.feed(ids[:, 5:6])[0])
+    was = first.slots
     first.rewind(0)
     third = begun()
-    assert third.cache is was
+    assert third.slots is was
     assert len(recorded) == 2
 
 
 def test_a_model_whose_steps_come_out_otherwise_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told once why, and the tokens are right all the same."""
-    monkeypatch.setattr(static.StaticSteps, "_forward", lambda *_: (torch.zeros(2, 3, SIZE), torch.zeros(2, 3, 1)))
+    monkeypatch.setattr(static.StaticSlots, "_forward", lambda *_: Read(torch.zeros(2, 3, SIZE), torch.zeros(2, 3, 1)))
     model = tiny("llama", seed=7)
     ids = torch.randint(1, SIZE, (1, 12))
-    cached = CachedModel(model)
+    cached = StaticKV(model)
     cached.feed(ids[:, :4])
     with pytest.warns(LLMDoctorWarning, match="not recorded as CUDA graphs"):
         cached.feed(ids[:, 4:5])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # told once
-        logits = cached.feed(ids[:, 5:], None, 7)
+        logits, _ = cached.feed(ids[:, 5:], None, 7)
     assert torch.allclose(logits[0, -1], model(input_ids=ids).logits[0, -1], atol=1e-12)
 
 
@@ -124,7 +125,7 @@ def test_without_a_gpu_nothing_is_static(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not static.possible(tiny("llama", seed=8))
+        assert not isinstance(caches.open_cache(tiny("llama", seed=8)), StaticKV)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="recording a CUDA graph needs a GPU")
@@ -133,13 +134,13 @@ def test_graphs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama", seed=9).to("cuda")
     ids = torch.randint(1, SIZE, (1, 60), device="cuda")
     expected = model(input_ids=ids).logits
-    cached = CachedModel(model, rolls_back=True)
+    cached = StaticKV(model)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("error")
         cached.feed(ids[:, :8])
         for at in range(8, 56, 4):
             for begin, tokens, back in ((at, 1, 0), (at + 1, 6, 3)):
-                logits = cached.feed(ids[:, begin : begin + tokens], None, tokens)
+                logits, _ = cached.feed(ids[:, begin : begin + tokens], None, tokens)
                 assert torch.allclose(logits, expected[:, begin : begin + tokens], atol=1e-8)
                 cached.take_back(back)
-    assert all(cached.cache._replays.values())
+    assert all(cached.slots._replays.values())

@@ -176,7 +176,7 @@ class Worker:
         except Exception as error:  # a screen with the reason, not a dead thread behind a living screen
             self.events.append(Failed(LLMDoctorError(f"{type(error).__name__}: {error}")))
             return
-        from llmdoctor.decoding.caches import PrefixCache  # with torch, which the models have brought
+        from llmdoctor.decoding.prefix import PrefixCache  # with torch, which the models have brought
 
         self._prefix_caches = {"patient": PrefixCache(), "guided": PrefixCache()}
         gc.freeze()  # else every full collection looks through the models' libraries: 0.3 s without a key

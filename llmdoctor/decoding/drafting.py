@@ -25,10 +25,10 @@ _WORTH = (1.1, 1.25)
 class Drafting(Protocol):
     """Chooses the length of every draft."""
 
-    def choose(self, rows: int) -> int:
+    def choose(self, rows: int, filled: int) -> int:
         """Tokens to draft in the next round of ``rows`` rows; 0 is the reference path."""
 
-    def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """What a round came to: of ``tested`` drafted tokens, over all rows, the draw agreed with ``accepted``."""
 
 
@@ -38,12 +38,12 @@ class FixedLength:
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def choose(self, rows: int) -> int:
+    def choose(self, rows: int, filled: int) -> int:
         """See ``Drafting``."""
-        del rows
+        del rows, filled
         return self.length
 
-    def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
 
 
@@ -67,7 +67,7 @@ class AdaptiveLength:
         """The share of drafted tokens accepted of late."""
         return self._accepted / self._tested
 
-    def choose(self, rows: int) -> int:
+    def choose(self, rows: int, filled: int) -> int:
         """See ``Drafting``."""
         size = rows.bit_length()
         count = self._rounds[size]
@@ -100,7 +100,7 @@ class AdaptiveLength:
                 best, rate = k, expected / time
         return best
 
-    def record(self, rows: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
         self._seconds[rows.bit_length()][length].append(seconds)
         self.tested += tested

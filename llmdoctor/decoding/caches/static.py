@@ -1,14 +1,15 @@
-"""Decoding steps over a static KV cache, replayed as CUDA graphs: on a GPU small steps cost their launches otherwise.
+"""A KV cache at fixed addresses, whose steps a GPU replays as CUDA graphs: small steps cost their launches otherwise.
 
 A step reads its tokens, its place and its mask from buffers at fixed addresses, so a graph recorded once serves every
 later step of as many tokens. Shapes are rounded up to powers of two, and slots (cache, buffers and graphs) are used
-again by the next answer. The record is compared with the model as it is before it is trusted. Without a GPU the same
-steps run unrecorded, which is how the tests hold them.
+again by the next answer. A recorded graph is compared with the model before it is trusted. Without a GPU the same steps
+run unrecorded, which is how the tests hold them.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -17,28 +18,118 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from llmdoctor.decoding.graphs import close, holds
+from llmdoctor.decoding.caches.dynamic import DynamicKV, stacked
+from llmdoctor.decoding.caches.protocol import KVCache, Read
+from llmdoctor.decoding.caches.recorded import close, holds
 from llmdoctor.errors import LLMDoctorWarning
 
-DEVICES = frozenset({"cuda"})  # where steps are static
 LONGEST = 32  # tokens of a recorded step; longer ones are prompts, whose launches do not count
 _LEAST = 256  # slots of the smallest cache
 _KEPT = 2  # unused caches kept for the next answer
 
-Outputs = tuple[Tensor, Tensor]
-Replay = Callable[[], Outputs]
+Replay = Callable[[], Read]
 
 
-class StaticSteps:
-    """The static cache of one batch and the steps over it; ``length`` is its owner's to know.
+class StaticKV(DynamicKV):
+    """A cache that reads its prompt as `DynamicKV` does and then moves to static slots, where the model has them."""
 
-    It holds no reference to the model, which owns it in ``_slots``.
+    slots: "StaticSlots | None" = None
+
+    def feed(self, ids_B_T: Tensor, mask_B_L: Tensor | None = None, last: int = 1) -> Read:
+        """See `KVCache`."""
+        rows, tokens = ids_B_T.shape
+        if self.slots is None and self._plain and tokens == last and possible(self.model):
+            self._move(self.cache.layers, slice(rows), rows, tokens)
+            self.cache = None
+        if self.slots is None:
+            return super().feed(ids_B_T, mask_B_L, last)
+        if self.length + tokens > self.slots.size:
+            self._move(self.slots.layers, slice(rows), rows, tokens)
+        read = self.slots.step(self.model, ids_B_T, mask_B_L, self.length, last)
+        self.length += tokens
+        return read
+
+    def _move(self, layers: Sequence[Any], rows: Tensor | slice, count: int, room: int) -> None:
+        """To static slots with ``count`` chosen rows of ``layers`` and room for more tokens."""
+        self.slots = static_slots(self, layers, rows, count, self.length, room)
+
+    @property
+    def can_roll_back(self) -> bool:
+        """See `KVCache`."""
+        return self.slots is not None or super().can_roll_back
+
+    def take_back(self, tokens: int) -> None:
+        """See `KVCache`."""
+        if self.slots is None:
+            super().take_back(tokens)
+        else:
+            self.length -= tokens  # what lies behind the length is overwritten before it is read
+
+    def rewind(self, length: int) -> None:
+        """See `KVCache`."""
+        if self.slots is None:
+            super().rewind(length)
+        elif 0 < length <= self.length:
+            self.length = length
+        else:
+            self._forget()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.slots = None
+
+    def keep(self, rows_B: Tensor) -> None:
+        """See `KVCache`."""
+        if self.slots is None:
+            super().keep(rows_B)
+        else:
+            self._move(self.slots.layers, rows_B.to(self.model.device), len(rows_B), 0)
+
+    def pack(self, slots_B_L: Tensor) -> None:
+        """See `KVCache`."""
+        if self.slots is None:
+            super().pack(slots_B_L)
+            return
+        index = slots_B_L[:, None, :, None].to(self.model.device)
+        for layer in self.slots.layers:
+            for kv in (layer.keys, layer.values):
+                kv[: len(index), :, : index.shape[2]] = kv[: len(index)].take_along_dim(index, dim=2)
+        self.length = slots_B_L.shape[1]
+
+    def join(self, other: KVCache) -> None:
+        """See `KVCache`."""
+        assert isinstance(other, StaticKV)
+        if self.slots is None and other.slots is None:
+            super().join(other)
+            return
+        layers = [
+            SimpleNamespace(keys=stacked(mine.keys, theirs.keys), values=stacked(mine.values, theirs.values))
+            for mine, theirs in zip(self._filled(), other._filled(), strict=True)
+        ]
+        self.length, self.cache = max(self.length, other.length), None
+        other._forget()  # its slots are free again
+        self._move(layers, slice(None), len(layers[0].keys), 0)
+
+    def _filled(self) -> list[Any]:
+        """The layers, cut to the rows and slots in use."""
+        if self.slots is None:
+            return list(self.cache.layers)
+        rows = self.slots.used
+        return [
+            SimpleNamespace(keys=layer.keys[:rows, :, : self.length], values=layer.values[:rows, :, : self.length])
+            for layer in self.slots.layers
+        ]
+
+
+class StaticSlots:
+    """The static cache of one batch and the steps over it. How many slots are filled is its owner's to know.
+
+    It holds no reference to the model, which owns it in ``_slots``. ``used`` counts the rows that are in use.
     """
-
-    is_croppable = True
 
     def __init__(self, model: PreTrainedModel, like: Sequence[Any], rows: int, size: int) -> None:
         self.rows, self.size, device = rows, size, like[0].keys.device
+        self.used = 0
         self.cache = StaticCache(config=model.config, max_cache_len=size)
         self.layers: list[Any] = self.cache.layers
         if [type(layer) for layer in self.layers] != [StaticLayer] * len(like):
@@ -67,8 +158,8 @@ class StaticSteps:
         last: int,
         *,
         record: bool = True,
-    ) -> Outputs:
-        """Put ``ids_B_T`` behind the first ``length`` slots: logits [B, last, V], and what the head read for them."""
+    ) -> Read:
+        """Put ``ids_B_T`` behind the first ``length`` slots; what the model says after the last ``last`` tokens."""
         rows, tokens = ids_B_T.shape
         if tokens not in self._ids:
             self._ids[tokens] = torch.zeros(self.rows, tokens, dtype=torch.long, device=self._start.device)
@@ -80,16 +171,17 @@ class StaticSteps:
             self._holds_R_C.fill_(True)
         self._masked = mask_B_L is not None
         if not record or tokens > LONGEST or tokens != last:
-            logits, hidden = self._forward(model, tokens, last)
-            return logits[:rows], hidden[:rows]
+            read = self._forward(model, tokens, last)
+            return Read(read.logits_B_K_V[:rows], read.hidden_B_K_H[:rows])
         if tokens not in self._replays:
             self._replays[tokens] = _record(model, lambda: self._forward(model, tokens, last))
         replay = self._replays[tokens]
-        logits, hidden = replay() if replay else self._forward(model, tokens, last)
-        return logits[:rows].clone(), hidden[:rows].clone()  # the next replay overwrites what this one gave
+        read = replay() if replay else self._forward(model, tokens, last)
+        # copies: the next replay overwrites what this one gave
+        return Read(read.logits_B_K_V[:rows].clone(), read.hidden_B_K_H[:rows].clone())
 
-    def _forward(self, model: PreTrainedModel, tokens: int, last: int) -> Outputs:
-        """From the buffers; whatever it does is on the device, without a look at a value."""
+    def _forward(self, model: PreTrainedModel, tokens: int, last: int) -> Read:
+        """From the buffers. Everything it does is on the device, without a look at a value: a graph could not."""
         self._lengths_N.copy_(self._start.expand_as(self._lengths_N))
         slots_T = self._start + self._slots_C[:tokens]
         seen_R_T_C = (self._slots_C <= slots_T[:, None]) & self._holds_R_C[:, None]
@@ -111,10 +203,7 @@ class StaticSteps:
             ).logits
         finally:
             hook.remove()
-        return logits[:, -last:], read[0][:, -last:]
-
-    def crop(self, tokens: int) -> None:
-        """Nothing to do: what lies behind the length is overwritten before it is read."""
+        return Read(logits[:, -last:], read[0][:, -last:])
 
     def take(self, layers: Sequence[Any], length: int, rows: Tensor | slice) -> None:
         """Copy the first ``length`` slots of these rows of another cache, or of this one."""
@@ -124,46 +213,44 @@ class StaticSteps:
                 mine[: len(chosen), :, :length] = chosen.clone() if mine is theirs else chosen
 
 
-_slots: WeakKeyDictionary[PreTrainedModel, list[StaticSteps]] = WeakKeyDictionary()
+_slots: WeakKeyDictionary[PreTrainedModel, list[StaticSlots]] = WeakKeyDictionary()
 _possible: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def possible(model: PreTrainedModel) -> bool:
-    """Whether the model's steps are to be static, and then do as the model does: tried once, a failure is told."""
+    """Whether the model's steps over a static cache do as the model does. Tried once; a failure is a warning."""
     if model not in _possible:
-        one_device = len({*getattr(model, "hf_device_map", {"": 0}).values()}) == 1
-        does = one_device and model.device.type in DEVICES
-        if does:
+        # layers on several devices cannot be one graph
+        _possible[model] = len({*getattr(model, "hf_device_map", {"": 0}).values()}) == 1
+        if _possible[model]:
             try:
                 if not holds(model, lambda *step: _tried(model, *step)):
                     raise ValueError("over a static cache they give other logits")
-            except Exception as error:  # whatever a model does that has no static form: it then runs as it is
+            except Exception as error:  # whatever a model does that has no static form
                 _refuse(model, error)
-                does = False
-        _possible[model] = does
     return _possible[model]
 
 
-def static_steps(
+def static_slots(
     owner: Any, layers: Sequence[Any], rows: Tensor | slice, count: int, length: int, room: int
-) -> StaticSteps:
-    """A static cache for ``owner`` (a CachedModel) with the ``count`` chosen rows of ``layers`` and room for more."""
+) -> StaticSlots:
+    """Static slots for ``owner`` (a `StaticKV`) with the ``count`` chosen rows of ``layers`` and room for more."""
     model: PreTrainedModel = owner.model
     shape = 1 << (count - 1).bit_length(), max(_LEAST, 1 << (length + room - 1).bit_length())
     kept = _slots.setdefault(model, [])
-    users = [slot.owner() for slot in kept]
+    users = [slots.owner() for slots in kept]
     unused = [
-        slot
-        for slot, user in zip(kept, users, strict=True)
-        if user is owner or getattr(user, "cache", None) is not slot
+        slots
+        for slots, user in zip(kept, users, strict=True)
+        if user is owner or getattr(user, "slots", None) is not slots
     ]
-    found = next((slot for slot in unused if (slot.rows, slot.size) == shape), None)
+    found = next((slots for slots in unused if (slots.rows, slots.size) == shape), None)
     if found is None:
-        for slot in unused[: max(0, len(unused) - _KEPT + 1)]:
-            kept.remove(slot)
-        found = StaticSteps(model, layers, *shape)
+        for slots in unused[: max(0, len(unused) - _KEPT + 1)]:
+            kept.remove(slots)
+        found = StaticSlots(model, layers, *shape)
         kept.append(found)
-    found.owner = ref(owner)
+    found.owner, found.used = ref(owner), count
     found.take(layers, length, rows)
     return found
 
@@ -171,12 +258,12 @@ def static_steps(
 def _tried(model: PreTrainedModel, ids_B_T: Tensor, mask_B_L: Tensor | None, layers: Sequence[Any]) -> Tensor:
     """Logits of one unrecorded step behind these layers."""
     length = layers[0].keys.shape[-2]
-    steps = StaticSteps(model, layers, len(ids_B_T), _LEAST)
-    steps.take(layers, length, slice(None))
-    return steps.step(model, ids_B_T, mask_B_L, length, ids_B_T.shape[1], record=False)[0]
+    slots = StaticSlots(model, layers, len(ids_B_T), _LEAST)
+    slots.take(layers, length, slice(None))
+    return slots.step(model, ids_B_T, mask_B_L, length, ids_B_T.shape[1], record=False).logits_B_K_V
 
 
-def _record(model: PreTrainedModel, forward: Callable[[], Outputs]) -> Replay | None:
+def _record(model: PreTrainedModel, forward: Callable[[], Read]) -> Replay | None:
     """The forward as a CUDA graph that gives what the forward gives; None, with a warning, where there is none."""
     if model.device.type != "cuda":
         return None
@@ -197,7 +284,7 @@ def _record(model: PreTrainedModel, forward: Callable[[], Outputs]) -> Replay | 
         _refuse(model, error)
         return None
 
-    def replay() -> Outputs:
+    def replay() -> Read:
         graph.replay()
         return outputs
 

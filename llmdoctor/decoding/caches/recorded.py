@@ -1,57 +1,89 @@
-"""A model's decoding step recorded as one graph: on a CPU a small model's time goes into launching, not computing.
+"""A decoding step recorded as one graph: on a CPU a small model's time goes into Python and launches, not arithmetic.
 
 The recorded step runs the same operations on the same weights without the Python between them; on the 12-layer clinic
-patient that is 2.7 times as fast, with bit-equal logits. (GPUs: static.py.)
+patient it is 2.7 times as fast, with bit-equal logits. The recorder is ``torch.jit.trace``, which torch has deprecated.
+It is used in this file only: ``torch.compile`` and ``torch.export`` take longer to start than a short answer takes.
+Where it is missing or fails, steps run as the model has them, and a warning says so.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from llmdoctor.decoding.caches.dynamic import DynamicKV, positions
+from llmdoctor.decoding.caches.protocol import Read
+from llmdoctor.errors import LLMDoctorWarning
+
 Graph = Callable[..., tuple[Tensor, ...]]
-_jit: Any = torch.jit  # its stubs leave out names that its documentation gives
 _STEPS_BEFORE_RECORDING = 4  # recording costs about as much
 _steps: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+# A graph must not refer to its model: a value that holds its key keeps both for ever.
 _graphs: WeakKeyDictionary[PreTrainedModel, Graph | None] = WeakKeyDictionary()
 
 
-def step_graph(model: PreTrainedModel, layers: Sequence[DynamicLayer]) -> Graph | None:
-    """The recorded step of a model with a plain full-attention cache, None where recording does not hold.
+class RecordedKV(DynamicKV):
+    """A dynamic cache whose steps are replayed from the model's recorded graph, once there is one."""
 
-    Recorded once a model, on a CPU, when it has taken some steps. A step whose course depends on values (mixtures of
-    experts, some rotary scalings) shows in the recorder's warnings, and anything else in a comparison with the model.
+    def feed(self, ids_B_T: Tensor, mask_B_L: Tensor | None = None, last: int = 1) -> Read:
+        """See `KVCache`."""
+        # a prompt, of which only the last logits are wanted, is long enough to run as it is
+        graph = step_graph(self.model, self.cache.layers) if self._plain and ids_B_T.shape[1] == last else None
+        if graph is None:
+            return super().feed(ids_B_T, mask_B_L, last)
+        self._in_forward = True
+        read = run_step(graph, ids_B_T, mask_B_L, self.cache.layers)
+        self.length += last
+        self._in_forward = False
+        return read
+
+
+def step_graph(model: PreTrainedModel, layers: Sequence[Any]) -> Graph | None:
+    """The recorded step of a model with plain full-attention layers; None while, or where, there is none.
+
+    Recorded once per model, on a CPU, after its first few steps. A step that depends on values (mixtures of experts,
+    some rotary scalings) shows in the recorder's warnings, anything else in a comparison with the model.
     """
     if model not in _graphs:
         _steps[model] = _steps.get(model, 0) + 1
         if _steps[model] <= _STEPS_BEFORE_RECORDING:
             return None
-        graph = None
-        if model.device.type == "cpu" and layers:
-            try:
-                recorded = _record(model)
-                if recorded and holds(model, lambda *step: run_step(recorded, *step)[0]):
-                    graph = recorded
-            except Exception:  # whatever a model does that cannot be recorded: it then runs as it is
-                graph = None
-        _graphs[model] = graph
+        _graphs[model] = _tried(model) if model.device.type == "cpu" and layers else None
     return _graphs[model]
 
 
-def run_step(graph: Graph, ids_B_T: Tensor, mask_B_L: Tensor | None, layers: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Logits [B, T, V] and what the LM head reads [B, T, H]; the layers' keys and values grow by T."""
+def _tried(model: PreTrainedModel) -> Graph | None:
+    try:
+        graph = _record(model)
+        if not holds(model, lambda *step: run_step(graph, *step).logits_B_K_V):
+            raise ValueError("the recorded step gives other logits than the model")
+    except Exception as error:  # whatever a model does that cannot be recorded
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(
+            f"the decoding steps of {type(model).__name__} cannot be recorded ({reason}): they run step by step, "
+            "correct but slower",
+            LLMDoctorWarning,
+            stacklevel=2,
+        )
+        return None
+    return graph
+
+
+def run_step(graph: Graph, ids_B_T: Tensor, mask_B_L: Tensor | None, layers: Sequence[Any]) -> Read:
+    """What the model says after each of the tokens; the layers' keys and values grow by T."""
     length, dtype = layers[0].keys.shape[-2], layers[0].keys.dtype
     past = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    with _jit.optimized_execution(False):  # every step has another shape: nothing to specialise on
+    jit: Any = torch.jit  # its stubs leave out names that its documentation gives
+    with jit.optimized_execution(False):  # every step has another shape: there is nothing to specialise on
         logits, hidden, *grown = graph(ids_B_T, *_places(ids_B_T, mask_B_L, length, dtype), *past)
     for layer, keys, values in zip(layers, grown[::2], grown[1::2], strict=True):
         layer.keys, layer.values = keys, values
-    return logits, hidden
+    return Read(logits, hidden)
 
 
 def _places(ids_B_T: Tensor, mask_B_L: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -61,13 +93,13 @@ def _places(ids_B_T: Tensor, mask_B_L: Tensor | None, length: int, dtype: torch.
     if mask_B_L is None:
         positions_B_T = torch.arange(length, length + tokens).expand(rows, -1)
         return positions_B_T, torch.full((1, 1, tokens, length + tokens), least, dtype=dtype).triu(length + 1)
-    positions_B_T = (mask_B_L.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens:]
     seen = torch.ones(tokens, length + tokens, dtype=torch.bool).tril(length) & mask_B_L[:, None, None].bool()
-    return positions_B_T, torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, least)
+    return positions(mask_B_L, tokens), torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, least)
 
 
-def _record(model: PreTrainedModel) -> Graph | None:
-    head = model.get_output_embeddings()
+def _record(model: PreTrainedModel) -> Graph:
+    """The step as a graph. Raises whatever the recorder raises, and ValueError where the step depends on values."""
+    owner, head = ref(model), ref(model.get_output_embeddings())
 
     def step(ids_B_T: Tensor, positions_B_T: Tensor, mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         cache = DynamicCache()
@@ -76,10 +108,13 @@ def _record(model: PreTrainedModel) -> Graph | None:
             layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
             layer.is_initialized = True
             cache.layers.append(layer)
+        here, its_head = owner(), head()
+        assert here is not None
+        assert its_head is not None
         read: list[Tensor] = []
-        hook = head.register_forward_pre_hook(lambda _module, args: read.append(args[0]))
+        hook = its_head.register_forward_pre_hook(lambda _module, args: read.append(args[0]))
         try:
-            out = model(
+            out = here(
                 input_ids=ids_B_T,
                 position_ids=positions_B_T,
                 attention_mask=mask,
@@ -98,9 +133,16 @@ def _record(model: PreTrainedModel) -> Graph | None:
         past: list[Tensor] = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         example = (ids_B_T, *_places(ids_B_T, None, 1, layers[0].keys.dtype), *past)
         graph: Graph = torch.jit.trace(step, example, check_trace=False)
-    # the one place known to ask a shape, whose answer is the same whenever there is a mask
-    doubtful = [w for w in heard if issubclass(w.category, _jit.TracerWarning) and "sdpa_attention" not in w.filename]
-    return None if doubtful else graph
+    doubts = [
+        warning
+        for warning in heard
+        if issubclass(warning.category, torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        # the one place known to ask for a shape, with the same answer whenever there is a mask
+        and "sdpa_attention" not in warning.filename
+    ]
+    if doubts:
+        raise ValueError("its course depends on values, not only on shapes")
+    return graph
 
 
 def holds(model: PreTrainedModel, step: Callable[[Tensor, Tensor | None, Sequence[Any]], Tensor]) -> bool:
@@ -113,7 +155,7 @@ def holds(model: PreTrainedModel, step: Callable[[Tensor, Tensor | None, Sequenc
     ids_B_L = ids_B_L.to(model.device)
     mask_B_L = torch.ones_like(ids_B_L)
     mask_B_L[0, :2] = mask_B_L[1, 4] = 0
-    positions_B_L = (mask_B_L.cumsum(dim=1) - 1).clamp(min=0)
+    positions_B_L = positions(mask_B_L, mask_B_L.shape[1])
 
     def start(rows: slice, masked: bool) -> Any:
         extra = {"attention_mask": mask_B_L[rows, :7], "position_ids": positions_B_L[rows, :7]} if masked else {}

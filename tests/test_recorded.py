@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmdoctor.decoding.caches import CachedModel
-from llmdoctor.decoding.graphs import run_step, step_graph
+from llmdoctor.decoding.caches.recorded import RecordedKV, run_step, step_graph
 from tests.test_decode import SIZE, TINY, tiny
 
 
@@ -48,14 +47,15 @@ def test_a_cached_model_comes_to_use_it() -> None:
     model = tiny("llama", seed=4)
     ids = torch.randint(1, SIZE, (1, 24))
     expected = model(input_ids=ids).logits
-    cached = CachedModel(model, keeps_hidden=True, rolls_back=True)
+    cached = RecordedKV(model)
     cached.feed(ids[:, :8])
     for at in range(8, 24):
-        assert torch.allclose(cached.feed(ids[:, at : at + 1])[0, 0], expected[0, at], atol=1e-12)
+        assert torch.allclose(cached.feed(ids[:, at : at + 1])[0][0, 0], expected[0, at], atol=1e-12)
     assert step_graph(model, cached.cache.layers) is not None
     cached.take_back(5)
-    assert torch.allclose(cached.feed(ids[:, 19:], None, 5), expected[:, 19:], atol=1e-12)
-    assert torch.allclose(model.lm_head(cached.hidden_B_K_H), expected[:, 19:], atol=1e-12)
+    logits, hidden = cached.feed(ids[:, 19:], None, 5)
+    assert torch.allclose(logits, expected[:, 19:], atol=1e-12)
+    assert torch.allclose(model.lm_head(hidden), expected[:, 19:], atol=1e-12)
     for layer in cached.cache.layers:
         assert layer.keys.shape[-2] == layer.values.shape[-2] == cached.length == 24
 
@@ -69,12 +69,12 @@ def test_a_cached_model_comes_to_use_it() -> None:
     ids=["experts", "dynamic rotary"],
 )
 def test_a_step_whose_course_depends_on_values_is_right_all_the_same(kind: str, more: dict[str, Any]) -> None:
-    """Recorded or not: what a CachedModel gives equals the model without a cache."""
+    """Recorded or not: what a RecordedKV gives equals the model without a cache."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY, **more)).eval()
     ids = torch.randint(1, SIZE, (1, 40))
-    cached = CachedModel(model.requires_grad_(False))
+    cached = RecordedKV(model.requires_grad_(False))
     cached.feed(ids[:, :4])
     for at in range(4, 40):
         expected = model(input_ids=ids[:, : at + 1], use_cache=False).logits[0, -1]
-        assert torch.allclose(cached.feed(ids[:, at : at + 1])[0, 0], expected, atol=1e-3)
+        assert torch.allclose(cached.feed(ids[:, at : at + 1])[0][0, 0], expected, atol=1e-3)

@@ -1,0 +1,246 @@
+"""The decoding loop: rounds over a batch of prompts that may join and leave at any time.
+
+A round drafts some tokens with a doctor, lets every model read them, draws the tokens from the product as far as the
+drafts agree, and takes back what was drafted beyond. A round of no drafts is the plain path: one forward per model and
+token. A prompt that joins runs its first round by itself and then becomes a row of the others' batch.
+"""
+
+import time
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+
+import torch
+
+from llmdoctor.decoding.drafting import Drafting
+from llmdoctor.decoding.ensemble import Ensemble
+from llmdoctor.decoding.prefix import PrefixCache
+from llmdoctor.decoding.product import check_guidance, check_sampling
+from llmdoctor.decoding.round import Place, Round, draw_round
+from llmdoctor.decoding.rows import Read, Request, Row, Step
+from llmdoctor.errors import LLMDoctorWarning, UsageError
+from llmdoctor.models import Patient
+from llmdoctor.settings import Guidance
+from llmdoctor.training.doctor import LoadedDoctor
+
+
+class Batch:
+    """Prompts that are answered together, each as if it were alone.
+
+    Every row has its own guidance, sampling, budget, stop strings and seed. ``top`` alternatives are told for every
+    token. ``drafting`` lets a doctor draft ahead; the tokens stay the same, up to the rounding of the models' own
+    arithmetic. ``with_bases`` is needed for mode "ratio". ``prefix_cache`` keeps the caches of one prompt for the next;
+    such a batch holds one row.
+
+        batch = Batch(patient, doctors)
+        batch.join([Request(prompt, lambda: guidance, sampling, seed=1)])
+        while batch:
+            for step in batch.round():
+                ...                              # batch.join(...) and batch.leave(...) at any time
+    """
+
+    def __init__(
+        self,
+        patient: Patient,
+        doctors: Mapping[str, LoadedDoctor],
+        *,
+        top: int = 0,
+        drafting: Drafting | None = None,
+        with_bases: bool = False,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        self.patient, self.doctors, self.top, self.drafting = patient, doctors, top, drafting
+        self.with_bases, self.prefix_cache = with_bases, prefix_cache
+        own = [getattr(d.model.config.get_text_config(), "max_position_embeddings", None) for d in doctors.values()]
+        self.context = min([patient.context, *(int(length) for length in own if length)])
+        self._models: Ensemble | None = None
+        self._rows: list[Row] = []
+        self._waiting: list[Row] = []
+        self._joined = 0
+        self._warned = False
+
+    def __bool__(self) -> bool:
+        return any(not row.ended for row in (*self._rows, *self._waiting))
+
+    def join(self, requests: Sequence[Request]) -> list[int]:
+        """Add prompts, which start with the next round; the numbers of their rows.
+
+        Raises UsageError for guidance that names no doctor of this batch or needs bases it has not, and for a prompt
+        that is empty or fills the context.
+        """
+        if self.prefix_cache is not None and len(requests) + len(self._rows) + len(self._waiting) > 1:
+            raise UsageError("a prefix cache holds one conversation; got several prompts")
+        rows: list[Row] = []
+        for request in requests:
+            check_sampling(request.sampling)
+            if not request.prompt:
+                raise UsageError("the prompt is empty: it has no token to continue from")
+            if (room := self.context - len(request.prompt)) <= 0:
+                raise UsageError(
+                    f"the prompt is {len(request.prompt)} tokens long and the models' context holds {self.context}: "
+                    "shorten it, or reset the conversation"
+                )
+            rows.append(Row(self._joined + len(rows), request, self.patient, room))
+        self._guidances(rows)
+        self._joined += len(rows)
+        self._waiting += rows
+        return [row.number for row in rows]
+
+    def leave(self, number: int) -> None:
+        """End a row before its time; nothing more of it is yielded. No such row: nothing happens."""
+        for row in (*self._rows, *self._waiting):
+            if row.number == number and not row.ended:
+                row.ended = "left"
+
+    def round(self) -> Iterator[Step]:
+        """The next tokens of every row, as they are drawn, row after row. Run it to its end before the next round."""
+        self._drop_ended()
+        yield from self._first_round()
+        self._drop_ended()
+        if self._models is None:
+            return
+        rows, models, clock = self._rows, self._models, _Clock()
+        drafting = self._drafting_now(models)
+        length = self._draft_length(drafting, models) if drafting else 0
+        count, slots = len(rows), models.slots
+        guidances = self._guidances(rows)
+        with clock:
+            samplings = [row.sampling for row in rows]
+            round_ = models.propose(length, guidances, samplings, _uniforms(rows, length + 1))
+        accepted = yield from self._speak(models, rows, round_, guidances, clock)
+        if drafting:
+            tested = sum(min(own + 1, length) for own in accepted)
+            drafting.record(count, slots, length, sum(accepted), tested, clock.seconds)
+
+    def _first_round(self) -> Iterator[Step]:
+        """Read the waiting prompts, draw the first token of each, and add them to the batch."""
+        rows = [row for row in self._waiting if not row.ended]
+        self._waiting = []
+        if not rows:
+            return
+        prompts = [row.request.prompt for row in rows]
+        models = Ensemble(
+            self.patient, self.doctors, prompts, with_bases=self.with_bases, prefix_cache=self.prefix_cache
+        )
+        guidances = self._guidances(rows)
+        round_ = models.prefill()
+        yield from self._speak(models, rows, round_, guidances, _Clock())
+        if rows and self._models is not None:
+            self._models.join(models)
+        elif rows:
+            self._models = models
+        self._rows += rows
+
+    def _speak(
+        self, models: Ensemble, rows: list[Row], round_: Round, guidances: list[Guidance], clock: "_Clock"
+    ) -> Generator[Step, None, list[int]]:
+        """Draw and say the tokens of a round, and bring the models behind them. Rows that end leave ``rows``.
+
+        Returns how many drafts of each row were accepted, before any guidance changed.
+        """
+        with clock:
+            drawn = self._draw(round_, rows, guidances)
+        found = [len(places) - 1 for places in drawn]
+        for i, row in enumerate(rows):
+            place = 0
+            while not row.ended:
+                now = self._guidance(row) if place else guidances[i]
+                if now is not guidances[i] and now != guidances[i]:
+                    # it changed since the last token was shown: draw the rest of the round again under the new one
+                    guidances[i] = now
+                    drawn[i][place:] = self._draw(round_.of_row(i, place), [row], [now])[0]
+                if place == len(drawn[i]) - 1:
+                    break  # not drafted: the doctors have to read it first
+                yield from self._say(row, drawn[i][place], drawn[i][place].values, guidances[i])
+                place += 1
+        staying = [i for i, row in enumerate(rows) if not row.ended]
+        if staying:
+            accepted = [len(drawn[i]) - 1 for i in staying]
+            last = [drawn[i][-1].drawn.id for i in staying]
+            with clock:
+                values = models.settle(round_, staying, accepted, last)
+            for i, own in zip(staying, values, strict=True):
+                yield from self._say(rows[i], drawn[i][-1], own, guidances[i])
+            if left := [at for at, i in enumerate(staying) if not rows[i].ended]:
+                models.keep(left)
+        rows[:] = [row for row in rows if not row.ended]
+        return found
+
+    def _draw(self, round_: Round, rows: Sequence[Row], guidances: Sequence[Guidance]) -> list[list[Place]]:
+        forced = [row.request.first if row.position == 0 else None for row in rows]
+        uniforms_B_P = _uniforms(rows, round_.length + 1)
+        samplings = [row.sampling for row in rows]
+        return draw_round(round_, guidances, samplings, uniforms_B_P, top=self.top, forced=forced)
+
+    def _say(self, row: Row, place: Place, values: Mapping[str, float], guidance: Guidance) -> Iterator[Step]:
+        if place.drawn.id in self.patient.eos_ids:
+            # log V(s_T) = 0 is part of how an anchored doctor is trained, not something that its head has learnt
+            values = {name: 0.0 if self.doctors[name].anchored else value for name, value in values.items()}
+        if self.prefix_cache is not None:
+            self.prefix_cache.ids.append(place.drawn.id)
+        for step in row.say(place, values, guidance):
+            if row.ended != "left":
+                yield step
+
+    def _guidances(self, rows: Sequence[Row]) -> list[Guidance]:
+        """The guidance of every row for its next token. Rows that share a function share what it returns."""
+        now: dict[Read, Guidance] = {}
+        for row in rows:
+            if row.request.guidance not in now:
+                now[row.request.guidance] = self._guidance(row)
+        return [now[row.request.guidance] for row in rows]
+
+    def _guidance(self, row: Row) -> Guidance:
+        guidance = row.request.guidance()
+        if guidance is not row.guidance:
+            check_guidance(guidance, tuple(self.doctors))
+            if guidance.mode == "ratio" and self.doctors and not self.with_bases:
+                raise UsageError(
+                    'the mode cannot become "ratio" in the middle of an answer: set it before the answer begins'
+                )
+            row.guidance = guidance
+        return guidance
+
+    def _drafting_now(self, models: Ensemble) -> Drafting | None:
+        """What chooses the length of drafts, where the models can take drafts back. A warning where they never can."""
+        if self.drafting is None or models.can_draft:
+            return self.drafting
+        if (name := models.rigid) and self.doctors and not self._warned:
+            warnings.warn(
+                f"the state of {name} cannot take tokens back: decoding without speculation",
+                LLMDoctorWarning,
+                stacklevel=2,
+            )
+            self._warned = True
+        return None
+
+    def _draft_length(self, drafting: Drafting, models: Ensemble) -> int:
+        """How many tokens to draft: never beyond a row's context, nor beyond the greatest budget that is left."""
+        # a row whose own budget ends within the draft simply ends there
+        context = min(row.room - row.position for row in self._rows)
+        room = min(context, max(row.budget - row.position for row in self._rows))
+        return min(drafting.choose(len(self._rows), models.slots), room - 1) if room > 1 else 0
+
+    def _drop_ended(self) -> None:
+        """Free the rows that ended, or left, since the last round."""
+        staying = [i for i, row in enumerate(self._rows) if not row.ended]
+        if self._models is not None and staying:
+            self._models.keep(staying)
+        elif not staying:
+            self._models = None
+        self._rows = [self._rows[i] for i in staying]
+
+
+class _Clock:
+    """The time that the models took, without what happened to their tokens in between."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+def _uniforms(rows: Sequence[Row], count: int) -> torch.Tensor:
+    return torch.tensor([row.ahead(count) for row in rows], dtype=torch.float64)

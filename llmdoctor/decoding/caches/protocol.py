@@ -1,0 +1,67 @@
+"""What the decoder asks of a KV cache, whatever keeps the keys and values."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class Read(NamedTuple):
+    """What a model says after the last K of the tokens it was fed."""
+
+    logits_B_K_V: Tensor
+    hidden_B_K_H: Tensor  # what its LM head read
+
+
+class KVCache(Protocol):
+    """A causal LM and the keys and values of what it has read, for a batch of rows.
+
+    Every row has ``length`` slots. A slot holds a token, or nothing: padding on the left, a rejected draft. Masks
+    [B, slots] are 1 where a slot holds a token.
+    """
+
+    model: PreTrainedModel
+    length: int
+
+    def feed(self, ids_B_T: Tensor, mask_B_L: Tensor | None = None, last: int = 1) -> Read:
+        """Read ``ids_B_T``; what the model says after the last ``last`` of them. The mask covers old and new slots."""
+        ...
+
+    def take_back(self, tokens: int) -> None:
+        """Drop the last ``tokens`` slots, all of them fed since the last call."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` slots where that is possible; otherwise keep nothing (``length`` becomes 0)."""
+        ...
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Keep only these rows of the batch."""
+        ...
+
+    def pack(self, slots_B_L: Tensor) -> None:
+        """Keep only these slots of every row, in this order."""
+        ...
+
+    def join(self, other: "KVCache") -> None:
+        """Add the rows of another cache of the same model below the own ones.
+
+        The shorter of the two gets empty slots on the left. ``other`` must not be used afterwards. Raises LoadError
+        for a kind of cache whose rows cannot be moved.
+        """
+        ...
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether tokens can be taken back: recurrent states cannot. Known once something has been fed."""
+        ...
+
+    @property
+    def may_have_holes(self) -> bool:
+        """Whether empty slots may lie between tokens: not in a window, nor where a model counts slots as positions."""
+        ...
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether slots can be moved."""
+        ...

@@ -1,0 +1,236 @@
+"""The models of a batch, moved together: the patient, the doctors and, in mode "ratio", the doctors' bases."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llmdoctor.decoding.caches import Read, open_cache
+from llmdoctor.decoding.prefix import PrefixCache
+from llmdoctor.decoding.round import Round, draw_rows
+from llmdoctor.errors import UsageError
+from llmdoctor.models import Patient
+from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.training.doctor import LoadedDoctor
+
+_FEW_HOLES = 8  # so many empty slots, or an eighth of the rest, are cheaper to read than to close
+
+
+class Ensemble:
+    """Every model with its KV cache over the same rows.
+
+    All caches give a token the same slot, so one mask serves them all. Between two rounds the doctors have read every
+    token of every row, the patient and the bases all but the last, ``pending``: they read it with the next draft.
+    """
+
+    def __init__(
+        self,
+        patient: Patient,
+        doctors: Mapping[str, LoadedDoctor],
+        prompts: Sequence[Sequence[int]],
+        *,
+        with_bases: bool = False,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        self._vocabulary, self._device = patient.vocabulary, patient.model.device
+        self._doctors = doctors
+        models = {"patient": patient.model, **{f"doctor {name}": doctor.model for name, doctor in doctors.items()}}
+        self._base_of: dict[str, str] = {}  # doctor -> role of its base; one that several doctors share is read once
+        if with_bases:
+            for name, doctor in doctors.items():
+                if doctor.base is None:
+                    raise UsageError(f'mode "ratio" needs the base model of doctor {name!r}: load it with mode="ratio"')
+                held = (role for role, model in models.items() if role.startswith("base ") and model is doctor.base)
+                self._base_of[name] = next(held, f"base {name}")
+                models[self._base_of[name]] = doctor.base
+        if prefix_cache is None:
+            caches = {role: open_cache(model) for role, model in models.items()}
+        else:
+            caches = prefix_cache.begin(list(prompts[0]), models)
+        self._caches = caches
+        self._patient = caches["patient"]
+        self._readers = {name: caches[f"doctor {name}"] for name in doctors}
+        self._bases = {role: caches[role] for role in dict.fromkeys(self._base_of.values())}
+        self._filled = [len(prompt) for prompt in prompts]  # slots of each row that hold a token
+        longest = max(self._filled)
+        ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        self._pending_B_T = torch.tensor(ids, device=self._device)  # the whole prompt, until `prefill`
+        self._mask_B_L: Tensor | None = None  # None while every slot of every row holds a token
+        if min(self._filled) < longest:
+            lengths_B_1 = torch.tensor(self._filled, device=self._device)[:, None]
+            self._mask_B_L = (torch.arange(longest, device=self._device) >= longest - lengths_B_1).long()
+        self._next_B_1_V: dict[str, Tensor] = {}  # the doctors' log-probs of the token after the last
+
+    @property
+    def slots(self) -> int:
+        """The slots that the next round reads, the pending token's included."""
+        return self._patient.length + 1
+
+    @property
+    def rigid(self) -> str | None:
+        """The name of a model whose state cannot take tokens back; None where all can."""
+        return next((type(c.model).__name__ for c in self._caches.values() if not c.can_roll_back), None)
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether a draft can be taken back from the caches of these rows."""
+        if not self._readers or self.rigid:
+            return False
+        # rows accept drafts of different length; what some of them reject stays behind as holes
+        return len(self._filled) == 1 or all(cache.may_have_holes for cache in self._caches.values())
+
+    @torch.inference_mode()
+    def prefill(self) -> Round:
+        """Read the prompts: the round of nothing drafted, with the log-probs of every row's first token."""
+        ids_B_L, mask_B_L = self._pending_B_T, self._mask_B_L
+        said = {role: self._log_probs(c.feed(ids_B_L[:, c.length :], mask_B_L)) for role, c in self._caches.items()}
+        doctors = {name: said[f"doctor {name}"] for name in self._readers}
+        bases = {name: said[role] for name, role in self._base_of.items()}
+        return Round(ids_B_L[:, :0], said["patient"], doctors, bases)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        length: int,
+        guidances: Sequence[Guidance],
+        samplings: Sequence[Sampling],
+        uniforms_B_P: Tensor,
+    ) -> Round:
+        """Draft ``length`` tokens for every row with one doctor, and let all models read them."""
+        drafts_B_K = self._pending_B_T[:, :0]
+        doctors, values = dict(self._next_B_1_V), dict[str, Tensor]()
+        mask_B_L = self._mask_B_L
+        if length:
+            if mask_B_L is not None:
+                mask_B_L = torch.nn.functional.pad(mask_B_L, (0, length), value=1)
+            # the doctor with the greatest say guesses best what the product will draw
+            drafter = max(self._readers, key=lambda name: sum(g.betas.get(name, 0.0) for g in guidances))
+            drafts_B_K, drafted = self._draft(drafter, length, guidances, samplings, uniforms_B_P, mask_B_L)
+            for name, cache in self._readers.items():
+                read = drafted if name == drafter else cache.feed(drafts_B_K, mask_B_L, length)
+                logprobs_B_K_V, values[name] = self._opinion(name, read)
+                doctors[name] = torch.cat([doctors[name], logprobs_B_K_V], dim=1)
+        ids_B_P = torch.cat([self._pending_B_T, drafts_B_K], dim=1)
+        said = {
+            role: self._log_probs(cache.feed(ids_B_P, mask_B_L, length + 1))
+            for role, cache in (("patient", self._patient), *self._bases.items())
+        }
+        bases = {name: said[role] for name, role in self._base_of.items()}
+        return Round(drafts_B_K, said["patient"], doctors, bases, values)
+
+    def _draft(
+        self,
+        drafter: str,
+        length: int,
+        guidances: Sequence[Guidance],
+        samplings: Sequence[Sampling],
+        uniforms_B_P: Tensor,
+        mask_B_L: Tensor | None,
+    ) -> tuple[Tensor, Read]:
+        """Token ids [B, K] drawn from doctor^(alpha + beta), and what the doctor says after each of them.
+
+        Each draw uses the uniform number of its place, as the draw from the product will. Where patient and doctor
+        agree, the product is about doctor^(alpha + beta), and both draws then give the same token.
+        """
+        cache, logits_B_V = self._readers[drafter], self._next_B_1_V[drafter][:, 0]
+        powers_B_1 = logits_B_V.new_tensor([g.alpha + g.betas.get(drafter, 0.0) for g in guidances])[:, None]
+        drafts: list[Tensor] = []
+        reads: list[Read] = []
+        slots = 0 if mask_B_L is None else mask_B_L.shape[1] - length
+        for k in range(length):
+            ids_B_1 = draw_rows(powers_B_1 * logits_B_V, samplings, uniforms_B_P[:, k])[:, None]
+            read = cache.feed(ids_B_1, None if mask_B_L is None else mask_B_L[:, : slots + k + 1])
+            drafts.append(ids_B_1)
+            reads.append(read)
+            # without the softmax, which changes no draw: it is done for all places at once
+            logits_B_V = self._vocabulary.mask(read.logits_B_K_V[:, 0]).to(logits_B_V)
+        logits, hidden = zip(*reads, strict=True)
+        return torch.cat(drafts, dim=1), Read(torch.cat(logits, dim=1), torch.cat(hidden, dim=1))
+
+    @torch.inference_mode()
+    def settle(
+        self, round_: Round, staying: Sequence[int], accepted: Sequence[int], last: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """Keep the ``staying`` rows of a round: their ``accepted`` drafts, and the ``last`` token, which was drawn.
+
+        Takes back what was rejected and lets the doctors read the last token: log V after it, by doctor, of each row.
+        """
+        self.keep(staying)
+        # Whatever all rows reject is cut off; what only some of them reject becomes a hole in the others' company.
+        rejected = [round_.length - count for count in accepted]
+        common = min(rejected)
+        for cache in self._caches.values():
+            cache.take_back(common)
+        fresh = round_.length - common
+        if self._mask_B_L is not None or max(rejected) > common:
+            mask_B_L = self._mask_B_L
+            if mask_B_L is None:
+                mask_B_L = torch.ones(len(last), self._patient.length - fresh, dtype=torch.long, device=self._device)
+            holds = [[int(slot < count) for slot in range(fresh)] + [1] for count in accepted]
+            self._mask_B_L = torch.cat([mask_B_L, mask_B_L.new_tensor(holds)], dim=1)
+        self._filled = [filled + count for filled, count in zip(self._filled, accepted, strict=True)]
+        self._close_holes()
+        self._filled = [filled + 1 for filled in self._filled]
+        self._pending_B_T = torch.tensor(last, device=self._device)[:, None]
+        values: dict[str, list[float]] = {}
+        for name, cache in self._readers.items():
+            read = cache.feed(self._pending_B_T, self._mask_B_L)
+            self._next_B_1_V[name], values_B_1 = self._opinion(name, read)
+            values[name] = values_B_1[:, 0].tolist()
+        return [{name: column[row] for name, column in values.items()} for row in range(len(last))]
+
+    @torch.inference_mode()
+    def keep(self, staying: Sequence[int]) -> None:
+        """Drop all other rows."""
+        if len(staying) == len(self._filled):
+            return
+        rows_B = torch.tensor(staying, device=self._device)
+        for cache in self._caches.values():
+            cache.keep(rows_B)
+        self._filled = [self._filled[row] for row in staying]
+        self._pending_B_T = self._pending_B_T[rows_B]
+        self._mask_B_L = None if self._mask_B_L is None else self._mask_B_L[rows_B]
+        self._next_B_1_V = {name: logprobs[rows_B] for name, logprobs in self._next_B_1_V.items()}
+
+    @torch.inference_mode()
+    def join(self, other: "Ensemble") -> None:
+        """Add the rows of another ensemble of the same models, both between two rounds. ``other`` is used up."""
+        masks = [own._mask() for own in (self, other)]
+        for role, cache in self._caches.items():
+            cache.join(other._caches[role])
+        slots = self.slots
+        padded = [torch.nn.functional.pad(mask_B_L, (slots - mask_B_L.shape[1], 0)) for mask_B_L in masks]
+        joined = torch.cat(padded)
+        self._mask_B_L = None if bool(joined.all()) else joined
+        self._filled += other._filled
+        self._pending_B_T = torch.cat([self._pending_B_T, other._pending_B_T])
+        self._next_B_1_V = {
+            name: torch.cat([logprobs, other._next_B_1_V[name]]) for name, logprobs in self._next_B_1_V.items()
+        }
+
+    def _mask(self) -> Tensor:
+        """The mask [B, slots], also where it is nothing but ones."""
+        if self._mask_B_L is not None:
+            return self._mask_B_L
+        return torch.ones(len(self._filled), self.slots, dtype=torch.long, device=self._device)
+
+    def _close_holes(self) -> None:
+        """Move the tokens of all caches together when many slots are empty: every step reads and copies them."""
+        needed = max(self._filled)
+        if self._patient.length - needed <= max(_FEW_HOLES, needed // 8):
+            return
+        if not all(cache.can_pack for cache in self._caches.values()):
+            return
+        assert self._mask_B_L is not None
+        held_B_L, last_B_1 = self._mask_B_L[:, :-1], self._mask_B_L[:, -1:]
+        kept_B_L = held_B_L.argsort(dim=1, stable=True)[:, -needed:]
+        self._mask_B_L = torch.cat([held_B_L.gather(1, kept_B_L), last_B_1], dim=1)
+        for cache in self._caches.values():
+            cache.pack(kept_B_L)
+
+    def _opinion(self, name: str, read: Read) -> tuple[Tensor, Tensor]:
+        """A doctor's log-probs [B, K, V] and log V [B, K]."""
+        return self._log_probs(read), self._doctors[name].log_value(read.hidden_B_K_H).to(self._device)
+
+    def _log_probs(self, read: Read) -> Tensor:
+        return self._vocabulary.mask(read.logits_B_K_V.to(self._device)).log_softmax(dim=-1)

@@ -1,0 +1,129 @@
+"""One prompt's answer while it is written: its budget, its random numbers, its text, its stop strings."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+
+from llmdoctor.decoding.round import Place
+from llmdoctor.errors import LoadError
+from llmdoctor.models import Patient, not_numbers
+from llmdoctor.records import Alternative, GuidedToken
+from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.text import TextStream, token_texts
+
+Finish = Literal["eos", "stop", "length"]
+Read = Callable[[], Guidance]
+
+
+class Step(NamedTuple):
+    """One token of one row; ``finish`` says why the row ends with it, None when it goes on."""
+
+    row: int
+    token: GuidedToken
+    finish: Finish | None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt (token ids) to be answered, and how.
+
+    ``guidance`` is called again for every token, so it may change between any two. All randomness comes from ``seed``.
+    ``first`` is the first token, instead of a draw.
+    """
+
+    prompt: Sequence[int]
+    guidance: Read = Guidance
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    first: int | None = None
+
+
+class Row:
+    """Where the answer to one request stands. ``room`` is the number of tokens that fit into the context."""
+
+    def __init__(self, number: int, request: Request, patient: Patient, room: int) -> None:
+        self.number, self.request, self.room = number, request, room
+        self.sampling = request.sampling
+        self.budget = min(self.sampling.max_new_tokens, room)
+        self.position = 0
+        self.ended: Finish | Literal["left"] | None = None
+        self.guidance: Guidance | None = None  # the latest that was checked
+        self._patient = patient
+        self._texts = TextStream(patient.tokenizer)
+        self._generator = torch.Generator().manual_seed(request.seed)
+        self._uniforms: list[float] = []  # of the next positions, drawn ahead
+        self._last = request.prompt[-1]
+        self._held: list[GuidedToken] = []  # their text may be the beginning of a stop string
+
+    def ahead(self, count: int) -> list[float]:
+        """The uniform numbers of the next ``count`` positions; the same numbers until tokens are said."""
+        while len(self._uniforms) < count:
+            self._uniforms.append(torch.rand((), generator=self._generator, dtype=torch.float64).item())
+        return self._uniforms[:count]
+
+    def say(self, place: Place, values: Mapping[str, float], guidance: Guidance) -> list[Step]:
+        """Take the token of a place: the steps that may be shown now, and perhaps the end of the row.
+
+        Raises LoadError when its log-prob is not a number.
+        """
+        token = self._token(place, values, guidance)
+        self.position += 1
+        self._last = token.id
+        del self._uniforms[0]
+        if token.id in self._patient.eos_ids:
+            self.ended = "eos"
+        elif self.position >= self.budget:
+            self.ended = "length"
+        return self._release(token)
+
+    def _token(self, place: Place, values: Mapping[str, float], guidance: Guidance) -> GuidedToken:
+        drawn = place.drawn
+        if math.isnan(drawn.logprob):
+            raise LoadError(not_numbers("the models' log-probs"))
+        return GuidedToken(
+            position=self.position,
+            id=drawn.id,
+            text=self._texts.push(drawn.id),
+            patient_logprob=drawn.patient_logprob,
+            doctor_logprobs=drawn.doctor_logprobs,
+            logprob=drawn.logprob,
+            values=values,
+            flip=place.flip,
+            kl=place.kl,
+            alpha=guidance.alpha,
+            betas=dict(guidance.betas),
+            top=tuple(
+                Alternative(
+                    id=choice.id,
+                    # spelt behind the token before it: some pieces begin with a space only there
+                    text=token_texts(self._patient.tokenizer, [self._last, choice.id])[1],
+                    patient_logprob=choice.patient_logprob,
+                    doctor_logprobs=choice.doctor_logprobs,
+                    logprob=choice.logprob,
+                )
+                for choice in place.top
+            ),
+        )
+
+    def _release(self, token: GuidedToken) -> list[Step]:
+        """All tokens held and this one, unless their text may be the beginning of a stop string.
+
+        A stop string ends the row and is cut from the text of the tokens that hold it.
+        """
+        stops = self.sampling.stop
+        self._held.append(token)
+        text = "".join(held.text for held in self._held)
+        cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+        if cut is not None:
+            self.ended = "stop"
+            for i, held in enumerate(self._held):
+                self._held[i] = replace(held, text=held.text[: max(0, cut)])
+                cut -= len(held.text)
+        elif self.ended is None and any(text.endswith(stop[:n]) for stop in stops for n in range(1, len(stop))):
+            return []
+        shown, self._held = self._held, []
+        finish = self.ended if self.ended != "left" else None
+        return [Step(self.number, one, finish if one is shown[-1] else None) for one in shown]
