@@ -71,6 +71,31 @@ def same(left: list[list[Step]], right: list[list[Step]]) -> None:
         assert mine == other
 
 
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.5, "top_p": 0.9}, {"temperature": 1.7, "top_k": 6}], ids=str)
+@pytest.mark.parametrize("strengths", [(1.0, 0.8), (0.3, 1.9), (0.0, 0.4)])
+def test_a_doctor_equal_to_the_patient_has_every_draft_accepted(
+    how: dict[str, Any], strengths: tuple[float, float]
+) -> None:
+    """Draft and draw are then the same law, patient^(alpha + beta), with the same uniform numbers."""
+    model = tiny("llama", seed=3)
+    guidance, drafting = Guidance(strengths[0], {"doctor": strengths[1]}), Erratic(3)
+    run(patient_of(model), [doctor_of(model)], PROMPTS, guidance, drafting, max_new_tokens=40, **how)
+    assert drafting.accepted == drafting.tested > 10
+
+
+@pytest.mark.parametrize("strong", ["a", "b"])
+def test_the_doctor_with_the_greatest_say_drafts(strong: str) -> None:
+    """One doctor is the patient, the other its contrary: what the strong one drafts stands, the other's would not."""
+    table = 2 * torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    table[:, EOS] = -50
+    models = {strong: bigram(table), "ab".replace(strong, ""): bigram(-table)}
+    drafting = Erratic(4)
+    guidance = Guidance(1.0, {name: 1.0 if name == strong else 0.05 for name in models})
+    doctors = [doctor_of(model, name) for name, model in sorted(models.items())]
+    run(patient_of(models[strong]), doctors, PROMPTS, guidance, drafting, max_new_tokens=40)
+    assert drafting.accepted / drafting.tested > 0.9
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "mistral", "gemma2", "gemma3"])
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}], ids=["greedy", "sampled"])
 def test_drafted_equals_reference(arch: str, how: dict[str, float]) -> None:

@@ -53,7 +53,7 @@ class DynamicKV:
         finally:
             hook.remove()
         if self.cache is None:
-            self._adopt(out.past_key_values)
+            self._adopt(getattr(out, "past_key_values", None))
         else:
             self._recorded += ids_B_T.shape[1]
         self.length += ids_B_T.shape[1]
@@ -63,8 +63,8 @@ class DynamicKV:
     def _adopt(self, cache: Any) -> None:
         if not hasattr(cache, "layers"):
             raise LoadError(
-                f"{type(self.model).__name__} returns {type(cache).__name__} where a KV cache was expected: llmdoctor "
-                "cannot decode with it; choose another model"
+                f"{type(self.model).__name__} does not return a KV cache that llmdoctor knows: expected one with "
+                f"layers, got {type(cache).__name__}; choose another model"
             )
         self.cache = cache
         self._plain = plain(cache.layers) and self._takes_positions

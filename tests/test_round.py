@@ -1,0 +1,99 @@
+"""Drawing from a round whose tensors are written by hand: what is drafted, what is accepted, what is said of it."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from llmdoctor.decoding.round import Round, draw_round
+from llmdoctor.settings import Guidance, Sampling
+
+HALF = math.log(0.5)
+
+
+def log(*rows: list[float]) -> torch.Tensor:
+    """Places of one row [1, P, V] as log-probs, in float64."""
+    return torch.tensor([rows], dtype=torch.float64).clamp(min=1e-300).log()
+
+
+def test_golden() -> None:
+    """Three places over three tokens, the drafts 0 and 2; patient alone; worked by hand.
+
+    Place 0: the patient has (1/2, 1/4, 1/4), u = .3 lies in the first half: token 0, as drafted. Place 1: (1/4, 1/2,
+    1/4), u = .5 lies in the second token's span [1/4, 3/4): token 1, where 2 was drafted. It is drawn all the same and
+    ends the row's part of the round; place 2 is not drawn.
+    """
+    patient = log([0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1.0, 0.0, 0.0])
+    doctor = log([0.25, 0.25, 0.5], [0.5, 0.25, 0.25], [0.0, 1.0, 0.0])
+    values = torch.tensor([[1.5, -2.5]], dtype=torch.float64)
+    round_ = Round(torch.tensor([[0, 2]]), patient, {"d": doctor}, {}, {"d": values})
+    uniforms = torch.tensor([[0.3, 0.5, 0.5]], dtype=torch.float64)
+    ((first, second),) = draw_round(round_, [Guidance(1.0, {"d": 0.0})], [Sampling()], uniforms, top=2)
+    assert (first.drawn.id, first.drafted, first.flip, first.values) == (0, True, False, {"d": 1.5})
+    assert (second.drawn.id, second.drafted, second.flip, second.values) == (1, False, False, {})
+    assert first.drawn.logprob == first.drawn.patient_logprob == pytest.approx(HALF)
+    assert first.drawn.doctor_logprobs == {"d": pytest.approx(2 * HALF)}
+    assert first.kl == pytest.approx(0.0)
+    assert (first.top[0].id, second.top[0].id) == (0, 1)
+    assert second.top[0].logprob == pytest.approx(HALF)
+    # all drafts accepted: the place behind them is drawn too
+    accepted = Round(torch.tensor([[0, 1]]), patient, {"d": doctor}, {}, {"d": values})
+    (places,) = draw_round(accepted, [Guidance(1.0, {"d": 0.0})], [Sampling()], uniforms)
+    assert [place.drawn.id for place in places] == [0, 1, 0]
+    assert [place.drafted for place in places] == [True, True, False]
+
+
+def test_the_product_under_each_rows_own_guidance_and_sampling() -> None:
+    """Two rows of the same numbers: one listens to the patient, greedily; the other to the doctor's inverse law.
+
+    patient (1/2, 1/4, 1/4), doctor (1/8, 1/8, 3/4). alpha 1, beta 1: (1/16, 1/32, 6/32) = (2, 1, 6) / 9; u = .3 is in
+    the second span [2/9, 3/9), and KL = sum p log(p / patient).
+    """
+    patient = log([0.5, 0.25, 0.25]).expand(2, 1, 3)
+    doctor = log([0.125, 0.125, 0.75]).expand(2, 1, 3)
+    round_ = Round(torch.empty(2, 0, dtype=torch.long), patient, {"d": doctor})
+    guidances = [Guidance(1.0, {"d": 0.0}), Guidance(1.0, {"d": 1.0})]
+    samplings = [Sampling(temperature=0.0), Sampling()]
+    uniforms = torch.tensor([[0.9], [0.3]], dtype=torch.float64)
+    (greedy,), (drawn,) = draw_round(round_, guidances, samplings, uniforms)
+    assert (greedy.drawn.id, drawn.drawn.id, drawn.flip) == (0, 1, True)
+    assert drawn.drawn.logprob == pytest.approx(math.log(1 / 9))
+    law, own = (2 / 9, 1 / 9, 6 / 9), (0.5, 0.25, 0.25)
+    assert drawn.kl == pytest.approx(sum(p * math.log(p / q) for p, q in zip(law, own, strict=True)))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}])
+def test_a_row_is_drawn_as_if_alone_and_a_place_as_if_first(how: dict[str, Any]) -> None:
+    """Random tensors, every row with its own guidance and sampling: each row, from each place on, by itself."""
+    generator = torch.Generator().manual_seed(0)
+    drafts = torch.randint(0, 9, (4, 3), generator=generator)
+
+    def law() -> torch.Tensor:
+        return torch.randn(4, 4, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
+
+    round_ = Round(drafts, law(), {"a": law(), "b": law()}, {"a": law(), "b": law()}, {"a": law()[..., 0, :3]})
+    modes: Any = ("product", "ratio", "product", "ratio")
+    guidances = [Guidance(0.5 * i, {"a": 1.0, "b": 0.3 * i}, modes[i], 0.01) for i in range(4)]
+    samplings = [Sampling(**how), Sampling(temperature=0.0), Sampling(**how), Sampling(temperature=1.3)]
+    uniforms = torch.rand(4, 4, generator=generator, dtype=torch.float64)
+    together = draw_round(round_, guidances, samplings, uniforms, top=2)
+    for row, places in enumerate(together):
+        for start in range(len(places)):
+            part = round_.of_row(row, start)
+            (alone,) = draw_round(part, [guidances[row]], [samplings[row]], uniforms[row : row + 1, start:], top=2)
+            assert [place.drawn.id for place in alone] == [place.drawn.id for place in places[start:]]
+            for mine, other in zip(alone, places[start:], strict=True):
+                assert mine.drawn.logprob == pytest.approx(other.drawn.logprob, abs=1e-12)
+                assert (mine.drafted, mine.values, mine.flip) == (other.drafted, other.values, other.flip)
+        assert [place.drafted for place in places] == [True] * (len(places) - 1) + [False]
+
+
+def test_a_forced_token_is_said_with_the_numbers_of_any_other() -> None:
+    patient = log([0.5, 0.25, 0.25]).expand(2, 1, 3)
+    round_ = Round(torch.empty(2, 0, dtype=torch.long), patient)
+    uniforms = torch.tensor([[0.9], [0.9]], dtype=torch.float64)
+    (forced,), (drawn,) = draw_round(round_, [Guidance()] * 2, [Sampling()] * 2, uniforms, forced=[1, None])
+    assert (forced.drawn.id, drawn.drawn.id) == (1, 2)
+    assert forced.drawn.logprob == pytest.approx(math.log(0.25))
+    assert forced.flip
