@@ -37,6 +37,9 @@ def test_every_rewind_around_a_window_is_right(arch: str) -> None:
                 continue
             for length in range(max(0, fed - 10), fed + 1 - (crop or 0)):
                 cache = DynamicKV(model)
+                cache.feed(ids[:, :1])
+                cache.feed(ids[:, 1:7], None, 6)  # an earlier conversation, whose record must not count
+                cache.rewind(0)
                 cache.feed(ids[:, :prompt])
                 for count in steps:
                     cache.feed(ids[:, cache.length : cache.length + count], None, count)
