@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _SHOWN, _SHOWN_ON_PAGE, _BROWSED = 3, 20, 1000
 
 
+@options.derived
 def inspect(
     folder: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Rewards folder that extract wrote.", show_default=False)
@@ -60,10 +61,8 @@ def inspect(
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    direction: options.DirectionName = None,
-    tau: options.Tau = None,
-    theta: options.Theta = None,
     face: options.FaceNames = None,
+    rewarding: options.Rewards,
     as_json: options.Json = False,
     svg: Annotated[Path | None, option("--svg", "Write a picture instead.", metavar="FILE")] = None,
     html: Annotated[Path | None, option("--html", "Write a page instead.", metavar="FILE")] = None,
@@ -81,7 +80,7 @@ def inspect(
             raise UsageError("--text looks at one answer: leave out DIR, its filters, --diagnose and --tui")
         chosen = options.load(profile)
         model = override(chosen.patient, model=patient, device=device, dtype=dtype)
-        given = {"direction": direction, "tau": tau, "theta": theta, "faces": tuple(face) if face else None}
+        given = {**rewarding, "faces": tuple(face) if face else None}
         _look_at(
             text, prompt or "", chosen, profile, model, given, trust_remote_code, as_json=as_json, svg=svg, page=html
         )
@@ -97,9 +96,7 @@ def inspect(
 
         rewards = RewardsFolder(folder)
         own = options.fitting(options.load(profile), profile, rewards.meta["patient"]["fingerprint"])
-        settings = options.reward_settings(
-            own, available=rewards.faces, faces=face, direction=direction, tau=tau, theta=theta
-        )
+        settings = options.reward_settings(own, available=rewards.faces, faces=face, **rewarding)
     if diagnose:
         _diagnose(rewards, settings, face, as_json=as_json, svg=svg, page=html)
         return

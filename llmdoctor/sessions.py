@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from llmdoctor.errors import StorageError, UsageError
 from llmdoctor.records import Alternative, GuidedToken, Message, Speaker
+from llmdoctor.schema import Settings
 from llmdoctor.settings import Guidance, Sampling
 
 End = Literal["", "done", "length", "interrupted", "error"]
@@ -82,6 +83,12 @@ class Session:
         now = time.time()
         return cls(secrets.token_hex(4), "", now, now, profile)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The session with all its turns as plain JSON values."""
+        return asdict(
+            self, dict_factory=lambda items: {k: v.model_dump() if isinstance(v, Settings) else v for k, v in items}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -117,7 +124,7 @@ CREATE TABLE IF NOT EXISTS turn (
 
 
 class SessionStore:
-    """The SQLite file of sessions at ``path``. Every call opens it anew, so any thread may call.
+    """The SQLite file of sessions at ``path``. Every call opens it again, so any thread may call.
 
     ``save`` writes the turns that changed since it last saw the session. Raises StorageError when the file cannot be
     read or written.
@@ -169,7 +176,7 @@ class SessionStore:
             ).fetchall()
         try:
             loaded = Session(name, title, created, updated, json.loads(profile), tuple(map(_turn, turns)))
-        except (ValueError, KeyError, TypeError, zlib.error) as error:
+        except (ValueError, KeyError, TypeError, UsageError, zlib.error) as error:
             raise StorageError(f"{self.path}: session {name} is damaged ({error}): delete it") from error
         self._seen[name] = loaded.turns
         return loaded
@@ -221,7 +228,7 @@ class SessionStore:
 
 
 def _row(turn: Turn) -> tuple[str, int, str, bytes, bytes]:
-    settings = {"sampling": asdict(turn.sampling), "guidance": asdict(turn.guidance)}
+    settings = {"sampling": turn.sampling.model_dump(), "guidance": turn.guidance.model_dump()}
     return turn.prompt, turn.seed, json.dumps(settings), _packed(turn.patient), _packed(turn.guided)
 
 
@@ -232,8 +239,9 @@ def _packed(reply: Reply) -> bytes:
 def _turn(row: tuple[str, int, str, bytes, bytes]) -> Turn:
     prompt, seed, settings, patient, guided = row
     how = json.loads(settings)
-    sampling = Sampling(**{**how["sampling"], "stop": tuple(how["sampling"]["stop"])})
-    return Turn(prompt, seed, sampling, Guidance(**how["guidance"]), _unpacked(patient), _unpacked(guided))
+    # a field that an older version did not store has its default
+    sampling, guidance = Sampling(**how["sampling"]), Guidance(**how["guidance"])
+    return Turn(prompt, seed, sampling, guidance, _unpacked(patient), _unpacked(guided))
 
 
 def _unpacked(packed: bytes) -> Reply:
