@@ -41,7 +41,8 @@ def parse_settings(
         key, equals, value = item.partition("=")
         if not equals or not value:
             raise UsageError(f"expected name=value, got {item!r}")
-        name, _, doctor = (key if key in doctors else key.replace("-", "_")).partition(".")
+        name, _, doctor = key.partition(".")
+        name = name.replace("-", "_")
         if key in doctors:
             name, doctor = "beta", key
         if name in _PER_DOCTOR and doctor in ("", *doctors):

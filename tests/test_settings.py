@@ -164,8 +164,10 @@ def test_off_is_what_has_no_value_by_default():
 
 def test_a_doctor_may_be_called_as_it_likes():
     guidance = Guidance(betas={"my-doctor": 1.0, "v1.5": 1.0})
-    made, _ = parse_settings("my-doctor=2 beta.v1.5=3", tuple(guidance.betas), guidance, Sampling())
-    assert made.betas == {"my-doctor": 2.0, "v1.5": 3.0}
+    names = tuple(guidance.betas)
+    made, _ = parse_settings("my-doctor=2 beta.v1.5=3 dead-zone.my-doctor=1", names, guidance, Sampling())
+    assert (made.betas, made.dead_zones) == ({"my-doctor": 2.0, "v1.5": 3.0}, {"my-doctor": 1.0})
+    assert parse_settings("v1.5=2", names, guidance, Sampling())[0].betas["v1.5"] == 2.0
 
 
 def test_the_names_of_the_help_are_those_that_are_taken():
