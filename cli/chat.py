@@ -42,16 +42,16 @@ def chat(
     decode: options.Decode,
     seed: options.Seed = None,
     plain: Annotated[bool, option("--plain", "A conversation line by line, without the full screen.")] = False,
-    go_on: Annotated[bool, option("--continue", "Go on with the last saved conversation (full screen).")] = False,
+    go_on: Annotated[bool, option("--continue", "Continue the last saved conversation (full screen).")] = False,
     resume: Annotated[
-        str | None, option("--resume", "Go on with this saved conversation (full screen).", metavar="ID")
+        str | None, option("--resume", "Continue this saved conversation (full screen).", metavar="ID")
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Talk with the guided patient, side by side with the patient alone; F1 (or /help) says how.
+    """Talk with the guided patient, side by side with the patient alone; F1 (or /help) explains the keys.
 
     In a terminal this is a full-screen app; without one, or with --plain, a conversation line by line.
     """
@@ -95,7 +95,7 @@ def _full_screen() -> bool:
 
 
 def _saved_session(name: str | None) -> "Session":
-    """The session whose id begins so, or the last one."""
+    """The session whose id begins with ``name``, or the last one."""
     from llmdoctor.sessions import SessionStore
     from llmdoctor.tui.config import sessions_file
 
@@ -109,7 +109,7 @@ def _saved_session(name: str | None) -> "Session":
 
 
 def _profile_of(session: "Session") -> "Profile":
-    """The models of a saved conversation, with the settings that it ended with."""
+    """The profile of a saved conversation, with the settings of its last turn."""
     from llmdoctor.profile import Profile
 
     try:
@@ -121,7 +121,7 @@ def _profile_of(session: "Session") -> "Profile":
     if not session.turns:
         return saved
     guidance, sampling = session.turns[-1].guidance, session.turns[-1].sampling
-    same = set(guidance.betas) == set(saved.doctors)  # the last turn may have been held with other ones
+    same = set(guidance.betas) == set(saved.doctors)  # else it was held with --doctor, which sessions do not keep
     decode = saved.decode.replace(
         **guidance.model_dump(include=set(GuidanceFields.model_fields) if same else {"alpha"}),
         **sampling.model_dump(include=set(SamplingFields.model_fields)),
@@ -142,7 +142,7 @@ def start_of(
     store: "SessionStore | None" = None,
     trust_remote_code: bool = False,
 ) -> "Start":
-    """What the full-screen app begins with; it loads the models itself."""
+    """What the full-screen app starts with; it loads the models itself."""
     from llmdoctor.tui.app import Start
 
     short = [options.short(settings.patient.model), ", ".join(settings.doctors)]
@@ -174,11 +174,11 @@ def _typed() -> Iterator[str]:
             if not shown:
                 print("you> ", end="", file=sys.stderr, flush=True)
             yield input("you> " if shown else "")
-    print(file=sys.stderr)  # the cursor stands behind the prompt
+    print(file=sys.stderr)  # the cursor is still on the prompt's line
 
 
 class Conversation:
-    """A conversation and its settings: what a line of the user does to them, and what it prints."""
+    """A conversation and its settings, changed and printed line by line as the user types."""
 
     def __init__(self, assistant: "LLMdoctor", sampling: Sampling, *, as_json: bool) -> None:
         from llmdoctor.decoding.caches import PrefixCache
@@ -191,7 +191,7 @@ class Conversation:
         self._greatest = 0.0
 
     def take(self, line: str) -> bool:
-        """Answer the line, or obey it when it is a command; False to leave."""
+        """Answer the line, or run it if it is a command; False to leave."""
         command, _, rest = line.partition(" ")
         match command:
             case "/quit" | "/exit":
@@ -217,7 +217,7 @@ class Conversation:
         return f"{render.settings_text(shown)}, at most {self.sampling.max_new_tokens} tokens"
 
     def _complaining(self, action: Any, text: str) -> None:
-        """One line about a mistake; the conversation goes on."""
+        """Report a mistake in one line; the conversation continues."""
         try:
             action(text)
         except LLMDoctorError as error:
@@ -226,14 +226,14 @@ class Conversation:
                 put_json({"turn": self.turn, "error": str(error)})
 
     def _set(self, text: str) -> None:
-        """``alpha=1 beta=0.8 ...``: all of it, or, where one value is wrong, nothing."""
+        """``alpha=1 beta=0.8 ...``: all of it, or nothing if one value is wrong."""
         guidance, sampling = parse_settings(text, self.assistant.doctor_names, self.assistant.guidance, self.sampling)
         self.assistant.guidance = guidance  # which may refuse it: then neither is changed
         self.sampling = sampling
         say(self.describe())
 
     def _answer(self, text: str) -> None:
-        """Stream one answer; Ctrl+C keeps what was said."""
+        """Stream one answer; Ctrl+C ends it and keeps the tokens so far."""
         messages = [*self.messages, {"role": "user", "content": text}]
         seed = options.fresh_seed() if self.sampling.seed is None else self.sampling.seed
         how = self.sampling.replace(seed=seed).model_dump()

@@ -1,8 +1,8 @@
 """Options that commands share, and how they meet the profile: flags beat LLMDOCTOR_* beat the profile beat defaults.
 
 Options of settings derive from their schema: a command that takes a `FieldOptions` group gets an option for every field
-of it. An option that was not given is None; `llmdoctor.profile.override` lays the others over a section of the profile
-and checks them.
+of it. An option that was not given is None; `llmdoctor.profile.override` changes a section of the profile by the
+others, and checks them.
 """
 
 import json
@@ -20,9 +20,11 @@ from llmdoctor.cli.terminal import waiting
 from llmdoctor.errors import UsageError
 from llmdoctor.schema import Settings, help_text
 from llmdoctor.settings import (
+    COMBINATION,
     GREATEST_SEED,
     DataSettings,
     DecodeSettings,
+    DoctorSettings,
     PatientSettings,
     RewardSettings,
     Sampling,
@@ -155,8 +157,8 @@ def load(name: str | None) -> "Profile":
 def fitting(profile: "Profile", name: str | None, fingerprint: str) -> "Profile":
     """The profile, for rewards of the patient with this fingerprint.
 
-    Unnamed, it is the clinic's, whose settings of rewards and training suit that small world alone: on another patient
-    the general ones of `RewardSettings` and `TrainSettings` stand in for them.
+    Without a ``name`` it is the clinic's, whose settings of rewards and training suit its own small patient alone:
+    another patient gets the defaults of `RewardSettings` and `TrainSettings`.
     """
     from llmdoctor.models import model_fingerprint
 
@@ -187,7 +189,7 @@ def parse_number(name: str, text: str) -> float:
 
 
 def parse_doctors(values: Sequence[str]) -> dict[str, str]:
-    """``NAME=PATH`` or ``PATH``; a doctor without a name here is called as its doctor.json says."""
+    """``NAME=PATH`` or ``PATH``; without a name here, a doctor has the one in its doctor.json."""
     doctors: dict[str, str] = {}
     for value in values:
         name, equals, path = value.partition("=")
@@ -205,7 +207,7 @@ def _own_name(checkpoint: Path) -> str:
     try:
         return str(json.loads((checkpoint / "doctor.json").read_text(encoding="utf-8")).get("name") or "doctor")
     except (OSError, ValueError, AttributeError):
-        return "doctor"  # what is wrong with the folder is said, better, by the code that loads it
+        return "doctor"  # loading the doctor reports what is wrong with its folder
 
 
 def guided_profile(
@@ -218,19 +220,18 @@ def guided_profile(
     betas: Sequence[str] | None,
     decode: Mapping[str, Any],
 ) -> "Profile":
-    """The profile with the options of ``chat`` and ``compare`` laid over it.
+    """The profile, overridden by the options of ``chat`` and ``compare``.
 
-    ``named`` False, it is the clinic's because nobody asked for another: its way to combine models suits its own
-    doctors, and other ones get the general way of `DecodeSettings`.
+    ``named`` False: nobody chose the profile. It is then the clinic's, whose mode and plausibility are chosen for its
+    own doctors; doctors given as options get the defaults of `DecodeSettings`.
     """
     from llmdoctor.profile import override
-    from llmdoctor.settings import DoctorSettings
 
     chosen = dict(profile.doctors)
     decoding = profile.decode
     if doctors:
         if not named:
-            decoding = override(decoding, **DecodeSettings().model_dump(include={"mode", "plausibility"}))
+            decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
         chosen = {name: DoctorSettings(checkpoint=path) for name, path in parse_doctors(doctors).items()}
     strengths = parse_betas(betas or (), tuple(chosen))
     return profile.model_copy(
@@ -252,7 +253,7 @@ def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor
 
 
 def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
-    """The patient and its doctors; this process then takes as many threads as pay for models of their size."""
+    """The patient and its doctors; torch gets as many threads as models of their size can use."""
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.models import spare_threads
 
@@ -262,7 +263,7 @@ def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
 
 
 def require_screen(flag: str, writes_elsewhere: bool) -> None:
-    """Refuse ``flag`` where there is no terminal for a full screen, or beside an option that prints instead."""
+    """Refuse ``flag`` without a terminal for a full screen, or together with an option that prints instead."""
     from llmdoctor.tui.guard import full_screen
 
     if writes_elsewhere:
@@ -272,7 +273,7 @@ def require_screen(flag: str, writes_elsewhere: bool) -> None:
 
 
 def short(model: str) -> str:
-    """A model's name as narration shows it: a folder's last two parts, a hub name as it is."""
+    """A model's name as messages show it: the last two parts of a folder, a hub name as it is."""
     return "/".join(Path(model).parts[-2:])
 
 

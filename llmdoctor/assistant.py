@@ -17,7 +17,7 @@ from llmdoctor.errors import UsageError
 from llmdoctor.models import Patient, load_patient
 from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
-from llmdoctor.settings import DoctorSettings, Guidance, GuidanceFields, Sampling
+from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.training.doctor import LoadedDoctor, load_doctor
 
@@ -63,8 +63,10 @@ class LLMdoctor:
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
         self._guidance = Guidance(**guidance)
+        # a dead zone of 0 is none at all: it need not be listed for every doctor
         strengths = {"betas": beta} | ({"dead_zones": dead_zone} if dead_zone else {})
-        if isinstance(doctor_checkpoint, Mapping):  # names are known already: complain before anything is loaded
+        if isinstance(doctor_checkpoint, Mapping):
+            # the names are known already: a wrong one is reported before anything is loaded
             check_guidance(self._with(tuple(doctor_checkpoint), **strengths), tuple(doctor_checkpoint))
         self.patient: Patient = load_patient(
             patient_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -97,7 +99,8 @@ class LLMdoctor:
         """Load what a profile names; ``overrides`` are keywords of ``LLMdoctor`` and win. Raises ProfileError also.
 
         A mapping for ``beta`` or ``dead_zone`` changes the doctors it names. Other doctors (``doctor_checkpoint``) keep
-        the profile's ``mode``, unless no profile is given: the clinic's suits its own doctors, others get the product.
+        the profile's ``mode`` and ``plausibility`` if a profile is given. Without one they get the defaults: the
+        clinic's are chosen for its own doctors.
         """
         p = profile if isinstance(profile, Profile) else load_profile(profile or "clinic")
         settings: dict[str, Any] = {
@@ -114,7 +117,7 @@ class LLMdoctor:
             **p.decode.model_dump(include=set(GuidanceFields.model_fields)),
         }
         if "doctor_checkpoint" in overrides:  # the profile's bases and strengths belong to the profile's doctors
-            for key in ("beta", "doctor_base", "dead_zone", *(() if profile else ("mode", "plausibility"))):
+            for key in ("beta", "doctor_base", "dead_zone", *(() if profile else COMBINATION)):
                 del settings[key]
         else:
             for key in ("beta", "dead_zone"):
@@ -186,7 +189,7 @@ class LLMdoctor:
     ) -> list[Answer]:
         """Answers with all their tokens, decoded in batches; ``guided`` False is the patient alone.
 
-        ``guidance`` and ``seed`` as in ``generate``. A prompt's answer does not depend on the others beside it.
+        ``guidance`` and ``seed`` as in ``generate``. A prompt's answer does not depend on the rest of its batch.
         """
         settings = self.sampling.replace(**sampling)
         seeds = _seeds(settings.seed if seed is None else seed, len(prompts))

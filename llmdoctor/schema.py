@@ -20,6 +20,8 @@ class Settings(BaseModel):
         """A copy with these changes, checked again. Raises UsageError for a key or value that is not allowed."""
         return checked(type(self), {**dict(self), **changes})
 
+    __replace__ = replace  # what copy.replace calls (Python 3.13); pydantic's own checks nothing
+
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 

@@ -52,7 +52,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and both sides' answers, with what they were made with."""
+    """A question and both sides' answers, with the settings they were given with."""
 
     prompt: str
     seed: int
@@ -68,7 +68,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A conversation. ``profile`` is the profile it was held with (models, doctors, settings) as plain JSON values."""
+    """A conversation. ``profile`` is the profile in use (models, doctors, settings) as plain JSON values."""
 
     id: str
     title: str = ""
@@ -85,6 +85,7 @@ class Session:
 
     def to_dict(self) -> dict[str, Any]:
         """The session with all its turns as plain JSON values."""
+        # asdict copies what is no dataclass, and the settings are none
         return asdict(
             self, dict_factory=lambda items: {k: v.model_dump() if isinstance(v, Settings) else v for k, v in items}
         )
@@ -102,12 +103,12 @@ class Summary:
 
 
 def messages(turns: tuple[Turn, ...], which: Speaker, prompt: str) -> list[Message]:
-    """The conversation as one side knows it, ending with ``prompt``: every side goes on from its own answers."""
-    said: list[Message] = []
+    """The conversation as one side knows it, ending with ``prompt``: each side continues from its own answers."""
+    known: list[Message] = []
     for turn in turns:
-        said.append({"role": "user", "content": turn.prompt})
-        said.append({"role": "assistant", "content": turn.reply(which).text})
-    return [*said, {"role": "user", "content": prompt}]
+        known.append({"role": "user", "content": turn.prompt})
+        known.append({"role": "assistant", "content": turn.reply(which).text})
+    return [*known, {"role": "user", "content": prompt}]
 
 
 _SCHEMA_VERSION = 1
@@ -152,7 +153,7 @@ class SessionStore:
                 row,
             )
             if db.execute("SELECT count(*) FROM turn WHERE session = ?", (session.id,)).fetchone()[0] < first:
-                first = 0  # somebody deleted it meanwhile
+                first = 0  # another program has deleted turns since: write all of them
             db.execute("DELETE FROM turn WHERE session = ? AND number >= ?", (session.id, first))
             db.executemany(
                 "INSERT INTO turn VALUES (?, ?, ?, ?, ?, ?, ?)",

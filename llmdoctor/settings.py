@@ -41,7 +41,7 @@ class Strengths(dict[str, float]):
 
 
 def _all_linear(value: Any) -> Any:
-    """An option that may be repeated gives a list; the word stands for itself."""
+    """Turn ``--lora-targets all-linear``, which arrives as a list like every repeatable option, into the one word."""
     return "all-linear" if value in (["all-linear"], ("all-linear",)) else value
 
 
@@ -128,7 +128,7 @@ class TrainSettings(Settings):
         description="Further token pairs with the same prefix that the value loss compares, per response",
     )
     lora_rank: int = Field(default=16, ge=1, description="Rank of the adapter")
-    lora_alpha: float = Field(default=32.0, gt=0, description="Scale of the adapter, times its rank")
+    lora_alpha: float = Field(default=32.0, gt=0, description="The adapter is scaled by this over its rank")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter")
     lora_targets: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(_all_linear)] = Field(
         default="all-linear", description="Modules that get an adapter: their names, or all-linear"
@@ -167,7 +167,7 @@ class TrainSettings(Settings):
         default=0,
         ge=0,
         le=GREATEST_SEED,
-        description="Seed of the weights, the held-out pairs and the order of the others",
+        description="Seed of new weights, of which pairs are held out, and of the order of the others",
     )
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -193,6 +193,10 @@ class GuidanceFields(Settings):
         le=1,
         description='Mode "ratio" keeps tokens of at least this share of the patient\'s likeliest',
     )
+
+
+# how doctors are combined with the patient is chosen for particular doctors; alpha suits any
+COMBINATION = frozenset(GuidanceFields.model_fields) - {"alpha"}
 
 
 class SamplingFields(Settings):
@@ -231,7 +235,7 @@ class _Snapshot(Settings):
 class Guidance(_Snapshot, GuidanceFields):
     """How strongly each model speaks: pi ∝ patient^alpha · prod doctor_i^beta_i. An immutable snapshot, read per token.
 
-    ``Guidance(alpha, betas, mode, plausibility, dead_zones)``. Not alpha and every beta may be 0. Mode "ratio" uses
+    ``Guidance(alpha, betas, mode, plausibility, dead_zones)``. Alpha and the betas must not all be 0. Mode "ratio" uses
     (doctor / doctor_base)^beta among the tokens whose patient probability is at least ``plausibility`` times the
     patient's greatest; where log doctor and log base differ by at most its dead zone, in nats, a doctor has no say.
 
@@ -259,7 +263,7 @@ class Sampling(_Snapshot, SamplingFields):
     )
 
 
-class DecodeSettings(GuidanceFields, SamplingFields):
+class DecodeSettings(SamplingFields, GuidanceFields):
     """Stage 3."""
 
     speculation: bool = Field(
