@@ -216,7 +216,7 @@ def clinic(device: str, names: Sequence[str]) -> Case:
     doctors = {name: loaded._doctors[name] for name in names}
     prompts = [prompt_ids(loaded.patient.tokenizer, conversation(q)) for q in held_out_questions(64)]
     zones = {name: loaded.guidance.dead_zones[name] for name in names}
-    guidance = replace(loaded.guidance, betas={name: loaded.beta[name] for name in names}, dead_zones=zones)
+    guidance = loaded.guidance.replace(betas={name: loaded.beta[name] for name in names}, dead_zones=zones)
     return loaded.patient, doctors, guidance, prompts
 
 

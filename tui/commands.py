@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from llmdoctor.errors import UsageError
+from llmdoctor.set_command import setting_names
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -34,7 +35,7 @@ def _without(action: Callable[["ChatScreen"], None]) -> Callable[["ChatScreen", 
 
 COMMANDS = (
     Command("help", "", "keys, commands, marks", _without(lambda s: s.action_help())),
-    Command("set", "NAME=X ...", "alpha, beta, a doctor's name, temperature, top_k, top_p, min_p, max_new_tokens, seed",
+    Command("set", "NAME=X ...", f"{', '.join(setting_names())}; a doctor's name sets its beta",
             lambda s, text: s.set_settings(text)),
     Command("show", "", "the settings in use", _without(lambda s: s.show_settings())),
     Command("lens", "[KIND]", "colour by value, ratio, kl, flips or off", lambda s, text: s.set_lens(text)),

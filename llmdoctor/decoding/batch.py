@@ -14,7 +14,7 @@ import torch
 from llmdoctor.decoding.drafting import Drafting
 from llmdoctor.decoding.ensemble import Ensemble
 from llmdoctor.decoding.prefix import PrefixCache
-from llmdoctor.decoding.product import check_guidance, check_sampling
+from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.round import Place, Round, draw_round
 from llmdoctor.decoding.rows import Read, Request, Row, Step
 from llmdoctor.errors import LLMDoctorWarning, UsageError
@@ -71,7 +71,6 @@ class Batch:
             raise UsageError("a prefix cache holds one conversation; got several prompts")
         rows: list[Row] = []
         for request in requests:
-            check_sampling(request.sampling)
             if not request.prompt:
                 raise UsageError("the prompt is empty: it has no token to continue from")
             if (room := self.context - len(request.prompt)) <= 0:

@@ -18,6 +18,14 @@ Finish = Literal["eos", "stop", "length"]
 Read = Callable[[], Guidance]
 
 
+_ALONE = Guidance()
+
+
+def patient_alone() -> Guidance:
+    """No doctor has a say. The same object each time: it is asked for every token."""
+    return _ALONE
+
+
 class Step(NamedTuple):
     """One token of one row; ``finish`` says why the row ends with it, None when it goes on."""
 
@@ -35,7 +43,7 @@ class Request:
     """
 
     prompt: Sequence[int]
-    guidance: Read = Guidance
+    guidance: Read = patient_alone
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     first: int | None = None

@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -20,6 +20,7 @@ from llmdoctor.cli.render import Lens, betas_text, settings_text
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.records import Speaker
 from llmdoctor.sessions import End, Session, Turn, messages
+from llmdoctor.set_command import parse_settings
 from llmdoctor.settings import Guidance
 from llmdoctor.tui import commands, lens
 from llmdoctor.tui.conversation import SIDES, Live, LiveReply, Said, conversation, ending, pieces
@@ -33,7 +34,6 @@ from llmdoctor.tui.widgets.token_view import Piece, TokenView
 if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
 
-_DRAWING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
 _FRAME = 1 / 30
 _SHARE = 6  # seconds between frames for every second of the processor that drawing took
 _LONGEST_FRAME = 0.2
@@ -444,13 +444,13 @@ class ChatScreen(Screen[None]):
         slider = event.slider
         self._moved_at = time.monotonic()
         if slider.id == "slider-temperature":
-            self.sampling = self.app.worker.sampling = replace(self.sampling, temperature=event.value)
+            self.sampling = self.app.worker.sampling = self.sampling.replace(temperature=event.value)
         else:
             guidance = self.guidance
             if slider.id == "slider-alpha":
-                guidance = replace(guidance, alpha=event.value)
+                guidance = guidance.replace(alpha=event.value)
             else:
-                guidance = replace(guidance, betas={**guidance.betas, slider.label: event.value})
+                guidance = guidance.replace(betas={**guidance.betas, slider.label: event.value})
             if not self._guide(guidance):
                 self._show_sliders()
                 return
@@ -473,18 +473,12 @@ class ChatScreen(Screen[None]):
 
     def set_settings(self, text: str) -> None:
         """``alpha=1 beta=0.8 ...``: all of it, or, where one value is wrong, nothing."""
-        from llmdoctor.cli.chat import parse_settings
-        from llmdoctor.settings import DecodeSettings
-
-        kept = {name: getattr(self.sampling, name) for name in _DRAWING}
-        decode = DecodeSettings(alpha=self.guidance.alpha, mode=self.guidance.mode, **kept)
         names = tuple(self.guidance.betas)
-        decode, guidance, seed = parse_settings(text, names, decode, self.guidance, self.seed)
+        guidance, sampling = parse_settings(text, names, self.guidance, self.sampling.replace(seed=self.seed))
         if not self._guide(guidance):
             return
-        self.seed = seed
-        kept = {name: getattr(decode, name) for name in _DRAWING}
-        self.sampling = self.app.worker.sampling = replace(self.sampling, **kept)
+        self.seed = sampling.seed
+        self.sampling = self.app.worker.sampling = sampling.replace(seed=None)
         self._show_sliders()
         self._show_headings()
         self.show_settings()
@@ -495,7 +489,7 @@ class ChatScreen(Screen[None]):
 
     def describe(self) -> str:
         """The settings in use, in one line."""
-        shown = self.guidance.to_dict() | asdict(self.sampling) | {"seed": self.seed}
+        shown = self.guidance.to_dict() | self.sampling.model_dump() | {"seed": self.seed}
         return f"{settings_text(shown)}, at most {self.sampling.max_new_tokens} tokens"
 
     def set_lens(self, text: str) -> None:
@@ -614,16 +608,16 @@ class ChatScreen(Screen[None]):
             last = session.turns[-1]
             then_g, now_g = last.guidance, self.guidance
             known = {n: then_g.betas.get(n, b) for n, b in now_g.betas.items()}
-            restored = replace(now_g, alpha=then_g.alpha, betas=known)
+            restored = now_g.replace(alpha=then_g.alpha, betas=known)
             if then_g.mode == now_g.mode:
                 widths = {n: (then_g if n in then_g.betas else now_g).dead_zones.get(n, 0.0) for n in known}
                 zones = {n: width for n, width in widths.items() if width}
-                restored = replace(restored, plausibility=then_g.plausibility, dead_zones=zones)
+                restored = restored.replace(plausibility=then_g.plausibility, dead_zones=zones)
             else:
                 said = f"It was held in mode {then_g.mode}; it goes on in mode {now_g.mode}."
                 self.notify(said, severity="warning")
             self._guide(restored)
-            self.sampling = self.app.worker.sampling = replace(last.sampling, seed=None)
+            self.sampling = self.app.worker.sampling = last.sampling.replace(seed=None)
             then, now = (_models(s.profile) for s in (session, Session("", profile=self.app.start.profile)))
             if then != now:
                 self.notify(f"It was held with {then}; it goes on with {now}.", severity="warning", markup=False)
