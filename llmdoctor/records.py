@@ -1,9 +1,19 @@
-"""The frozen records that flow through the house, and the letters that name tensor shapes.
+"""The frozen records that pass from stage to stage, and the letters that name tensor shapes.
 
     PreferencePair -> PairScores -> TokenRewards -> doctor -> GuidedToken -> screen
 
-Shape suffixes: B rows of a batch, T tokens, N states (T + 1), V vocabulary rows, H hidden width, F face pairs,
-D doctors. ``logits_B_T_V`` is [rows, tokens, vocabulary]. All log-probabilities are natural logarithms.
+A tensor's name ends with the letters of its axes: ``logits_B_T_V`` is [rows, tokens, vocabulary].
+
+    B  rows of a batch                       V  ids of the vocabulary
+    T  tokens of a response, or of a feed    H  what a model's head reads (hidden width)
+    L  positions of a row, slots of a cache  F  face pairs (2F: their positive, then their negative faces)
+    K  drafted tokens; the last K of a feed  P  pairs: of responses, or of states to compare
+    J  places of a round, K + 1              S  resamples of a bootstrap
+    N  states of a response, T + 1           R  rows of a forward, where B of them are scored or in use
+    M  positions of all rows, one behind     C  slots of a static cache
+       the other
+
+All log-probabilities are natural logarithms.
 """
 
 from collections.abc import Mapping

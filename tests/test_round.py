@@ -13,7 +13,7 @@ HALF = math.log(0.5)
 
 
 def log(*rows: list[float]) -> torch.Tensor:
-    """Places of one row [1, P, V] as log-probs, in float64."""
+    """Places of one row [1, J, V] as log-probs, in float64."""
     return torch.tensor([rows], dtype=torch.float64).clamp(min=1e-300).log()
 
 

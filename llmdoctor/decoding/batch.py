@@ -166,9 +166,9 @@ class Batch:
 
     def _draw(self, round_: Round, rows: Sequence[Row], guidances: Sequence[Guidance]) -> list[list[Place]]:
         forced = [row.request.first if row.position == 0 else None for row in rows]
-        uniforms_B_P = _uniforms(rows, round_.length + 1)
+        uniforms_B_J = _uniforms(rows, round_.length + 1)
         samplings = [row.sampling for row in rows]
-        return draw_round(round_, guidances, samplings, uniforms_B_P, top=self.top, forced=forced)
+        return draw_round(round_, guidances, samplings, uniforms_B_J, top=self.top, forced=forced)
 
     def _say(self, row: Row, place: Place, values: Mapping[str, float], guidance: Guidance) -> Iterator[Step]:
         if place.drawn.id in self.patient.eos_ids:

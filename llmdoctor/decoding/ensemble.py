@@ -94,7 +94,7 @@ class Ensemble:
         length: int,
         guidances: Sequence[Guidance],
         samplings: Sequence[Sampling],
-        uniforms_B_P: Tensor,
+        uniforms_B_J: Tensor,
     ) -> Round:
         """Draft ``length`` tokens for every row with one doctor, and let all models read them."""
         drafts_B_K = self._pending_B_T[:, :0]
@@ -105,14 +105,14 @@ class Ensemble:
                 mask_B_L = torch.nn.functional.pad(mask_B_L, (0, length), value=1)
             # the doctor with the greatest say guesses best what the product will draw
             drafter = max(self._readers, key=lambda name: sum(g.betas.get(name, 0.0) for g in guidances))
-            drafts_B_K, drafted = self._draft(drafter, length, guidances, samplings, uniforms_B_P, mask_B_L)
+            drafts_B_K, drafted = self._draft(drafter, length, guidances, samplings, uniforms_B_J, mask_B_L)
             for name, cache in self._readers.items():
                 read = drafted if name == drafter else cache.feed(drafts_B_K, mask_B_L, length)
                 logprobs_B_K_V, values[name] = self._opinion(name, read)
                 doctors[name] = torch.cat([doctors[name], logprobs_B_K_V], dim=1)
-        ids_B_P = torch.cat([self._pending_B_T, drafts_B_K], dim=1)
+        ids_B_J = torch.cat([self._pending_B_T, drafts_B_K], dim=1)
         said = {
-            role: self._log_probs(cache.feed(ids_B_P, mask_B_L, length + 1))
+            role: self._log_probs(cache.feed(ids_B_J, mask_B_L, length + 1))
             for role, cache in (("patient", self._patient), *self._bases.items())
         }
         bases = {name: said[role] for name, role in self._base_of.items()}
@@ -124,7 +124,7 @@ class Ensemble:
         length: int,
         guidances: Sequence[Guidance],
         samplings: Sequence[Sampling],
-        uniforms_B_P: Tensor,
+        uniforms_B_J: Tensor,
         mask_B_L: Tensor | None,
     ) -> tuple[Tensor, Read]:
         """Token ids [B, K] drawn from doctor^(alpha + beta), and what the doctor says after each of them.
@@ -138,7 +138,7 @@ class Ensemble:
         reads: list[Read] = []
         slots = 0 if mask_B_L is None else mask_B_L.shape[1] - length
         for k in range(length):
-            ids_B_1 = draw_rows(powers_B_1 * logits_B_V, samplings, uniforms_B_P[:, k])[:, None]
+            ids_B_1 = draw_rows(powers_B_1 * logits_B_V, samplings, uniforms_B_J[:, k])[:, None]
             read = cache.feed(ids_B_1, None if mask_B_L is None else mask_B_L[:, : slots + k + 1])
             drafts.append(ids_B_1)
             reads.append(read)

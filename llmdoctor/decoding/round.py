@@ -1,6 +1,6 @@
 """One round of decoding as a value, and the tokens that are drawn from it: pure functions of tensors.
 
-A round holds what the models say about the next P = K + 1 places of every row: K drafted tokens and what follows each.
+A round holds what the models say about the next J = K + 1 places of every row: K drafted tokens and what follows each.
 The token at a place is drawn from the product of the models with that place's uniform number. As long as it is the
 drafted one, the models have already read what comes before the next place, so the next token can be drawn too. The
 first token that differs from its draft is still a proper draw; everything behind it has to be read again.
@@ -18,16 +18,16 @@ from llmdoctor.settings import Guidance, Sampling
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Round:
-    """K drafted tokens for each of B rows, and log-probs at the P = K + 1 places (the last one is behind all drafts).
+    """K drafted tokens for each of B rows, and log-probs at the J = K + 1 places (the last one is behind all drafts).
 
-    ``drafts_B_K`` are token ids, K may be 0; ``patient_B_P_V`` and, by name, ``doctors_B_P_V`` are natural log-probs.
-    ``bases_B_P_V`` are those of each doctor's base, in mode "ratio". ``values_B_K`` is log V after every drafted token.
+    ``drafts_B_K`` are token ids, K may be 0; ``patient_B_J_V`` and, by name, ``doctors_B_J_V`` are natural log-probs.
+    ``bases_B_J_V`` are those of each doctor's base, in mode "ratio". ``values_B_K`` is log V after every drafted token.
     """
 
     drafts_B_K: Tensor
-    patient_B_P_V: Tensor
-    doctors_B_P_V: Mapping[str, Tensor] = field(default_factory=dict)
-    bases_B_P_V: Mapping[str, Tensor] = field(default_factory=dict)
+    patient_B_J_V: Tensor
+    doctors_B_J_V: Mapping[str, Tensor] = field(default_factory=dict)
+    bases_B_J_V: Mapping[str, Tensor] = field(default_factory=dict)
     values_B_K: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -43,9 +43,9 @@ class Round:
 
         return Round(
             self.drafts_B_K[row : row + 1, start:],
-            self.patient_B_P_V[row : row + 1, start:],
-            part(self.doctors_B_P_V),
-            part(self.bases_B_P_V),
+            self.patient_B_J_V[row : row + 1, start:],
+            part(self.doctors_B_J_V),
+            part(self.bases_B_J_V),
             part(self.values_B_K),
         )
 
@@ -81,24 +81,24 @@ def draw_round(
     round_: Round,
     guidances: Sequence[Guidance],
     samplings: Sequence[Sampling],
-    uniforms_B_P: Tensor,
+    uniforms_B_J: Tensor,
     *,
     top: int = 0,
     forced: Sequence[int | None] = (),
 ) -> list[list[Place]]:
     """Draw the tokens of every row: its drafted tokens as far as they agree with the draw, and one further token.
 
-    ``guidances`` and ``samplings`` hold one for each row. ``uniforms_B_P`` in [0, 1) is all the randomness: the token
+    ``guidances`` and ``samplings`` hold one for each row. ``uniforms_B_J`` in [0, 1) is all the randomness: the token
     of a place depends on its own number only, whatever was drafted. ``top`` asks for that many likeliest tokens.
     ``forced`` ids, one for each row or none at all, take the first place instead of a draw (None: draw).
     """
-    product_B_P_V = _products(round_, guidances)
-    ids_B_P = _draws(product_B_P_V, samplings, uniforms_B_P)
+    product_B_J_V = _products(round_, guidances)
+    ids_B_J = _draws(product_B_J_V, samplings, uniforms_B_J)
     for row, token in enumerate(forced):
         if token is not None:
-            ids_B_P[row, 0] = token
-    numbers = _Numbers.of(round_, product_B_P_V, ids_B_P)
-    best = _tops(round_, product_B_P_V, top) if top else None
+            ids_B_J[row, 0] = token
+    numbers = _Numbers.of(round_, product_B_J_V, ids_B_J)
+    best = _tops(round_, product_B_J_V, top) if top else None
     rows = []
     for row, ids in enumerate(numbers.ids):
         drafts = numbers.drafts[row]
@@ -127,25 +127,25 @@ def draw_round(
 
 
 def _products(round_: Round, guidances: Sequence[Guidance]) -> Tensor:
-    """The guided log-probs [B, P, V], every row under its own guidance."""
+    """The guided log-probs [B, J, V], every row under its own guidance."""
     first = guidances[0]
     if all(guidance is first or guidance == first for guidance in guidances):
-        return product(round_.patient_B_P_V, round_.doctors_B_P_V, first, round_.bases_B_P_V)
+        return product(round_.patient_B_J_V, round_.doctors_B_J_V, first, round_.bases_B_J_V)
     rows = [round_.of_row(i) for i in range(len(guidances))]
     return torch.cat(
         [
-            product(row.patient_B_P_V, row.doctors_B_P_V, guidance, row.bases_B_P_V)
+            product(row.patient_B_J_V, row.doctors_B_J_V, guidance, row.bases_B_J_V)
             for row, guidance in zip(rows, guidances, strict=True)
         ]
     )
 
 
-def _draws(logprobs_B_P_V: Tensor, samplings: Sequence[Sampling], uniforms_B_P: Tensor) -> Tensor:
-    """Token ids [B, P]."""
-    places, size = logprobs_B_P_V.shape[1:]
-    flat_N_V = logprobs_B_P_V.reshape(-1, size)
+def _draws(logprobs_B_J_V: Tensor, samplings: Sequence[Sampling], uniforms_B_J: Tensor) -> Tensor:
+    """Token ids [B, J]."""
+    places, size = logprobs_B_J_V.shape[1:]
+    flat_N_V = logprobs_B_J_V.reshape(-1, size)
     each = [sampling for sampling in samplings for _ in range(places)]
-    return draw_rows(flat_N_V, each, uniforms_B_P.flatten()).view(-1, places)
+    return draw_rows(flat_N_V, each, uniforms_B_J.flatten()).view(-1, places)
 
 
 def draw_rows(logprobs_B_V: Tensor, samplings: Sequence[Sampling], uniforms_B: Tensor) -> Tensor:
@@ -177,26 +177,26 @@ class _Numbers:
     values: dict[str, list[list[float]]]
 
     @classmethod
-    def of(cls, round_: Round, product_B_P_V: Tensor, ids_B_P: Tensor) -> "_Numbers":
-        picked_B_P_1 = ids_B_P[..., None]
+    def of(cls, round_: Round, product_B_J_V: Tensor, ids_B_J: Tensor) -> "_Numbers":
+        picked_B_J_1 = ids_B_J[..., None]
 
-        def of_drawn(logprobs_B_P_V: Tensor) -> Tensor:
-            return logprobs_B_P_V.gather(2, picked_B_P_1)[..., 0]
+        def of_drawn(logprobs_B_J_V: Tensor) -> Tensor:
+            return logprobs_B_J_V.gather(2, picked_B_J_1)[..., 0]
 
         columns = [
-            ids_B_P,
+            ids_B_J,
             torch.nn.functional.pad(round_.drafts_B_K, (0, 1), value=-1),
-            of_drawn(product_B_P_V),
-            of_drawn(round_.patient_B_P_V),
-            kl_divergence(product_B_P_V, round_.patient_B_P_V),
-            round_.patient_B_P_V.argmax(dim=-1),
-            *map(of_drawn, round_.doctors_B_P_V.values()),
+            of_drawn(product_B_J_V),
+            of_drawn(round_.patient_B_J_V),
+            kl_divergence(product_B_J_V, round_.patient_B_J_V),
+            round_.patient_B_J_V.argmax(dim=-1),
+            *map(of_drawn, round_.doctors_B_J_V.values()),
             *(torch.nn.functional.pad(values_B_K, (0, 1)) for values_B_K in round_.values_B_K.values()),
         ]
         # one transfer from the device instead of one for each column; ids up to 2^24 are exact in float32
-        table = torch.stack([column.to(product_B_P_V.dtype) for column in columns]).tolist()
+        table = torch.stack([column.to(product_B_J_V.dtype) for column in columns]).tolist()
         ids, drafts, drawn, patient, kl, argmax, *rest = table
-        names = list(round_.doctors_B_P_V)
+        names = list(round_.doctors_B_J_V)
         return cls(
             ids=[[int(i) for i in row] for row in ids],
             drafts=[row[:-1] for row in drafts],
@@ -209,16 +209,16 @@ class _Numbers:
         )
 
 
-def _tops(round_: Round, product_B_P_V: Tensor, top: int) -> list[list[tuple[Choice, ...]]]:
+def _tops(round_: Round, product_B_J_V: Tensor, top: int) -> list[list[tuple[Choice, ...]]]:
     """The likeliest tokens of the product at every place of every row."""
-    highest = product_B_P_V.topk(min(top, product_B_P_V.shape[-1]), dim=-1)
+    highest = product_B_J_V.topk(min(top, product_B_J_V.shape[-1]), dim=-1)
 
-    def of_best(logprobs_B_P_V: Tensor) -> list[list[list[float]]]:
-        found: list[list[list[float]]] = logprobs_B_P_V.gather(2, highest.indices).tolist()
+    def of_best(logprobs_B_J_V: Tensor) -> list[list[list[float]]]:
+        found: list[list[list[float]]] = logprobs_B_J_V.gather(2, highest.indices).tolist()
         return found
 
-    ids, logprobs, patient = highest.indices.tolist(), highest.values.tolist(), of_best(round_.patient_B_P_V)
-    doctors = {name: of_best(logprobs_B_P_V) for name, logprobs_B_P_V in round_.doctors_B_P_V.items()}
+    ids, logprobs, patient = highest.indices.tolist(), highest.values.tolist(), of_best(round_.patient_B_J_V)
+    doctors = {name: of_best(logprobs_B_J_V) for name, logprobs_B_J_V in round_.doctors_B_J_V.items()}
     return [
         [
             tuple(

@@ -183,9 +183,9 @@ def join_layers(layers: Sequence[Any], others: Sequence[Any], length: int) -> No
                 own |= {i: torch.cat([state, other[i]]) for i, state in own.items() if state is not None}
 
 
-def stacked(one_A_H_L_D: Any, other_B_H_L_D: Any) -> Tensor:
-    """Both batches of keys or values [A + B, heads, slots, D], right-aligned: the newest slots are the last."""
-    slots = max(one_A_H_L_D.shape[2], other_B_H_L_D.shape[2])
+def stacked(one: Any, other: Any) -> Tensor:
+    """Both batches of keys or values [rows, heads, slots, width], right-aligned: the newest slots are the last."""
+    slots = max(one.shape[2], other.shape[2])
     # zeros, not garbage: the attention weight of an empty slot is 0, and 0 times NaN is NaN
-    padded = [torch.nn.functional.pad(kv, (0, 0, slots - kv.shape[2], 0)) for kv in (one_A_H_L_D, other_B_H_L_D)]
+    padded = [torch.nn.functional.pad(kv, (0, 0, slots - kv.shape[2], 0)) for kv in (one, other)]
     return torch.cat(padded)

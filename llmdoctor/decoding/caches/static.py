@@ -134,9 +134,9 @@ class StaticSlots:
         self.layers: list[Any] = self.cache.layers
         if [type(layer) for layer in self.layers] != [StaticLayer] * len(like):
             raise ValueError("expected a full-attention cache layer for every layer of the model")
-        self._lengths_N = torch.zeros(len(like), dtype=torch.long, device=device)  # one kernel sets them all
+        self._lengths = torch.zeros(len(like), dtype=torch.long, device=device)  # one kernel sets them all
         layer: Any
-        for layer, other, length in zip(self.layers, like, self._lengths_N, strict=True):
+        for layer, other, length in zip(self.layers, like, self._lengths, strict=True):
             layer.lazy_initialization(
                 other.keys[:1].expand(rows, -1, -1, -1), other.values[:1].expand(rows, -1, -1, -1)
             )
@@ -182,7 +182,7 @@ class StaticSlots:
 
     def _forward(self, model: PreTrainedModel, tokens: int, last: int) -> Read:
         """From the buffers. Everything it does is on the device, without a look at a value: a graph could not."""
-        self._lengths_N.copy_(self._start.expand_as(self._lengths_N))
+        self._lengths.copy_(self._start.expand_as(self._lengths))
         slots_T = self._start + self._slots_C[:tokens]
         seen_R_T_C = (self._slots_C <= slots_T[:, None]) & self._holds_R_C[:, None]
         dtype = self.layers[0].keys.dtype
