@@ -105,7 +105,7 @@ def inspect(
         return
     with waiting("Reading the rewards ..."):
         from llmdoctor.models import load_tokenizer
-        from llmdoctor.token_rewards.formula import face_weights
+        from llmdoctor.token_rewards.fit import face_weights
 
         tokenizer = load_tokenizer(folder / "tokenizer")
         weights = face_weights(rewards, rewards.faces, settings)
@@ -312,7 +312,8 @@ def _look_at(
     with waiting(f"Loading {options.short(model.model)} ..."):
         from llmdoctor.models import load_patient
         from llmdoctor.token_rewards.answer import score_answer
-        from llmdoctor.token_rewards.formula import face_weights, token_rewards
+        from llmdoctor.token_rewards.fit import face_weights
+        from llmdoctor.token_rewards.formula import token_rewards
 
         loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
         scores = score_answer(loaded, faces, prompt, text)

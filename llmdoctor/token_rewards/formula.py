@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmdoctor.errors import UsageError
-from llmdoctor.records import Floats, PairScores, TokenRewards, TokenScores
+from llmdoctor.records import Floats, TokenRewards, TokenScores
 from llmdoctor.settings import RewardSettings
 
 
@@ -61,23 +61,6 @@ def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...
     if missing := [name for name in names if name not in known]:
         raise UsageError(f"no face pair {missing[0]!r} in these rewards: they hold {', '.join(known)}")
     return names
-
-
-def face_weights(pairs: Iterable[PairScores], faces: Iterable[str], settings: RewardSettings) -> dict[str, float]:
-    """The weight of every face pair: its Bradley-Terry coefficient for direction "fitted", otherwise 1 / F.
-
-    Raises UsageError when ``settings.faces`` names a face pair that is not among ``faces``, and DataError when fitted
-    log-probs are not finite numbers.
-    """
-    names = face_names(faces, settings)
-    if settings.direction != "fitted":
-        return dict.fromkeys(names, 1.0 / len(names))
-    from llmdoctor.token_rewards.diagnosis import (  # which itself reads the signals of this module
-        bradley_terry,
-        features,
-    )
-
-    return dict(zip(names, bradley_terry(features(pairs, names, settings)[0]).tolist(), strict=True))
 
 
 def token_rewards(scores: TokenScores, settings: RewardSettings, weights: Mapping[str, float]) -> TokenRewards:

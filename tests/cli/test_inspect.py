@@ -16,8 +16,9 @@ from llmdoctor.files import write_json
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile
 from llmdoctor.records import PairScores, TokenScores
+from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder, write_shard
-from llmdoctor.token_rewards.formula import face_weights, token_rewards
+from llmdoctor.token_rewards.formula import token_rewards
 
 NASTY = (
     "<script>alert(1)</script>",
