@@ -190,11 +190,11 @@ class _Look:
         self, *, pair: str | None, contains: str | None, worst: bool, limit: int
     ) -> "tuple[list[tuple[TokenRewards, TokenRewards]], Statistics, tuple[FaceDifference, ...]]":
         """In one pass, holding ``limit`` pairs: those to show, and the statistics of all that match ``contains``."""
-        from llmdoctor.token_rewards.summary import Counter, FaceDifferences, margin
+        from llmdoctor.token_rewards.summary import FaceDifferences, RewardCounter, margin
 
         ids = range(max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1))
         special = [i for i in self.tokenizer.all_special_ids if i in ids]
-        counter = Counter(self.tokenizer.convert_ids_to_tokens(list(ids)), self.text, special)
+        counter = RewardCounter(self.tokenizer.convert_ids_to_tokens(list(ids)), self.text, special)
         differences = FaceDifferences(tuple(self.weights))
         first: list[tuple[TokenRewards, TokenRewards]] = []
         least: list[tuple[float, int, tuple[TokenRewards, TokenRewards]]] = []  # a heap, the least contradictory first

@@ -15,8 +15,9 @@ from llmdoctor.models import Patient, load_patient
 from llmdoctor.records import FacePair
 from llmdoctor.settings import DataSettings
 from llmdoctor.text import prompt_ids, with_system
-from llmdoctor.token_rewards.extract import extract, fitting_batch_tokens
+from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.folder import RewardsFolder
+from llmdoctor.token_rewards.scoring import fitting_batch_tokens
 
 FACES = {"kind": FacePair("Be kind.", "Be rude."), "exact": FacePair("Be very exact, always.", "Guess.")}
 RECORDS: list[dict[str, Any]] = [

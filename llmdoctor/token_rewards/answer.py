@@ -1,4 +1,4 @@
-"""Stage 1's two log-probs for one answer that somebody wrote, without a data set or a folder."""
+"""Stage 1 for a single answer, without a data set or a folder."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,11 +19,13 @@ def score_answer(
     *,
     side: Side = "chosen",
 ) -> TokenScores:
-    """What the patient thinks of every token of ``answer`` to ``prompt`` under every face; the end of turn too.
+    """The patient's log-probs of every token of ``answer`` to ``prompt`` under every face, the end of turn included.
 
-    The numbers are those that ``extract`` stores; the alternatives are left out (arrays of length 0). Two forwards a
-    face pair, one at a time. Raises UsageError (no faces, an empty answer, longer than the patient's context),
-    DataError (a chat template that refuses), LoadError (log-probs that are not numbers).
+    They are those that ``extract`` stores; the alternatives are left out (arrays of length 0). Two forwards per face
+    pair, one at a time.
+
+    Raises UsageError (no faces, an empty answer, longer than the patient's context), DataError (a chat template that
+    refuses), LoadError (a tokenizer without an end-of-sequence token, log-probs that are not numbers).
     """
     if not faces:
         raise UsageError("expected at least one face pair, got none: name one with --face")
