@@ -178,14 +178,15 @@ def test_all_three_stages_give_a_token_one_log_prob(patient: Patient, twin: Any,
 
 
 def test_the_statistics_in_meta_are_those_of_a_naive_loop(patient: Patient, tmp_path: Path) -> None:
-    """Of pairs of which the faces prefer the chosen answer in some, not in half, and one in which they cannot tell."""
+    """The faces of ``same`` are one: every pair is a tie, which counts half."""
+    faces = {**FACES, "same": FacePair("be there", "be there")}
     (tmp_path / "pairs.jsonl").write_text(
         "".join(
             json.dumps({"prompt": f"{i}", "chosen": "abcdefgh"[i:] + "y", "rejected": "no" * (i + 1)}) + "\n"
             for i in range(7)
         )
     )
-    pairs = list(extract(patient, DataSettings(source=str(tmp_path / "pairs.jsonl")), FACES, tmp_path / "out"))
+    pairs = list(extract(patient, DataSettings(source=str(tmp_path / "pairs.jsonl")), faces, tmp_path / "out"))
     found = read_json(tmp_path / "out" / "meta.json")["statistics"]["faces"]
     rates = []
     for name in FACES:
@@ -199,6 +200,7 @@ def test_the_statistics_in_meta_are_those_of_a_naive_loop(patient: Patient, tmp_
         assert found[name]["share_positive"] == pytest.approx(sum(gap > 0 for gap in every) / len(every), abs=1e-6)
         assert found[name]["mean_abs_gap"] == pytest.approx(sum(map(abs, every)) / len(every), abs=1e-5)
     assert any(abs(rate - 0.5) > 0.1 for rate in rates), "the test would show nothing"
+    assert found["same"] == {"mean_abs_gap": 0, "share_positive": 0, "agreement": 0.5}
 
 
 def test_a_tokenizer_without_eos_cannot_be_scored_and_says_what_to_do(tmp_path: Path) -> None:
