@@ -194,6 +194,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "llmdoctor",  # the same diagnosis gives the same file
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a dollar sign in a name is no formula
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a viewer without it takes its own
     "font.size": 9.5,
     **dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "xtick.labelcolor"), _INK),
 }
