@@ -6,9 +6,9 @@
 Everything runs in one process on the first usable HH-RLHF pairs under the ``helpful`` faces, with a Qwen2-shaped
 patient of random weights behind Qwen2's real tokenizer and its 151,936 rows:
 
-(a) bare     the backbone alone, without the head, over the tokens of four full sequences a pair (two faces, two
-             responses), in batches of like length of the same token budget;
-(b) plain    four full forwards a pair, batch 1, log_softmax of all logits, gather; tokenising included;
+(a) bare     the backbone alone, without the head, over the tokens of four full sequences per pair (two faces,
+             two responses), in batches of like length of the same token budget;
+(b) plain    four full forwards per pair, batch 1, log_softmax of all logits, gather; tokenising included;
 (c) extract  what the command does, from the file of pairs to the finished rewards folder.
 
 The three take turns after a warm-up; a figure is the median over the rounds (least, greatest), a ratio is taken within

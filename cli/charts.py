@@ -289,7 +289,7 @@ def _svg(figure: "Figure", *, alone: bool) -> str:
     if not alone:
         attributes += ' style="max-width:100%;height:auto"'
         text = text.replace(_INK, "currentColor")
-    # Without the XML declaration and the document type, so that the element may stand in a page.
+    # Without the XML declaration and the document type, so that the element can be part of a page.
     return text[text.index("<svg") :].replace("<svg", f"<svg {attributes}", 1)
 
 

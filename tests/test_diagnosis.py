@@ -319,7 +319,7 @@ def test_faces_beside_length_are_credited():
 
 
 def test_faces_that_say_the_same_are_called_overlapping():
-    """Two nearly equal behaviours, of which neither alone can be told from zero, predict together."""
+    """Two nearly equal behaviours, neither of which can be distinguished from zero alone, predict together."""
     rng = np.random.default_rng(11)
     pairs = []
     for number in range(150):

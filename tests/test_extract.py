@@ -287,7 +287,7 @@ def ten() -> list[dict[str, Any]]:
 def test_a_stopped_run_continues_and_ends_as_if_never_stopped(
     short: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
-    """Shards of 4 pairs: what stands on disk when the generator is closed is not scored again; the rest is."""
+    """Shards of 4 pairs: what is on disk when the generator is closed is not scored again; the rest is."""
     monkeypatch.setattr(stage, "SHARD_PAIRS", 4)
     monkeypatch.setattr(stage, "_WINDOW_PAIRS", 3)
     faces = {"f": FACES["joy"]}

@@ -37,20 +37,7 @@ def score_answer(
     nothing = np.zeros(0, dtype=np.float32)
 
     def score(system: str) -> Floats:
-        faced = prompt_ids(tokenizer, with_system(messages, system))
-        if len(faced) + len(response) > patient.context:
-            raise UsageError(
-                f"face, prompt and answer have {len(faced) + len(response)} tokens, more than the patient's context of "
-                f"{patient.context}: shorten them"
-            )
-        ids_1_L = torch.tensor([faced + response], device=patient.model.device)
-        with torch.inference_mode():
-            hidden_T_H = lm.hidden(ids_1_L, torch.ones_like(ids_1_L))[0, len(faced) - 1 : -1]
-            logprobs_T = token_log_probs(lm, hidden_T_H, ids_1_L[0, len(faced) :], patient.vocabulary)
-        found: Floats = logprobs_T.float().cpu().numpy()
-        if np.isnan(found).any():
-            raise LoadError(not_numbers(f"the log-probs of the patient {patient.name}"))
-        return found
+        return _log_probs(patient, lm, prompt_ids(tokenizer, with_system(messages, system)), response)
 
     return TokenScores(
         pair_id="",
@@ -63,3 +50,21 @@ def score_answer(
         alternative_positive=dict.fromkeys(faces, nothing),
         alternative_negative=dict.fromkeys(faces, nothing),
     )
+
+
+def _log_probs(patient: Patient, lm: SplitLM, prompt: list[int], response: list[int]) -> Floats:
+    """The patient's log-prob of every response token after the prompt [T]."""
+    if len(prompt) + len(response) > patient.context:
+        raise UsageError(
+            f"face, prompt and answer have {len(prompt) + len(response)} tokens, more than the patient's context of "
+            f"{patient.context}: shorten them"
+        )
+    ids_1_L = torch.tensor([prompt + response], device=patient.model.device)
+    with torch.inference_mode():
+        # The hidden state before each response token: from the prompt's last token to the response's last but one.
+        hidden_T_H = lm.hidden(ids_1_L, torch.ones_like(ids_1_L))[0, len(prompt) - 1 : -1]
+        logprobs_T = token_log_probs(lm, hidden_T_H, ids_1_L[0, len(prompt) :], patient.vocabulary)
+    found: Floats = logprobs_T.float().cpu().numpy()
+    if np.isnan(found).any():
+        raise LoadError(not_numbers(f"the log-probs of the patient {patient.name}"))
+    return found

@@ -60,34 +60,22 @@ def extract(
     data, or a damaged shard; a tokenizer without an end-of-sequence token; log-probs that are not numbers),
     StorageError.
     """
-    if not faces:
-        raise UsageError("extract needs at least one face pair; the profile's 'faces' section is empty")
-    for name, value in {"limit": limit, "batch_tokens": batch_tokens}.items():
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be 1 or more; got {value}")
+    _check(faces, limit=limit, batch_tokens=batch_tokens)
     writer = RewardsWriter(output, _identity(patient, data, faces, limit, shuffle))
     skips = _Skips(data.source, strict, on_skip)
-
-    def open_folder() -> tuple[dict[str, str] | None, int]:
-        done = writer.resume()
-        tokens = batch_tokens or writer.stored_batch_tokens() or fitting_batch_tokens(patient)
-        if done is not None:
-            writer.begin(tokens, patient.tokenizer)
-        return done, tokens
-
     with team() as processes, locked(output) if processes.first else nullcontext():
         try:
-            done, tokens = processes.from_first(open_folder)
+            done, tokens = processes.from_first(lambda: _open(writer, patient, batch_tokens))
             if done is None:  # finished by an earlier run
                 return
             encoder, scorer = PairEncoder(patient, faces), Scorer(patient, faces, tokens)
             pairs = read_pairs(data.source, split=data.split, label=data.label, strict=strict, on_skip=skips)
             if shuffle is not None:
                 pairs = shuffled(pairs, shuffle)
-            # Every process encodes every pair: only so do all agree on which pairs a shard holds.
+            # Every process encodes every pair, so that all agree on which pairs a shard holds.
             encoded = islice(filter(None, (encoder.encode(pair, skips) for pair in pairs)), limit)
             for index, shard in enumerate(_chunks(encoded, SHARD_PAIRS)):
-                if shard_path(output, index).name in done or index % processes.size != processes.rank:
+                if index % processes.size != processes.rank or shard_path(output, index).name in done:
                     continue
                 scored: list[PairScores] = []
                 for window in _chunks(iter(shard), _WINDOW_PAIRS):
@@ -102,6 +90,23 @@ def extract(
             if processes.first and not shard_paths(output):  # nothing was gained: leave nothing behind
                 writer.discard()
             raise
+
+
+def _check(faces: Mapping[str, FacePair], **counts: int | None) -> None:
+    if not faces:
+        raise UsageError("extract needs at least one face pair; the profile's 'faces' section is empty")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be 1 or more; got {value}")
+
+
+def _open(writer: RewardsWriter, patient: Patient, batch_tokens: int | None) -> tuple[dict[str, str] | None, int]:
+    """The finished shards with their checksums (None when nothing is left to do), and the batch size of this run."""
+    done = writer.resume()
+    tokens = batch_tokens or writer.stored_batch_tokens() or fitting_batch_tokens(patient)
+    if done is not None:
+        writer.begin(tokens, patient.tokenizer)
+    return done, tokens
 
 
 def _identity(

@@ -93,7 +93,7 @@ def read_prompts(path: str | Path) -> list[str | list[Message]]:
     """
     file = local_path(path)
     if file is None or file.is_dir():
-        raise DataError(f"no file at {path}: expected prompts, one a line, or a .jsonl file")
+        raise DataError(f"no file at {path}: expected prompts, one per line, or a .jsonl file")
     prompts: list[str | list[Message]] = []
     if suffix(file) in SUFFIXES:
         for line, record in records(file, split="train"):

@@ -185,11 +185,11 @@ def _places(batch: Sequence[_Unit]) -> tuple[Tensor, Tensor]:
     """Row and column [S, N] of the hidden state before each response token, response after response."""
     rows, columns = [], []
     for i, unit in enumerate(batch):
-        before = 0  # response tokens of this row that stand before the response at hand
+        before = 0  # response tokens of this row before the current response
         for r in unit:
             prompts_S_1 = torch.tensor([len(faced) for faced in r.faced])[:, None]
             column_S_T = prompts_S_1 - 1 + before + torch.arange(len(r.response))
-            # The first token of either response follows the prompt's last, whatever stands between them in the row.
+            # The first token of either response follows the prompt, even if the other response is between them.
             column_S_T[:, :1] = prompts_S_1 - 1
             columns.append(column_S_T)
             rows.append((torch.arange(len(r.faced)) + i * len(r.faced))[:, None].expand_as(column_S_T))

@@ -43,7 +43,7 @@ class RewardsWriter:
         Raises LoadError when the folder holds the rewards of something else, or a damaged shard, and UsageError when it
         is not a rewards folder.
         """
-        if not shard_paths(self.path):  # a run that ended before its first shard does not stand in the way of another
+        if not shard_paths(self.path):  # a run that ended before its first shard must not block another one
             self.discard()
         held = self._held()
         if held is None:
