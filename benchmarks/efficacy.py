@@ -50,8 +50,8 @@ from llmdoctor.records import PairScores
 from llmdoctor.settings import DataSettings
 from llmdoctor.text import conversation, prompt_ids
 from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
-from llmdoctor.token_rewards.formula import face_weights
 from llmdoctor.training.doctor import Doctor, load_doctor, new_doctor, save_doctor
 from llmdoctor.training.train import TFPOTrainer, sides
 

@@ -6,9 +6,9 @@
 Everything runs in one process on the first usable HH-RLHF pairs under the ``helpful`` faces, with a Qwen2-shaped
 patient of random weights behind Qwen2's real tokenizer and its 151,936 rows:
 
-(a) bare     the backbone alone, without the head, over the tokens of four full sequences a pair (two faces, two
-             responses), in batches of like length of the same token budget;
-(b) plain    four full forwards a pair, batch 1, log_softmax of all logits, gather; tokenising included;
+(a) bare     the backbone alone, without the head, over the tokens of four full sequences per pair (two faces,
+             two responses), in batches of like length of the same token budget;
+(b) plain    four full forwards per pair, batch 1, log_softmax of all logits, gather; tokenising included;
 (c) extract  what the command does, from the file of pairs to the finished rewards folder.
 
 The three take turns after a warm-up; a figure is the median over the rounds (least, greatest), a ratio is taken within
@@ -39,14 +39,17 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import llmdoctor.token_rewards.extract as stage
 from llmdoctor.models import Patient, SplitLM, load_patient
 from llmdoctor.profile import library_faces
 from llmdoctor.records import PreferencePair
 from llmdoctor.settings import DataSettings
 from llmdoctor.text import end_of_turn, prompt_ids, response_ids, with_system
-from llmdoctor.token_rewards.extract import extract, fitting_batch_tokens
+from llmdoctor.token_rewards.encode import PairEncoder
+from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.head import FaceHead
 from llmdoctor.token_rewards.pairs import read_pairs
+from llmdoctor.token_rewards.scoring import Scorer, fitting_batch_tokens
+from llmdoctor.token_rewards.writer import RewardsWriter
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HH = DATA / "hh-rlhf" / "harmless-base_test.jsonl.gz"
@@ -134,11 +137,11 @@ def timed_parts(device: torch.device) -> dict[str, float]:
 
         setattr(owner, name, run)
 
-    wrap(stage._Scorer, "prepare", "tokenising")
-    wrap(stage._Scorer, "_hidden", "backbone")
-    wrap(stage._Scorer, "_score_positions", "head")
-    for name in ("write_shard", "write_json", "_begin", "describe"):
-        wrap(stage, name, "writing and statistics")
+    wrap(PairEncoder, "encode", "tokenising")
+    wrap(Scorer, "_hidden", "backbone")
+    wrap(FaceHead, "__call__", "head")
+    for name in ("begin", "write", "finish"):
+        wrap(RewardsWriter, name, "writing and statistics")
     return seconds
 
 
@@ -232,13 +235,13 @@ def peak(folder: str, length: int, way: str, device: str) -> float:
     words = patient.tokenizer("once upon a time there was a dog and a cat who went to the sea " * length).input_ids
     text = patient.tokenizer.decode(words[: length - 1], skip_special_tokens=True)
     pair = PreferencePair("1", ({"role": "user", "content": "Tell me a story."},), text, f"A{text}")
-    scorer = stage._Scorer(patient, FACES, 4096)
+    encoder, scorer = PairEncoder(patient, FACES), Scorer(patient, FACES, 4096)
 
     def run() -> None:
         if way == "plain":
             plain(patient, [pair])
-        elif prepared := scorer.prepare(pair, lambda _record: None):
-            scorer.score([prepared])
+        elif encoded := encoder.encode(pair, lambda _record: None):
+            scorer.score([encoded])
 
     for weight in patient.model.parameters():
         weight.sum()  # weights are mapped from their file, and in memory only when they were read once
@@ -247,7 +250,7 @@ def peak(folder: str, length: int, way: str, device: str) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before

@@ -1,18 +1,23 @@
-"""The picture of a diagnosis: a bar with its interval for every face pair, and what held-out pairs say. No tensors.
+"""The picture of a diagnosis: a bar with its interval for every face pair, and how well held-out pairs are predicted.
 
-Bars are weights per standard deviation, so that behaviours compare; blue to the right is rewarded, orange to the left
-is punished, as in `llmdoctor.cli.render`. Sign and interval are also text; a weight whose interval covers zero is grey.
+Bars are weights per standard deviation, so that behaviours can be compared. Blue to the right is rewarded, orange to
+the left is punished, as in `llmdoctor.cli.render`; a weight whose interval covers zero is grey. Every number is text
+too.
 """
 
 import html
+import io
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmdoctor.cli.render import scale_colour
 from llmdoctor.cli.terminal import clean
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
     from llmdoctor.token_rewards.diagnosis import Diagnosis, Estimate, Example, FaceDiagnosis
@@ -23,7 +28,7 @@ _ASCII = ("=", "[", "-", "]", "o", "|")
 
 
 def plain_diagnosis(diagnosis: "Diagnosis") -> str:
-    """The picture in plain letters, its bars at most 80 columns wide where names are short."""
+    """The picture in plain letters, at most 80 columns wide where names are short."""
     rows = _sorted(diagnosis)
     limit = _limit(rows)
     width = max(len(clean(face.name)) for face in rows)
@@ -51,7 +56,7 @@ def rich_diagnosis(diagnosis: "Diagnosis", width: int) -> "RenderableType":
     limit = _limit(rows)
     name_width = min(max(len(clean(face.name)) for face in rows), 16)
     bar_width = max(21, min(61, width - name_width - 45))
-    bar_width -= 1 - bar_width % 2  # odd: zero has a column of its own
+    bar_width -= 1 - bar_width % 2  # odd, so that zero has a column of its own
     bars = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     bars.add_column(max_width=name_width, overflow="ellipsis", no_wrap=True)
     bars.add_column(Text("punished 0 rewarded".center(bar_width)), no_wrap=True, width=bar_width)
@@ -82,12 +87,12 @@ def rich_diagnosis(diagnosis: "Diagnosis", width: int) -> "RenderableType":
 
 
 def svg_diagnosis(diagnosis: "Diagnosis") -> str:
-    """The picture as a file of its own: scalable, no font or script fetched."""
+    """The picture as an SVG file: the same bytes for the same diagnosis; nothing in it is fetched."""
     return _drawing(diagnosis, alone=True)
 
 
 def html_diagnosis(diagnosis: "Diagnosis") -> str:
-    """The picture as a part of a page: verdict, drawing and examples; every text is escaped, nothing is fetched."""
+    """The picture as a part of a page: verdict, drawing and examples. Every text is escaped, nothing is fetched."""
     rows = "".join(
         f"<tr><th scope=row>{_escape(face.name)}</th><td>{_escape(_pairs(face.best))}</td>"
         f"<td>{_escape(_pairs(face.worst))}</td></tr>"
@@ -102,7 +107,7 @@ def html_diagnosis(diagnosis: "Diagnosis") -> str:
     )
 
 
-# What all of them show
+# What all forms show
 
 
 def _sorted(diagnosis: "Diagnosis") -> list["FaceDiagnosis"]:
@@ -158,7 +163,7 @@ def _settings(diagnosis: "Diagnosis") -> str:
 def _bar(
     estimate: "Estimate", limit: float, width: int, marks: tuple[str, ...], zero: float = 0.0
 ) -> Iterator[tuple[str, bool]]:
-    """The cells of a bar from ``zero``, in the middle, to the value, and whether each belongs to the interval on it."""
+    """The cells of a bar from ``zero``, in the middle, to the value; for each, whether it is part of the interval."""
     fill, left, line, right, value, axis = marks
     middle = width // 2
 
@@ -181,90 +186,111 @@ def _bar(
 
 # The drawing
 
-# Names end at _LEFT, bars are _BAR wide, numbers begin at _NUMBERS.
-_WIDTH, _ROW, _LEFT, _BAR, _NUMBERS, _SHARE = 940, 26, 180, 420, 632, 850
+_INK, _PAPER = "#1b1b1b", "#fdfdfd"
+# Inches: the figure's width, a row of bars, a line of text; where bars begin, and how wide they are.
+_WIDTH, _ROW, _LINE, _MARGIN, _LEFT, _BARS = 10.8, 0.3, 0.2, 0.18, 1.65, 3.5
+_HEAD, _TICKS = 0.34, 0.34  # inches above and below the rows of a panel
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "llmdoctor",  # the same diagnosis gives the same file
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a viewer without it takes its own
+    "font.size": 9.5,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "xtick.labelcolor"), _INK),
+}
+_Row = tuple[str, "Estimate", str, tuple[str, ...]]  # name, estimate, colour of its bar, texts of the columns
+_Column = tuple[str, float]  # title, and its right edge in inches beside the bars
 
 
 def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
-    """One SVG; ``alone`` with its own background, title and verdict, else in the colours of the page around it."""
+    """One SVG; ``alone`` with its own background, verdict and settings, else in the colours of the page around it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     faces = _sorted(diagnosis)
     limit = _limit(faces)
-    middle = _LEFT + _BAR / 2
-    body: list[str] = []
-    y = 8
-    if alone:
-        for line in textwrap.wrap(diagnosis.verdict, 125):
-            y += 20
-            body.append(_text(16, y, line))
-        y += 16
-    y += 18
-    head = y
-    body += [
-        _text(middle - 8, y, "punished", "end", note=True),
-        _text(middle + 8, y, "rewarded", note=True),
-        _text(_NUMBERS, y, "per sd (95%)", note=True),
-        _text(_SHARE, y, "share", "end", note=True),
-        _text(_WIDTH - 16, y, "agreement", "end", note=True),
-    ]
-    for face in faces:
-        y += _ROW
-        e, name = face.standardised, clean(face.name)
-        weight = f"{face.name}: weight {_interval(face.weight)} for each unit of summed reward"
-        body += [
-            f"<g><title>{_escape(weight)}</title>",
-            _text(_LEFT - 12, y + 5, name if len(name) <= 18 else f"{name[:17]}…", "end"),
-            *_whisker(e, middle, _BAR / 2 / limit, y, _colour(face, limit)),
-            _text(_NUMBERS, y + 5, _interval(e)),
-            _text(_SHARE, y + 5, _share(face, diagnosis), "end"),
-            _text(_WIDTH - 16, y + 5, f"{face.agreement:.1%}", "end"),
-            "</g>",
-        ]
-    body.append(_axis(middle, head + 8, y + 13))
-    y += 44
-    head = y
-    body += [
-        _text(_LEFT, y, "0%", "middle", note=True),
-        _text(middle, y, "chance 50%", "middle", note=True),
-        _text(_LEFT + _BAR, y, "100%", "middle", note=True),
-        _text(_NUMBERS, y, "of held-out pairs predicted (95%)", note=True),
-    ]
-    for name, part in _accuracies(diagnosis):
-        y += _ROW
-        body += [
-            _text(_LEFT - 12, y + 5, name, "end"),
-            *_whisker(part, middle, _BAR, y, scale_colour(part.value - 0.5, 0.5), zero=0.5),
-            _text(_NUMBERS, y + 5, f"{part.value:.1%} ({part.low:.1%} to {part.high:.1%})"),
-        ]
-    body.append(_axis(middle, head + 8, y + 13))
-    y += 38
-    if alone:
-        body.append(_text(16, y, _settings(diagnosis), note=True))
-        y += 18
-    page = '<rect width="100%" height="100%" fill="#fdfdfd"/>' if alone else ""
-    colour = ' color="#1b1b1b"' if alone else ' style="max-width:100%;height:auto"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" width="{_WIDTH}" height="{y}"{colour} '
-        f'font-family="system-ui, sans-serif" font-size="14" role="img" aria-label="diagnosis of the preferences">'
-        f"{page}\n" + "\n".join(body) + "\n</svg>"
-    )
+    verdict = textwrap.wrap(clean(diagnosis.verdict), 135) if alone else []
+    top = _MARGIN + (len(verdict) * _LINE + _MARGIN if alone else 0)
+    middle = top + _HEAD + len(faces) * _ROW + _TICKS
+    height = middle + _HEAD + 3 * _ROW + _TICKS + (_LINE if alone else 0) + _MARGIN / 2
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height), facecolor=_PAPER if alone else "none")
+        left = _MARGIN / _WIDTH
+        for number, line in enumerate(verdict):
+            figure.text(left, 1 - (_MARGIN + number * _LINE) / height, line, va="top")
+        if alone:
+            figure.text(left, _MARGIN / 2 / height, _settings(diagnosis), va="bottom", alpha=0.7)
+        rows = [(face.name, face.standardised, _colour(face, limit), _numbers(face, diagnosis)) for face in faces]
+        columns = [("per sd (95%)", 1.95), ("weight (95%)", 3.75), ("share", 4.4), ("agreement", 5.3)]
+        axes = _panel(figure, "face", top, rows, columns, 0.0, limit)
+        axes.set_title("← punished   rewarded →", fontsize=9.5)
+        axes.locator_params(axis="x", nbins=6)
+        parts = _accuracies(diagnosis)
+        rows = [(name, part, scale_colour(part.value - 0.5, 0.5), (_percents(part),)) for name, part in parts]
+        axes = _panel(figure, "held-out", middle, rows, [("predicted (95%)", 1.95)], 0.5, 0.5)
+        axes.set_title("held-out pairs", fontsize=9.5)
+        axes.set_xticks([0, 0.5, 1], ["0%", "chance 50%", "100%"])
+        return _svg(figure, alone=alone)
 
 
-def _whisker(e: "Estimate", middle: float, unit: float, y: int, colour: str, zero: float = 0.0) -> Iterator[str]:
-    """A bar from the axis to the value, and its interval as a line with ends."""
-    low, at, high = (middle + (x - zero) * unit for x in (e.low, e.value, e.high))
-    yield f'<rect x="{min(at, middle):.1f}" y="{y - 7}" width="{abs(at - middle):.1f}" height="14" fill="{colour}"/>'
-    path = f"M{low:.1f} {y - 5}v10M{low:.1f} {y}H{high:.1f}M{high:.1f} {y - 5}v10"
-    yield f'<path d="{path}" stroke="currentColor" stroke-width="1.5" fill="none"/>'
-    yield f'<circle cx="{at:.1f}" cy="{y}" r="3" fill="currentColor"/>'
+def _numbers(face: "FaceDiagnosis", diagnosis: "Diagnosis") -> tuple[str, ...]:
+    return _interval(face.standardised), _interval(face.weight), _share(face, diagnosis), f"{face.agreement:.1%}"
 
 
-def _axis(x: float, top: float, bottom: float) -> str:
-    return f'<path d="M{x:.1f} {top:.1f}V{bottom:.1f}" stroke="currentColor" stroke-opacity=".45"/>'
+def _panel(
+    figure: "Figure",
+    kind: str,
+    top: float,
+    rows: Sequence[_Row],
+    columns: Sequence[_Column],
+    zero: float,
+    limit: float,
+) -> "Axes":
+    """Bars from ``zero`` with their intervals, a row each, over zero - limit to zero + limit; columns beside them.
+
+    ``top`` is in inches from the top of the figure. Bar number i has the id "KIND-i", its interval "KIND-interval-i".
+    """
+    height = figure.get_figheight()
+    bottom = height - top - _HEAD - len(rows) * _ROW
+    axes = figure.add_axes((_LEFT / _WIDTH, bottom / height, _BARS / _WIDTH, len(rows) * _ROW / height))
+    axes.set(xlim=(zero - limit, zero + limit), ylim=(len(rows) - 0.5, -0.5), yticks=[], facecolor="none")
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.grid(axis="x", color=_INK, alpha=0.12)
+    axes.set_axisbelow(True)
+    axes.axvline(zero, color=_INK, alpha=0.5, linewidth=1)
+    beside = axes.get_yaxis_transform()  # x as a part of the axes' width, y in rows
+    for title, edge in columns:
+        axes.text(1 + edge / _BARS, -0.6, title, transform=beside, ha="right", va="bottom", alpha=0.7)
+    for i, (name, estimate, colour, numbers) in enumerate(rows):
+        axes.text(-0.04, i, _short(clean(name)), transform=beside, ha="right", va="center")
+        axes.barh(i, estimate.value - zero, left=zero, height=0.55, color=colour)[0].set_gid(f"{kind}-{i}")
+        (line,) = axes.plot([estimate.low, estimate.high], [i, i], "|-", color=_INK, linewidth=1.4, markersize=8)
+        line.set(gid=f"{kind}-interval-{i}", clip_on=False)
+        axes.plot(estimate.value, i, "o", color=_INK, markersize=4.5, clip_on=False)
+        for (_, edge), text in zip(columns, numbers, strict=True):
+            axes.text(1 + edge / _BARS, i, text, transform=beside, ha="right", va="center")
+    return axes
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", *, note: bool = False) -> str:
-    faint = ' font-size="12" opacity=".7"' if note else ""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="currentColor"{faint}>{_escape(text)}</text>'
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+def _svg(figure: "Figure", *, alone: bool) -> str:
+    """The figure's ``<svg>`` element, which names no address; in a page it takes the page's colour and width."""
+    written = io.StringIO()
+    with warnings.catch_warnings():
+        # Names may be in any script: the text is drawn by the viewer, with the viewer's fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively")
+        figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = written.getvalue()
+    attributes = 'role="img" aria-label="diagnosis of the preferences"'
+    if not alone:
+        attributes += ' style="max-width:100%;height:auto"'
+        text = text.replace(_INK, "currentColor")
+    # Without the XML declaration and the document type, so that the element can be part of a page.
+    return text[text.index("<svg") :].replace("<svg", f"<svg {attributes}", 1)
 
 
 def _escape(text: str) -> str:

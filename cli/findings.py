@@ -1,4 +1,4 @@
-"""What a rewards folder tells as a whole, for extract and inspect: whether its faces work, and the diagnosis."""
+"""What extract and inspect say of a whole rewards folder: whether its faces work, and the diagnosis."""
 
 import os
 import sys
@@ -46,9 +46,9 @@ class Findings:
 
 
 def find(rewards: "RewardsFolder", settings: "RewardSettings", faces: Sequence[str] | None = None) -> Findings:
-    """The findings over ``faces``, or over every face pair of the folder; warns of faces that hardly differ.
+    """The findings over ``faces``, or over every face pair of the folder. Warns of faces that hardly differ.
 
-    Of several processes only the first looks: the others return empty findings.
+    Of several processes only the first reads the folder; the others return empty findings.
     """
     from llmdoctor.token_rewards.diagnosis import diagnose
     from llmdoctor.token_rewards.summary import FaceDifferences
@@ -76,7 +76,7 @@ def find(rewards: "RewardsFolder", settings: "RewardSettings", faces: Sequence[s
 
 
 def after_extraction(folder: Path, settings: "RewardSettings") -> Findings:
-    """`find` for a folder just written: what stands against a diagnosis is a warning, for the rewards are there."""
+    """`find` for a folder just written. A diagnosis that fails is only a warning: the rewards are there."""
     from llmdoctor.token_rewards.folder import RewardsFolder
     from llmdoctor.token_rewards.summary import face_differences
 
@@ -98,7 +98,7 @@ def warn(differences: "Sequence[FaceDifference]") -> None:
         if face.hardly:
             say(
                 f"warning: the two faces of {face.name!r} hardly differ on this patient: root mean square gap "
-                f"{face.rms_gap:.3f} nats a token, below {HARDLY:g}. What it rewards is mostly noise. Word the two "
+                f"{face.rms_gap:.3f} nats per token, below {HARDLY:g}. What it rewards is mostly noise. Word the two "
                 "faces as opposites, choose others (--face), or take a patient that follows system prompts (larger, "
                 "or tuned on instructions)"
             )

@@ -102,7 +102,7 @@ def inspect(
         return
     with waiting("Reading the rewards ..."):
         from llmdoctor.models import load_tokenizer
-        from llmdoctor.token_rewards.formula import face_weights
+        from llmdoctor.token_rewards.fit import face_weights
 
         tokenizer = load_tokenizer(folder / "tokenizer")
         weights = face_weights(rewards, rewards.faces, settings)
@@ -187,11 +187,11 @@ class _Look:
         self, *, pair: str | None, contains: str | None, worst: bool, limit: int
     ) -> "tuple[list[tuple[TokenRewards, TokenRewards]], Statistics, tuple[FaceDifference, ...]]":
         """In one pass, holding ``limit`` pairs: those to show, and the statistics of all that match ``contains``."""
-        from llmdoctor.token_rewards.summary import Counter, FaceDifferences, margin
+        from llmdoctor.token_rewards.summary import FaceDifferences, RewardCounter, margin
 
         ids = range(max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1))
         special = [i for i in self.tokenizer.all_special_ids if i in ids]
-        counter = Counter(self.tokenizer.convert_ids_to_tokens(list(ids)), self.text, special)
+        counter = RewardCounter(self.tokenizer.convert_ids_to_tokens(list(ids)), self.text, special)
         differences = FaceDifferences(tuple(self.weights))
         first: list[tuple[TokenRewards, TokenRewards]] = []
         least: list[tuple[float, int, tuple[TokenRewards, TokenRewards]]] = []  # a heap, the least contradictory first
@@ -309,7 +309,8 @@ def _look_at(
     with waiting(f"Loading {options.short(model.model)} ..."):
         from llmdoctor.models import load_patient
         from llmdoctor.token_rewards.answer import score_answer
-        from llmdoctor.token_rewards.formula import face_weights, token_rewards
+        from llmdoctor.token_rewards.fit import face_weights
+        from llmdoctor.token_rewards.formula import token_rewards
 
         loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
         scores = score_answer(loaded, faces, prompt, text)

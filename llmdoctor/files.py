@@ -1,4 +1,4 @@
-"""Writing and reading files: whatever is written appears complete, by a rename, or not at all."""
+"""Writing and reading files: a file or folder appears complete, by a rename, or not at all."""
 
 import errno
 import hashlib
@@ -7,12 +7,12 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
@@ -25,10 +25,10 @@ _LEFTOVER = re.compile(r"\.(meta\.json|unfinished\.json|tokenizer|rewards-\d+\.\
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write a file or a folder to; it takes the place of ``path`` on success.
 
-    On any failure the temporary is removed and what stood at ``path`` is as it was. A new folder replaces an existing
-    one as a whole; see `ensure_replaceable`. The system's write errors come out as `StorageError`.
+    On any failure the temporary is removed and ``path`` is as it was. A new folder replaces an existing one as a whole;
+    see `ensure_replaceable`. Raises StorageError for the system's write errors.
     """
-    target = Path(os.path.realpath(path))  # through links, so that a linked output stays on the disk it was sent to
+    target = Path(os.path.realpath(path))  # through links: a linked output stays on the disk that the link points to
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush_to_disk(temporary)
         _rename_over(temporary, target)
     except Exception as error:
-        # a file inside a folder: name the folder that was asked for, not its temporary
+        # A file inside a folder: name the folder that was asked for, not its temporary.
         cause = error.__cause__ if isinstance(error, StorageError) else error
         reason = _write_error(cause, target)
         if reason is None:
@@ -57,6 +57,7 @@ def _rename_over(temporary: Path, target: Path) -> None:
     if not (temporary.is_dir() and target.is_dir()):
         temporary.replace(target)
         return
+    # No system call replaces a folder that holds something: move the old one aside first.
     retired = temporary.with_suffix(".retired")
     target.rename(retired)
     try:
@@ -76,8 +77,8 @@ def _remove(path: Path) -> None:
 
 
 def _write_error(error: BaseException | None, target: Path) -> str | None:
-    """The reason and the remedy when ``error`` is the system's; None when it is something else."""
-    # Rust libraries (safetensors, tokenizers) put the error number into the text of an exception of their own.
+    """The reason and what to do when ``error`` is the system's; None when it is something else."""
+    # Rust libraries (safetensors, tokenizers) put the error number into the text of their own exceptions.
     number = re.search(r"\(os error (\d+)\)", str(error))
     if isinstance(error, OSError):
         code = error.errno
@@ -103,7 +104,7 @@ def _free_space(target: Path) -> str:
 
 
 def ensure_replaceable(folder: Path, marker: str) -> None:
-    """Refuse to write over a folder that is not one of ours: it must be absent, empty, or hold the file ``marker``."""
+    """Raise UsageError for a folder that is not ours to replace: it holds something, but not the file ``marker``."""
     if folder.is_dir():
         if (folder / marker).is_file() or not any(folder.iterdir()):
             return
@@ -114,18 +115,24 @@ def ensure_replaceable(folder: Path, marker: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder``, made if need be, against every other process that asks for it; UsageError when one holds it.
+    """Hold ``folder``, made if need be, against every other process; UsageError at once when another one holds it.
 
-    The lock ends with the process that holds it, however it ends. What a killed writer of a rewards folder left half
-    written is removed; a folder that was made here and is empty at the end goes.
+    The lock ends with the process that holds it, however that ends. Half-written files that a killed writer of a
+    rewards folder left are removed. Folders that were made here go again if they are empty at the end.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    # One object may be released in another thread than it was taken in: a generator holds it.
+    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _take_lock(folder)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"another extract is writing to {folder}: wait for it to end, or choose another output folder"
+        ) from None
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{folder} is not a folder: choose another output folder") from error
     except OSError as error:
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            raise UsageError(f"{folder} is not a folder: choose another output folder") from error
         raise StorageError(f"cannot write {folder}: {_write_error(error, folder)}") from error
     try:
         for item in folder.iterdir():
@@ -133,44 +140,23 @@ def locked(folder: Path) -> Iterator[None]:
                 _remove(item)
         yield
     finally:
+        # While it is still locked: who has opened it already finds out that it is gone, and locks a new one.
         _remove(folder / LOCK)
-        os.close(handle)
+        lock.release()
         with suppress(OSError):
             for path in made:
                 path.rmdir()
 
 
-def _take_lock(folder: Path) -> int:
-    path = folder / LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if sys.platform != "win32":
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = path.stat()
-        except BlockingIOError:
-            os.close(handle)
-            raise UsageError(
-                f"another extract is writing to {folder}: wait for it to end, or choose another output folder"
-            ) from None
-        except FileNotFoundError:
-            held = None
-        if held is not None and held.st_ino == os.fstat(handle).st_ino:
-            return handle
-        os.close(handle)  # its last holder has just removed it: this lock would guard nothing
-
-
 def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` as indented JSON, atomically."""
+    """Write ``data`` as indented JSON, atomically. Raises StorageError."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """What the JSON file holds; `LoadError` when it is missing, unreadable or not JSON."""
+    """What the JSON file holds. Raises LoadError when it is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -180,7 +166,7 @@ def read_json(path: Path) -> Any:
 
 
 def file_checksum(path: Path) -> str:
-    """Sha-256 of a file's bytes; LoadError when it cannot be read."""
+    """Sha-256 of a file's bytes. Raises LoadError when it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

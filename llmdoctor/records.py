@@ -47,7 +47,10 @@ class FacePair:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A conversation that ends with a user turn, and two answers of which people preferred the first."""
+    """A conversation that ends with a user turn, and two answers of which people preferred the first.
+
+    >>> PreferencePair("7", ({"role": "user", "content": "Is tea good?"},), chosen="Yes, it is.", rejected="No.")
+    """
 
     id: str
     prompt: tuple[Message, ...]
@@ -71,6 +74,18 @@ class TokenScores:
     ``positive[name]`` and ``negative[name]`` [T] are log pi(y_t | face, x, y_<t). ``alternative_ids`` [T] is, for each
     position, the token other than y_t that the positive faces like best (mean log-prob over the face pairs), with its
     own log-probs: stage 2 may compare the value of y_t with that of this token after the same prefix.
+
+    "Yes, it is." under one face pair; the last token is the end of turn:
+
+        pair_id               "7"
+        side                  "chosen"
+        prompt_ids            [11, 52, 38, 9, 4]
+        response_ids          [21, 6, 33, 52, 8, 2]                   Yes , it is . <end>
+        positive              {"helpful": [-0.4, -0.3, -1.2, -0.1, -0.2, -0.1]}
+        negative              {"helpful": [-2.1, -0.3, -1.3, -0.1, -0.9, -0.1]}
+        alternative_ids       [24, 8, 40, 41, 6, 30]                  No . that was , It
+        alternative_positive  {"helpful": [-1.6, -2.0, -1.5, -3.1, -2.4, -3.0]}
+        alternative_negative  {"helpful": [-0.2, -1.9, -1.4, -3.0, -1.1, -2.9]}
     """
 
     pair_id: str
@@ -86,7 +101,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class PairScores:
-    """Both responses of one preference pair, scored."""
+    """Both responses of one preference pair, scored: ``chosen.side`` is "chosen", and both have one ``pair_id``."""
 
     chosen: TokenScores
     rejected: TokenScores
@@ -98,6 +113,12 @@ class TokenRewards:
 
     ``rewards`` is r_t (in [-1, 1] for one face pair); ``gaps`` is log pi_pos - log pi_neg in nats and ``importance``
     is S_t in [0, 1), both summed over face pairs with the weights that made ``rewards``.
+
+    "Yes, it is." of `TokenScores` with direction gap, tau 1 and theta 0.5 (the mean |gap| is 0.42):
+
+        gaps        [1.7, 0.0, 0.1, 0.0, 0.7, 0.0]    Yes , it is . <end>
+        importance  [1.0, 0.0, 0.24, 0.0, 0.93, 0.0]
+        rewards     [1.0, 0.0, 0.0, 0.0, 0.93, 0.0]
     """
 
     scores: TokenScores

@@ -1,6 +1,6 @@
 """From a conversation to token ids, under a face or none; and from token ids back to pieces of text.
 
-A prompt and its response are tokenised apart and their ids joined, so that no token straddles the boundary.
+A prompt and its response are tokenised apart and their ids joined, so that no token crosses the boundary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from llmdoctor.errors import DataError
+from llmdoctor.errors import DataError, LoadError
 from llmdoctor.records import Message
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
@@ -21,7 +21,7 @@ def conversation(prompt: str | Sequence[Message]) -> list[Message]:
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """The conversation under a system prompt; one that it already has follows after an empty line."""
+    """The conversation under a system prompt; one of its own follows after an empty line."""
     if not system:
         return list(messages)
     own = [m["content"] for m in messages if m["role"] == "system"]
@@ -32,11 +32,13 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks next [P].
 
-    Through the chat template; where it refuses or drops a system role, the system prompt opens the first user turn. A
-    tokenizer without a chat template belongs to a text continuer: one user turn alone is its raw text, tokenised as
-    users of ``generate`` do; a system prompt stands before it and an empty line; with further turns all of them are
-    written as "Human: …" and "Assistant: …" paragraphs that end with "Assistant:". Raises DataError where the template
-    refuses the conversation (some demand that user and assistant alternate).
+    Through the chat template; where it refuses or drops a system role, the system prompt opens the first user turn.
+
+    A tokenizer without a chat template belongs to a base model. A single user turn is its raw text, tokenised as for
+    ``generate``; a system prompt and an empty line come before it. Several turns are written as "Human: …" and
+    "Assistant: …" paragraphs that end with "Assistant:".
+
+    Raises DataError where the template refuses the conversation (some demand that user and assistant alternate).
     """
     if tokenizer.chat_template is None:
         return list(tokenizer(_plain_layout(messages)).input_ids)
@@ -49,7 +51,10 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, text: str, end_id: int) -> 
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> int:
-    """The id that ends an assistant turn: what the chat template puts after it when that ends an answer, else EOS."""
+    """The id that ends an assistant turn: what the chat template puts after it when that ends an answer, else EOS.
+
+    ``eos_ids`` are all ids that end an answer. Raises LoadError when neither the template nor the tokenizer names one.
+    """
     if tokenizer.chat_template is not None:
         turn = [Message(role="user", content="a"), Message(role="assistant", content="@@")]
         rendered = tokenizer.apply_chat_template(turn, tokenize=False)  # type: ignore[arg-type]
@@ -57,11 +62,16 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> i
         for token in tokenizer(after, add_special_tokens=False).input_ids[:1]:
             if token in set(eos_ids):
                 return int(token)
+    if tokenizer.eos_token_id is None:
+        raise LoadError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} names no end-of-sequence token, which a scored "
+            'answer must end with: set "eos_token" in its tokenizer_config.json to the token that ends an answer'
+        )
     return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
 
 class TextStream:
-    """Token ids in, printable pieces out: a piece is empty until the bytes of a character are complete."""
+    """Token ids in, printable pieces out. A piece is empty until the bytes of a character are complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
@@ -89,7 +99,8 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
         except TemplateError as error:
             refusal = str(error)
             continue
-        if attempt is tries[-1] or attempt[0]["content"].strip() in text:  # some templates just drop a system turn
+        # Some templates drop a system turn without a word: both faces would then be the same prompt.
+        if attempt is tries[-1] or attempt[0]["content"].strip() in text:
             return text
     raise DataError(f"the model's chat template refuses this conversation: {refusal}")
 

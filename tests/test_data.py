@@ -17,7 +17,8 @@ import torch
 
 from llmdoctor.errors import DataError
 from llmdoctor.records import PreferencePair, SkippedRecord
-from llmdoctor.token_rewards.pairs import _array_records, fingerprint, read_pairs, read_prompts, shuffled
+from llmdoctor.token_rewards.pairs import read_pairs, read_prompts, shuffled
+from llmdoctor.token_rewards.sources import _array_records, fingerprint
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 HH = REAL / "hh-rlhf" / "harmless-base_test.jsonl.gz"

@@ -11,9 +11,10 @@ import pytest
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.records import PairScores, Side, TokenScores
 from llmdoctor.settings import RewardSettings
-from llmdoctor.token_rewards import diagnosis as engine
-from llmdoctor.token_rewards.diagnosis import Diagnosis, bradley_terry, diagnose
-from llmdoctor.token_rewards.formula import face_weights, token_rewards
+from llmdoctor.token_rewards import fit
+from llmdoctor.token_rewards.diagnosis import Diagnosis, diagnose
+from llmdoctor.token_rewards.fit import bradley_terry, face_weights
+from llmdoctor.token_rewards.formula import token_rewards
 
 FACES = ("kind", "brief", "safe")
 MIX = np.array([1.2, -0.6, 0.0])
@@ -141,11 +142,11 @@ def test_vectorised_bootstrap_is_the_same_as_refitting_each_resample(monkeypatch
     """Every resample fitted alone, pair by pair, on the same counts; several chunks, so that the seams count too."""
     rng = np.random.default_rng(5)
     z = labelled(rng.normal(size=(90, 3)), MIX, rng)
-    monkeypatch.setattr(engine, "_CHUNK", 40 * 20)  # 40 pairs of 20 resamples at once: 40, 40 and 10
-    found = engine._newton(z, np.zeros((20, 3)), seed=7)
+    monkeypatch.setattr(fit, "_CHUNK", 40 * 20)  # 40 pairs of 20 resamples at once: 40, 40 and 10
+    found = fit.newton(z, np.zeros((20, 3)), seed=7)
     counts = np.concatenate(
         [
-            engine._POISSON[np.random.default_rng([7, first]).integers(0, 1 << 16, (rows, 20), dtype=np.uint16)]
+            fit._POISSON[np.random.default_rng([7, first]).integers(0, 1 << 16, (rows, 20), dtype=np.uint16)]
             for first, rows in ((0, 40), (40, 40), (80, 10))
         ]
     )
@@ -161,12 +162,12 @@ def test_vectorised_bootstrap_is_the_same_as_refitting_each_resample(monkeypatch
             if np.abs(gradient).max() < 1e-12:
                 break
         np.testing.assert_allclose(found[r], w, atol=1e-8)
-    loose = engine._newton(z, np.tile(engine._newton(z, np.zeros((1, 3))), (20, 1)), seed=7, enough=1e-3)
+    loose = fit.newton(z, np.tile(fit.newton(z, np.zeros((1, 3))), (20, 1)), seed=7, tolerance=1e-3)
     np.testing.assert_allclose(loose, found, atol=1e-4)  # as diagnose runs it: far below an interval's width
 
 
 def test_counts_are_poisson():
-    shares = np.bincount(engine._POISSON, minlength=9) / len(engine._POISSON)
+    shares = np.bincount(fit._POISSON, minlength=9) / len(fit._POISSON)
     np.testing.assert_allclose(shares, [math.exp(-1) / math.factorial(k) for k in range(len(shares))], atol=2e-5)
 
 
@@ -185,7 +186,7 @@ def test_shares_are_the_average_gain_over_all_orders_of_joining():
     for order in permutations(range(4)):
         for place, j in enumerate(order):
             expected[j] += gain(order[: place + 1]) - gain(order[:place])
-    np.testing.assert_allclose(engine._shares(z, w), expected / expected.sum(), atol=1e-12)
+    np.testing.assert_allclose(fit.shares(z, w), expected / expected.sum(), atol=1e-12)
 
 
 def test_shares_agree_with_the_exact_likelihood_and_split_between_twins():
@@ -193,13 +194,13 @@ def test_shares_agree_with_the_exact_likelihood_and_split_between_twins():
     x = labelled(rng.normal(size=(3000, 3)), np.array([0.8, -0.4, 0.0]), rng)
     single = [np.logaddexp(0, 0) - np.logaddexp(0, -x[:, [j]] @ bradley_terry(x[:, [j]])).mean() for j in range(3)]
     np.testing.assert_allclose(
-        engine._shares(x, bradley_terry(x)), np.array(single) / sum(single), atol=0.02
+        fit.shares(x, bradley_terry(x)), np.array(single) / sum(single), atol=0.02
     )  # features are independent here, so that a face's gain is much the same whenever it joins
     twins = x[:, [0, 0, 1]]
-    shares = engine._shares(twins, bradley_terry(twins))
+    shares = fit.shares(twins, bradley_terry(twins))
     assert shares[0] == pytest.approx(shares[1], abs=1e-9)
     assert shares.sum() == pytest.approx(1)
-    assert engine._shares(np.zeros((5, 2)), np.zeros(2)).tolist() == [0, 0]
+    assert fit.shares(np.zeros((5, 2)), np.zeros(2)).tolist() == [0, 0]
 
 
 # The diagnosis
@@ -318,7 +319,7 @@ def test_faces_beside_length_are_credited():
 
 
 def test_faces_that_say_the_same_are_called_overlapping():
-    """Two nearly equal behaviours, of which neither alone can be told from zero, predict together."""
+    """Two nearly equal behaviours, neither of which can be distinguished from zero alone, predict together."""
     rng = np.random.default_rng(11)
     pairs = []
     for number in range(150):

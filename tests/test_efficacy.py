@@ -11,7 +11,7 @@ import torch
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile, override
 from llmdoctor.profiles.clinic_world import gold
-from llmdoctor.token_rewards.formula import face_weights
+from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.training.doctor import new_doctor
 from llmdoctor.training.train import sides
 

@@ -21,6 +21,7 @@ from llmdoctor.records import FacePair, PairScores, SkippedRecord, TokenScores
 from llmdoctor.settings import DataSettings
 from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.folder import RewardsFolder, shard_paths
+from llmdoctor.token_rewards.writer import RewardsWriter
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
@@ -286,7 +287,7 @@ def ten() -> list[dict[str, Any]]:
 def test_a_stopped_run_continues_and_ends_as_if_never_stopped(
     short: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
-    """Shards of 4 pairs: what stands on disk when the generator is closed is not scored again; the rest is."""
+    """Shards of 4 pairs: what is on disk when the generator is closed is not scored again; the rest is."""
     monkeypatch.setattr(stage, "SHARD_PAIRS", 4)
     monkeypatch.setattr(stage, "_WINDOW_PAIRS", 3)
     faces = {"f": FACES["joy"]}
@@ -355,7 +356,7 @@ def test_a_run_stopped_before_its_first_shard_holds_nothing_against_another(shor
     stopped = tmp_path / "stopped"
     next(extract(short, data, {"f": FACES["joy"]}, stopped))
     assert not stopped.exists()  # an exception takes everything back; a kill cannot
-    stage._begin(out, {"faces": "of another run", "batch_tokens": 1}, short)
+    RewardsWriter(out, {"faces": "of another run"}).begin(1, short.tokenizer)
     list(extract(short, data, {"f": FACES["safe"]}, out))
     assert read(out) == read(whole)
 

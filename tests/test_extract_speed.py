@@ -15,8 +15,9 @@ from llmdoctor.models import Patient, load_patient
 from llmdoctor.records import FacePair
 from llmdoctor.settings import DataSettings
 from llmdoctor.text import prompt_ids, with_system
-from llmdoctor.token_rewards.extract import extract, fitting_batch_tokens
+from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.folder import RewardsFolder
+from llmdoctor.token_rewards.scoring import fitting_batch_tokens
 
 FACES = {"kind": FacePair("Be kind.", "Be rude."), "exact": FacePair("Be very exact, always.", "Guess.")}
 RECORDS: list[dict[str, Any]] = [
@@ -102,7 +103,7 @@ def test_shared_prompts_change_no_score(
             best = liking.clone()
             best[steps, response] = -torch.inf
             np.testing.assert_allclose(liking[steps, scores.alternative_ids], best.amax(dim=1), atol=5e-5)
-    if batch_tokens == 1 and shares is not None:  # every unit is a batch: a row a face, padded to the longest face
+    if batch_tokens == 1 and shares is not None:  # every unit is a batch: a row per face, padded to the longest face
         wanted = []
         for record, pair in zip(RECORDS, pairs, strict=True):
             prompt = max(len(faced(patient, record, s)) for f in FACES.values() for s in (f.positive, f.negative))

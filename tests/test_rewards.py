@@ -10,7 +10,8 @@ import pytest
 from llmdoctor.errors import UsageError
 from llmdoctor.records import PairScores, Side, TokenScores
 from llmdoctor.settings import RewardSettings
-from llmdoctor.token_rewards.formula import alternative_rewards, face_weights, token_rewards
+from llmdoctor.token_rewards.fit import face_weights
+from llmdoctor.token_rewards.formula import alternative_rewards, token_rewards
 
 # tanh of 1/4, 1/2, 1, 2
 Q, H, ONE, TWO = 0.2449187, 0.4621172, 0.7615942, 0.9640276

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
-from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
+from llmdoctor.files import atomic_path, ensure_replaceable, locked, read_json, write_json
 from llmdoctor.records import PairScores, Side, TokenScores
 from llmdoctor.token_rewards.folder import SCHEMA_VERSION, RewardsFolder, shard_paths, write_shard
 
@@ -272,3 +274,32 @@ def test_json_never_holds_what_other_programs_cannot_read(tmp_path):
 def test_missing_json_is_a_load_error(tmp_path):
     with pytest.raises(LoadError, match="No such file"):
         read_json(tmp_path / "nothing.json")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from llmdoctor.files import locked
+
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_lock_is_refused_at_once_and_ends_with_the_process_that_holds_it(tmp_path):
+    """Killed, it leaves its lock file and half a meta.json: the next holder takes the one and removes the other."""
+    folder = tmp_path / "made" / "here"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="another extract is writing to"), locked(folder):
+            pass
+        (folder / ".meta.json.0a1b2c3d.partial").write_text("{")
+        holder.kill()
+    assert len(list(folder.iterdir())) == 2
+    with locked(folder):
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert list(folder.iterdir()) == [], "it was there before: it stays"
+    with locked(tmp_path / "new" / "folder"):
+        pass
+    assert not (tmp_path / "new").exists()

@@ -25,8 +25,9 @@ from llmdoctor.models import load_patient
 from llmdoctor.records import FacePair, PairScores, TokenScores, TrainStep
 from llmdoctor.settings import DataSettings, RewardSettings, TrainSettings
 from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
-from llmdoctor.token_rewards.formula import alternative_rewards, face_weights, token_rewards
+from llmdoctor.token_rewards.formula import alternative_rewards, token_rewards
 from llmdoctor.training.doctor import Doctor, load_doctor, new_doctor
 from llmdoctor.training.train import TFPOTrainer, hold_out, last_checkpoint, sides, train
 

@@ -1,4 +1,4 @@
-"""Stage 1's two log-probs for one answer that somebody wrote, without a data set or a folder."""
+"""Stage 1 for a single answer, without a data set or a folder."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,11 +19,13 @@ def score_answer(
     *,
     side: Side = "chosen",
 ) -> TokenScores:
-    """What the patient thinks of every token of ``answer`` to ``prompt`` under every face; the end of turn too.
+    """The patient's log-probs of every token of ``answer`` to ``prompt`` under every face, the end of turn included.
 
-    The numbers are those that ``extract`` stores; the alternatives are left out (arrays of length 0). Two forwards a
-    face pair, one at a time. Raises UsageError (no faces, an empty answer, longer than the patient's context),
-    DataError (a chat template that refuses), LoadError (log-probs that are not numbers).
+    They are those that ``extract`` stores; the alternatives are left out (arrays of length 0). Two forwards per face
+    pair, one at a time.
+
+    Raises UsageError (no faces, an empty answer, longer than the patient's context), DataError (a chat template that
+    refuses), LoadError (a tokenizer without an end-of-sequence token, log-probs that are not numbers).
     """
     if not faces:
         raise UsageError("expected at least one face pair, got none: name one with --face")
@@ -35,20 +37,7 @@ def score_answer(
     nothing = np.zeros(0, dtype=np.float32)
 
     def score(system: str) -> Floats:
-        faced = prompt_ids(tokenizer, with_system(messages, system))
-        if len(faced) + len(response) > patient.context:
-            raise UsageError(
-                f"face, prompt and answer have {len(faced) + len(response)} tokens, more than the patient's context of "
-                f"{patient.context}: shorten them"
-            )
-        ids_1_L = torch.tensor([faced + response], device=patient.model.device)
-        with torch.inference_mode():
-            hidden_T_H = lm.hidden(ids_1_L, torch.ones_like(ids_1_L))[0, len(faced) - 1 : -1]
-            logprobs_T = token_log_probs(lm, hidden_T_H, ids_1_L[0, len(faced) :], patient.vocabulary)
-        found: Floats = logprobs_T.float().cpu().numpy()
-        if np.isnan(found).any():
-            raise LoadError(not_numbers(f"the log-probs of the patient {patient.name}"))
-        return found
+        return _log_probs(patient, lm, prompt_ids(tokenizer, with_system(messages, system)), response)
 
     return TokenScores(
         pair_id="",
@@ -61,3 +50,21 @@ def score_answer(
         alternative_positive=dict.fromkeys(faces, nothing),
         alternative_negative=dict.fromkeys(faces, nothing),
     )
+
+
+def _log_probs(patient: Patient, lm: SplitLM, prompt: list[int], response: list[int]) -> Floats:
+    """The patient's log-prob of every response token after the prompt [T]."""
+    if len(prompt) + len(response) > patient.context:
+        raise UsageError(
+            f"face, prompt and answer have {len(prompt) + len(response)} tokens, more than the patient's context of "
+            f"{patient.context}: shorten them"
+        )
+    ids_1_L = torch.tensor([prompt + response], device=patient.model.device)
+    with torch.inference_mode():
+        # The hidden state before each response token: from the prompt's last token to the response's last but one.
+        hidden_T_H = lm.hidden(ids_1_L, torch.ones_like(ids_1_L))[0, len(prompt) - 1 : -1]
+        logprobs_T = token_log_probs(lm, hidden_T_H, ids_1_L[0, len(prompt) :], patient.vocabulary)
+    found: Floats = logprobs_T.float().cpu().numpy()
+    if np.isnan(found).any():
+        raise LoadError(not_numbers(f"the log-probs of the patient {patient.name}"))
+    return found

@@ -1,8 +1,8 @@
 """The rewards folder: what stage 1 writes and stage 2 reads.
 
-It holds ``meta.json`` (written last), ``rewards-00000.parquet``, ... and ``tokenizer/``. A shard has two
-rows a preference pair, chosen then rejected, and for every face pair the two log-probs of every token. ``meta.json``
-holds the sha256 of every shard; until it is written, ``rewards-00000.sha256``, ... do.
+It holds ``meta.json`` (written last), ``rewards-00000.parquet``, ... and ``tokenizer/``. A shard has two rows per
+preference pair, chosen then rejected, with the two log-probs of every token under every face pair. ``meta.json`` holds
+the sha256 of every shard; until it is written, ``rewards-00000.sha256``, ... do.
 """
 
 import re
@@ -30,12 +30,12 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def shard_path(folder: Path, index: int) -> Path:
-    """Where shard number ``index`` of a rewards folder stands."""
+    """The path of shard number ``index`` of a rewards folder."""
     return folder / f"rewards-{index:05d}.parquet"
 
 
 def require_checksum(path: Path, checksum: str) -> None:
-    """Raise LoadError, naming the file, when its bytes are not those that ``checksum`` was taken of."""
+    """Raise LoadError, naming the file, when its bytes do not have this sha256."""
     if file_checksum(path) != checksum:
         raise LoadError(
             f"{path} is damaged: its bytes do not match their checksum. Delete it and run the same extract command "
@@ -44,7 +44,7 @@ def require_checksum(path: Path, checksum: str) -> None:
 
 
 def write_shard(folder: Path, index: int, pairs: Sequence[PairScores], faces: Sequence[str]) -> Path:
-    """Write ``pairs`` as shard number ``index`` of a rewards folder, atomically."""
+    """Write ``pairs`` as shard number ``index`` of a rewards folder, atomically. Raises StorageError."""
     rows = [scores for pair in pairs for scores in (pair.chosen, pair.rejected)]
     ids, logprobs = pa.list_(pa.int32()), pa.list_(pa.float32())
     columns: dict[str, pa.Array] = {
@@ -66,11 +66,11 @@ def write_shard(folder: Path, index: int, pairs: Sequence[PairScores], faces: Se
 
 
 def read_shard(path: Path, faces: Sequence[str]) -> Iterator[PairScores]:
-    """Stream the pairs of one shard; `LoadError` when it is damaged or lacks a face."""
+    """Stream the pairs of one shard. Raises LoadError when it is damaged or lacks a face."""
     try:
         with pq.ParquetFile(path) as shard:
             rows = (row for batch in shard.iter_batches(_ROWS_AT_A_TIME) for row in _rows(batch, faces))
-            for chosen, rejected in zip(rows, rows, strict=True):
+            for chosen, rejected in zip(rows, rows, strict=True):  # one iterator twice: two rows at a time
                 if (chosen.side, rejected.side) != _SIDES or chosen.pair_id != rejected.pair_id:
                     raise ValueError(f"the two rows of pair {chosen.pair_id} are not together")
                 yield PairScores(chosen, rejected)
@@ -97,7 +97,7 @@ def _rows(batch: pa.RecordBatch, faces: Sequence[str]) -> Iterator[TokenScores]:
 
 def _split(column: pa.ListArray) -> list[np.ndarray[Any, Any]]:
     values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
-    # Copies: Arrow's own memory is read-only (torch.from_numpy warns), and a view would keep the whole batch alive.
+    # Copies: Arrow's own memory is read-only, of which torch.from_numpy warns, and a view keeps the whole batch alive.
     return [values[start:stop].copy() for start, stop in pairwise(offsets)]
 
 
@@ -111,7 +111,8 @@ def _damaged(path: Path, error: Exception) -> LoadError:
 class RewardsFolder:
     """A finished rewards folder, opened for reading; iterating streams its `PairScores`.
 
-    A shard whose bytes are not what extract wrote is a `LoadError` that names it, before its first pair is given.
+    Raises LoadError for a folder that is absent, unfinished or damaged. A shard whose bytes are not what extract wrote
+    is refused by name before its first pair.
     """
 
     path: Path
@@ -134,7 +135,7 @@ class RewardsFolder:
         for shard in self._shards:
             if checksum := self._unchecked.get(shard):
                 require_checksum(shard, checksum)
-                del self._unchecked[shard]  # read again and again in training: once is enough
+                del self._unchecked[shard]  # training reads it many times: checking it once is enough
             yield from read_shard(shard, self.faces)
 
 

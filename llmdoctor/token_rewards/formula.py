@@ -4,8 +4,9 @@
     S_t   = tanh(|gap_t| / (mean_j |gap_j| + eps) / tau)
     r_t   = direction_t * S_t * 1[S_t > theta]
 
-Departure from the paper: ``direction`` may be the sign of the gap itself (and is, by default), not only the label of
-the whole response; see README for what that changes. Several face pairs are averaged, or weighted by the fit.
+Departures from the paper: ``direction`` may be the sign of the gap itself, and is by default, where the paper takes the
+label of the whole response; the README shows what that changes. Several face pairs are averaged, or weighted by the fit
+(`llmdoctor.token_rewards.fit`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmdoctor.errors import UsageError
-from llmdoctor.records import Floats, PairScores, TokenRewards, TokenScores
+from llmdoctor.records import Floats, TokenRewards, TokenScores
 from llmdoctor.settings import RewardSettings
 
 
@@ -23,9 +24,9 @@ def gap(scores: TokenScores, face: str) -> Floats:
     return scores.positive[face] - scores.negative[face]
 
 
-def importance(gaps: Floats, scale: float | Floats, tau: float) -> Floats:
-    """S_t = tanh(|gap_t| / scale / tau) [T], in [0, 1); ``scale`` is the response's mean |gap| + eps."""
-    return np.tanh(np.abs(gaps) / scale / tau).astype(np.float32)
+def importance(gaps_T: Floats, scale: float | Floats, tau: float) -> Floats:
+    """S_t = tanh(|gap_t| / scale / tau) [T], in [0, 1); for ``scale`` see `_scale`."""
+    return np.tanh(np.abs(gaps_T) / scale / tau).astype(np.float32)
 
 
 def face_signal(scores: TokenScores, face: str, settings: RewardSettings, *, alternative: bool = False) -> Floats:
@@ -33,11 +34,16 @@ def face_signal(scores: TokenScores, face: str, settings: RewardSettings, *, alt
 
     With ``alternative`` it is that of the alternative token at each position, on the scale of the response itself.
     """
-    gaps = gap(scores, face)
-    scale = float(np.abs(gaps).mean()) + settings.eps
+    gaps_T = gap(scores, face)
+    scale = _scale(gaps_T, settings)
     if alternative:
-        gaps = scores.alternative_positive[face] - scores.alternative_negative[face]
-    return _signed(gaps, importance(gaps, scale, settings.tau), settings.theta)
+        gaps_T = scores.alternative_positive[face] - scores.alternative_negative[face]
+    return _signed(gaps_T, importance(gaps_T, scale, settings.tau), settings.theta)
+
+
+def _scale(gaps_T: Floats, settings: RewardSettings) -> float:
+    """The response's mean |gap| + eps, which makes importance comparable between responses and face pairs."""
+    return float(np.abs(gaps_T).mean()) + settings.eps
 
 
 def _signed(gaps: Floats, strength: Floats, theta: float) -> Floats:
@@ -48,14 +54,14 @@ def face_sums(scores: TokenScores, faces: Sequence[str], settings: RewardSetting
     """Sum_t g_t under every face pair [F], all at once; nan for one whose log-probs are not all finite."""
     gaps_F_T = np.stack([gap(scores, face) for face in faces])
     scale_F_1 = np.abs(gaps_F_T).mean(axis=1, keepdims=True) + np.float32(settings.eps)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # infinity / infinity: the nan below
         strength_F_T = importance(gaps_F_T, scale_F_1, settings.tau)
     sums_F = _signed(gaps_F_T, strength_F_T, settings.theta).sum(axis=1, dtype=np.float64)
     return np.where(np.isfinite(scale_F_1[:, 0]), sums_F, np.nan)
 
 
 def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...]:
-    """The face pairs that count: those of ``settings``, or all of ``faces``; UsageError for one that is not there."""
+    """The face pairs in use: those of ``settings``, or all of ``faces``. Raises UsageError for an unknown one."""
     known = tuple(faces)
     names = settings.faces or known
     if missing := [name for name in names if name not in known]:
@@ -63,40 +69,23 @@ def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...
     return names
 
 
-def face_weights(pairs: Iterable[PairScores], faces: Iterable[str], settings: RewardSettings) -> dict[str, float]:
-    """The weight of every face pair: its Bradley-Terry coefficient for direction "fitted", otherwise 1 / F.
-
-    Raises UsageError when ``settings.faces`` names a face pair that is not among ``faces``, and DataError when fitted
-    log-probs are not finite numbers.
-    """
-    names = face_names(faces, settings)
-    if settings.direction != "fitted":
-        return dict.fromkeys(names, 1.0 / len(names))
-    from llmdoctor.token_rewards.diagnosis import (  # which itself reads the signals of this module
-        bradley_terry,
-        features,
-    )
-
-    return dict(zip(names, bradley_terry(features(pairs, names, settings)[0]).tolist(), strict=True))
-
-
 def token_rewards(scores: TokenScores, settings: RewardSettings, weights: Mapping[str, float]) -> TokenRewards:
-    """The reward of every token of a response, from the stored log-probs and the weights of ``face_weights``."""
+    """The reward of every token of a response, from the stored log-probs and the weights of ``fit.face_weights``."""
     label = np.float32(1.0 if scores.side == "chosen" else -1.0)
-    total = np.zeros(len(scores.response_ids), dtype=np.float32)
-    gaps, strength = np.zeros_like(total), np.zeros_like(total)
+    rewards_T = np.zeros(len(scores.response_ids), dtype=np.float32)
+    gaps_T, importance_T = np.zeros_like(rewards_T), np.zeros_like(rewards_T)
     for face, weight in weights.items():
-        signal = face_signal(scores, face, settings)
+        signal_T = face_signal(scores, face, settings)
         if settings.direction == "label":
-            signal = label * np.abs(signal)
+            signal_T = label * np.abs(signal_T)
         elif settings.direction == "agree":
-            signal = np.where(np.sign(signal) == label, signal, np.float32(0))
-        face_gaps = gap(scores, face)
-        total += np.float32(weight) * signal
-        gaps += np.float32(weight) * face_gaps
-        scale = float(np.abs(face_gaps).mean()) + settings.eps
-        strength += np.float32(abs(weight)) * importance(face_gaps, scale, settings.tau)
-    return TokenRewards(scores, total, gaps, strength)
+            signal_T = np.where(np.sign(signal_T) == label, signal_T, np.float32(0))
+        own_T = gap(scores, face)
+        rewards_T += np.float32(weight) * signal_T
+        gaps_T += np.float32(weight) * own_T
+        # A negative weight turns the reward around; it does not make the token less important.
+        importance_T += np.float32(abs(weight)) * importance(own_T, _scale(own_T, settings), settings.tau)
+    return TokenRewards(scores, rewards_T, gaps_T, importance_T)
 
 
 def alternative_rewards(scores: TokenScores, settings: RewardSettings, weights: Mapping[str, float]) -> Floats | None:
@@ -106,6 +95,6 @@ def alternative_rewards(scores: TokenScores, settings: RewardSettings, weights: 
     """
     if settings.direction in {"label", "agree"}:
         return None
-    signals = [np.float32(w) * face_signal(scores, f, settings, alternative=True) for f, w in weights.items()]
-    total: Floats = np.sum(signals, axis=0, dtype=np.float32)
-    return total
+    signals_F_T = [np.float32(w) * face_signal(scores, f, settings, alternative=True) for f, w in weights.items()]
+    rewards_T: Floats = np.sum(signals_F_T, axis=0, dtype=np.float32)
+    return rewards_T

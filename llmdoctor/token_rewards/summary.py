@@ -1,6 +1,6 @@
-"""What a rewards folder says in numbers: whether its faces work on this patient, what they reward, in constant memory.
+"""A rewards folder in numbers: whether its faces work on this patient, and what they reward.
 
-Everything is counted in one pass over streamed pairs; nothing grows with their number.
+Everything is counted in one pass over streamed pairs, in memory that does not grow with their number.
 """
 
 import heapq
@@ -12,37 +12,80 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmdoctor.records import PairScores, TokenRewards
+from llmdoctor.records import Floats, PairScores, TokenRewards
+from llmdoctor.token_rewards.formula import gap
 
 HARDLY = 0.15
-"""Root mean square gap, nats a token, below which two faces hardly differ.
+"""Root mean square gap, in nats per token, below which two faces hardly differ.
 
 Measured: 0.42 and 0.24 for the clinic's two face pairs on its own pairs, 0.094 for `helpful` on a Llama of 260k
-parameters that does not follow system prompts, over HH-RLHF pairs; this is the geometric middle of the last two. The
-mean absolute gap tells them apart less well (0.081 and 0.048 against 0.033): faces that work decide a few tokens.
+parameters that does not follow system prompts, over HH-RLHF pairs; this is the geometric mean of the last two. The
+mean absolute gap separates them less well (0.081 and 0.048 against 0.033): faces that work decide a few tokens.
 """
 
 EDGES = (-3.0, -1.0, -0.3, -0.1, -0.03, 0.03, 0.1, 0.3, 1.0, 3.0)
 _WORDS_KEPT = 100_000  # distinct spellings remembered; beyond twice as many, those that earned least are forgotten
-_MARKS = (
-    "Ġ",
-    "▁",
-    "Ċ",
-    "ĉ",
-    " ",
-    "\n",
-    "\t",
-    "<0x0A>",
-)  # how tokenizers write the white space that a token begins with
+# How tokenizers write the white space that a token begins with.
+_MARKS = ("Ġ", "▁", "Ċ", "ĉ", " ", "\n", "\t", "<0x0A>")
+
+
+class _GapSums:
+    """Running sums over the gaps of pairs, in float64; rates are 0 where nothing was counted."""
+
+    def __init__(self) -> None:
+        self.pairs = self.tokens = 0
+        self._positive = 0
+        self._absolute = self._square = self._agreed = 0.0
+
+    def add(self, chosen_T: Floats, rejected_T: Floats) -> None:
+        """Count one pair."""
+        sums = []
+        for gaps_T in (chosen_T.astype(np.float64), rejected_T.astype(np.float64)):
+            sums.append(float(gaps_T.sum()))
+            self.tokens += len(gaps_T)
+            self._positive += int((gaps_T > 0).sum())
+            self._absolute += float(np.abs(gaps_T).sum())
+            self._square += float(gaps_T @ gaps_T)
+        self.pairs += 1
+        self._agreed += float(1 + np.sign(sums[0] - sums[1])) / 2
+
+    @property
+    def mean_abs(self) -> float:
+        """Mean |gap|, in nats per token."""
+        return self._absolute / max(self.tokens, 1)
+
+    @property
+    def rms(self) -> float:
+        """Root mean square gap, in nats per token."""
+        return math.sqrt(self._square / max(self.tokens, 1))
+
+    @property
+    def share_positive(self) -> float:
+        """The part of the tokens whose gap is above 0."""
+        return self._positive / max(self.tokens, 1)
+
+    @property
+    def agreement(self) -> float:
+        """The part of the pairs whose chosen response has the greater sum of gaps; ties count half."""
+        return self._agreed / max(self.pairs, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class FaceDifference:
-    """How far the two faces of one pair are apart on this patient, in nats a token."""
+    """How the two faces of one pair differ on this patient, over ``pairs`` pairs of ``tokens`` response tokens.
+
+    ``rms_gap`` and ``mean_abs_gap`` are in nats per token. ``share_positive`` is the part of the tokens that the
+    positive face finds likelier; ``agreement`` the part of the pairs whose chosen response has the greater sum of gaps
+    (ties count half).
+    """
 
     name: str
     rms_gap: float
     mean_abs_gap: float
+    share_positive: float
+    agreement: float
+    pairs: int
+    tokens: int
 
     @property
     def hardly(self) -> bool:
@@ -50,33 +93,41 @@ class FaceDifference:
         return self.rms_gap < HARDLY
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return {**asdict(self), "hardly_differ": self.hardly}
+        """What ``--json`` says of it: how far the faces are apart."""
+        return {
+            "name": self.name,
+            "rms_gap": self.rms_gap,
+            "mean_abs_gap": self.mean_abs_gap,
+            "hardly_differ": self.hardly,
+        }
+
+    def statistics(self) -> dict[str, float]:
+        """What meta.json holds of it."""
+        kept = {name: getattr(self, name) for name in ("mean_abs_gap", "share_positive", "agreement")}
+        return {name: round(value, 6) for name, value in kept.items()}
 
 
 class FaceDifferences:
-    """Adds up, pair after pair, how much the faces differ."""
+    """Adds up, pair by pair, how the faces differ."""
 
     def __init__(self, faces: Sequence[str]) -> None:
-        self._sums = {face: np.zeros(3) for face in faces}  # tokens, sum |gap|, sum gap^2
+        self._sums = {face: _GapSums() for face in faces}
 
     def add(self, pair: PairScores) -> None:
-        """Count the tokens of both responses."""
-        for face in self._sums:
-            for side in (pair.chosen, pair.rejected):
-                gaps = np.abs(side.positive[face] - side.negative[face]).astype(np.float64)
-                self._sums[face] += (len(gaps), gaps.sum(), gaps @ gaps)
+        """Count one pair."""
+        for face, sums in self._sums.items():
+            sums.add(gap(pair.chosen, face), gap(pair.rejected, face))
 
     def result(self) -> tuple[FaceDifference, ...]:
-        """One record a face pair, in the order given; zeros where no token was counted."""
+        """One record per face pair, in the order given; zeros where no pair was counted."""
         return tuple(
-            FaceDifference(face, math.sqrt(square / max(tokens, 1)), absolute / max(tokens, 1))
-            for face, (tokens, absolute, square) in self._sums.items()
+            FaceDifference(face, s.rms, s.mean_abs, s.share_positive, s.agreement, s.pairs, s.tokens)
+            for face, s in self._sums.items()
         )
 
 
 def face_differences(pairs: Iterable[PairScores], faces: Sequence[str]) -> tuple[FaceDifference, ...]:
-    """How much the two faces of every face pair differ over all tokens of ``pairs``."""
+    """How the two faces of every face pair differ over all ``pairs``."""
     counted = FaceDifferences(faces)
     for pair in pairs:
         counted.add(pair)
@@ -94,13 +145,13 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Of many responses at given reward settings.
+    """Many pairs at given reward settings; gaps are in nats, weighted over the face pairs.
 
     ``share_rewarded`` is the part of the tokens with a reward above 0, ``share_punished`` below 0. ``gaps`` counts the
-    tokens between consecutive `EDGES` (and beyond either end), in nats. ``agreement`` is the part of the pairs whose
-    chosen response has the greater sum of gaps (ties count half), ``token_agreement`` the part of the tokens with a
-    reward whose gap has the sign of their side's label. ``rewarded`` and ``punished`` are the words that earned and
-    lost most over all their occurrences.
+    tokens between consecutive `EDGES` (and beyond either end). ``agreement`` is the part of the pairs whose chosen
+    response has the greater sum of gaps (ties count half), ``token_agreement`` the part of the tokens with a reward
+    whose gap has the sign of their side's label. ``rewarded`` and ``punished`` are the words that earned and lost most
+    over all their occurrences.
     """
 
     pairs: int
@@ -120,11 +171,11 @@ class Statistics:
         return {**asdict(self), "gap_edges": EDGES}
 
 
-class Counter:
-    """Adds up `Statistics`, pair after pair.
+class RewardCounter:
+    """Adds up `Statistics`, pair by pair, in constant memory.
 
     ``spellings`` [V] is how the tokenizer writes every token id (see `word_starts`), ``text_of`` turns ids into text,
-    ``special`` are the ids that stand for no text.
+    ``special`` are the ids that have no text.
     """
 
     def __init__(
@@ -133,35 +184,29 @@ class Counter:
         self._begins_V, self._alone_V = word_starts(spellings, special)
         self._text_of = text_of
         self._words: dict[bytes, list[float]] = {}
+        self._sums = _GapSums()
         self._gaps = np.zeros(len(EDGES) + 1, dtype=np.int64)
-        self._pairs = self._tokens = self._rewarded = self._punished = self._alike = 0
-        self._agreed = self._absolute = self._square = 0.0
+        self._rewarded = self._punished = self._alike = 0
 
     def add(self, chosen: TokenRewards, rejected: TokenRewards) -> None:
         """Count one pair."""
-        self._pairs += 1
-        sums = []
+        self._sums.add(chosen.gaps, rejected.gaps)
         for item, label in ((chosen, 1), (rejected, -1)):
-            gaps = item.gaps.astype(np.float64)
-            sums.append(float(gaps.sum()))
-            self._tokens += len(gaps)
-            self._absolute += float(np.abs(gaps).sum())
-            self._square += float(gaps @ gaps)
-            self._gaps += np.bincount(np.searchsorted(EDGES, gaps), minlength=len(self._gaps))
+            self._gaps += np.bincount(np.searchsorted(EDGES, item.gaps), minlength=len(self._gaps))
             self._rewarded += int((item.rewards > 0).sum())
             self._punished += int((item.rewards < 0).sum())
-            self._alike += int((gaps[item.rewards != 0] * label > 0).sum())
+            self._alike += int((item.gaps[item.rewards != 0] * label > 0).sum())
             self._count_words(item)
-        self._agreed += (1 + np.sign(sums[0] - sums[1])) / 2
 
     def _count_words(self, item: TokenRewards) -> None:
+        """Add the reward of every word of a response to its spelling's sum."""
         ids = item.scores.response_ids
         if not item.rewards.any():
             return
         alone = self._alone_V[ids]
         starts = self._begins_V[ids] | alone
         starts[0] = True
-        starts[1:] |= alone[:-1]
+        starts[1:] |= alone[:-1]  # after a word of its own another begins, whatever its spelling
         firsts = np.flatnonzero(starts)
         sums = np.add.reduceat(item.rewards.astype(np.float64), firsts)
         ends = [*firsts[1:].tolist(), len(ids)]
@@ -175,24 +220,24 @@ class Counter:
 
     def result(self, words: int = 12) -> Statistics:
         """What was counted so far, with the ``words`` most rewarded and most punished words."""
-        tokens, paid = max(self._tokens, 1), max(self._rewarded + self._punished, 1)
+        sums, tokens, paid = self._sums, max(self._sums.tokens, 1), max(self._rewarded + self._punished, 1)
         spelt: dict[str, list[float]] = {}
         for key, (reward, count) in self._words.items():
-            # spellings of one word come together: with and without the space before it, upper and lower case
+            # Spellings of one word are added up: with and without the space before it, upper and lower case.
             entry = spelt.setdefault(self._text_of(np.frombuffer(key, np.int32).tolist()).strip().lower(), [0.0, 0])
             entry[0] += reward
             entry[1] += count
         spelt.pop("", None)
         made = [Word(text, round(reward, 4), int(count)) for text, (reward, count) in spelt.items()]
         return Statistics(
-            pairs=self._pairs,
-            tokens=self._tokens,
+            pairs=sums.pairs,
+            tokens=sums.tokens,
             share_rewarded=self._rewarded / tokens,
             share_punished=self._punished / tokens,
-            mean_abs_gap=self._absolute / tokens,
-            rms_gap=math.sqrt(self._square / tokens),
+            mean_abs_gap=sums.mean_abs,
+            rms_gap=sums.rms,
             gaps=tuple(self._gaps.tolist()),
-            agreement=self._agreed / max(self._pairs, 1),
+            agreement=sums.agreement,
             token_agreement=self._alike / paid,
             rewarded=tuple(sorted((w for w in made if w.reward > 0), key=lambda w: (-w.reward, w.text))[:words]),
             punished=tuple(sorted((w for w in made if w.reward < 0), key=lambda w: (w.reward, w.text))[:words]),
@@ -202,7 +247,9 @@ class Counter:
 def word_starts(
     spellings: Sequence[str | None], special: Iterable[int] = ()
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """For every token id: whether a word begins with it, and whether it is a word of its own (punctuation, special).
+    """For every token id [V]: whether a word begins with it, and whether it is a word of its own.
+
+    Punctuation and special tokens are words of their own.
 
     ``spellings`` are the tokenizer's own, in which a leading white space shows as Ġ, ▁ or itself.
     """
@@ -213,6 +260,7 @@ def word_starts(
 
 
 def _bare(spelling: str | None) -> str:
+    """A spelling without its marks of white space."""
     return (spelling or "").lstrip("Ġ▁Ċĉ \n\t").replace("Ċ", "").removeprefix("<0x0A>")
 
 

@@ -35,8 +35,9 @@ from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_js
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint, pick_device
 from llmdoctor.records import PairScores, TokenScores, TrainStep
 from llmdoctor.settings import RewardSettings, TrainSettings
+from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
-from llmdoctor.token_rewards.formula import alternative_rewards, face_weights, token_rewards
+from llmdoctor.token_rewards.formula import alternative_rewards, token_rewards
 from llmdoctor.training.doctor import MARKER, Doctor, DoctorOutput, new_doctor, save_doctor
 from llmdoctor.training.losses import anchored, log_flow, state_mask, subtb, value_discrimination
 

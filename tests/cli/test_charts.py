@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from llmdoctor.cli import charts
 from llmdoctor.cli.render import scale_colour
+from llmdoctor.cli.terminal import clean
 from llmdoctor.token_rewards.diagnosis import Diagnosis, Estimate, Example, FaceDiagnosis
 
 NASTY = "<script>alert(1)</script>\x1b[31m[bold]&\"'"
@@ -105,11 +108,27 @@ def test_a_terminal_shows_sign_and_interval_without_colour(diagnosis, width):
     assert "faces and length" in text
 
 
+def bars(picture: str) -> dict[str, tuple[float, float, str]]:
+    """Left end, right end and colour of every bar of a drawing, in points."""
+    shape = r'<g id="((?:face|held-out)-\d+)">\s*<path d="([^"]+)"[^>]*style="[^"]*fill: (#\w+)'
+    found = {}
+    for name, path, colour in re.findall(shape, picture):
+        across = [float(x) for x in re.findall(r"[ML] (-?[\d.]+) ", path)]
+        found[name] = (min(across), max(across), colour)
+    return found
+
+
+def intervals(picture: str) -> dict[str, tuple[float, float]]:
+    """Both ends of every interval of a drawing, in points."""
+    shape = r'<g id="((?:face|held-out)-interval-\d+)">\s*<path d="M (-?[\d.]+) -?[\d.]+ \s*L (-?[\d.]+) '
+    return {name: (float(low), float(high)) for name, low, high in re.findall(shape, picture)}
+
+
 def test_blue_is_rewarded_orange_is_punished_grey_is_unsure(diagnosis):
     red, green, blue = (int(scale_colour(-0.5, 1.25)[i : i + 2], 16) for i in (1, 3, 5))
-    picture = charts.svg_diagnosis(diagnosis)
-    fills = re.findall(r'<rect x=[^>]*fill="(#\w+)"', picture)
-    kind, safe, brief = (tuple(int(fill[i : i + 2], 16) for i in (1, 3, 5)) for fill in fills[:3])
+    drawn = bars(charts.svg_diagnosis(diagnosis))
+    fills = [drawn[f"face-{row}"][2] for row in range(3)]
+    kind, safe, brief = (tuple(int(fill[i : i + 2], 16) for i in (1, 3, 5)) for fill in fills)
     assert kind[2] > kind[0]
     assert brief[0] > brief[2]
     assert "#" + "".join(f"{c:02x}" for c in safe) == scale_colour(0, 1)
@@ -119,24 +138,79 @@ def test_blue_is_rewarded_orange_is_punished_grey_is_unsure(diagnosis):
     assert green < red
 
 
-def bars(picture: str) -> list[tuple[float, float]]:
-    return [(float(x), float(w)) for x, w in re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)"', picture)]
-
-
 def test_the_svg_is_drawn_to_scale_and_fetches_nothing(diagnosis):
-    """The limit 1.25 is 210 units: kind 1.0 is 168 to the right of 390, brief -0.5 is 84 to the left."""
+    """Half an axis is 126 points, zero at 244.8 and the limit 1.25: kind 1.0 is 100.8 to the right, brief -0.5 50.4
+    to the left; 75% of the pairs is half way from 50% to 100%."""
     picture = charts.svg_diagnosis(diagnosis)
     ElementTree.fromstring(picture)
-    assert bars(picture)[0] == (390.0, 168.0)
-    assert bars(picture)[2] == (306.0, 84.0)
-    assert bars(picture)[3] == (390.0, 105.0)  # 75% of the pairs: half way from 50% to 100%
-    assert re.sub(r'xmlns="http://www.w3.org/2000/svg"', "", picture).count("http") == 0
+    drawn = {name: ends[:2] for name, ends in bars(picture).items()}
+    assert drawn["face-0"] == pytest.approx((244.8, 345.6))
+    assert drawn["face-2"] == pytest.approx((194.4, 244.8))
+    assert drawn["held-out-0"] == pytest.approx((244.8, 307.8))
+    assert len(drawn) == 6
+    ends = intervals(picture)
+    assert ends["face-interval-0"] == pytest.approx((244.8 + 75.6, 244.8 + 126))
+    assert ends["face-interval-2"] == pytest.approx((244.8 - 63, 244.8 - 37.8))
+    assert ends["held-out-interval-1"] == pytest.approx((244.8 - 12.6, 244.8 + 12.6))
+    assert re.sub(r'xmlns(:xlink)?="http[^"]+"', "", picture).count("http") == 0
+    assert all(target.startswith("#") for target in re.findall(r"(?:href=|src=|url\()[\"']?([^\"')]*)", picture))
     assert "These preferences reward kind." in picture
+
+
+def test_the_svg_says_every_number_as_text(diagnosis):
+    """Top to bottom: the most rewarded first, with the same words as the plain form."""
+    texts = [
+        "".join(text.itertext()).strip()
+        for text in ElementTree.fromstring(charts.svg_diagnosis(diagnosis)).iter()
+        if text.tag.endswith("}text")
+    ]
+    names = [text for text in texts if text in {"kind", "safe", "brief"}]
+    assert names == ["kind", "safe", "brief"]
+    for said in (
+        "← punished   rewarded →",
+        "+1.00 (+0.75 to +1.25)",
+        "+0.50 (+0.38 to +0.62)",
+        "25%",
+        "62.5%",
+        "chance 50%",
+        "length alone",
+        "50.0% (45.0% to 55.0%)",
+        "1500 pairs, tau 1, theta 0.5; 1000 bootstrap resamples, 10 folds, seed 0",
+    ):
+        assert said in texts
+
+
+def test_the_command_line_starts_without_matplotlib():
+    code = "import sys, llmdoctor.cli.main, llmdoctor.cli.inspect; print([m for m in sys.modules if 'matplotlib' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_same_diagnosis_is_the_same_drawing(diagnosis):
+    assert charts.svg_diagnosis(diagnosis) == charts.svg_diagnosis(diagnosis)
+    assert charts.html_diagnosis(diagnosis) == charts.html_diagnosis(diagnosis)
+
+
+def test_the_drawing_on_a_page_takes_the_colour_of_its_text(diagnosis):
+    """A page may be dark: nothing but the bars has a colour of its own."""
+    page = charts.html_diagnosis(diagnosis)
+    own = {colour.lower() for colour in re.findall(r"#[0-9a-fA-F]{6}\b", page)}
+    assert own == {colour for _, _, colour in bars(page).values()}
+    assert "currentColor" in page
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["costs $1 or $2", "礼貌 👩‍⚕️ مؤدب", "_^{}\\frac"])
+def test_any_name_is_drawn_as_it_is(diagnosis, name):
+    one = replace(diagnosis, faces=(face(name, 1.0, 0.25),))
+    texts = ["".join(text.itertext()) for text in ElementTree.fromstring(charts.svg_diagnosis(one)).iter()]
+    assert any(clean(name) in text for text in texts)
 
 
 def test_the_html_holds_the_same_drawing_with_examples(diagnosis):
     page = charts.html_diagnosis(diagnosis)
     assert bars(page) == bars(charts.svg_diagnosis(diagnosis))
+    assert len(bars(page)) == 6
     assert page.count("<svg") == page.count("</svg>") == 1
     assert "<td>12 (+2.5), 7 (+1.2)</td><td>99 (-3)</td>" in page
     assert "<p>These preferences reward kind.</p>" in page

@@ -16,8 +16,9 @@ from llmdoctor.files import write_json
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile
 from llmdoctor.records import PairScores, TokenScores
+from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder, write_shard
-from llmdoctor.token_rewards.formula import face_weights, token_rewards
+from llmdoctor.token_rewards.formula import token_rewards
 
 NASTY = (
     "<script>alert(1)</script>",
@@ -222,13 +223,19 @@ def test_nothing_in_the_data_can_run_in_the_page(run, nasty, tmp_path, more):
     assert not page.tags & {"script", "a", "img", "iframe", "object", "embed", "link", "base", "form", "input"}
     assert {name for name, _ in page.attributes} <= {
         *("class", "style", "title", "lang", "charset", "name", "content", "http-equiv", "scope"),
-        *("xmlns", "viewbox", "width", "height", "font-family", "font-size", "role", "aria-label", "x", "y", "d", "r"),
-        *("cx", "cy", "fill", "stroke", "stroke-width", "stroke-opacity", "opacity", "text-anchor"),
+        *("xmlns", "xmlns:xlink", "xlink:href", "viewbox", "version", "type", "width", "height", "role", "aria-label"),
+        *("id", "x", "y", "d", "transform", "clip-path"),
     }
+    drawn = r"(fill|stroke|font|text|opacity)(-[a-z]+)?: [-\w#.,' %]+"
     for name, value in page.attributes:
         if name == "style":
-            assert re.fullmatch(r"(background:#[0-9a-f]{6}|width:[\d.]+rem|max-width:100%;height:auto)", value)
-    assert "//" not in source.replace("http://www.w3.org/2000/svg", "").replace("//evil.example", "")
+            assert re.fullmatch(
+                r"(background:#[0-9a-f]{6}|width:[\d.]+rem|max-width:100%;height:auto)" + f"|{drawn}(; {drawn})*", value
+            )
+        elif name in ("xlink:href", "clip-path"):
+            assert re.fullmatch(r"#\w+|url\(#\w+\)", value), "only what the drawing itself defines"
+    namespaces = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
+    assert "//" not in re.sub("|".join(namespaces), "", source).replace("//evil.example", "")
     assert "default-src 'none'" in source
     assert "\x1b" not in source
     if not more:

@@ -13,7 +13,8 @@ from llmdoctor.cli import findings
 from llmdoctor.files import write_json
 from llmdoctor.profile import load_profile
 from llmdoctor.records import PairScores, TokenScores
-from llmdoctor.token_rewards.diagnosis import diagnose, features
+from llmdoctor.token_rewards.diagnosis import diagnose
+from llmdoctor.token_rewards.fit import features
 from llmdoctor.token_rewards.folder import RewardsFolder, write_shard
 from llmdoctor.token_rewards.summary import HARDLY
 

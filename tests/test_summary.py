@@ -1,4 +1,4 @@
-"""Statistics of token rewards against naive twins, and words put together from tokens."""
+"""What a rewards folder says in numbers, against naive twins, and words put together from tokens."""
 
 import math
 import tracemalloc
@@ -10,7 +10,7 @@ import pytest
 
 from llmdoctor.records import PairScores, TokenRewards, TokenScores
 from llmdoctor.token_rewards import summary as engine
-from llmdoctor.token_rewards.summary import EDGES, Counter, FaceDifferences, face_differences, margin
+from llmdoctor.token_rewards.summary import EDGES, FaceDifferences, RewardCounter, face_differences, margin
 
 SPELLINGS = ["Ġkind", "ly", ".", "<|end|>", "▁Kind", "Hello", "Ġ", "Ċ", None]
 
@@ -45,7 +45,7 @@ def random_pairs(count, seed=0):
 
 def test_counts_are_those_of_a_naive_loop():
     pairs = random_pairs(200)
-    counter = Counter(SPELLINGS, text_of, [3])
+    counter = RewardCounter(SPELLINGS, text_of, [3])
     for pair in pairs:
         counter.add(*pair)
     found = counter.result()
@@ -70,14 +70,14 @@ def test_counts_are_those_of_a_naive_loop():
 
 
 def test_ties_count_half():
-    counter = Counter(SPELLINGS, text_of, [3])
+    counter = RewardCounter(SPELLINGS, text_of, [3])
     counter.add(item("chosen", [0], [0.5]), item("rejected", [0], [0.5]))
     assert counter.result().agreement == 0.5
 
 
 def test_words_are_made_of_their_tokens_and_keep_their_spellings_together():
     """` kind` + `ly` is one word; `.` and a special token are none of its; `Kind` and `kind` are one."""
-    counter = Counter(SPELLINGS, text_of, [3])
+    counter = RewardCounter(SPELLINGS, text_of, [3])
     chosen = item("chosen", [0, 1, 2, 4, 3], [0.5, 0.25, -0.5, 1.0, 0.0])
     rejected = item("rejected", [1, 0, 2, 5], [-0.25, 0.5, 0.0, -1.0])
     counter.add(chosen, rejected)
@@ -93,7 +93,7 @@ def test_words_are_made_of_their_tokens_and_keep_their_spellings_together():
 
 def test_the_words_add_up_to_the_rewards():
     pairs = random_pairs(100, seed=3)
-    counter = Counter(SPELLINGS, text_of, [3])
+    counter = RewardCounter(SPELLINGS, text_of, [3])
     for pair in pairs:
         counter.add(*pair)
     found = counter.result(words=10_000)
@@ -111,7 +111,7 @@ def test_memory_does_not_grow_with_the_number_of_words(monkeypatch):
     """The words that matter stay among those remembered."""
     monkeypatch.setattr(engine, "_WORDS_KEPT", 50)
     spellings = [f"Ġword{i}" for i in range(5000)]
-    counter = Counter(spellings, lambda ids: " ".join(spellings[i][1:] for i in ids))
+    counter = RewardCounter(spellings, lambda ids: " ".join(spellings[i][1:] for i in ids))
     rng = np.random.default_rng(0)
     for _ in range(500):
         ids = [7, *rng.integers(8, 5000, 10)]
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_number_of_words(monkeypatch):
 
 def test_memory_is_flat_over_many_pairs():
     pairs = random_pairs(300)
-    counter, differences = Counter(SPELLINGS, text_of, [3]), FaceDifferences(["f"])
+    counter, differences = RewardCounter(SPELLINGS, text_of, [3]), FaceDifferences(["f"])
 
     def add():
         for chosen, rejected in pairs:

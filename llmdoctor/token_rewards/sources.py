@@ -1,0 +1,199 @@
+"""Records from files and hub data sets, one at a time, and a fingerprint that changes with the data."""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmdoctor.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class Unusable(Exception):
+    """Why one record cannot be used."""
+
+
+def fingerprint(source: str | Path, *, split: str = "train", label: str | None = None) -> str:
+    """A sha256 that changes with the data: of a file's bytes, or of a hub data set's name, split and commit."""
+    path = local_path(source)
+    if path is None:
+        digest = _digest_of([str(source), split, _hub_commit(str(source))])
+    elif path.is_dir():
+        files = sorted(item for item in path.rglob("*") if item.is_file())
+        digest = _digest_of([[str(file.relative_to(path)), fingerprint(file)] for file in files])
+    else:
+        with _reading(source), path.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256")
+    if label is not None:
+        digest.update(label.encode())
+    return digest.hexdigest()
+
+
+def _digest_of(facts: list[Any]) -> "hashlib._Hash":
+    return hashlib.sha256(json.dumps(facts).encode())
+
+
+def _hub_commit(name: str) -> str | None:
+    try:
+        from huggingface_hub import HfApi
+
+        return HfApi().dataset_info(name).sha
+    except Exception:  # offline, private or renamed: the name has to be enough
+        return None
+
+
+def local_path(source: str | Path) -> Path | None:
+    """The file or folder that ``source`` means, or None when it reads as the name of a hub data set."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, Path) or source.startswith((".", "~", "/")) or suffix(path) in (*SUFFIXES, ".txt"):
+        raise DataError(f"no data file at {source}: check the path")
+    if not _HUB_NAME.fullmatch(source):
+        raise DataError(f"no data file at {source}, and it is not the name of a hub data set (owner/name)")
+    return None
+
+
+def suffix(path: Path) -> str:
+    """The file's suffix in lower case, that of what is inside for a ``.gz``."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def records(source: str | Path, split: str) -> Iterator[tuple[int, object]]:
+    """Number (from 1) and content of every record; a line that is not JSON comes as an `Unusable` that says why.
+
+    Raises DataError for a source that is absent, damaged, or in no known format.
+    """
+    path = local_path(source)
+    if path is None or path.is_dir():
+        yield from _hub_records(str(path or source), split)
+        return
+    with _reading(source), _open(path) as stream:
+        head = stream.peek(512)
+        if suffix(path) == ".parquet" or head.startswith(b"PAR1"):
+            yield from _parquet_records(stream)
+        elif suffix(path) != ".jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from enumerate(_array_records(stream), start=1)
+        else:
+            yield from ((number, _parse(line)) for number, line in enumerate(stream, start=1) if line.strip())
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file that are not blank. Raises DataError where it cannot be read."""
+    with _reading(path), _open(path) as lines:
+        yield from (text for line in lines if (text := line.decode("utf-8-sig").strip()))
+
+
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """What the many libraries below may raise, as one DataError that names the source."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{source}: the compressed file is damaged ({error}): copy or download it again") from error
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
+    except pa.ArrowException as error:
+        raise DataError(f"{source}: not a Parquet file ({str(error).splitlines()[0]})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source}: not JSON ({error})") from error
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """The file's bytes, unpacked if it is gzip, whatever its name says."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else path.open("rb")
+
+
+def _parse(line: bytes) -> object:
+    try:
+        return json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        return Unusable(f"not JSON: {error.msg} at column {error.colno}")
+    except UnicodeDecodeError:
+        return Unusable("not JSON: not UTF-8")
+    except RecursionError:
+        return Unusable("not JSON: nested too deeply")
+
+
+def _array_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[object]:
+    """The elements of a JSON array, one at a time; ValueError where it is not one."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+    buffer, opening, ended = "", "[", False
+    try:
+        while True:
+            try:
+                element, stop = _array_element(buffer, opening)
+            except json.JSONDecodeError:
+                if ended:
+                    raise
+                # Double what is held: in blocks of one size, a long element would be parsed from its start for each.
+                more = text.read(max(1 << 16, len(buffer)))
+                buffer, ended = buffer + more, not more
+                continue
+            if stop is None:
+                break
+            yield element
+            buffer, opening = buffer[stop:], ","
+        if (buffer.partition("]")[2] + text.read()).strip():
+            raise ValueError("Extra data after the array")
+    finally:
+        text.detach()
+
+
+def _array_element(buffer: str, opening: str) -> tuple[object, int | None]:
+    """The first element and the index after it; (None, None) at the end of the array.
+
+    ``opening`` is the sign that must come first, "[" or ",". Raises JSONDecodeError where ``buffer`` is too short.
+    """
+    found = re.match(r"\s*(\[\s*\]|[\[\],])\s*", buffer)
+    sign = found[1] if found else ""
+    if found is None or (sign[0] != opening and (sign, opening) != ("]", ",")):
+        raise json.JSONDecodeError(f"Expecting '{opening}' delimiter", buffer, 0)
+    if sign[-1] == "]":
+        return None, None
+    element, stop = json.JSONDecoder().raw_decode(buffer, found.end())
+    following = re.compile(r"\s*[,\]]").match(buffer, stop)
+    if following is None:  # the element may go on beyond the buffer, as the number 12 may be the start of 123
+        raise json.JSONDecodeError("Expecting ',' delimiter", buffer, stop)
+    return element, stop
+
+
+def _parquet_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[tuple[int, object]]:
+    with tempfile.TemporaryFile() as unpacked:
+        compressed = isinstance(stream, gzip.GzipFile)
+        if compressed:  # Parquet is read from its end, and gzip cannot seek there
+            shutil.copyfileobj(stream, unpacked)
+        batches = pq.ParquetFile(unpacked if compressed else stream).iter_batches(256)
+        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
+
+
+def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    try:
+        if not Path(name).is_dir():
+            HfApi().dataset_info(name)  # fails at once where load_dataset would try again for half a minute
+        yield from enumerate(load_dataset(name, split=split, streaming=True), start=1)
+    except Exception as error:  # the hub client raises dozens of types: no network, no such name or split, no access
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "Check its name, the split and the network, or give the path of a file"
+        raise DataError(f"cannot read data set {name!r}, split {split!r}: {reason}. {advice}.") from error
