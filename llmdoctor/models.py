@@ -258,8 +258,8 @@ class SplitLM:
         return out.last_hidden_state  # type: ignore[no-any-return]
 
 
-def token_log_probs(lm: SplitLM, hidden_N_H: Tensor, ids_N: Tensor, vocabulary: Vocabulary, chunk: int = 0) -> Tensor:
-    """log pi(ids) [N] in float32 or better, over the shared vocabulary, holding at most ``chunk`` rows of logits.
+def token_log_probs(lm: SplitLM, hidden_M_H: Tensor, ids_M: Tensor, vocabulary: Vocabulary, chunk: int = 0) -> Tensor:
+    """log pi(ids) [M] in float32 or better, over the shared vocabulary, holding at most ``chunk`` rows of logits.
 
     With gradients each chunk's logits are made again in the backward pass instead of being kept. ``chunk`` 0 takes as
     many rows as fit 64 MiB of float32.
@@ -271,12 +271,12 @@ def token_log_probs(lm: SplitLM, hidden_N_H: Tensor, ids_N: Tensor, vocabulary: 
         return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1)
 
     pieces = []
-    for hidden, ids in zip(hidden_N_H.split(chunk), ids_N.split(chunk), strict=True):
-        if torch.is_grad_enabled() and len(ids_N) > chunk:
+    for hidden, ids in zip(hidden_M_H.split(chunk), ids_M.split(chunk), strict=True):
+        if torch.is_grad_enabled() and len(ids_M) > chunk:
             pieces.append(torch.utils.checkpoint.checkpoint(score, hidden, ids, use_reentrant=False))
         else:
             pieces.append(score(hidden, ids))
-    return torch.cat(pieces) if pieces else hidden_N_H.new_zeros(0)
+    return torch.cat(pieces) if pieces else hidden_M_H.new_zeros(0)
 
 
 def _require_folder(source: str | Path) -> None:

@@ -6,12 +6,12 @@ A tensor's name ends with the letters of its axes: ``logits_B_T_V`` is [rows, to
 
     B  rows of a batch                       V  ids of the vocabulary
     T  tokens of a response, or of a feed    H  what a model's head reads (hidden width)
-    L  positions of a row, slots of a cache  F  face pairs (2F: their positive, then their negative faces)
+    L  positions of a row, slots of a cache  F  face pairs
     K  drafted tokens; the last K of a feed  P  pairs: of responses, or of states to compare
-    J  places of a round, K + 1              S  resamples of a bootstrap
+    J  places of a round, K + 1              S  system prompts, 2F: the positive faces, then the negative ones
     N  states of a response, T + 1           R  rows of a forward, where B of them are scored or in use
     M  positions of all rows, one behind     C  slots of a static cache
-       the other
+       the other                             Q  refits of a bootstrap
 
 All log-probabilities are natural logarithms.
 """

@@ -165,8 +165,8 @@ def _face_diagnoses(
     weights_F = bradley_terry(x_P_F)
     per_sd_F = weights_F * scale_F
     # A thousandth of a standard deviation is far below the width of an interval.
-    resampled_R_F = newton(z_P_F, np.tile(per_sd_F, (resamples, 1)), seed, tolerance=1e-3)
-    low_F, high_F = np.percentile(resampled_R_F, [2.5, 97.5], axis=0)
+    resampled_Q_F = newton(z_P_F, np.tile(per_sd_F, (resamples, 1)), seed, tolerance=1e-3)
+    low_F, high_F = np.percentile(resampled_Q_F, [2.5, 97.5], axis=0)
     shares_F = shares(z_P_F, per_sd_F)
     return tuple(
         FaceDiagnosis(

@@ -99,45 +99,45 @@ def deviations(x_P_F: Doubles) -> Doubles:
     return scale_F
 
 
-def newton(z_P_F: Doubles, start_R_F: Doubles, seed: int | None = None, tolerance: float = 1e-6) -> Doubles:
-    """The weights [R, F] of R fits on standardised features, from ``start_R_F``, all at once.
+def newton(z_P_F: Doubles, start_Q_F: Doubles, seed: int | None = None, tolerance: float = 1e-6) -> Doubles:
+    """The weights [Q, F] of Q fits on standardised features, from ``start_Q_F``, all at once.
 
     With a ``seed`` the fits are bootstrap resamples: each has its own Poisson(1) count of every pair. The counts are
-    drawn again from the same seeds in every pass over the pairs, so that R x P numbers are never held at once.
+    drawn again from the same seeds in every pass over the pairs, so that Q x P numbers are never held at once.
 
     The fit ends after a step below ``tolerance`` in all weights: the error left is of the order of that step's square.
     """
     pairs, faces = z_P_F.shape
-    weights_R_F = start_R_F.copy()
+    weights_Q_F = start_Q_F.copy()
     # The curvature is symmetric: sum only its upper triangle, U = F (F + 1) / 2 numbers per fit.
     upper = np.triu_indices(faces)
-    rows = max(1, _CHUNK // len(weights_R_F))
+    rows = max(1, _CHUNK // len(weights_Q_F))
     for _ in range(_MAX_STEPS):
-        gradient_R_F = -_PRIOR_PRECISION * weights_R_F
-        triangle_R_U = np.zeros((len(weights_R_F), len(upper[0])))
+        gradient_Q_F = -_PRIOR_PRECISION * weights_Q_F
+        triangle_Q_U = np.zeros((len(weights_Q_F), len(upper[0])))
         for first in range(0, pairs, rows):
             z = z_P_F[first : first + rows]
             with np.errstate(over="ignore"):  # 1 / infinity is 0, the right answer
-                wrong_P_R = 1 / (1 + np.exp(z @ weights_R_F.T))
-            spread_P_R = wrong_P_R * (1 - wrong_P_R)
+                wrong_P_Q = 1 / (1 + np.exp(z @ weights_Q_F.T))
+            spread_P_Q = wrong_P_Q * (1 - wrong_P_Q)
             if seed is not None:
                 random = np.random.default_rng([seed, first])
-                counts_P_R = _POISSON[random.integers(0, 1 << 16, wrong_P_R.shape, dtype=np.uint16)]
-                wrong_P_R *= counts_P_R
-                spread_P_R *= counts_P_R
-            gradient_R_F += wrong_P_R.T @ z
-            triangle_R_U += spread_P_R.T @ (z[:, upper[0]] * z[:, upper[1]])
-        curvature_R_F_F = np.zeros((len(weights_R_F), faces, faces))
-        curvature_R_F_F[:, upper[0], upper[1]] = triangle_R_U
-        curvature_R_F_F[:, upper[1], upper[0]] = triangle_R_U
-        curvature_R_F_F += _PRIOR_PRECISION * np.eye(faces)
-        step_R_F = np.linalg.solve(curvature_R_F_F, gradient_R_F[:, :, None])[:, :, 0]
-        size_R_1 = np.abs(step_R_F).max(axis=1, keepdims=True)
+                counts_P_Q = _POISSON[random.integers(0, 1 << 16, wrong_P_Q.shape, dtype=np.uint16)]
+                wrong_P_Q *= counts_P_Q
+                spread_P_Q *= counts_P_Q
+            gradient_Q_F += wrong_P_Q.T @ z
+            triangle_Q_U += spread_P_Q.T @ (z[:, upper[0]] * z[:, upper[1]])
+        curvature_Q_F_F = np.zeros((len(weights_Q_F), faces, faces))
+        curvature_Q_F_F[:, upper[0], upper[1]] = triangle_Q_U
+        curvature_Q_F_F[:, upper[1], upper[0]] = triangle_Q_U
+        curvature_Q_F_F += _PRIOR_PRECISION * np.eye(faces)
+        step_Q_F = np.linalg.solve(curvature_Q_F_F, gradient_Q_F[:, :, None])[:, :, 0]
+        size_Q_1 = np.abs(step_Q_F).max(axis=1, keepdims=True)
         # No weight moves by more than 1 per step: a full step would overshoot on separable labels.
-        weights_R_F += step_R_F / np.maximum(size_R_1, 1)
-        if size_R_1.max() < tolerance:
+        weights_Q_F += step_Q_F / np.maximum(size_Q_1, 1)
+        if size_Q_1.max() < tolerance:
             break
-    return weights_R_F
+    return weights_Q_F
 
 
 def shares(z_P_F: Doubles, weights_F: Doubles) -> Doubles:

@@ -1,6 +1,6 @@
 """The LM head as stage 1 needs it: two log-probs per position, never a table of the whole vocabulary.
 
-S are the 2F system prompts of a run, the positive ones of all face pairs before the negative ones; N are positions.
+S are the system prompts of a run, M the positions at which the head is read.
 """
 
 from collections.abc import Callable
@@ -38,42 +38,42 @@ class FaceHead:
             self._blocks = [(0, size, lm.logits)]
             self.positions = max(1, _LOGITS_HELD // (2 * faces * size))
 
-    def __call__(self, hidden_S_N_H: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs of the targets [S, N], of the alternatives [S, N], and the alternatives' ids [N].
+    def __call__(self, hidden_S_M_H: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the targets [S, M], of the alternatives [S, M], and the alternatives' ids [M].
 
         A position's alternative is the token other than its target that the positive faces like best: the one of the
         greatest mean log-prob over the face pairs. That is the one of the greatest mean logit, because a face's
         log-probs are its logits minus a norm that all tokens share. Hence one pass over the blocks is enough; the norm
         is a running log-sum-exp, rescaled whenever a block holds a new maximum.
         """
-        peak_S_N = hidden_S_N_H.new_full(hidden_S_N_H.shape[:2], -torch.inf, dtype=torch.float32)
-        total_S_N, own_S_N, other_S_N = (torch.zeros_like(peak_S_N) for _ in range(3))
-        best_N = torch.full_like(peak_S_N[0], -torch.inf)
-        other_N = torch.zeros_like(targets_N)
+        peak_S_M = hidden_S_M_H.new_full(hidden_S_M_H.shape[:2], -torch.inf, dtype=torch.float32)
+        total_S_M, own_S_M, other_S_M = (torch.zeros_like(peak_S_M) for _ in range(3))
+        best_M = torch.full_like(peak_S_M[0], -torch.inf)
+        other_M = torch.zeros_like(targets_M)
         for start, stop, logits_of in self._blocks:
             # Masked: an id that is no token must be neither an alternative nor part of the norm.
-            logits_S_N_V = self._vocabulary.mask(logits_of(hidden_S_N_H), start)
-            place_N = (targets_N - start).clamp(0, stop - start - 1)
-            here_N = (targets_N >= start) & (targets_N < stop)
-            own_S_N = torch.where(here_N, _at(logits_S_N_V, place_N), own_S_N)
+            logits_S_M_V = self._vocabulary.mask(logits_of(hidden_S_M_H), start)
+            place_M = (targets_M - start).clamp(0, stop - start - 1)
+            here_M = (targets_M >= start) & (targets_M < stop)
+            own_S_M = torch.where(here_M, _at(logits_S_M_V, place_M), own_S_M)
 
-            liking_N_V = logits_S_N_V[: self._faces].mean(dim=0)
-            kept_N = torch.where(here_N, -torch.inf, _at(liking_N_V[None], place_N)[0])
-            liking_N_V.scatter_(1, place_N[:, None], kept_N[:, None])  # the target itself is no alternative
-            most_N, where_N = liking_N_V.max(dim=-1)
-            better_N = most_N > best_N
-            best_N = torch.maximum(best_N, most_N)
-            other_N = torch.where(better_N, where_N + start, other_N)
-            other_S_N = torch.where(better_N, _at(logits_S_N_V, where_N), other_S_N)
+            liking_M_V = logits_S_M_V[: self._faces].mean(dim=0)
+            kept_M = torch.where(here_M, -torch.inf, _at(liking_M_V[None], place_M)[0])
+            liking_M_V.scatter_(1, place_M[:, None], kept_M[:, None])  # the target itself is no alternative
+            most_M, where_M = liking_M_V.max(dim=-1)
+            better_M = most_M > best_M
+            best_M = torch.maximum(best_M, most_M)
+            other_M = torch.where(better_M, where_M + start, other_M)
+            other_S_M = torch.where(better_M, _at(logits_S_M_V, where_M), other_S_M)
 
-            higher_S_N = torch.maximum(peak_S_N, logits_S_N_V.amax(dim=-1))
-            total_S_N *= (peak_S_N - higher_S_N).exp()
-            total_S_N += logits_S_N_V.sub_(higher_S_N[..., None]).exp_().sum(dim=-1)
-            peak_S_N = higher_S_N
-        norm_S_N = peak_S_N + total_S_N.log()
-        return own_S_N - norm_S_N, other_S_N - norm_S_N, other_N
+            higher_S_M = torch.maximum(peak_S_M, logits_S_M_V.amax(dim=-1))
+            total_S_M *= (peak_S_M - higher_S_M).exp()
+            total_S_M += logits_S_M_V.sub_(higher_S_M[..., None]).exp_().sum(dim=-1)
+            peak_S_M = higher_S_M
+        norm_S_M = peak_S_M + total_S_M.log()
+        return own_S_M - norm_S_M, other_S_M - norm_S_M, other_M
 
 
-def _at(values_S_N_V: Tensor, ids_N: Tensor) -> Tensor:
-    """The value of one id per position [S, N]."""
-    return values_S_N_V.gather(2, ids_N.expand(len(values_S_N_V), -1)[..., None])[..., 0]
+def _at(values_S_M_V: Tensor, ids_M: Tensor) -> Tensor:
+    """The value of one id per position [S, M]."""
+    return values_S_M_V.gather(2, ids_M.expand(len(values_S_M_V), -1)[..., None])[..., 0]

@@ -1,7 +1,7 @@
 """The patient's log-probs of encoded pairs under every face, in batches that fit the device.
 
 Beside the letters of `llmdoctor.records`: S are the 2F system prompts, positive then negative ones; R are the rows of a
-forward, S of them per unit of the batch; N are the response tokens of the whole batch; L are the columns of a row.
+forward, S of them per unit of the batch; M are the response tokens of the whole batch; L are the columns of a row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,28 +88,28 @@ class Scorer:
         device = self._patient.model.device
         responses = [response for unit in batch for response in unit]
         hidden_R_L_H = self._hidden([(faced, unit) for unit in batch for faced in unit[0].faced])
-        row_S_N, column_S_N = _places(batch)
-        hidden_S_N_H = hidden_R_L_H[row_S_N.to(device), column_S_N.to(device)]
-        targets_N = torch.tensor([token for r in responses for token in r.response], device=device)
+        row_S_M, column_S_M = _places(batch)
+        hidden_S_M_H = hidden_R_L_H[row_S_M.to(device), column_S_M.to(device)]
+        targets_M = torch.tensor([token for r in responses for token in r.response], device=device)
         step = self._head.positions
         pieces = [
             self._head(hidden, targets)
-            for hidden, targets in zip(hidden_S_N_H.split(step, dim=1), targets_N.split(step), strict=True)
+            for hidden, targets in zip(hidden_S_M_H.split(step, dim=1), targets_M.split(step), strict=True)
         ]
-        own_S_N, other_S_N, other_N = (torch.cat(part, dim=-1).cpu().numpy() for part in zip(*pieces, strict=True))
-        if np.isnan(own_S_N).any():  # it would silently become a reward of 0
+        own_S_M, other_S_M, other_M = (torch.cat(part, dim=-1).cpu().numpy() for part in zip(*pieces, strict=True))
+        if np.isnan(own_S_M).any():  # it would silently become a reward of 0
             raise LoadError(not_numbers(f"the log-probs of the patient {self._patient.name}"))
-        return self._split(responses, own_S_N, other_S_N, other_N.astype(np.int32))
+        return self._split(responses, own_S_M, other_S_M, other_M.astype(np.int32))
 
     def _split(
-        self, responses: Sequence[EncodedResponse], own_S_N: Floats, other_S_N: Floats, other_N: np.ndarray
+        self, responses: Sequence[EncodedResponse], own_S_M: Floats, other_S_M: Floats, other_M: np.ndarray
     ) -> list[TokenScores]:
         """The numbers of a batch as records, one per response."""
         results, start = [], 0
         for r in responses:
             span = slice(start, start := start + len(r.response))
-            positive, negative = self._by_face(own_S_N[:, span])
-            alternative_positive, alternative_negative = self._by_face(other_S_N[:, span])
+            positive, negative = self._by_face(own_S_M[:, span])
+            alternative_positive, alternative_negative = self._by_face(other_S_M[:, span])
             results.append(
                 TokenScores(
                     pair_id=r.pair_id,
@@ -118,7 +118,7 @@ class Scorer:
                     response_ids=np.array(r.response, dtype=np.int32),
                     positive=positive,
                     negative=negative,
-                    alternative_ids=other_N[span],
+                    alternative_ids=other_M[span],
                     alternative_positive=alternative_positive,
                     alternative_negative=alternative_negative,
                 )
@@ -182,7 +182,7 @@ def _row_length(unit: _Unit) -> int:
 
 
 def _places(batch: Sequence[_Unit]) -> tuple[Tensor, Tensor]:
-    """Row and column [S, N] of the hidden state before each response token, response after response."""
+    """Row and column [S, M] of the hidden state before each response token, response after response."""
     rows, columns = [], []
     for i, unit in enumerate(batch):
         before = 0  # response tokens of this row before the current response
