@@ -1,7 +1,8 @@
 """The picture of a diagnosis: a bar with its interval for every face pair, and what held-out pairs say. No tensors.
 
 Bars are weights per standard deviation, so that behaviours compare; blue to the right is rewarded, orange to the left
-is punished, as in `llmdoctor.cli.render`. Sign and interval are also text; a weight whose interval covers zero is grey.
+is punished, as in `llmdoctor.show.colours`. Sign and interval are also text; a weight whose interval covers zero is
+grey.
 """
 
 import html
@@ -9,8 +10,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llmdoctor.cli.render import scale_colour
-from llmdoctor.cli.terminal import clean
+from llmdoctor.show.colours import scale_colour
+from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -14,6 +14,7 @@ import typer
 
 from llmdoctor.cli.terminal import waiting
 from llmdoctor.errors import UsageError
+from llmdoctor.show.formats import short_name
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
@@ -175,7 +176,7 @@ def guided_profile(
 
 def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
     """The patient and its doctors, with a spinner while they load."""
-    with waiting(f"Loading {', '.join([short(profile.patient.model), *profile.doctors])} ..."):
+    with waiting(f"Loading {', '.join([short_name(profile.patient.model), *profile.doctors])} ..."):
         return assistant(profile, trust_remote_code=trust_remote_code)
 
 
@@ -191,17 +192,12 @@ def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
 
 def require_screen(flag: str, writes_elsewhere: bool) -> None:
     """Refuse ``flag`` where there is no terminal for a full screen, or beside an option that prints instead."""
-    from llmdoctor.tui.guard import full_screen
+    from llmdoctor.tui.launch import full_screen
 
     if writes_elsewhere:
         raise UsageError(f"choose one of {flag} and the options that write a result")
     if not full_screen(sys.stdin, sys.stdout):
         raise UsageError(f"{flag} needs a terminal on stdin and stdout that can draw a full screen")
-
-
-def short(model: str) -> str:
-    """A model's name as narration shows it: a folder's last two parts, a hub name as it is."""
-    return "/".join(Path(model).parts[-2:])
 
 
 def reward_settings(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
+from llmdoctor.show.text import clean
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,16 +45,6 @@ def put(text: str) -> None:
 def put_json(data: Any) -> None:
     """One JSON document on one line of stdout."""
     put(json.dumps(_finite(data), ensure_ascii=False, allow_nan=False))
-
-
-def clean(text: str) -> str:
-    """The text, as long as before, with the control characters that could steer a terminal made visible."""
-    return text if text.isprintable() else "".join(map(_visible, text))
-
-
-def _visible(character: str) -> str:
-    harmless = character in "\n\t" or not (ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0)
-    return character if harmless else "\N{REPLACEMENT CHARACTER}"
 
 
 def _finite(data: Any) -> Any:

@@ -2,9 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,14 +13,14 @@ from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
 from textual.screen import Screen
 
-from llmdoctor.cli.render import Lens
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.sessions import Session, SessionStore, Summary
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.show.lens import Lens
 from llmdoctor.tui import clipboard, export
 from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
-from llmdoctor.tui.generation import Assistant, Worker
+from llmdoctor.tui.generation import Worker
 from llmdoctor.tui.guard import quiet_terminal, written
+from llmdoctor.tui.start import Start
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -110,20 +110,6 @@ class DoctorApp(App[int]):
         from llmdoctor.tui.screens.failed import FailedScreen
 
         self.push_screen(FailedScreen(error))
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a conversation begins with. ``profile`` is the profile as plain JSON values, ``models`` their names."""
-
-    load: Callable[[Callable[[str], None]], Assistant]
-    models: str
-    guidance: Guidance = field(default_factory=Guidance)
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int | None = None
-    profile: Mapping[str, Any] = field(default_factory=dict)
-    session: Session | None = None
-    store: SessionStore | None = None
 
 
 class ChatApp(DoctorApp):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from platformdirs import user_config_path, user_data_path
 
-from llmdoctor.cli.render import LENSES
 from llmdoctor.errors import UsageError
+from llmdoctor.show.lens import LENSES, Lens
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Config:
     """The file's settings; None is the default."""
 
     theme: str | None = None
-    lens: str | None = None
+    lens: Lens | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
 
 

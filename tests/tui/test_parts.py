@@ -18,7 +18,7 @@ from llmdoctor.errors import StorageError, UsageError
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.sessions import Reply, Session, SessionStore, Turn, messages
 from llmdoctor.settings import Guidance, Sampling
-from llmdoctor.tui import clipboard, lens
+from llmdoctor.tui import clipboard, token_style
 from llmdoctor.tui.config import Config, read_config
 from llmdoctor.tui.export import file_name, render
 from llmdoctor.tui.generation import Ended, Part, Spoken, Worker
@@ -237,13 +237,13 @@ def test_every_colour_of_the_scale_reads_on_every_theme(name):
     background = theme.to_color_system().generate()["background"]
     behind = _luminance([int(background[i : i + 2], 16) for i in (1, 3, 5)])
     for step in range(-10, 11):
-        ink = _luminance(lens.style(step, 10, dark=theme.dark).color.triplet)
+        ink = _luminance(token_style.style(step, 10, dark=theme.dark).color.triplet)
         contrast = (max(ink, behind) + 0.05) / (min(ink, behind) + 0.05)
         assert contrast >= (4.5 if name.startswith("textual") else 3.0), (step, contrast)
 
 
 def test_the_scale_is_diverging_and_marked():
-    styles = [lens.style(step, 10, dark=True) for step in range(-10, 11)]
+    styles = [token_style.style(step, 10, dark=True) for step in range(-10, 11)]
     assert styles[10].color.triplet == (0xBE, 0xBE, 0xBE)
     assert styles[0].color.triplet.red > styles[0].color.triplet.blue
     assert styles[-1].color.triplet.blue > styles[-1].color.triplet.red
@@ -253,8 +253,8 @@ def test_the_scale_is_diverging_and_marked():
     assert not styles[-1].underline
     assert not styles[10].bold
     assert not styles[10].underline
-    assert lens.style(math.nan, 1, dark=True) == lens.style(0, 1, dark=True)
-    assert lens.style(5, 0, dark=True) == lens.style(0, 1, dark=True)
+    assert token_style.style(math.nan, 1, dark=True) == token_style.style(0, 1, dark=True)
+    assert token_style.style(5, 0, dark=True) == token_style.style(0, 1, dark=True)
 
 
 # The worker

@@ -9,8 +9,8 @@ from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from llmdoctor.cli.terminal import clean
 from llmdoctor.errors import LLMDoctorError
+from llmdoctor.show.text import clean
 
 
 class FailedScreen(Screen[None]):

@@ -12,9 +12,9 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
-from llmdoctor.cli.terminal import clean
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.sessions import Summary
+from llmdoctor.show.text import clean
 from llmdoctor.tui.export import KINDS
 from llmdoctor.tui.screens.dialogs import Ask, Choose
 

@@ -12,7 +12,7 @@ from textual.reactive import reactive
 from textual.strip import Strip
 from textual.widget import Widget
 
-from llmdoctor.tui import lens
+from llmdoctor.tui import token_style
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille cell: rows from the top, two columns
 _LABEL = 7
@@ -91,7 +91,7 @@ class Curve(Widget):
             previous = now
         limit = max(abs(self.low), abs(self.high)) or 1.0
         zero = level(0.0) // 4
-        colours = [base + Style(color=lens.style(mean, limit, dark=dark).color) for mean in means[::2]]
+        colours = [base + Style(color=token_style.style(mean, limit, dark=dark).color) for mean in means[::2]]
         at = None
         if self.cursor is not None and means:
             edges = [round(i * self.count / len(means)) for i in range(len(means) + 1)]

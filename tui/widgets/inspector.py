@@ -11,8 +11,9 @@ from textual.containers import Vertical
 from textual.message import Message
 from textual.widgets import DataTable, Static
 
-from llmdoctor.cli.terminal import clean
 from llmdoctor.records import Alternative, GuidedToken
+from llmdoctor.show.formats import percent
+from llmdoctor.show.text import quoted
 
 
 class Alternatives(DataTable[Text]):
@@ -112,14 +113,3 @@ def moved(was: int, now: int) -> Text:
     """``3→1 ▲2``: from the patient's place to the product's."""
     arrow = f" ▲{was - now}" if now < was else f" ▼{now - was}" if now > was else ""
     return Text(f"{was}→{now}{arrow}")
-
-
-def percent(logprob: float) -> str:
-    """A probability in five characters."""
-    share = 100 * math.exp(logprob)
-    return f"{share:.1f}%" if share >= 0.05 else "<0.1%" if share > 0 else "0%"
-
-
-def quoted(text: str) -> str:
-    """A token as a cell of a table: white space visible."""
-    return clean(text).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or "∎"

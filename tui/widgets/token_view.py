@@ -14,8 +14,8 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from llmdoctor.cli.terminal import clean
-from llmdoctor.tui import lens
+from llmdoctor.show.text import clean
+from llmdoctor.tui import token_style
 from llmdoctor.tui.flow import Flow
 
 Kind = Literal["token", "user", "note", "plain"]
@@ -56,9 +56,6 @@ class TokenView(ScrollView, can_focus=True):
         def control(self) -> "TokenView":
             """The view, for ``@on``."""
             return self.view
-
-    class Chosen(Selected):
-        """A token was clicked."""
 
     def __init__(self, *, score: Score = lambda _payload: None, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -211,7 +208,6 @@ class TokenView(ScrollView, can_focus=True):
         found = self._flow.piece_at(y + self.scroll_offset.y, x - _MARGIN)
         if found is not None and self._selectable(found):
             self.select(found)
-            self.post_message(self.Chosen(self, self.selected))
 
     # Drawing
 
@@ -250,7 +246,7 @@ class TokenView(ScrollView, can_focus=True):
         if piece.kind in ("user", "note"):
             base = base + self.get_component_rich_style(f"token-view--{piece.kind}", partial=True)
         elif score is not None:
-            base = base + lens.style(score, self.limit, dark=dark)
+            base = base + token_style.style(score, self.limit, dark=dark)
         return base + _REVERSE if index == self.cursor else base
 
     def _strips_of(self, index: int) -> None:
