@@ -28,7 +28,7 @@ def plain_heatmap(prompt: str, responses: Iterable[RewardedText]) -> str:
 def _with_sign(piece: str, reward: float) -> str:
     if reward == 0:
         return piece
-    body = piece.rstrip()  # the sign stands at the word, not behind its space or newline
+    body = piece.rstrip()  # the sign follows the word, not its space or newline
     return f"{body}{'+' if reward > 0 else '-'}{piece[len(body) :]}"
 
 

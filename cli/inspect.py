@@ -14,7 +14,7 @@ from llmdoctor.cli import charts, findings, options
 from llmdoctor.cli.heatmap import heat_legend, plain_heatmap, rich_heatmap
 from llmdoctor.cli.options import option
 from llmdoctor.cli.picture import svg as picture
-from llmdoctor.cli.statistics import plain_statistics, rich_statistics
+from llmdoctor.cli.statistics_table import plain_statistics, rich_statistics
 from llmdoctor.cli.terminal import console, decorated, progress, put, put_json, say, waiting
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.show.formats import short_name

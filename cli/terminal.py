@@ -1,4 +1,4 @@
-"""Where words go: results on stdout, narration and progress on stderr, decorated only where that is welcome."""
+"""Output: results on stdout, messages and progress on stderr, decorated only on terminals that welcome it."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def console(stream: IO[str]) -> "Console":
 
 
 def say(message: str) -> None:
-    """One line of narration on stderr; of several processes only the first speaks."""
+    """A message on stderr. Of several processes (RANK) only the first prints."""
     if _first_process():
         print(clean(message), file=sys.stderr, flush=True)
 
@@ -48,7 +48,7 @@ def put_json(data: Any) -> None:
 
 
 def _finite(data: Any) -> Any:
-    """JSON has no nan and no infinity: they become null."""
+    """The data with null for nan and infinity, which JSON does not have."""
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

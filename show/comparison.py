@@ -13,13 +13,13 @@ from llmdoctor.show.word_diff import WordDiff, cut_at_spans, word_diff
 if TYPE_CHECKING:
     from llmdoctor.records import Comparison
 
-Parts = list[tuple[str, bool]]  # of a text, each with whether the other side lacks it
+MarkedText = list[tuple[str, bool]]  # a text in parts, each with whether the other side lacks it
 
 
-class TokenParts(NamedTuple):
-    """A guided token: its text in parts, its colour as #rrggbb or None, its numbers in a line."""
+class MarkedToken(NamedTuple):
+    """A guided token: its text, its colour as #rrggbb or None, its numbers in a line."""
 
-    parts: Parts
+    text: MarkedText
     colour: str | None
     numbers: str
 
@@ -73,11 +73,11 @@ class View:
         )
         return changed, settings_text(self.comparison.settings)
 
-    def patient_parts(self) -> Parts:
+    def marked_patient(self) -> MarkedText:
         """The patient's text, cut where words begin or cease to differ."""
         return list(cut_at_spans(self.patient, 0, self.diff.removed_spans))
 
-    def guided_parts(self) -> Iterator[TokenParts]:
+    def marked_guided(self) -> Iterator[MarkedToken]:
         """The guided tokens, each cut where words begin or cease to differ."""
         tokens = self.comparison.guided.tokens
         start = 0
@@ -86,5 +86,5 @@ class View:
             score = self.scores[i] if i < len(self.scores) else None
             colour = None if score is None else scale_colour(score, self.limit)
             numbers = token_text(tokens[i]) if i < len(tokens) else ""
-            yield TokenParts(list(cut_at_spans(piece, start, self.diff.added_spans)), colour, numbers)
+            yield MarkedToken(list(cut_at_spans(piece, start, self.diff.added_spans)), colour, numbers)
             start += len(piece)

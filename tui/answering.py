@@ -28,10 +28,10 @@ Beginnings = Mapping[Speaker, tuple[int, int | None]]
 
 
 class Listener(Protocol):
-    """Who is called, in the screen's thread, when something has happened."""
+    """What is called, in the screen's thread, when something has happened."""
 
     def loaded(self) -> None:
-        """The models are there."""
+        """The models are loaded."""
         ...
 
     def failed(self, error: LLMDoctorError) -> None:
@@ -54,7 +54,7 @@ class Listener(Protocol):
 class Answering:
     """``live`` is the running answer, if any, and ``doing`` what the status line says about it.
 
-    The listener is called at once, within the methods below: whoever stops an answer finds it in the history.
+    The listener is called within the methods below, never later: after ``stop`` the answer is in the history.
     """
 
     def __init__(self, worker: Worker, history: History, settings: CurrentSettings, listener: Listener) -> None:
@@ -121,7 +121,7 @@ class Answering:
         self._listener.began(list(sides), added=added)
 
     def stop(self) -> None:
-        """Stop at once. What was said is kept; a token that is still under way is not."""
+        """Stop at once. The tokens so far are kept; one that is being made right now is not."""
         if self.live is None:
             return
         self._worker.cancel()
@@ -129,7 +129,7 @@ class Answering:
         self._settle("interrupted")
 
     def take(self) -> None:
-        """Take everything that the worker has said since the last call."""
+        """Handle the worker's events since the last call."""
         starts: dict[Speaker, int] = {}
         for event in self._worker.drain():
             self._hear(event, starts)

@@ -1,4 +1,4 @@
-"""An action that waits until nothing moves."""
+"""Running an action once things have come to rest."""
 
 import time
 from collections.abc import Callable
@@ -19,11 +19,11 @@ class Debounce:
 
     @property
     def pending(self) -> bool:
-        """Whether the action still waits."""
+        """Whether the action is still to come."""
         return self._timer is not None
 
     def moved(self) -> None:
-        """Something moves: an action that waits begins to wait again."""
+        """Something has moved: an action that is still to come waits REST seconds from now."""
         self._moved_at = time.monotonic()
         if self.pending:
             self.ask()

@@ -90,6 +90,6 @@ def write(path: Path, text: str) -> Path:
 
 
 def without_fonts(svg: str) -> str:
-    """Textual's picture without the fonts that it would fetch from the network, every space kept where it stands."""
+    """Textual's picture without the fonts that it would fetch from the network, every space kept."""
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     return svg.replace("<text ", '<text xml:space="preserve" ')

@@ -31,7 +31,7 @@ def browse_rewards(pairs: "Iterable[ShownPair]") -> int:
     """Show the pairs, which are taken in a thread of the app's, one by one; returns the exit code."""
     from llmdoctor.tui.app import BrowserApp, run
     from llmdoctor.tui.screens.browser import Post
-    from llmdoctor.tui.screens.rewards import RewardsScreen, rewards_item
+    from llmdoctor.tui.screens.rewards_browser import RewardsScreen, rewards_item
 
     def source(post: Post, check: Callable[[], None]) -> None:
         for pair in pairs:
@@ -49,7 +49,7 @@ def browse_comparisons(compare: Compare, *, lens: "Lens", doctor: str | None, do
     """
     from llmdoctor.tui.app import BrowserApp, run
     from llmdoctor.tui.screens.browser import Post
-    from llmdoctor.tui.screens.comparisons import ComparisonsScreen, comparison_item
+    from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
 
     def source(post: Post, check: Callable[[], None]) -> None:
         compare(lambda said: post(said if isinstance(said, str) else comparison_item(said)), check)

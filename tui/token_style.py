@@ -38,7 +38,7 @@ def _style(step: int, dark: bool) -> Style:
 
 
 def legend(name: str, lens: Lens, limit: float, *, dark: bool, narrow: bool) -> Text:
-    """What colours and marks mean, in one line, shorter where it is ``narrow``. ``name`` is what is shown."""
+    """What colours and marks mean, in one line, a shorter one if ``narrow``. ``name`` is the number that is shown."""
     text = Text(name, no_wrap=True, overflow="ellipsis")
     if lens == "off":
         return text

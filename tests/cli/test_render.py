@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -18,8 +19,8 @@ from llmdoctor.show.colours import scale_colour, scale_limit
 from llmdoctor.show.comparison import View
 from llmdoctor.show.formats import settings_text
 from llmdoctor.show.lens import LENSES, lens_scores
-from llmdoctor.show.page import comparisons_page
-from llmdoctor.show.rewards import RewardedText
+from llmdoctor.show.page import comparisons_page, rewards_page
+from llmdoctor.show.rewards import RewardedText, ShownPair
 from llmdoctor.show.text import clean
 from llmdoctor.show.word_diff import mark_words, word_diff
 
@@ -158,6 +159,44 @@ def test_html_page_is_self_contained(comparison, token):
     assert scale_colour(1.0, 1.0) in page
     assert "log V of helpful -1.00" in page
     assert not re.search(r"https?:|<script", page)
+
+
+class Answers(HTMLParser):
+    """The text inside every ``class=answer`` of a page, as a browser with ``white-space: pre-wrap`` shows it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.texts, self._depth = [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if ("class", "answer") in attributes:
+            self.texts.append("")
+            self._depth = 1
+        elif self._depth:
+            self._depth += 1
+
+    def handle_endtag(self, tag):
+        self._depth = max(0, self._depth - 1)
+
+    def handle_data(self, data):
+        if self._depth:
+            self.texts[-1] += data
+
+
+ODD = ["Go", "  to", "\n\n", "<b>", " ", "&amp;", "\x1b[0m", "'\"", "", "{{ 1 }}", " bed"]
+
+
+def test_pages_add_no_white_space_to_an_answer_and_take_none_away(comparison, token):
+    text = "".join(map(clean, ODD))
+    view = View.of(comparison(f"{text} else", [token(piece, 1.0) for piece in ODD]))
+    assert Answers(comparisons_page([view])).texts == [f"{text} else", text]
+    numbers = tuple(float(i % 3 - 1) for i in range(len(ODD)))
+    side = RewardedText("chosen", tuple(ODD), numbers, numbers, numbers)
+    shown = "".join(side.shown())
+    page = rewards_page([ShownPair("\x1b1", "How\x9b?", (side, side))], heading=["\x1b"])
+    assert Answers(page).texts == [shown, shown]
+    assert not {"\x1b", "\x9b"} & set(page)  # the templates clean what nobody has cleaned before
 
 
 def test_svg_is_well_formed_and_fetches_nothing(comparison, token):

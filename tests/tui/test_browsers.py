@@ -10,9 +10,9 @@ from llmdoctor.records import Answer, Comparison
 from llmdoctor.show.rewards import RewardedText
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
-from llmdoctor.tui.screens.comparisons import ComparisonsScreen, comparison_item
+from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
 from llmdoctor.tui.screens.failed import FailedScreen
-from llmdoctor.tui.screens.rewards import RewardsScreen, rewards_item
+from llmdoctor.tui.screens.rewards_browser import RewardsScreen, rewards_item
 from llmdoctor.tui.widgets.inspector import Inspector
 
 from .conftest import FakeAssistant

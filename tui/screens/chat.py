@@ -155,10 +155,10 @@ class ChatScreen(Screen[None]):
         """The settings in use, in one line."""
         return self.settings.describe()
 
-    # The running answer. The worker is asked once per frame; `Answering` calls back what it has heard
+    # The running answer: once per frame the worker's events are handled, and `Answering` calls back
 
     def drain(self) -> None:
-        """Take and draw what the worker has said since the last frame."""
+        """Handle and draw the worker's events since the last frame."""
         if not self._pacing.due():
             return
         self.answering.take()
@@ -168,7 +168,7 @@ class ChatScreen(Screen[None]):
             self._frames.pause()
 
     def loaded(self) -> None:
-        """The models are there."""
+        """The models are loaded."""
         self._show_status()
 
     def failed(self, error: LLMDoctorError) -> None:
@@ -222,7 +222,7 @@ class ChatScreen(Screen[None]):
             self.notify("There is no answer to re-run yet.")
 
     def _rerun(self) -> None:
-        if self.turns:  # a new conversation may have been opened meanwhile
+        if self.turns:  # a new conversation may have been opened while this waited
             self.answering.again()
 
     def action_regenerate(self) -> None:

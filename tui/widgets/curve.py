@@ -19,12 +19,12 @@ _LABEL = 7
 
 
 class Curve(Widget):
-    """Values in the order of the tokens; where there are more than dots, each dot is the mean of its share.
+    """Values in the order of the tokens. If there are more values than dots, each dot is the mean of its share.
 
-    Sums are kept, so that drawing costs what the width costs, whatever the number of values.
+    Running sums are kept, so that the cost of drawing depends on the width alone, not on the number of values.
     """
 
-    cursor: reactive[int | None] = reactive(None)  # index of a value to point at
+    cursor: reactive[int | None] = reactive(None)  # index of a value that a vertical line points at
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -38,7 +38,7 @@ class Curve(Widget):
         return len(self._sums) - 1
 
     def clear(self) -> None:
-        """Forget all values."""
+        """Remove all values."""
         self._sums, self.low, self.high = [0.0], 0.0, 0.0
         self.cursor = None
         self.refresh()
@@ -56,12 +56,12 @@ class Curve(Widget):
         return [(self._sums[b] - self._sums[a]) / (b - a) for a, b in itertools.pairwise(edges)]
 
     def refresh(self, *regions: Region, **how: Any) -> Self:
-        """Draw anew."""
+        """Draw everything again."""
         self._strips = None
         return super().refresh(*regions, **how)
 
     def render_line(self, y: int) -> Strip:
-        """One line, of all that are drawn together after a change."""
+        """One line; after a change all are drawn together and kept."""
         if self._strips is None:
             self._strips = self._draw()
         return self._strips[y] if y < len(self._strips) else Strip.blank(self.content_size.width, self.rich_style)

@@ -1,4 +1,4 @@
-"""What could have been said instead of one token, under every model, and how guidance moved the ranks."""
+"""The alternatives to one token with their probabilities under every model, and how guidance changed their ranks."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from llmdoctor.show.text import quoted
 
 
 class Alternatives(DataTable[Text]):
-    """The table. Left and right belong to the token cursor."""
+    """The table of alternatives. Left and right move the token cursor, not the table's."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "screen.token(-1)", "Token", show=False, id="alternatives.previous"),
