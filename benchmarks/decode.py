@@ -33,7 +33,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +213,7 @@ def clinic(device: str, names: Sequence[str]) -> Case:
     doctors = {name: loaded._doctors[name] for name in names}
     prompts = [prompt_ids(loaded.patient.tokenizer, conversation(q)) for q in held_out_questions(64)]
     zones = {name: loaded.guidance.dead_zones[name] for name in names}
-    guidance = replace(loaded.guidance, betas={name: loaded.beta[name] for name in names}, dead_zones=zones)
+    guidance = loaded.guidance.replace(betas={name: loaded.beta[name] for name in names}, dead_zones=zones)
     return loaded.patient, doctors, guidance, prompts
 
 

@@ -2,9 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +13,8 @@ from llmdoctor.cli.options import option
 from llmdoctor.cli.side_by_side import coloured_text
 from llmdoctor.cli.terminal import console, decorated, put_json, say
 from llmdoctor.errors import LLMDoctorError, UsageError
+from llmdoctor.set_command import parse_settings, setting_help
+from llmdoctor.settings import GuidanceFields, Sampling, SamplingFields
 from llmdoctor.show.formats import settings_text, short_name
 from llmdoctor.show.lens import lens_scores
 from llmdoctor.show.text import clean
@@ -23,44 +24,37 @@ if TYPE_CHECKING:
     from llmdoctor.profile import Profile
     from llmdoctor.records import GuidedToken, Message
     from llmdoctor.sessions import Session
-    from llmdoctor.settings import DecodeSettings, Guidance
 
 _HELP = """\
-/set alpha=1 beta=0.8   change how the models speak; beta.helpful=0.8 or helpful=0.8 for one doctor;
-                        also temperature, top_k, top_p, min_p, max_new_tokens, seed (seed=off: a fresh one each time)
+/set alpha=1 beta=0.8   change how the models speak; beta.helpful=0.8 or helpful=0.8 for one doctor; seed=off, stop=off
+{settings}
 /show                   the settings in use
 /reset                  forget the conversation
 /quit                   leave (as Ctrl+D does)
 Ctrl+C stops an answer and keeps the conversation."""
 
 
+@options.derived
 def chat(
     *,
     profile: options.ProfileName = None,
     patient: options.Patient = None,
     doctor: options.Doctors = None,
     doctor_base: options.DoctorBase = None,
-    alpha: options.Alpha = None,
     beta: options.Betas = None,
-    mode: options.Mode = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    max_new_tokens: options.MaxNewTokens = None,
+    decode: options.Decode,
     seed: options.Seed = None,
-    speculation: options.Speculation = None,
     plain: Annotated[bool, option("--plain", "A conversation line by line, without the full screen.")] = False,
-    go_on: Annotated[bool, option("--continue", "Go on with the last saved conversation (full screen).")] = False,
+    go_on: Annotated[bool, option("--continue", "Continue the last saved conversation (full screen).")] = False,
     resume: Annotated[
-        str | None, option("--resume", "Go on with this saved conversation (full screen).", metavar="ID")
+        str | None, option("--resume", "Continue this saved conversation (full screen).", metavar="ID")
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Talk with the guided patient, side by side with the patient alone; F1 (or /help) says how.
+    """Talk with the guided patient, side by side with the patient alone; F1 (or /help) explains the keys.
 
     In a terminal this is a full-screen app; without one, or with --plain, a conversation line by line.
     """
@@ -77,23 +71,15 @@ def chat(
         doctors=doctor,
         doctor_base=doctor_base,
         betas=beta,
-        decode={
-            "alpha": alpha,
-            "mode": mode,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "max_new_tokens": max_new_tokens,
-            "speculation": speculation,
-        },
+        decode=decode,
     )
     if screen:
         from llmdoctor.tui import launch
 
         raise typer.Exit(launch.chat(settings, seed=seed, session=session, trust_remote_code=trust_remote_code))
+    sampling = settings.decode.sampling(seed)
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
-    conversation = Conversation(assistant, settings.decode, seed, as_json=as_json)
+    conversation = Conversation(assistant, sampling, as_json=as_json)
     interactive = sys.stdin.isatty()
     if interactive:
         say(f"{short_name(settings.patient.model)}, {conversation.describe()}. /help for help.")
@@ -111,7 +97,7 @@ def _full_screen() -> bool:
 
 
 def _saved_session(name: str | None) -> "Session":
-    """The session whose id begins so, or the last one."""
+    """The session whose id begins with ``name``, or the last one."""
     from llmdoctor.sessions import SessionStore
     from llmdoctor.tui.launch import sessions_file
 
@@ -125,7 +111,7 @@ def _saved_session(name: str | None) -> "Session":
 
 
 def _profile_of(session: "Session") -> "Profile":
-    """The models of a saved conversation, with the settings that it ended with."""
+    """The profile of a saved conversation, with the settings of its last turn."""
     from llmdoctor.profile import Profile
 
     try:
@@ -136,13 +122,12 @@ def _profile_of(session: "Session") -> "Profile":
         ) from None
     if not session.turns:
         return saved
-    last = session.turns[-1]
-    names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
-    guidance = last.guidance
-    how: dict[str, Any] = {"alpha": guidance.alpha}
-    if set(guidance.betas) == set(saved.doctors):  # the last turn may have been held with other ones
-        how |= {"mode": guidance.mode, "plausibility": guidance.plausibility}
-    decode = saved.decode.model_copy(update=how | {name: getattr(last.sampling, name) for name in names})
+    guidance, sampling = session.turns[-1].guidance, session.turns[-1].sampling
+    same = set(guidance.betas) == set(saved.doctors)  # else it was held with --doctor, which sessions do not keep
+    decode = saved.decode.replace(
+        **guidance.model_dump(include=set(GuidanceFields.model_fields) if same else {"alpha"}),
+        **sampling.model_dump(include=set(SamplingFields.model_fields)),
+    )
     doctors = {
         name: doctor.model_copy(update={"beta": guidance.betas[name], "dead_zone": guidance.dead_zones.get(name, 0.0)})
         for name, doctor in saved.doctors.items()
@@ -161,16 +146,16 @@ def _typed() -> Iterator[str]:
             if not shown:
                 print("you> ", end="", file=sys.stderr, flush=True)
             yield input("you> " if shown else "")
-    print(file=sys.stderr)  # the cursor stands behind the prompt
+    print(file=sys.stderr)  # the cursor is still on the prompt's line
 
 
 class Conversation:
-    """A conversation and its settings: what a line of the user does to them, and what it prints."""
+    """A conversation and its settings, changed and printed line by line as the user types."""
 
-    def __init__(self, assistant: "LLMdoctor", decode: "DecodeSettings", seed: int | None, *, as_json: bool) -> None:
+    def __init__(self, assistant: "LLMdoctor", sampling: Sampling, *, as_json: bool) -> None:
         from llmdoctor.decoding.caches import PrefixCache
 
-        self.assistant, self.decode, self.seed, self.as_json = assistant, decode, seed, as_json
+        self.assistant, self.sampling, self.as_json = assistant, sampling, as_json
         self.messages: list[Message] = []
         self._prefix_cache = PrefixCache()
         self.turn = 0
@@ -178,18 +163,18 @@ class Conversation:
         self._greatest = 0.0
 
     def take(self, line: str) -> bool:
-        """Answer the line, or obey it when it is a command; False to leave."""
+        """Answer the line, or run it if it is a command; False to leave."""
         command, _, rest = line.partition(" ")
         match command:
             case "/quit" | "/exit":
                 return False
             case "/help":
-                say(_HELP)
+                say(_help())
             case "/show":
                 say(self.describe())
             case "/reset":
                 self.messages.clear()
-                say("the conversation starts anew")
+                say("the conversation starts again")
             case "/set":
                 self._complaining(self._set, rest)
             case _ if command.startswith("/"):
@@ -200,11 +185,11 @@ class Conversation:
 
     def describe(self) -> str:
         """The settings in use, in one line."""
-        shown = {**self.decode.model_dump(), **self.assistant.guidance.to_dict(), "seed": self.seed}
-        return f"{settings_text(shown)}, at most {self.decode.max_new_tokens} tokens"
+        shown = self.assistant.guidance.to_dict() | self.sampling.model_dump()
+        return f"{settings_text(shown)}, at most {self.sampling.max_new_tokens} tokens"
 
     def _complaining(self, action: Any, text: str) -> None:
-        """One line about a mistake; the conversation goes on."""
+        """Report a mistake in one line; the conversation continues."""
         try:
             action(text)
         except LLMDoctorError as error:
@@ -213,24 +198,22 @@ class Conversation:
                 put_json({"turn": self.turn, "error": str(error)})
 
     def _set(self, text: str) -> None:
-        """``alpha=1 beta=0.8 ...``: all of it, or, where one value is wrong, nothing."""
-        decode, guidance, seed = parse_settings(
-            text, self.assistant.doctor_names, self.decode, self.assistant.guidance, self.seed
-        )
-        self.assistant.guidance = guidance
-        self.decode, self.seed = decode, seed
+        """``alpha=1 beta=0.8 ...``: all of it, or nothing if one value is wrong."""
+        guidance, sampling = parse_settings(text, self.assistant.doctor_names, self.assistant.guidance, self.sampling)
+        self.assistant.guidance = guidance  # which may refuse it: then neither is changed
+        self.sampling = sampling
         say(self.describe())
 
     def _answer(self, text: str) -> None:
-        """Stream one answer; Ctrl+C keeps what was said."""
+        """Stream one answer; Ctrl+C ends it and keeps the tokens so far."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        seed = options.fresh_seed() if self.seed is None else self.seed
-        how = self.decode.model_dump(include={"temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop"})
+        seed = options.fresh_seed() if self.sampling.seed is None else self.sampling.seed
+        how = self.sampling.replace(seed=seed).model_dump()
         pieces: list[str] = []
         began, count, interrupted = time.monotonic(), 0, False
         self.turn += 1
         try:
-            for token in self.assistant.stream(messages, seed=seed, prefix_cache=self._prefix_cache, **how):  # type: ignore[arg-type]
+            for token in self.assistant.stream(messages, prefix_cache=self._prefix_cache, **how):  # type: ignore[arg-type]
                 count += 1
                 piece = clean(token.text) if any(pieces) else clean(token.text).lstrip()
                 pieces.append(piece)
@@ -262,38 +245,6 @@ class Conversation:
             console(sys.stdout).print(text, end="", soft_wrap=True)
 
 
-def parse_settings(
-    text: str, names: Sequence[str], decode: "DecodeSettings", guidance: "Guidance", seed: int | None
-) -> "tuple[DecodeSettings, Guidance, int | None]":
-    """``alpha=1 beta=0.8 helpful=1.2 seed=5`` laid over the settings in use. Raises UsageError."""
-    from llmdoctor.profile import override
-
-    given: dict[str, Any] = {}
-    betas: list[str] = []
-    if not text.strip():
-        raise UsageError("expected name=value, for example: /set alpha=1 beta=0.8")
-    for item in text.split():
-        key, equals, value = item.partition("=")
-        if not equals or not value:
-            raise UsageError(f"expected name=value, got {item!r}")
-        key = key.replace("-", "_")
-        if key == "beta":
-            betas.append(value)
-        elif key.removeprefix("beta.") in names:
-            betas.append(f"{key.removeprefix('beta.')}={value}")
-        elif key == "seed":
-            seed = None if value == "off" else _seed(value)
-        elif key in ("alpha", "temperature", "top_k", "top_p", "min_p", "max_new_tokens"):
-            given[key] = options.parse_number(key, value)
-        else:
-            known = ["alpha", "beta", *(f"beta.{name}" for name in names), "temperature", "top_k", "top_p", "min_p"]
-            raise UsageError(f"there is no setting {key!r} (there are: {', '.join(known)}, max_new_tokens, seed)")
-    chosen = override(decode, **given)
-    named = options.parse_betas(betas, names)
-    return chosen, replace(guidance, alpha=chosen.alpha, betas={**guidance.betas, **named}), seed
-
-
-def _seed(value: str) -> int:
-    if not value.isdecimal() or int(value) > options.GREATEST_SEED:
-        raise UsageError(f"seed: expected a whole number up to {options.GREATEST_SEED}, or off, got {value!r}")
-    return int(value)
+def _help() -> str:
+    """The commands, and every setting that /set takes."""
+    return _HELP.format(settings="\n".join(f"  {name:<22}{text}" for name, text in setting_help()))

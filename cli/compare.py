@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Prompt = str | Sequence[Message]
 
 
+@options.derived
 def compare(
     prompt: Annotated[str | None, typer.Argument(help="The question; - reads it from stdin.")] = None,
     *,
@@ -37,16 +38,9 @@ def compare(
     patient: options.Patient = None,
     doctor: options.Doctors = None,
     doctor_base: options.DoctorBase = None,
-    alpha: options.Alpha = None,
     beta: options.Betas = None,
-    mode: options.Mode = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    max_new_tokens: options.MaxNewTokens = None,
+    decode: options.Decode,
     seed: options.Seed = None,
-    speculation: options.Speculation = None,
     top: Annotated[int, option("--top", "Alternatives of every token in JSON.", metavar="N", min=0)] = 0,
     lens: Annotated[
         str, option("--lens", "Colour tokens by value (default), ratio, kl, flips or off.", metavar="KIND")
@@ -76,16 +70,7 @@ def compare(
         doctors=doctor,
         doctor_base=doctor_base,
         betas=beta,
-        decode={
-            "alpha": alpha,
-            "mode": mode,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "max_new_tokens": max_new_tokens,
-            "speculation": speculation,
-        },
+        decode=decode,
     )
     if lens_doctor is not None and lens_doctor not in settings.doctors:
         known = ", ".join(settings.doctors) or "none"

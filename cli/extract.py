@@ -24,23 +24,21 @@ def extract(
     *,
     profile: options.ProfileName = None,
     patient: options.Patient = None,
-    data: Annotated[
-        str | None, option("--data", "Preference pairs: .jsonl, .json, .parquet (or .gz), or a hub data set.")
-    ] = None,
-    split: Annotated[str | None, option("--split", "Split of a hub data set.")] = None,
-    label: Annotated[str | None, option("--label", "Column that says which of two answers is better.")] = None,
+    data: options.Data = None,
+    split: options.Split = None,
+    label: options.Label = None,
     face: options.FaceNames = None,
     output: Annotated[
         Path, option("--output", "Rewards folder (default: outputs/rewards).", short="-o", env="EXTRACT_OUTPUT")
     ] = Path("outputs/rewards"),
     limit: Annotated[int | None, option("--limit", "Use the first N usable pairs.", metavar="N", min=1)] = None,
-    shuffle: Annotated[bool, option("--shuffle", "Take the pairs in the order that --seed decides.")] = False,
+    shuffle: Annotated[bool, option("--shuffle", "Take the pairs in an order that --seed decides.")] = False,
     seed: Annotated[
         int, option("--seed", "Seed of --shuffle (default: 0).", min=0, max=options.GREATEST_SEED, metavar="N")
     ] = 0,
     strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
     batch_tokens: Annotated[
-        int | None, option("--batch-tokens", "Tokens a forward (default: what fits).", metavar="N", min=1)
+        int | None, option("--batch-tokens", "Tokens per forward (default: what fits).", metavar="N", min=1)
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -65,7 +63,7 @@ def extract(
         from llmdoctor.token_rewards.extract import extract as scored_pairs
         from llmdoctor.token_rewards.folder import RewardsFolder
 
-        if processes > 1 and model.device in {"auto", "cuda"}:  # a device a process
+        if processes > 1 and model.device in {"auto", "cuda"}:  # one device per process
             import torch
 
             if torch.cuda.is_available():

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _SHOWN, _SHOWN_ON_PAGE, _BROWSED = 3, 20, 1000
 
 
+@options.derived
 def inspect(
     folder: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Rewards folder that extract wrote.", show_default=False)
@@ -67,10 +68,8 @@ def inspect(
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    direction: options.DirectionName = None,
-    tau: options.Tau = None,
-    theta: options.Theta = None,
     face: options.FaceNames = None,
+    rewarding: options.Rewards,
     as_json: options.Json = False,
     svg: Annotated[Path | None, option("--svg", "Write a picture instead.", metavar="FILE")] = None,
     html: Annotated[Path | None, option("--html", "Write a page instead.", metavar="FILE")] = None,
@@ -88,7 +87,7 @@ def inspect(
             raise UsageError("--text looks at one answer: leave out DIR, its filters, --diagnose and --tui")
         chosen = options.load(profile)
         model = override(chosen.patient, model=patient, device=device, dtype=dtype)
-        given = {"direction": direction, "tau": tau, "theta": theta, "faces": tuple(face) if face else None}
+        given = {**rewarding, "faces": tuple(face) if face else None}
         _look_at(
             text, prompt or "", chosen, profile, model, given, trust_remote_code, as_json=as_json, svg=svg, page=html
         )
@@ -104,9 +103,7 @@ def inspect(
 
         rewards = RewardsFolder(folder)
         own = options.fitting(options.load(profile), profile, rewards.meta["patient"]["fingerprint"])
-        settings = options.reward_settings(
-            own, available=rewards.faces, faces=face, direction=direction, tau=tau, theta=theta
-        )
+        settings = options.reward_settings(own, available=rewards.faces, faces=face, **rewarding)
     if diagnose:
         _diagnose(rewards, settings, face, as_json=as_json, svg=svg, page=html)
         return
@@ -140,8 +137,8 @@ def inspect(
 
         top = limit_of(pairs)
         pictures = [rich_heatmap(_title(one), one.sides, 110, top) for one in pairs]
-        told = [Text("\n".join(heading)), Text(), rich_statistics(statistics, EDGES)]
-        _write(svg, picture([*pictures, heat_legend(top), Text(), *told], "llmdoctor inspect"))
+        numbers = [Text("\n".join(heading)), Text(), rich_statistics(statistics, EDGES)]
+        _write(svg, picture([*pictures, heat_legend(top), Text(), *numbers], "llmdoctor inspect"))
     elif html is not None:
         _write(html, rewards_page(pairs, heading=heading, statistics=statistics))
     else:
@@ -336,22 +333,22 @@ def _look_at(
     one = ShownPair("", prompt or "no prompt", (shown,))
     used = " ".join(f"{name}={weight:.3g}" for name, weight in weights.items())
     used = f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"
-    told = f"scored by {model.model}\n{used}"
+    source = f"scored by {model.model}\n{used}"
     top = limit_of([one])
     if svg is not None:
         from rich.text import Text
 
         drawn = rich_heatmap(prompt_end(one.prompt), one.sides, 110, top)
-        _write(svg, picture([drawn, heat_legend(top), Text(told)], "llmdoctor inspect"))
+        _write(svg, picture([drawn, heat_legend(top), Text(source)], "llmdoctor inspect"))
     elif page is not None:
-        _write(page, rewards_page([one], heading=told.splitlines()))
+        _write(page, rewards_page([one], heading=source.splitlines()))
     elif decorated(sys.stdout):
         screen = console(sys.stdout)
         screen.print(rich_heatmap(prompt_end(one.prompt), one.sides, screen.width, top))
         screen.print(heat_legend(top))
-        screen.print(told)
+        screen.print(source)
     else:
-        put(f"{plain_heatmap(one.prompt, one.sides)}\n\n{told}")
+        put(f"{plain_heatmap(one.prompt, one.sides)}\n\n{source}")
 
 
 def _diagnose(
@@ -384,9 +381,9 @@ def _examples(rewards: "RewardsFolder", settings: "RewardSettings", diagnosis: "
 
     named: dict[str, list[str]] = {}
     for face in diagnosis.faces:
-        for examples, said in ((face.best, "explained best by"), (face.worst, "contradicted most by")):
+        for examples, relation in ((face.best, "explained best by"), (face.worst, "contradicted most by")):
             for example in examples:
-                named.setdefault(example.pair_id, []).append(f"{said} {face.name} ({example.contribution:+.2g})")
+                named.setdefault(example.pair_id, []).append(f"{relation} {face.name} ({example.contribution:+.2g})")
     weights = {face.name: face.weight.value for face in diagnosis.faces}
     fitted = settings.model_copy(update={"direction": "fitted", "faces": None})
     look = _Look(rewards, fitted, weights, load_tokenizer(rewards.path / "tokenizer"))

@@ -1,28 +1,40 @@
 """Options that commands share, and how they meet the profile: flags beat LLMDOCTOR_* beat the profile beat defaults.
 
-An option that was not given is None. `llmdoctor.profile.override` lays what was given over a section of the profile and
-lets the profile's own schema check it, so that a range is stated once.
+Options of settings derive from their schema: a command that takes a `FieldOptions` group gets an option for every field
+of it. An option that was not given is None; `llmdoctor.profile.override` changes a section of the profile by the
+others, and checks them.
 """
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from llmdoctor.cli.terminal import waiting
 from llmdoctor.errors import UsageError
+from llmdoctor.schema import Settings, help_text
+from llmdoctor.settings import (
+    COMBINATION,
+    GREATEST_SEED,
+    DataSettings,
+    DecodeSettings,
+    DoctorSettings,
+    PatientSettings,
+    RewardSettings,
+    Sampling,
+    TrainSettings,
+)
 from llmdoctor.show.formats import short_name
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
-    from llmdoctor.settings import RewardSettings
-
-
-GREATEST_SEED = 2**32 - 1  # numpy's limit
 
 
 def option(name: str, help: str, *, short: str | None = None, env: str | None = None, **more: Any) -> Any:
@@ -34,43 +46,106 @@ def option(name: str, help: str, *, short: str | None = None, env: str | None = 
     )
 
 
+def field_option(schema: type[Settings], name: str, flag: str | None = None, **more: Any) -> Any:
+    """The option of one field: its name and help are the field's own."""
+    return option(flag or f"--{name.replace('_', '-')}", help_text(schema, name), **more)
+
+
+@dataclass(frozen=True)
+class FieldOptions:
+    """In a command's signature: an option for every field of ``schema``; the parameter is a mapping of their values.
+
+    ``more`` are keywords of `field_option` for single fields.
+    """
+
+    schema: type[Settings]
+    without: tuple[str, ...] = ()
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def parameters(self) -> list[Parameter]:
+        """The parameters that Typer makes options of."""
+        names = [name for name in self.schema.model_fields if name not in self.without]
+        return [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=self._annotation(name)) for name in names
+        ]
+
+    def _annotation(self, name: str) -> Any:
+        annotation = self.schema.model_fields[name].annotation
+        kind = _option_type(annotation)
+        how: dict[str, Any] = dict(self.more.get(name, {}))
+        if kind is bool:
+            how.setdefault("flag", "--{0}/--no-{0}".format(name.replace("_", "-")))
+        elif kind is not float:
+            metavar = {int: "N", list[str]: "TEXT, repeatable"}.get(kind)
+            how.setdefault("metavar", "KIND" if get_origin(annotation) is Literal else metavar)
+        return Annotated[kind | None, field_option(self.schema, name, **how)]
+
+
+def _option_type(annotation: Any) -> Any:
+    """What Typer parses for a field: bool, int or float, several strings for a tuple, one for everything else."""
+    for part in (annotation, *get_args(annotation)):
+        if part in (bool, int, float):
+            return part
+        if get_origin(part) is tuple:
+            return list[str]
+    return str
+
+
+def derived(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer needs it: every `FieldOptions` group of its signature replaced by the group's options."""
+    parameters: list[Parameter] = []
+    groups: dict[str, list[str]] = {}
+    for parameter in signature(command).parameters.values():
+        group = next((mark for mark in get_args(parameter.annotation) if isinstance(mark, FieldOptions)), None)
+        own = group.parameters() if group else [parameter]
+        parameters += own
+        if group:
+            groups[parameter.name] = [one.name for one in own]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        sections = {name: {key: given.pop(key) for key in keys} for name, keys in groups.items()}
+        command(**given, **sections)
+
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
 ProfileName = Annotated[str | None, option("--profile", "Profile name or YAML file (default: clinic).", metavar="NAME")]
 Json = Annotated[bool, option("--json", "JSON on stdout and nothing else.")]
-Patient = Annotated[str | None, option("--patient", "Patient: model folder or hub name.", metavar="MODEL")]
-Device = Annotated[str | None, option("--device", "auto, cpu, cuda, cuda:1, mps, ...")]
-Dtype = Annotated[str | None, option("--dtype", "auto, float32, bfloat16, float16.")]
+Patient = Annotated[str | None, field_option(PatientSettings, "model", "--patient", metavar="MODEL")]
+Device = Annotated[str | None, field_option(PatientSettings, "device")]
+Dtype = Annotated[str | None, field_option(PatientSettings, "dtype")]
 TrustRemoteCode = Annotated[bool, option("--trust-remote-code", "Run code that a model repository ships.")]
+Data = Annotated[str | None, field_option(DataSettings, "source", "--data")]
+Split = Annotated[str | None, field_option(DataSettings, "split")]
+Label = Annotated[str | None, field_option(DataSettings, "label")]
 Seed = Annotated[
-    int | None, option("--seed", "Seed (default: a fresh one, shown).", min=0, max=GREATEST_SEED, metavar="N")
+    int | None,
+    option("--seed", f"{Sampling.model_fields['seed'].description}.", min=0, max=GREATEST_SEED, metavar="N"),
 ]
-
 FaceNames = Annotated[list[str] | None, option("--face", "Face pair to use; repeatable.", metavar="NAME")]
-DirectionName = Annotated[
-    str | None, option("--direction", "Sign of the rewards: label, gap, agree or fitted.", metavar="KIND")
-]
-Tau = Annotated[float | None, option("--tau", "Softness of the importance S_t (> 0).")]
-Theta = Annotated[float | None, option("--theta", "Importance below which a token earns nothing, in [0, 1).")]
-
 Doctors = Annotated[
     list[str] | None, option("--doctor", "Trained doctor, PATH or NAME=PATH; repeatable.", metavar="[NAME=]PATH")
 ]
 DoctorBase = Annotated[
     str | None, option("--doctor-base", "Base model of the doctors, if not the one they name.", metavar="MODEL")
 ]
-Alpha = Annotated[float | None, option("--alpha", "Weight of the patient (>= 0).")]
 Betas = Annotated[
     list[str] | None, option("--beta", "Weight of the doctors: 0.8, or helpful=0.8; repeatable.", metavar="[NAME=]X")
 ]
-Mode = Annotated[str | None, option("--mode", "product, or ratio: doctors over their bases.", metavar="KIND")]
-Temperature = Annotated[float | None, option("--temperature", "0 is greedy.")]
-TopK = Annotated[int | None, option("--top-k", "Keep the k likeliest tokens (0: off).")]
-TopP = Annotated[float | None, option("--top-p", "Keep the likeliest tokens that make up p, in (0, 1].")]
-MinP = Annotated[float | None, option("--min-p", "Drop tokens below this part of the likeliest, in [0, 1).")]
-Speculation = Annotated[
-    bool | None,
-    option("--speculation/--no-speculation", "Let a doctor draft ahead (default); the answers stay the same."),
+
+Given = dict[str, Any]
+Decode = Annotated[Given, FieldOptions(DecodeSettings)]
+Rewards = Annotated[Given, FieldOptions(RewardSettings, without=("faces",))]
+Train = Annotated[
+    Given,
+    FieldOptions(
+        TrainSettings,
+        more={"doctor": {"env": "TRAIN_DOCTOR"}, "keep_best": {"flag": "--keep-best/--keep-last"}},
+    ),
 ]
-MaxNewTokens = Annotated[int | None, option("--max-new-tokens", "Longest answer.", metavar="N")]
 
 
 def load(name: str | None) -> "Profile":
@@ -83,11 +158,10 @@ def load(name: str | None) -> "Profile":
 def fitting(profile: "Profile", name: str | None, fingerprint: str) -> "Profile":
     """The profile, for rewards of the patient with this fingerprint.
 
-    Unnamed, it is the clinic's, whose settings of rewards and training suit that small world alone: on another patient
-    the general ones of `RewardSettings` and `TrainSettings` stand in for them.
+    Without a ``name`` it is the clinic's, whose settings of rewards and training suit its own small patient alone:
+    another patient gets the defaults of `RewardSettings` and `TrainSettings`.
     """
     from llmdoctor.models import model_fingerprint
-    from llmdoctor.settings import RewardSettings, TrainSettings
 
     if name or fingerprint == model_fingerprint(profile.patient.model):
         return profile
@@ -116,7 +190,7 @@ def parse_number(name: str, text: str) -> float:
 
 
 def parse_doctors(values: Sequence[str]) -> dict[str, str]:
-    """``NAME=PATH`` or ``PATH``; a doctor without a name here is called as its doctor.json says."""
+    """``NAME=PATH`` or ``PATH``; without a name here, a doctor has the one in its doctor.json."""
     doctors: dict[str, str] = {}
     for value in values:
         name, equals, path = value.partition("=")
@@ -134,7 +208,7 @@ def _own_name(checkpoint: Path) -> str:
     try:
         return str(json.loads((checkpoint / "doctor.json").read_text(encoding="utf-8")).get("name") or "doctor")
     except (OSError, ValueError, AttributeError):
-        return "doctor"  # what is wrong with the folder is said, better, by the code that loads it
+        return "doctor"  # loading the doctor reports what is wrong with its folder
 
 
 def guided_profile(
@@ -147,19 +221,18 @@ def guided_profile(
     betas: Sequence[str] | None,
     decode: Mapping[str, Any],
 ) -> "Profile":
-    """The profile with the options of ``chat`` and ``compare`` laid over it.
+    """The profile, overridden by the options of ``chat`` and ``compare``.
 
-    ``named`` False, it is the clinic's because nobody asked for another: its way to combine models suits its own
-    doctors, and other ones get the general way of `DecodeSettings`.
+    ``named`` False: nobody chose the profile. It is then the clinic's, whose mode and plausibility are chosen for its
+    own doctors; doctors given as options get the defaults of `DecodeSettings`.
     """
     from llmdoctor.profile import override
-    from llmdoctor.settings import DecodeSettings, DoctorSettings
 
     chosen = dict(profile.doctors)
     decoding = profile.decode
     if doctors:
         if not named:
-            decoding = override(decoding, **DecodeSettings().model_dump(include={"mode", "plausibility"}))
+            decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
         chosen = {name: DoctorSettings(checkpoint=path) for name, path in parse_doctors(doctors).items()}
     strengths = parse_betas(betas or (), tuple(chosen))
     return profile.model_copy(
@@ -181,7 +254,7 @@ def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor
 
 
 def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
-    """The patient and its doctors; this process then takes as many threads as pay for models of their size."""
+    """The patient and its doctors; torch gets as many threads as models of their size can use."""
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.models import spare_threads
 
@@ -191,7 +264,7 @@ def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
 
 
 def require_screen(flag: str, writes_elsewhere: bool) -> None:
-    """Refuse ``flag`` where there is no terminal for a full screen, or beside an option that prints instead."""
+    """Refuse ``flag`` without a terminal for a full screen, or together with an option that prints instead."""
     from llmdoctor.tui.launch import full_screen
 
     if writes_elsewhere:
@@ -205,17 +278,18 @@ def reward_settings(
     *,
     available: Sequence[str],
     faces: Sequence[str] | None,
-    direction: str | None,
-    tau: float | None,
-    theta: float | None,
-) -> "RewardSettings":
-    """How stored scores become rewards; the profile's faces count only where the folder holds them."""
+    **given: Any,
+) -> RewardSettings:
+    """How stored scores become rewards, with the options ``given`` for them; ``available`` faces are in the folder.
+
+    The profile's own faces count only where the folder holds them.
+    """
     from llmdoctor.profile import override
 
     if unknown := sorted(set(faces or ()) - set(available)):
         raise UsageError(f"--face: this folder holds no face {unknown[0]!r} (it holds: {', '.join(available)})")
     named = tuple(faces) if faces else None
-    settings = override(profile.rewards, faces=named, direction=direction, tau=tau, theta=theta)
+    settings = override(profile.rewards, faces=named, **given)
     if settings.faces is not None and not set(settings.faces) <= set(available):
         settings = settings.model_copy(update={"faces": None})
     return settings

@@ -3,38 +3,39 @@
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 from transformers import PreTrainedModel
 
 from llmdoctor.decoding.caches import PrefixCache
 from llmdoctor.decoding.decode import Step, decode
 from llmdoctor.decoding.drafting import AdaptiveLength
-from llmdoctor.decoding.product import check_guidance, check_sampling
+from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Patient, load_patient
 from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.training.doctor import LoadedDoctor, load_doctor
 
 _BATCH_ROWS = 32
+_DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}
 
 
 class LLMdoctor:
     """A frozen patient, steered token by token by any number of doctors: pi ∝ patient^alpha · prod doctor_i^beta_i.
 
     ``doctor_checkpoint`` is one doctor folder, or a mapping of names to folders; without any, the patient speaks alone.
-    ``beta`` is one strength for every doctor, or a mapping. ``doctor_base`` overrides the base model that a doctor
-    folder names. ``mode``, ``plausibility`` and ``dead_zone`` (one, or a mapping) are those of `Guidance`.
-    ``system_prompt`` opens every conversation. ``alpha``, ``beta`` and ``sampling`` may be set at any
-    time: a running ``stream`` follows with its next token.
+    ``beta`` and ``dead_zone`` are one number for every doctor, or a mapping of names to numbers; ``guidance`` are the
+    other fields of `Guidance`: ``alpha``, ``mode``, ``plausibility``. ``doctor_base`` overrides the base model that a
+    doctor folder names. ``system_prompt`` opens every conversation. ``alpha``, ``beta``, ``guidance`` and ``sampling``
+    may be set at any time: a running ``stream`` reads the first three before every token.
 
     ``speculation`` lets a doctor draft tokens that the patient checks several at a time: faster, and the same answers.
-    In half precision rounding differs between one token and several, and a token may now and then turn out otherwise.
+    In half precision rounding differs between one token and several, and now and then another token is drawn.
 
     Raises LoadError (a model or doctor cannot be loaded), VocabularyError (a doctor for another tokenizer), UsageError
     (a setting out of range).
@@ -45,28 +46,28 @@ class LLMdoctor:
         patient_model: str | Path,
         doctor_checkpoint: str | Path | Mapping[str, str | Path] | None = None,
         *,
-        alpha: float = 1.0,
-        beta: float | Mapping[str, float] = 0.8,
+        beta: float | Mapping[str, float] = _DEFAULTS["beta"],
+        dead_zone: float | Mapping[str, float] = _DEFAULTS["dead_zone"],
         doctor_base: str | Path | Mapping[str, str | Path] | None = None,
-        mode: Literal["product", "ratio"] = "product",
-        plausibility: float = 0.1,
-        dead_zone: float | Mapping[str, float] = 0.0,
         sampling: Sampling | None = None,
         system_prompt: str | None = None,
         speculation: bool = True,
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
+        **guidance: Any,
     ) -> None:
         self.speculation = speculation
         self._drafting = AdaptiveLength()
         self.sampling = sampling or Sampling()
-        check_sampling(self.sampling)
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
-        self._guidance = Guidance(mode=mode, plausibility=plausibility)
-        if isinstance(doctor_checkpoint, Mapping):  # names are known already: complain before anything is loaded
-            self._check(alpha, beta, tuple(doctor_checkpoint), dead_zone)
+        self._guidance = Guidance(**guidance)
+        # a dead zone of 0 is none at all: it need not be listed for every doctor
+        strengths = {"betas": beta} | ({"dead_zones": dead_zone} if dead_zone else {})
+        if isinstance(doctor_checkpoint, Mapping):
+            # the names are known already: a wrong one is reported before anything is loaded
+            check_guidance(self._with(tuple(doctor_checkpoint), **strengths), tuple(doctor_checkpoint))
         self.patient: Patient = load_patient(
             patient_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -81,7 +82,7 @@ class LLMdoctor:
                 checkpoint,
                 name=name,
                 base=doctor_base.get(name or "") if isinstance(doctor_base, Mapping) else doctor_base,
-                with_base=mode == "ratio",
+                with_base=self._guidance.mode == "ratio",
                 bases=bases,
                 dtype=dtype,
                 device=device,
@@ -91,17 +92,17 @@ class LLMdoctor:
                 doctor.vocabulary, f"the patient {patient_model}", f"the doctor {checkpoint}"
             )
             self._doctors[doctor.name] = doctor
-        self.guidance = self._check(alpha, beta, self.doctor_names, dead_zone)
+        self.guidance = self._with(self.doctor_names, **strengths)
 
     @classmethod
     def from_profile(cls, profile: str | Path | Profile | None = None, **overrides: Any) -> "LLMdoctor":
         """Load what a profile names; ``overrides`` are keywords of ``LLMdoctor`` and win. Raises ProfileError also.
 
         A mapping for ``beta`` or ``dead_zone`` changes the doctors it names. Other doctors (``doctor_checkpoint``) keep
-        the profile's ``mode``, unless no profile is given: the clinic's suits its own doctors, others get the product.
+        the profile's ``mode`` and ``plausibility`` if a profile is given. Without one they get the defaults: the
+        clinic's are chosen for its own doctors.
         """
         p = profile if isinstance(profile, Profile) else load_profile(profile or "clinic")
-        decode = p.decode.model_dump()
         settings: dict[str, Any] = {
             "patient_model": p.patient.model,
             "doctor_checkpoint": {name: doctor.checkpoint for name, doctor in p.doctors.items()},
@@ -111,11 +112,12 @@ class LLMdoctor:
             "system_prompt": p.patient.system_prompt,
             "dtype": p.patient.dtype,
             "device": p.patient.device,
-            **{key: decode.pop(key) for key in ("alpha", "mode", "plausibility", "speculation")},
-            "sampling": Sampling(**decode),
+            "sampling": p.decode.sampling(),
+            "speculation": p.decode.speculation,
+            **p.decode.model_dump(include=set(GuidanceFields.model_fields)),
         }
         if "doctor_checkpoint" in overrides:  # the profile's bases and strengths belong to the profile's doctors
-            for key in ("beta", "doctor_base", "dead_zone", *(() if profile else ("mode", "plausibility"))):
+            for key in ("beta", "doctor_base", "dead_zone", *(() if profile else COMBINATION)):
                 del settings[key]
         else:
             for key in ("beta", "dead_zone"):
@@ -130,7 +132,7 @@ class LLMdoctor:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of drafted tokens accepted of late, in [0, 1]; None as long as nothing has been drafted."""
+        """The share of recently drafted tokens that were accepted, in [0, 1]; None before anything was drafted."""
         return self._drafting.acceptance if self.speculation and self._drafting.tested else None
 
     @property
@@ -150,16 +152,16 @@ class LLMdoctor:
 
     @alpha.setter
     def alpha(self, alpha: float) -> None:
-        self.guidance = replace(self._guidance, alpha=alpha)
+        self.guidance = self._guidance.replace(alpha=alpha)
 
     @property
-    def beta(self) -> dict[str, float]:
-        """Every doctor's exponent; set it to a number for all of them, or to a mapping for those it names."""
-        return dict(self._guidance.betas)
+    def beta(self) -> Mapping[str, float]:
+        """Every doctor's exponent, read-only; assign a number for all doctors, or a mapping for those it names."""
+        return self._guidance.betas
 
     @beta.setter
     def beta(self, beta: float | Mapping[str, float]) -> None:
-        self.guidance = self._check(self.alpha, beta, self.doctor_names)
+        self.guidance = self._with(self.doctor_names, betas=beta)
 
     @overload
     def generate(self, prompt: str, **sampling: Any) -> str: ...
@@ -169,7 +171,7 @@ class LLMdoctor:
         """The guided answer to a prompt or to a conversation; for a list of prompts, their answers in order.
 
         ``sampling`` are fields of ``Sampling`` that differ from the instance's own. ``guidance``, one for all or (for a
-        list) one for each prompt, replaces the instance's, mode and all: ``replace(doctor.guidance, betas=...)`` keeps
+        list) one for each prompt, replaces the instance's, mode and all: ``doctor.guidance.replace(betas=...)`` keeps
         the rest. ``seed`` may be a list too, otherwise prompt i has seed + i.
         """
         if isinstance(prompt, str) or not all(isinstance(item, str) for item in prompt):
@@ -187,9 +189,9 @@ class LLMdoctor:
     ) -> list[Answer]:
         """Answers with all their tokens, decoded in batches; ``guided`` False is the patient alone.
 
-        ``guidance`` and ``seed`` as in ``generate``. A prompt's answer does not depend on the others beside it.
+        ``guidance`` and ``seed`` as in ``generate``. A prompt's answer does not depend on the rest of its batch.
         """
-        settings = self._sampling(sampling)
+        settings = self.sampling.replace(**sampling)
         seeds = _seeds(settings.seed if seed is None else seed, len(prompts))
         each = [guidance] * len(prompts) if guidance is None or isinstance(guidance, Guidance) else guidance
         if len(each) != len(prompts):
@@ -223,12 +225,12 @@ class LLMdoctor:
         ``guidance`` is a fixed snapshot, or a function that is called for every token; by default the instance's own,
         live. ``guided`` False is the patient alone. A ``prefix_cache``, given to every turn of one conversation, spares
         the models what they have read before. ``prefix_ids`` continues an answer that begins with these tokens: they
-        are read, not said again, count towards ``max_new_tokens``, and the draws that follow are seeded with the seed
-        and their number. ``force_id`` is the next token instead of a draw, with its numbers like any other. Close the
-        iterator to stop. Settings are checked at once, not at the first token; UsageError also for an id that is no
-        token.
+        are read but not yielded again, and count towards ``max_new_tokens``; the draws after them depend on the seed
+        and on the number of prefix tokens. ``force_id`` is the next token instead of a draw, with its numbers like any
+        other. Close the iterator to stop. Settings are checked at once, not at the first token; UsageError also for an
+        id that is no token.
         """
-        settings = self._sampling(sampling)
+        settings = self.sampling.replace(**sampling)
         (seed,) = _seeds(settings.seed, 1)
         if prefix_ids or force_id is not None:
             known = set(self.patient.vocabulary.ids.values())
@@ -239,8 +241,10 @@ class LLMdoctor:
                     f"the answer is {len(prefix_ids)} tokens long already and max_new_tokens is "
                     f"{settings.max_new_tokens}: raise it to continue"
                 )
-            settings = replace(settings, max_new_tokens=settings.max_new_tokens - len(prefix_ids))
-            seed = (seed + len(prefix_ids) * 0x9E3779B9) % (1 << 63)  # the draws of the prefix are spent
+            settings = settings.replace(max_new_tokens=settings.max_new_tokens - len(prefix_ids))
+            # a continuation must not draw the numbers again that drew the prefix; the golden ratio's multiples (as in
+            # splitmix) keep the seeds of different prefix lengths, and of neighbouring seeds, apart
+            seed = (seed + len(prefix_ids) * 0x9E3779B9) % (1 << 63)
         steps = self._decode(
             [prompt],
             settings,
@@ -278,9 +282,9 @@ class LLMdoctor:
         Every prompt is answered as if compared alone, with the same seed. The seconds are the batch's, divided by its
         prompts.
         """
-        settings = self._sampling(sampling)
+        settings = self.sampling.replace(**sampling)
         (seed,) = _seeds(settings.seed, 1)
-        settings = replace(settings, seed=seed)
+        settings = settings.replace(seed=seed)
         guidance = self._guidance
 
         def run(which: Speaker, rows: Sequence[str | Sequence[Message]]) -> tuple[list[Answer], float]:
@@ -325,7 +329,7 @@ class LLMdoctor:
             "patient_seconds": alone_seconds,
             "guided_seconds": guided_seconds,
         }
-        described = guidance.to_dict() | asdict(settings)
+        described = guidance.to_dict() | settings.model_dump()
         return Comparison(prompt if isinstance(prompt, str) else list(prompt), described, alone, guided, metrics)
 
     def _decode(
@@ -367,32 +371,19 @@ class LLMdoctor:
     def _own_guidance(self) -> Guidance:
         return self._guidance
 
-    def _sampling(self, changes: Mapping[str, Any]) -> Sampling:
-        known = asdict(self.sampling)
-        if unknown := [name for name in changes if name not in known]:
-            raise UsageError(f"there is no sampling setting {unknown[0]!r}; there are: {', '.join(known)}")
-        sampling = replace(self.sampling, **changes)
-        check_sampling(sampling)
-        return sampling
-
-    def _check(
-        self,
-        alpha: float,
-        beta: float | Mapping[str, float],
-        names: tuple[str, ...],
-        dead_zone: float | Mapping[str, float] = 0.0,
-    ) -> Guidance:
-        betas = {**self._guidance.betas, **beta} if isinstance(beta, Mapping) else dict.fromkeys(names, float(beta))
-        guidance = replace(self._guidance, alpha=alpha, betas=betas)
-        if dead_zone:
-            zones = dict(dead_zone) if isinstance(dead_zone, Mapping) else dict.fromkeys(names, dead_zone)
-            guidance = replace(guidance, dead_zones=zones)
-        check_guidance(guidance, names)
-        return guidance
+    def _with(self, names: Sequence[str], **strengths: float | Mapping[str, float]) -> Guidance:
+        """The guidance with ``betas`` or ``dead_zones`` changed: for all doctors, or for those that a mapping names."""
+        changes = {
+            field: {**getattr(self._guidance, field), **given}
+            if isinstance(given, Mapping)
+            else dict.fromkeys(names, given)
+            for field, given in strengths.items()
+        }
+        return self._guidance.replace(**changes)
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed a prompt: a list as it is, else from one number (None: a fresh one) on."""
+    """One seed per prompt: a list as it is; otherwise a number (None draws one), that number plus 1, and so on."""
     if seed is None:
         seed = secrets.randbelow(1 << 31)
     return [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)

@@ -4,18 +4,18 @@ A value that names a model, a data set or a doctor and begins with ``./`` or ``.
 file, ``~/`` is the home folder, and anything else (a hub name, a path seen from the working folder) is left alone.
 """
 
-import difflib
 import os.path
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from llmdoctor.errors import ProfileError, UsageError
+from llmdoctor.errors import ProfileError
+from llmdoctor.schema import Settings, SettingsT, complaint, hint
 from llmdoctor.settings import (
     DataSettings,
     DecodeSettings,
@@ -24,7 +24,6 @@ from llmdoctor.settings import (
     Name,
     PatientSettings,
     RewardSettings,
-    Settings,
     TrainSettings,
 )
 
@@ -54,26 +53,11 @@ class Profile(Settings):
 
 
 _LIBRARY = "faces.yaml"
-_SECTIONS: dict[str, type[Settings]] = {
-    "patient": PatientSettings,
-    "data": DataSettings,
-    "rewards": RewardSettings,
-    "train": TrainSettings,
-    "decode": DecodeSettings,
-    "faces": FaceSettings,
-    "doctors": DoctorSettings,
-}
-
-SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def override(settings: SettingsT, **changes: Any) -> SettingsT:
     """A copy with those ``changes`` that are not None, checked as in a profile; `UsageError` if one is out of range."""
-    given = {key: value for key, value in changes.items() if value is not None}
-    try:
-        return type(settings).model_validate({**settings.model_dump(), **given})
-    except ValidationError as error:
-        raise UsageError(_complaint(error, given)) from error
+    return settings.replace(**{key: value for key, value in changes.items() if value is not None})
 
 
 def profile_names() -> list[str]:
@@ -100,9 +84,9 @@ def profile_path(name_or_path: str | Path) -> Path:
         return path
     if path.suffix in (".yaml", ".yml") or "/" in text or os.sep in text:
         raise ProfileError(f"profile {text}: no such file")
-    known = ", ".join(profile_names())
-    hint = _hint(text, profile_names())
-    raise ProfileError(f"unknown profile {text!r}{hint}: expected the path of a YAML file or one of {known}")
+    known = profile_names()
+    expected = f"expected the path of a YAML file or one of {', '.join(known)}"
+    raise ProfileError(f"unknown profile {text!r}{hint(text, known)}: {expected}")
 
 
 def load_profile(name_or_path: str | Path = "clinic") -> Profile:
@@ -112,7 +96,7 @@ def load_profile(name_or_path: str | Path = "clinic") -> Profile:
     try:
         return Profile.model_validate({**document, "name": path.stem}, context={"folder": path.parent.absolute()})
     except ValidationError as error:
-        raise ProfileError(f"profile {path.name}: {_complaint(error, document)}") from error
+        raise ProfileError(f"profile {path.name}: {complaint(error, document, Profile)}") from error
 
 
 def _folder() -> Path:
@@ -133,52 +117,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         got = "nothing" if document is None else f"a {type(document).__name__}"
         raise ProfileError(f"profile {path.name}: expected settings as `key: value` lines, got {got}")
     return document
-
-
-def _complaint(invalid: ValidationError, document: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's findings: a misspelt key before the key that is missing because of it."""
-    error = min(invalid.errors(), key=lambda finding: finding["type"] != "extra_forbidden")
-    parts = _path_in_document(error["loc"], document)
-    dotted = ".".join(map(str, parts))
-    match error["type"]:
-        case "extra_forbidden":
-            return f"unknown key {dotted!r}{_key_hint([str(part) for part in parts])}"
-        case "missing":
-            return f"key '{'.'.join(map(str, error['loc']))}' is missing"
-        case "value_error":
-            return error["msg"].removeprefix("Value error, ")
-        case "string_pattern_mismatch" if error["loc"][-1] == "[key]":
-            return f"name {dotted!r} may hold only letters, digits, '_', '.' and '-'"
-        case "model_type" | "dict_type":
-            return f"{dotted!r} expected `key: value` lines under it, got {error['input']!r}"
-    return f"{dotted!r} {error['msg'].removeprefix('Input ')}, got {error['input']!r}"
-
-
-def _path_in_document(loc: tuple[int | str, ...], document: Any) -> list[int | str]:
-    # pydantic's loc ends with the names of union members and "[key]" marks, which the user never wrote
-    parts: list[int | str] = []
-    for part in loc:
-        try:
-            document = document[part]
-        except (KeyError, IndexError, TypeError):
-            break
-        parts.append(part)
-    return parts
-
-
-def _key_hint(parts: list[str]) -> str:
-    *sections, key = parts
-    schema = _SECTIONS[sections[0]] if sections else Profile
-    siblings = list(schema.model_fields)
-    close = difflib.get_close_matches(key, siblings, n=1)
-    if close:
-        return f" (did you mean {'.'.join([*sections, close[0]])!r}?)"
-    elsewhere = [section for section, other in _SECTIONS.items() if key in other.model_fields]
-    if elsewhere:
-        return f" (did you mean '{elsewhere[0]}.{key}'?)"
-    return f" (known here: {', '.join(siblings)})"
-
-
-def _hint(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 Role = Literal["system", "user", "assistant"]
 Side = Literal["chosen", "rejected"]
 Speaker = Literal["patient", "guided"]
-Direction = Literal["label", "gap", "agree", "fitted"]
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from llmdoctor.errors import StorageError, UsageError
 from llmdoctor.records import Alternative, GuidedToken, Message, Speaker
+from llmdoctor.schema import Settings
 from llmdoctor.settings import Guidance, Sampling
 
 End = Literal["", "done", "length", "interrupted", "error"]
@@ -51,7 +52,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and both sides' answers, with what they were made with."""
+    """A question and both sides' answers, with the settings they were given with."""
 
     prompt: str
     seed: int
@@ -67,7 +68,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A conversation. ``profile`` is the profile it was held with (models, doctors, settings) as plain JSON values."""
+    """A conversation. ``profile`` is the profile in use (models, doctors, settings) as plain JSON values."""
 
     id: str
     title: str = ""
@@ -82,6 +83,13 @@ class Session:
         now = time.time()
         return cls(secrets.token_hex(4), "", now, now, profile)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The session with all its turns as plain JSON values."""
+        # asdict copies what is no dataclass, and the settings are none
+        return asdict(
+            self, dict_factory=lambda items: {k: v.model_dump() if isinstance(v, Settings) else v for k, v in items}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -95,12 +103,12 @@ class Summary:
 
 
 def messages(turns: tuple[Turn, ...], which: Speaker, prompt: str) -> list[Message]:
-    """The conversation as one side knows it, ending with ``prompt``: every side goes on from its own answers."""
-    said: list[Message] = []
+    """The conversation as one side knows it, ending with ``prompt``: each side continues from its own answers."""
+    known: list[Message] = []
     for turn in turns:
-        said.append({"role": "user", "content": turn.prompt})
-        said.append({"role": "assistant", "content": turn.reply(which).text})
-    return [*said, {"role": "user", "content": prompt}]
+        known.append({"role": "user", "content": turn.prompt})
+        known.append({"role": "assistant", "content": turn.reply(which).text})
+    return [*known, {"role": "user", "content": prompt}]
 
 
 _SCHEMA_VERSION = 1
@@ -117,7 +125,7 @@ CREATE TABLE IF NOT EXISTS turn (
 
 
 class SessionStore:
-    """The SQLite file of sessions at ``path``. Every call opens it anew, so any thread may call.
+    """The SQLite file of sessions at ``path``. Every call opens it again, so any thread may call.
 
     ``save`` writes the turns that changed since it last saw the session. Raises StorageError when the file cannot be
     read or written.
@@ -145,7 +153,7 @@ class SessionStore:
                 row,
             )
             if db.execute("SELECT count(*) FROM turn WHERE session = ?", (session.id,)).fetchone()[0] < first:
-                first = 0  # somebody deleted it meanwhile
+                first = 0  # another program has deleted turns since: write all of them
             db.execute("DELETE FROM turn WHERE session = ? AND number >= ?", (session.id, first))
             db.executemany(
                 "INSERT INTO turn VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -169,7 +177,7 @@ class SessionStore:
             ).fetchall()
         try:
             loaded = Session(name, title, created, updated, json.loads(profile), tuple(map(_turn, turns)))
-        except (ValueError, KeyError, TypeError, zlib.error) as error:
+        except (ValueError, KeyError, TypeError, UsageError, zlib.error) as error:
             raise StorageError(f"{self.path}: session {name} is damaged ({error}): delete it") from error
         self._seen[name] = loaded.turns
         return loaded
@@ -221,7 +229,7 @@ class SessionStore:
 
 
 def _row(turn: Turn) -> tuple[str, int, str, bytes, bytes]:
-    settings = {"sampling": asdict(turn.sampling), "guidance": asdict(turn.guidance)}
+    settings = {"sampling": turn.sampling.model_dump(), "guidance": turn.guidance.model_dump()}
     return turn.prompt, turn.seed, json.dumps(settings), _packed(turn.patient), _packed(turn.guided)
 
 
@@ -232,8 +240,9 @@ def _packed(reply: Reply) -> bytes:
 def _turn(row: tuple[str, int, str, bytes, bytes]) -> Turn:
     prompt, seed, settings, patient, guided = row
     how = json.loads(settings)
-    sampling = Sampling(**{**how["sampling"], "stop": tuple(how["sampling"]["stop"])})
-    return Turn(prompt, seed, sampling, Guidance(**how["guidance"]), _unpacked(patient), _unpacked(guided))
+    # a field that an older version did not store has its default
+    sampling, guidance = Sampling(**how["sampling"]), Guidance(**how["guidance"])
+    return Turn(prompt, seed, sampling, guidance, _unpacked(patient), _unpacked(guided))
 
 
 def _unpacked(packed: bytes) -> Reply:

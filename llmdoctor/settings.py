@@ -1,53 +1,22 @@
-"""Every setting, stated once: fields, ranges, defaults and help of the three stages."""
+"""Every setting, stated once: fields, ranges, defaults and help of the three stages.
+
+The profile, the command's options, ``/set``, the app, saved conversations and what the decoder reads all derive from
+these classes: a field added here is known to all of them.
+"""
 
 import os.path
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError, ValidationInfo
 
-from llmdoctor.records import Direction, FacePair
+from llmdoctor.errors import UsageError
+from llmdoctor.schema import Settings, complaint
 
+if TYPE_CHECKING:
+    from llmdoctor.records import FacePair
 
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """How strongly each model speaks: pi ∝ patient^alpha · prod doctor_i^beta_i. An immutable snapshot, read per token.
-
-    ``alpha`` and every beta are finite and >= 0, and not all zero. ``mode`` "ratio" uses (doctor / doctor_base)^beta
-    among the tokens whose patient probability is at least ``plausibility`` times the patient's greatest; where log
-    doctor and log base differ by at most its ``dead_zones`` nats (0 if not named) a doctor has no say.
-    """
-
-    alpha: float = 1.0
-    betas: Mapping[str, float] = field(default_factory=dict)
-    mode: Literal["product", "ratio"] = "product"
-    plausibility: float = 0.1
-    dead_zones: Mapping[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values; ``plausibility`` and ``dead_zones`` only in mode "ratio", where they count."""
-        values: dict[str, Any] = {"alpha": self.alpha, "betas": dict(self.betas), "mode": self.mode}
-        if self.mode == "ratio":
-            values |= {"plausibility": self.plausibility, "dead_zones": dict(self.dead_zones)}
-        return values
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is drawn from the product. Temperature, top-k, top-p and min-p apply after the product.
-
-    ``temperature`` >= 0 (0 is greedy), ``top_k`` >= 0 (0 is off), ``top_p`` in (0, 1], ``min_p`` in [0, 1),
-    ``max_new_tokens`` >= 1; ``seed`` None draws a fresh one. ``stop`` strings end the answer and are cut from it.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_new_tokens: int = 256
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+GREATEST_SEED = 2**32 - 1  # numpy's limit
 
 
 def _resolve_location(value: str, info: ValidationInfo) -> str:
@@ -58,131 +27,258 @@ def _resolve_location(value: str, info: ValidationInfo) -> str:
     return value
 
 
+class Strengths(dict[str, float]):
+    """One number per doctor, read-only: a change would reach neither the models nor the checks."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise UsageError('these values are read-only: assign a mapping instead, as in doctor.beta = {"helpful": 0.8}')
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type["Strengths"], tuple[dict[str, float]]]:
+        return type(self), (dict(self),)  # copy and pickle would fill an empty one item by item
+
+
+def _all_linear(value: Any) -> Any:
+    """Turn ``--lora-targets all-linear``, which arrives as a list like every repeatable option, into the one word."""
+    return "all-linear" if value in (["all-linear"], ("all-linear",)) else value
+
+
 Location = Annotated[str, StringConstraints(min_length=1), AfterValidator(_resolve_location)]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Settings(BaseModel):
-    """A group of settings: frozen, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+Direction = Literal["label", "gap", "agree", "fitted"]
+Mode = Literal["product", "ratio"]
+Dtype = Annotated[str, Field(description="auto, float32, bfloat16 or float16")]
+Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps, ...")]
+Beta = Annotated[float, Field(ge=0, description="Weight of a doctor: its exponent in the product")]
+DeadZone = Annotated[
+    float, Field(ge=0, description='Nats between a doctor and its base up to which it has no say; mode "ratio" only')
+]
 
 
 class PatientSettings(Settings):
     """The large model that is steered and never changed."""
 
-    model: Location
-    dtype: str = "auto"
-    device: str = "auto"
-    system_prompt: str | None = None
+    model: Location = Field(description="Patient: model folder or hub name")
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    system_prompt: str | None = Field(default=None, description="What opens every conversation")
 
 
 class FaceSettings(Settings):
     """Two system prompts that ask the patient for a behaviour and for its opposite."""
 
-    positive: str = Field(min_length=1)
-    negative: str = Field(min_length=1)
+    positive: str = Field(min_length=1, description="Asks for the behaviour")
+    negative: str = Field(min_length=1, description="Asks for its opposite")
 
-    def pair(self) -> FacePair:
+    def pair(self) -> "FacePair":
         """The same as the engine's record."""
+        from llmdoctor.records import FacePair  # which loads numpy; `--help` needs none
+
         return FacePair(self.positive, self.negative)
 
 
 class DataSettings(Settings):
-    """Preference pairs: a file or a hub data set. ``label`` is the column that says which of two answers is better."""
+    """Preference pairs: a file or a hub data set."""
 
-    source: Location
-    split: str = "train"
-    label: str | None = None
+    source: Location = Field(description="Preference pairs: .jsonl, .json, .parquet (or .gz), or a hub data set")
+    split: str = Field(default="train", description="Split of a hub data set")
+    label: str | None = Field(default=None, description="Column that says which of two answers is better")
 
 
 class RewardSettings(Settings):
-    """How stored log-probs become token rewards. ``faces`` None means every face pair that the folder holds."""
+    """How stored log-probs become token rewards."""
 
-    direction: Direction = "gap"
-    tau: Positive = 1.0
-    theta: float = Field(default=0.5, ge=0, lt=1)
-    eps: Positive = 1e-6
-    faces: tuple[str, ...] | None = Field(default=None, min_length=1)
+    direction: Direction = Field(default="gap", description="What gives a reward its sign")
+    tau: float = Field(default=1.0, gt=0, description="Softness of a token's importance S_t")
+    theta: float = Field(default=0.5, ge=0, lt=1, description="Importance up to which a token earns nothing")
+    eps: float = Field(default=1e-6, gt=0, description="Added to the mean gap that S_t is relative to, nats")
+    faces: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Face pairs to use; by default all that the folder holds"
+    )
 
 
 class TrainSettings(Settings):
-    """Stage 2. ``doctor`` is the base model; ``batch_size`` counts preference pairs a step and device.
+    """Stage 2: how a doctor is trained on token rewards."""
 
-    ``ceiling`` is the greatest reward of a token that counts, None for no bound: with a low one only the blame is left,
-    good tokens are worth the same, and the doctor does not prefer the few of them that the faces tell apart best.
-    ``subtb_weight`` 1 weighs every sub-trajectory alike, less the shorter ones more: a token's reward is then credited
-    to that token. ``value_weight`` is lambda, ``alternatives`` the further same-prefix token pairs a response that the
-    value loss compares. ``method`` full trains every weight of the base.
-    ``holdout`` is the share of pairs that is only evaluated on; ``checkpoint_every`` how often to evaluate and to keep
-    a checkpoint, in steps (below 1: that share of the run); ``patience`` the evaluations without a better held-out loss
-    after which to stop; ``keep_best`` ends with the weights of the best evaluation instead of the last step's.
-    ``report_to`` names what else follows the run, as transformers' TrainingArguments has it: tensorboard, wandb, ...
-    """
-
-    doctor: Location | None = None
-    method: Literal["lora", "full"] = "lora"
-    flow: Literal["relative", "absolute"] = "relative"
-    anchor: bool = True
-    rho: Positive = 10.0
-    ceiling: NonNegative | None = None
-    subtb_weight: float = Field(default=0.2, gt=0, le=1)
-    value_weight: NonNegative = 0.1
-    gamma: NonNegative = 1.0
-    alternatives: int = Field(default=0, ge=0)
-    lora_rank: Count = 16
-    lora_alpha: Positive = 32.0
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    lora_targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    learning_rate: Positive = 1e-3
-    value_learning_rate: Positive | None = None
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
-    lr_scheduler: str = "cosine"
-    batch_size: Count = 16
-    gradient_accumulation: Count = 1
-    epochs: Positive = 1.0
-    max_steps: Count | None = None
-    max_grad_norm: NonNegative = 1.0
-    weight_decay: NonNegative = 0.0
-    gradient_checkpointing: bool = False
-    holdout: float = Field(default=0.0, ge=0, lt=1)
-    checkpoint_every: Positive = 0.1
-    patience: Count | None = None
-    keep_best: bool = True
-    report_to: tuple[str, ...] = ()
-    seed: int = Field(default=0, ge=0)
-    dtype: str = "auto"
-    device: str = "auto"
+    doctor: Location | None = Field(default=None, description="Base model of the doctor: folder or hub name")
+    method: Literal["lora", "full"] = Field(
+        default="lora", description="Train a LoRA adapter, or every weight of the base"
+    )
+    flow: Literal["relative", "absolute"] = Field(
+        default="relative", description="Flow relative to the doctor's base, or absolute as in the paper"
+    )
+    anchor: bool = Field(default=True, description="Fix log V at the end of an answer to 0")
+    rho: float = Field(default=10.0, gt=0, description="Scale of the rewards in log Q")
+    # with a low ceiling only the blame is left: good tokens are worth the same, and the doctor does not prefer the few
+    # of them that the faces tell apart best
+    ceiling: float | None = Field(
+        default=None, ge=0, description="Greatest reward of a token that counts; by default no bound"
+    )
+    # below 1 short sub-trajectories weigh more, and a token's reward is credited to that token
+    subtb_weight: float = Field(
+        default=0.2, gt=0, le=1, description="Lambda of SubTB; 1 weighs every sub-trajectory alike"
+    )
+    value_weight: float = Field(default=0.1, ge=0, description="Weight of the value loss")
+    gamma: float = Field(default=1.0, ge=0, description="Margin of the value loss")
+    alternatives: int = Field(
+        default=0,
+        ge=0,
+        description="Further token pairs with the same prefix that the value loss compares, per response",
+    )
+    lora_rank: int = Field(default=16, ge=1, description="Rank of the adapter")
+    lora_alpha: float = Field(default=32.0, gt=0, description="The adapter is scaled by this over its rank")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter")
+    lora_targets: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(_all_linear)] = Field(
+        default="all-linear", description="Modules that get an adapter: their names, or all-linear"
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate")
+    value_learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of the value head; by default that of the rest"
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises"
+    )
+    lr_scheduler: str = Field(
+        default="cosine", description="Learning rate after the warm-up: linear, cosine, constant, ..."
+    )
+    batch_size: int = Field(default=16, ge=1, description="Preference pairs per step and device")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Batches per step")
+    epochs: float = Field(default=1.0, gt=0, description="Passes over the pairs")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after N steps")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Norm that gradients are clipped to; 0 is off")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW")
+    gradient_checkpointing: bool = Field(default=False, description="Compute activations again instead of keeping them")
+    holdout: float = Field(default=0.0, ge=0, lt=1, description="Share of the pairs that is only evaluated on")
+    checkpoint_every: float = Field(
+        default=0.1, gt=0, description="Evaluate and keep a checkpoint every N steps; below 1, that share of the run"
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop after N evaluations without a better held-out loss; by default never"
+    )
+    keep_best: bool = Field(
+        default=True, description="End with the weights of the best evaluation, or of the last step"
+    )
+    report_to: tuple[str, ...] = Field(
+        default=(), description="What else follows the run, as in transformers: tensorboard, wandb, ..."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=GREATEST_SEED,
+        description="Seed of new weights, of which pairs are held out, and of the order of the others",
+    )
+    dtype: Dtype = "auto"
+    device: Device = "auto"
 
 
 class DoctorSettings(Settings):
-    """A trained doctor. ``base`` None takes the base model that the doctor's own folder names.
+    """A trained doctor."""
 
-    ``dead_zone``, nats, is for mode "ratio": see `llmdoctor.records.Guidance`.
+    checkpoint: Location = Field(description="Folder of the doctor")
+    base: Location | None = Field(default=None, description="Base model, if not the one that the folder names")
+    beta: Beta = 0.8
+    dead_zone: DeadZone = 0.0
+
+
+class GuidanceFields(Settings):
+    """How strongly each model speaks, except for what each doctor has of its own."""
+
+    alpha: float = Field(default=1.0, ge=0, description="Weight of the patient: its exponent in the product")
+    mode: Mode = Field(default="product", description="Multiply by the doctors, or by doctor over base")
+    plausibility: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description='Mode "ratio" keeps tokens of at least this share of the patient\'s likeliest',
+    )
+
+
+# how doctors are combined with the patient is chosen for particular doctors; alpha suits any
+COMBINATION = frozenset(GuidanceFields.model_fields) - {"alpha"}
+
+
+class SamplingFields(Settings):
+    """How a token is drawn from the product: temperature, top-k, top-p and min-p, in this order, then the draw."""
+
+    temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 is greedy")
+    top_k: int = Field(default=0, ge=0, description="Keep the k likeliest tokens; 0 is off")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the likeliest tokens that make up p")
+    min_p: float = Field(default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest")
+    max_new_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens")
+    stop: tuple[str, ...] = Field(default=(), description="Strings that end the answer and are cut from it")
+
+
+class _Snapshot(Settings):
+    """What the decoder reads. Users make it in code: values may be positional, and a mistake is a `UsageError`."""
+
+    _first: ClassVar[tuple[str, ...]] = ()
+
+    # hidden from type checkers, which otherwise know every field by its name and type
+    if not TYPE_CHECKING:
+
+        def __init__(self, *values: Any, **named: Any) -> None:
+            given = {**dict(zip(self._order(), values, strict=False)), **named}
+            if len(values) > len(self._order()) or len(given) < len(values) + len(named):
+                raise TypeError(f"{type(self).__name__} got too many values, or one of them twice")
+            try:
+                super().__init__(**given)
+            except ValidationError as error:
+                raise UsageError(complaint(error, given, type(self))) from error
+
+    @classmethod
+    def _order(cls) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*cls._first, *cls.model_fields)))
+
+
+class Guidance(_Snapshot, GuidanceFields):
+    """How strongly each model speaks: pi ∝ patient^alpha · prod doctor_i^beta_i. An immutable snapshot, read per token.
+
+    ``Guidance(alpha, betas, mode, plausibility, dead_zones)``. Alpha and the betas must not all be 0. Mode "ratio" uses
+    (doctor / doctor_base)^beta among the tokens whose patient probability is at least ``plausibility`` times the
+    patient's greatest; where log doctor and log base differ by at most its dead zone, in nats, a doctor has no say.
+
+    Raises UsageError for a value out of range.
     """
 
-    checkpoint: Location
-    base: Location | None = None
-    beta: NonNegative = 0.8
-    dead_zone: NonNegative = 0.0
+    _first: ClassVar[tuple[str, ...]] = ("alpha", "betas")
+
+    betas: Annotated[Mapping[str, Beta], AfterValidator(Strengths)] = Field(default=Strengths(), title="beta")
+    dead_zones: Annotated[Mapping[str, DeadZone], AfterValidator(Strengths)] = Field(
+        default=Strengths(), title="dead_zone"
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; ``plausibility`` and ``dead_zones`` only in mode "ratio", where they count."""
+        values = self.model_dump(exclude=None if self.mode == "ratio" else {"plausibility", "dead_zones"})
+        return {name: values[name] for name in self._order() if name in values}
 
 
-class DecodeSettings(Settings):
-    """Stage 3; the fields mean what they mean in `llmdoctor.records.Guidance` and `llmdoctor.records.Sampling`.
+class Sampling(_Snapshot, SamplingFields):
+    """How a token is drawn from the product, and the seed of the draws. Raises UsageError for a value out of range."""
 
-    ``speculation``: a doctor drafts, the patient checks several tokens at a time. The same answers, sooner.
-    """
+    seed: int | None = Field(
+        default=None, ge=0, le=GREATEST_SEED, description="Seed of the draws; by default a fresh one"
+    )
 
-    alpha: NonNegative = 1.0
-    mode: Literal["product", "ratio"] = "product"
-    plausibility: float = Field(default=0.1, ge=0, le=1)
-    temperature: NonNegative = 1.0
-    top_k: int = Field(default=0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    min_p: float = Field(default=0.0, ge=0, lt=1)
-    max_new_tokens: Count = 256
-    stop: tuple[str, ...] = ()
-    speculation: bool = True
+
+class DecodeSettings(SamplingFields, GuidanceFields):
+    """Stage 3."""
+
+    speculation: bool = Field(
+        default=True,
+        description="Let a doctor draft tokens that the patient checks together: the same answers, sooner",
+    )
+
+    def guidance(self, doctors: Mapping[str, DoctorSettings]) -> Guidance:
+        """What the decoder reads of these settings and those of the doctors."""
+        return Guidance(
+            **self.model_dump(include=set(GuidanceFields.model_fields)),
+            betas={name: doctor.beta for name, doctor in doctors.items()},
+            dead_zones={name: doctor.dead_zone for name, doctor in doctors.items()},
+        )
+
+    def sampling(self, seed: int | None = None) -> Sampling:
+        """How these settings draw, with that seed."""
+        return Sampling(**self.model_dump(include=set(SamplingFields.model_fields)), seed=seed)

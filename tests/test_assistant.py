@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def test_a_seed_is_an_answer(assistant: LLMdoctor) -> None:
     assert [assistant.generate(PROMPTS[2], seed=seed) for seed in range(6)] == answers
     assert len(set(answers)) == 6
     assert assistant.compare(PROMPTS[2], seed=4).guided.text == answers[4]
-    assistant.sampling = replace(SHORT, seed=None)
+    assistant.sampling = SHORT.replace(seed=None)
     assert len({assistant.generate(PROMPTS[2]) for _ in range(4)}) == 4
     compared = assistant.compare(PROMPTS[2])
     assert assistant.generate(PROMPTS[2], seed=compared.settings["seed"]) == compared.guided.text
@@ -226,9 +225,11 @@ def test_a_stream_can_be_left_and_checks_at_once(assistant: LLMdoctor) -> None:
     assert next(stream).alpha == 0.0
     stream.close()
     assert list(stream) == []
-    for bad in ({"temperature": -1}, {"top_p": 0.0}, {"heat": 1.0}, {"guidance": Guidance(1.0, {"kind": math.nan})}):
+    for bad in ({"temperature": -1}, {"top_p": 0.0}, {"heat": 1.0}, {"guidance": Guidance(1.0, {"nurse": 1.0})}):
         with pytest.raises(UsageError):
             assistant.stream(PROMPTS[0], **bad)
+    with pytest.raises(UsageError, match="beta of kind"):
+        assistant.stream(PROMPTS[0], guidance=Guidance(1.0, {"kind": math.nan}))
     with pytest.raises(UsageError, match="context holds 256"):
         assistant.stream("word " * 300)
 
@@ -244,7 +245,7 @@ def test_what_cannot_be_set(assistant: LLMdoctor) -> None:
         with pytest.raises(UsageError, match="alpha"):
             assistant.alpha = wrong
     with pytest.raises(UsageError, match="ratio"):
-        list(assistant.stream(PROMPTS[0], guidance=replace(before, mode="ratio")))
+        list(assistant.stream(PROMPTS[0], guidance=before.replace(mode="ratio")))
     assistant.alpha = 0.0
     with pytest.raises(UsageError, match="nothing is left"):
         assistant.beta = 0.0
@@ -252,12 +253,25 @@ def test_what_cannot_be_set(assistant: LLMdoctor) -> None:
     assert assistant.guidance == before
 
 
+def test_one_beta_is_not_silently_lost(assistant: LLMdoctor) -> None:
+    """Strengths are read-only; the error says what to assign, and that works."""
+    with pytest.raises(UsageError, match=r"doctor\.beta = \{"):
+        assistant.beta["kind"] = 99  # type: ignore[index]
+    assert assistant.beta == {"kind": 0.8, "safe": 0.3}
+    assistant.beta = {"kind": 99}
+    assert assistant.beta == {"kind": 99, "safe": 0.3}
+    with pytest.raises(UsageError, match=r"beta of kind.*-1"):
+        assistant.beta = {"kind": -1}
+    with pytest.raises(UsageError, match="did you mean 'alpha'"):
+        LLMdoctor("/absent", alhpa=1.0)
+
+
 def test_ratio_mode_loads_the_bases(folders: tuple[str, dict[str, Path]]) -> None:
     """At plausibility 1 only the patient's own favourite is left; the doctors' bases are there to divide by."""
     ratio = LLMdoctor(*folders, mode="ratio", plausibility=1.0, sampling=SHORT)
-    greedy = LLMdoctor(folders[0], sampling=replace(SHORT, temperature=0.0))
+    greedy = LLMdoctor(folders[0], sampling=SHORT.replace(temperature=0.0))
     assert ids(ratio.stream(PROMPTS[0])) == ids(greedy.stream(PROMPTS[0]))
-    ratio.guidance = replace(ratio.guidance, plausibility=0.0, betas={"kind": 3.0, "safe": 0.0})
+    ratio.guidance = ratio.guidance.replace(plausibility=0.0, betas={"kind": 3.0, "safe": 0.0})
     assert ids(ratio.stream(PROMPTS[0])) != ids(greedy.stream(PROMPTS[0]))
 
 
@@ -278,7 +292,7 @@ def test_a_dead_zone_as_wide_as_all_opinions_leaves_the_patient_alone(
     tokens = ids(loaded.stream(PROMPTS[0], seed=4))
     assert reads.count(base) == reads.count(loaded.patient.model) == len(tokens)
 
-    loaded.guidance = replace(loaded.guidance, dead_zones={"same": 1e9})
+    loaded.guidance = loaded.guidance.replace(dead_zones={"same": 1e9})
     assert ids(loaded.stream(PROMPTS[0], seed=4)) != tokens
     with pytest.raises(UsageError, match=r"dead_zone of kind.*-1"):
         LLMdoctor(*folders, mode="ratio", dead_zone={"kind": -1.0})
@@ -294,7 +308,7 @@ def test_a_session_whose_mode_changes_between_answers(folders: tuple[str, dict[s
     loaded = LLMdoctor(*folders, mode="ratio", beta=2.0, sampling=SHORT)
     session, messages, read = PrefixCache(), [], 0
     for turn, mode in enumerate(("product", "ratio", "product", "ratio")):
-        loaded.guidance = replace(loaded.guidance, mode=mode)  # type: ignore[arg-type]
+        loaded.guidance = loaded.guidance.replace(mode=mode)  # type: ignore[arg-type]
         messages.append({"role": "user", "content": PROMPTS[0]})
         alone = list(loaded.stream(messages, seed=turn))
         same(list(loaded.stream(messages, seed=turn, prefix_cache=session)), alone)
@@ -377,6 +391,23 @@ def test_a_continued_answer_goes_on_where_its_tokens_end(assistant: LLMdoctor) -
                 assert token.logprob == pytest.approx(twin.logprob, abs=1e-4)
                 assert token.values == pytest.approx(twin.values, abs=1e-4)
                 assert [a.id for a in token.top] == [a.id for a in twin.top]
+
+
+def test_draws_behind_a_prefix_are_new_ones(assistant: LLMdoctor) -> None:
+    """They depend on the seed and on the prefix's length alone, and no two of these share them.
+
+    The patient here likes all tokens alike whatever came before, so that the tokens are the random numbers.
+    """
+    assistant.patient.model.get_output_embeddings().weight.data.zero_()
+
+    def drawn(seed: int, prefix: list[int]) -> tuple[int, ...]:
+        stream = assistant.stream("Hi", seed=seed, prefix_ids=prefix, guided=False, max_new_tokens=len(prefix) + 6)
+        return tuple(ids(stream))
+
+    answers = {(seed, length): drawn(seed, [7] * length) for seed in range(5) for length in range(5)}
+    assert all(len(answer) == 6 for answer in answers.values())
+    assert answers == {(seed, length): drawn(seed, [8] * length) for seed, length in answers}
+    assert len(set(answers.values())) == len(answers)
 
 
 def test_a_forced_token_is_said_with_its_own_numbers(assistant: LLMdoctor) -> None:

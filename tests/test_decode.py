@@ -1,7 +1,7 @@
 """Stage 3 against naive twins: full forwards in float64, one token at a time, without a cache."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -438,25 +438,26 @@ def naive(
 def test_guidance_is_checked_at_every_token() -> None:
     """A bad setting made while an answer runs, or a mode that the answer was not begun for, is a UsageError."""
     patient, doctor = patient_of(tiny(seed=1)), doctor_of(tiny(seed=2))
-    bad = [
-        Guidance(1.0, {"doctor": math.nan}),
-        Guidance(math.inf),
-        Guidance(0.0, {"doctor": 0.0}),
-        Guidance(1.0, {"nurse": 1.0}),
-        Guidance(1.0, {"doctor": 1.0}, mode="ratio"),
-        Guidance(1.0, {"doctor": 1.0}, mode="sum"),  # type: ignore[arg-type]
+    bad: list[Callable[[], Guidance]] = [
+        lambda: Guidance(1.0, {"doctor": math.nan}),
+        lambda: Guidance(math.inf),
+        lambda: Guidance(0.0, {"doctor": 0.0}),
+        lambda: Guidance(1.0, {"nurse": 1.0}),
+        lambda: Guidance(1.0, {"doctor": 1.0}, mode="ratio"),
+        lambda: Guidance(1.0, {"doctor": 1.0}, mode="sum"),  # type: ignore[arg-type]
     ]
+    fine = Guidance(1.0, {"doctor": 0.5})
     for changed in bad:
-        now = [Guidance(1.0, {"doctor": 0.5})]
+        now: list[Callable[[], Guidance]] = [lambda: fine]
         steps: Iterator[Step] = decode(
-            patient, {"doctor": doctor}, [[1, 2]], lambda now=now: now[0], Sampling(), seed=0
+            patient, {"doctor": doctor}, [[1, 2]], lambda now=now: now[0](), Sampling(), seed=0
         )
         next(steps)
         now[0] = changed
         with pytest.raises(UsageError):
             next(steps)
         with pytest.raises(UsageError):
-            list(decode(patient, {"doctor": doctor}, [[1, 2]], lambda bad=changed: bad, Sampling(), seed=0))
+            list(decode(patient, {"doctor": doctor}, [[1, 2]], changed, Sampling(), seed=0))
 
 
 @pytest.mark.parametrize("mode", ["product", "ratio"])

@@ -1,13 +1,12 @@
 """The product, the filters after it and the draw, against naive float64 arithmetic on probabilities."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.product import check_guidance, check_sampling, draw, kl_divergence, product
+from llmdoctor.decoding.product import check_guidance, draw, kl_divergence, product
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Vocabulary
 from llmdoctor.settings import Guidance, Sampling
@@ -241,7 +240,7 @@ def test_guidance_out_of_range(change, said: str):
     fine = Guidance(0.0, {"helpful": 0.8, "safe": 0.0})
     check_guidance(fine, ("helpful", "safe"))
     with pytest.raises(UsageError, match=said):
-        check_guidance(replace(fine, **change), ("helpful", "safe"))
+        check_guidance(fine.replace(**change), ("helpful", "safe"))
 
 
 @pytest.mark.parametrize(
@@ -258,8 +257,7 @@ def test_sampling_out_of_range(setting: str, legal: list[float], illegal: list[f
     rows = distributions(2, 6, seed=8)
     for value in legal:
         sampling = Sampling(**{setting: value})
-        check_sampling(sampling)
         assert (draw(rows, sampling, torch.tensor([0.3, 0.9])) < 6).all()
     for value in illegal:
         with pytest.raises(UsageError, match=f"{setting}.*{value}"):
-            check_sampling(Sampling(**{setting: value}))
+            Sampling(**{setting: value})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from llmdoctor.errors import UsageError
+from llmdoctor.set_command import setting_names
 from llmdoctor.show.lens import LENSES
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _theme(screen: "ChatScreen", text: str) -> None:
 
 COMMANDS = (
     Command("help", "", "keys, commands, marks", _without(lambda s: s.action_help())),
-    Command("set", "NAME=X ...", "alpha, beta, a doctor's name, temperature, top_k, top_p, min_p, max_new_tokens, seed",
+    Command("set", "NAME=X ...", f"{', '.join(setting_names())}; a doctor's name sets its beta",
             _set),
     Command("show", "", "the settings in use", _without(_show)),
     Command("lens", "[KIND]", "colour by value, ratio, kl, flips or off", _lens),

@@ -2,17 +2,16 @@
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from typing import Any
 
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.sessions import Session
+from llmdoctor.set_command import parse_settings
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.show.formats import settings_text, short_name
 from llmdoctor.tui.generation import Assistant, Worker
 from llmdoctor.tui.start import Start
 
-_DRAWING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
 _GREATEST_SEED = 99_999  # short enough to type again
 
 
@@ -39,16 +38,12 @@ class CurrentSettings:
 
     def set(self, text: str) -> None:
         """``alpha=1 beta=0.8 ...``: all of it, or, where one value is wrong, nothing. Raises UsageError."""
-        from llmdoctor.cli.chat import parse_settings
-        from llmdoctor.settings import DecodeSettings
-
-        kept = {name: getattr(self.sampling, name) for name in _DRAWING}
-        decode = DecodeSettings(alpha=self.guidance.alpha, mode=self.guidance.mode, **kept)
         names = tuple(self.guidance.betas)
-        decode, guidance, seed = parse_settings(text, names, decode, self.guidance, self.seed)
+        guidance, sampling = parse_settings(text, names, self.guidance, self.sampling.replace(seed=self.seed))
         self.guide(guidance)
-        self.draw(replace(self.sampling, **{name: getattr(decode, name) for name in _DRAWING}))
-        self.seed = seed
+        # Every turn keeps its own seed: in the sampling it would be of all turns to come.
+        self.seed = sampling.seed
+        self.draw(sampling.replace(seed=None))
 
     def resume(self, session: Session, profile: Mapping[str, Any]) -> list[str]:
         """Take over what the last turn of a saved conversation was made with; returns what differs and stays so.
@@ -64,13 +59,13 @@ class CurrentSettings:
             self.guide(_resumed(last.guidance, self.guidance))
         except LLMDoctorError as error:
             differences.append(str(error))
-        self.draw(replace(last.sampling, seed=None))
+        self.draw(last.sampling.replace(seed=None))
         held, loaded = _models(session.profile), _models(profile)
         return differences if held == loaded else [*differences, f"It was held with {held}; it goes on with {loaded}."]
 
     def describe(self) -> str:
         """All of them in one line."""
-        shown = self.guidance.to_dict() | asdict(self.sampling) | {"seed": self.seed}
+        shown = self.guidance.to_dict() | self.sampling.model_dump() | {"seed": self.seed}
         return f"{settings_text(shown)}, at most {self.sampling.max_new_tokens} tokens"
 
     def next_seed(self) -> int:
@@ -92,12 +87,12 @@ def _resumed(then: Guidance, now: Guidance) -> Guidance:
     the mode is still the same.
     """
     betas = {name: then.betas.get(name, beta) for name, beta in now.betas.items()}
-    guidance = replace(now, alpha=then.alpha, betas=betas)
+    guidance = now.replace(alpha=then.alpha, betas=betas)
     if then.mode != now.mode:
         return guidance
     widths = {name: (then if name in then.betas else now).dead_zones.get(name, 0.0) for name in betas}
     zones = {name: width for name, width in widths.items() if width}
-    return replace(guidance, plausibility=then.plausibility, dead_zones=zones)
+    return guidance.replace(plausibility=then.plausibility, dead_zones=zones)
 
 
 def _models(profile: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def render(session: Session, kind: str, lens: Lens, doctor: str | None) -> str:
         case "md":
             return "\n".join(_markdown(session))
         case "json":
-            return json.dumps(asdict(session), ensure_ascii=False, indent=1) + "\n"
+            return json.dumps(session.to_dict(), ensure_ascii=False, indent=1) + "\n"
         case "html":
             compared = [comparison(session.turns, number) for number in range(len(session.turns))]
             return comparisons_page(View.of(one, lens, doctor) for one in compared)
@@ -66,7 +65,7 @@ def _markdown(session: Session) -> Iterator[str]:
 
 
 def _settings(turn: Turn) -> dict[str, Any]:
-    return turn.guidance.to_dict() | asdict(turn.sampling) | {"seed": turn.seed}
+    return turn.guidance.to_dict() | turn.sampling.model_dump() | {"seed": turn.seed}
 
 
 def _end(end: str) -> str:

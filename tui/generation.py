@@ -252,9 +252,8 @@ class _Side:
         return Spoken(job, self.part.which, token, time.perf_counter() - started, sampling.temperature)
 
     def _how(self, sampling: Sampling) -> Mapping[str, Any]:
-        names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
         return {
-            **{name: getattr(sampling, name) for name in names},
+            **sampling.model_dump(),
             "seed": self._seed,
             "guided": self.part.which == "guided",
             "prefix_ids": tuple(self._said),

@@ -41,10 +41,6 @@ def start_of(
     trust_remote_code: bool = False,
 ) -> Start:
     """A start with the models and settings of a profile. Loading them is left to the app, which shows its progress."""
-    decode = profile.decode
-    drawing = decode.model_dump(exclude={"alpha", "mode", "plausibility", "speculation"})
-    betas = {name: doctor.beta for name, doctor in profile.doctors.items()}
-    dead_zones = {name: doctor.dead_zone for name, doctor in profile.doctors.items()}
     models = " + ".join(part for part in (short_name(profile.patient.model), ", ".join(profile.doctors)) if part)
 
     def load(progress: Callable[[str], None]) -> "LLMdoctor":
@@ -60,8 +56,8 @@ def start_of(
     return Start(
         load=load,
         models=models,
-        guidance=Guidance(decode.alpha, betas, decode.mode, decode.plausibility, dead_zones),
-        sampling=Sampling(**drawing),
+        guidance=profile.decode.guidance(profile.doctors),
+        sampling=profile.decode.sampling(),
         seed=seed,
         profile=profile.model_dump(mode="json"),
         session=session,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmdoctor.decoding.caches import CachedModel, PrefixCache
 from llmdoctor.decoding.drafting import Drafting
-from llmdoctor.decoding.product import check_guidance, check_sampling, draw, kl_divergence, product
+from llmdoctor.decoding.product import check_guidance, draw, kl_divergence, product
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.models import Patient, not_numbers
 from llmdoctor.records import Alternative, GuidedToken
@@ -70,7 +70,6 @@ def decode(
         raise UsageError(f"expected one guidance and one seed for each of {len(prompts)} prompts")
     if prefix_cache is not None and len(prompts) != 1:
         raise UsageError(f"a prefix cache holds one conversation; got {len(prompts)} prompts")
-    check_sampling(sampling)
     for read in dict.fromkeys(reads):
         check_guidance(read(), tuple(doctors))
     _check_lengths(patient, doctors, prompts)

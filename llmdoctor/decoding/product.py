@@ -16,39 +16,12 @@ from llmdoctor.settings import Guidance, Sampling
 
 
 def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
-    """Raise UsageError unless alpha and the betas are finite, >= 0, not all zero, and name doctors that exist."""
-    for name, strength in {"alpha": guidance.alpha, **{f"beta of {n}": b for n, b in guidance.betas.items()}}.items():
-        if not (math.isfinite(strength) and strength >= 0):
-            raise UsageError(f"{name} must be a finite number, 0 or more; got {strength}")
+    """Raise UsageError for a doctor that does not exist, and where alpha and every beta are 0."""
     if unknown := [name for name in (*guidance.betas, *guidance.dead_zones) if name not in doctors]:
         known = ", ".join(doctors) or "none"
         raise UsageError(f"there is no doctor {unknown[0]!r}; the doctors are: {known}")
     if guidance.alpha == 0 and not any(guidance.betas.values()):
         raise UsageError("alpha and every beta are 0: nothing is left to decode from; set one of them above 0")
-    if guidance.mode not in {"product", "ratio"}:
-        raise UsageError(f'mode must be "product" or "ratio"; got {guidance.mode!r}')
-    if not 0 <= guidance.plausibility <= 1:
-        raise UsageError(f"plausibility must be between 0 and 1; got {guidance.plausibility}")
-    for name, width in guidance.dead_zones.items():
-        if not (math.isfinite(width) and width >= 0):
-            raise UsageError(f"dead_zone of {name} must be a finite number of nats, 0 or more; got {width}")
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raise UsageError when a sampling setting is out of the range that ``Sampling`` states."""
-    checks = {
-        "temperature must be a finite number, 0 (greedy) or more": (
-            sampling.temperature,
-            math.isfinite(sampling.temperature) and sampling.temperature >= 0,
-        ),
-        "top_k must be 0 (off) or more": (sampling.top_k, sampling.top_k >= 0),
-        "top_p must be above 0 and at most 1": (sampling.top_p, 0 < sampling.top_p <= 1),
-        "min_p must be at least 0 and below 1": (sampling.min_p, 0 <= sampling.min_p < 1),
-        "max_new_tokens must be 1 or more": (sampling.max_new_tokens, sampling.max_new_tokens >= 1),
-    }
-    for rule, (value, holds) in checks.items():
-        if not holds:
-            raise UsageError(f"{rule}; got {value}")
 
 
 def product(

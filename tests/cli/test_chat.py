@@ -119,7 +119,7 @@ def test_a_saved_session_goes_on_as_it_was_held():
     turn = Turn("Hi", 1, Sampling(temperature=0.4), guidance)
     session = replace(Session.new(profile.model_dump(mode="json")), turns=(turn,))
     start = start_of(_profile_of(session))
-    assert start.guidance == replace(guidance, dead_zones={"helpful": 0.0, "safe": 0.5})
+    assert start.guidance == guidance.replace(dead_zones={"helpful": 0.0, "safe": 0.5})
     assert start.sampling.temperature == 0.4
     assert start_of(_profile_of(replace(session, turns=()))).guidance == start_of(profile).guidance
     others = replace(turn, guidance=Guidance(1.0, {"mine": 2.0}))  # held with --doctor, which the session does not keep
@@ -170,7 +170,7 @@ def test_ctrl_d_and_ctrl_c_at_the_prompt_leave_quietly(leaving, monkeypatch, cap
 def test_tokens_stream_in_colour_on_a_terminal(assistant, monkeypatch, capsys):
     monkeypatch.setattr(chat, "decorated", lambda _stream: True)
     monkeypatch.setattr(chat, "console", _colour_console)
-    talk = chat.Conversation(assistant, _decode(), 1, as_json=False)
+    talk = chat.Conversation(assistant, Sampling(seed=1), as_json=False)
     assert talk.take("hello")
     out = capsys.readouterr().out
     assert "\x1b[38;2;" in out
@@ -181,9 +181,3 @@ def _colour_console(stream):
     from rich.console import Console
 
     return Console(file=stream, force_terminal=True, color_system="truecolor")
-
-
-def _decode():
-    from llmdoctor.settings import DecodeSettings
-
-    return DecodeSettings()

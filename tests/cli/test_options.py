@@ -8,7 +8,7 @@ from llmdoctor.cli import options
 from llmdoctor.errors import UsageError
 from llmdoctor.models import model_fingerprint
 from llmdoctor.profile import load_profile
-from llmdoctor.settings import RewardSettings, TrainSettings
+from llmdoctor.settings import DecodeSettings, RewardSettings, TrainSettings
 
 
 class Loaded(Exception):
@@ -49,6 +49,44 @@ def test_flag_beats_variable_beats_profile_beats_default(effective, profile_file
     flags = ("--profile", profile_file, "--temperature", "0.9")
     assert effective(*flags, LLMDOCTOR_TEMPERATURE="0.5").decode.temperature == 0.9
     assert effective(*flags).decode.top_p == 1.0
+
+
+def test_every_field_of_the_sections_has_its_option_and_variable(effective, run, profile_file):
+    """Options that the commands have had so far keep their spelling."""
+    names = {
+        command: set(run(command, "--help", env={"COLUMNS": "250"}).stdout.split()) for command in ("train", "chat")
+    }
+    spelt = {"keep_best": "--keep-best"}
+    for command, schemas in {"train": (TrainSettings, RewardSettings), "chat": (DecodeSettings,)}.items():
+        for schema in schemas:
+            for name in set(schema.model_fields) - {"faces"}:
+                assert spelt.get(name, f"--{name.replace('_', '-')}") in names[command], name
+    assert {"--keep-last", "--no-anchor", "LLMDOCTOR_TRAIN_DOCTOR]"} <= names["train"]
+    assert "--no-speculation" in names["chat"]
+    decode = effective("--profile", profile_file, "--stop", "a b", "--stop", "c", "--no-speculation").decode
+    assert (decode.stop, decode.speculation) == (("a b", "c"), False)
+    assert effective("--profile", profile_file, LLMDOCTOR_PLAUSIBILITY="0.5").decode.plausibility == 0.5
+    assert effective("--profile", profile_file, LLMDOCTOR_SPECULATION="0").decode.speculation is False
+    assert effective("--profile", profile_file, "--top-k", "0").decode.top_k == 0
+
+
+def test_options_of_training_reach_the_settings(run, monkeypatch):
+    """Zero, False and several values are values, and only what was not given is left to the profile."""
+    seen = []
+    monkeypatch.setattr("llmdoctor.profile.override", lambda settings, **given: seen.append(given) or settings)
+    flags = "--value-weight 0 --no-anchor --keep-last --report-to a --report-to b --lora-targets all-linear --tau 3"
+    run("train", *flags.split(), env={"LLMDOCTOR_TRAIN_DOCTOR": "d", "LLMDOCTOR_SEED": "4"})
+    training, rewarding = ({key: value for key, value in given.items() if value is not None} for given in seen[:2])
+    assert training == {
+        "value_weight": 0.0,
+        "anchor": False,
+        "keep_best": False,
+        "report_to": ["a", "b"],
+        "lora_targets": ["all-linear"],
+        "doctor": "d",
+        "seed": 4,
+    }
+    assert rewarding == {"tau": 3.0}
 
 
 def test_the_profile_itself_can_come_from_the_environment(effective, profile_file):

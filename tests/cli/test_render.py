@@ -2,7 +2,6 @@
 
 import io
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -136,7 +135,7 @@ def test_settings_that_are_not_neutral_are_named(comparison, token):
     told = "mode ratio, plausibility 0.03, dead zone helpful=2, temperature 1"
     assert told in settings_text(ratio.to_dict() | {"temperature": 1.0})
     for name in ("mode", "plausibility", "dead zone"):
-        assert name not in settings_text(replace(ratio, mode="product").to_dict() | {"temperature": 1.0})
+        assert name not in settings_text(ratio.replace(mode="product").to_dict() | {"temperature": 1.0})
 
 
 def test_what_a_model_says_cannot_steer_a_terminal_or_a_page(comparison, token):

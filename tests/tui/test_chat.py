@@ -711,7 +711,7 @@ def test_a_resumed_session_keeps_its_dead_zones_in_the_mode_it_was_held_in(mode,
     async def steps(d):
         await d.type(f"/resume {saved.id}")
         if mode == "ratio":
-            assert app.chat.guidance == replace(then, betas=betas, dead_zones={"helpful": 2.0, "safe": 1.0})
+            assert app.chat.guidance == then.replace(betas=betas, dead_zones={"helpful": 2.0, "safe": 1.0})
             assert "plausibility 0.3, dead zone helpful=2" in app.chat.describe()
         else:
             assert app.chat.guidance == now

@@ -1,7 +1,5 @@
 """The sliders below the conversation: alpha, one beta per doctor, temperature."""
 
-from dataclasses import replace
-
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Grid
@@ -37,12 +35,12 @@ class Sliders(Grid):
         try:
             # By id: a doctor may have the name "alpha" or "temperature".
             if slider.id == "slider-temperature":
-                settings.draw(replace(settings.sampling, temperature=event.value))
+                settings.draw(settings.sampling.replace(temperature=event.value))
             elif slider.id == "slider-alpha":
-                settings.guide(replace(settings.guidance, alpha=event.value))
+                settings.guide(settings.guidance.replace(alpha=event.value))
             else:
                 betas = {**settings.guidance.betas, slider.label: event.value}
-                settings.guide(replace(settings.guidance, betas=betas))
+                settings.guide(settings.guidance.replace(betas=betas))
         except LLMDoctorError as error:
             self.notify(str(error), severity="warning", markup=False)
             self.show()

@@ -1,0 +1,115 @@
+"""What all settings share: how they are checked, how a mistake is reported, how a field is explained."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmdoctor.errors import UsageError
+
+
+class Settings(BaseModel):
+    """A group of settings: frozen, without unknown keys, infinities or NaN."""
+
+    # deferred: `llmdoctor --help` reads the fields of every group and validates none of them
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with these changes, checked again. Raises UsageError for a key or value that is not allowed."""
+        return checked(type(self), {**dict(self), **changes})
+
+    __replace__ = replace  # what copy.replace calls (Python 3.13); pydantic's own checks nothing
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def checked(schema: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
+    """The settings made of ``values``. Raises UsageError, in one line, for a key or value that is not allowed."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(complaint(error, values, schema)) from error
+
+
+def complaint(invalid: ValidationError, given: Mapping[str, Any], schema: type[Settings]) -> str:
+    """One line for one of pydantic's findings: which setting, what was expected, what was got."""
+    # a misspelt key comes first: a missing key may only be its consequence
+    error = min(invalid.errors(), key=lambda finding: finding["type"] != "extra_forbidden")
+    parts = _path_in(given, error["loc"])
+    name = _shown_name(parts, schema)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"unknown key {name!r}{_key_hint(parts, schema)}"
+        case "missing":
+            return f"key '{'.'.join(map(str, error['loc']))}' is missing"
+        case "value_error":
+            return error["msg"].removeprefix("Value error, ")
+        case "string_pattern_mismatch" if error["loc"][-1] == "[key]":
+            return f"name {name!r} may hold only letters, digits, '_', '.' and '-'"
+        case "model_type" | "dict_type":
+            return f"{name!r} expected `key: value` lines under it, got {error['input']!r}"
+    expected = re.sub("^Input |, (unable|got) .*", "", error["msg"])
+    return f"{name!r} {expected}, got {error['input']!r}"
+
+
+def help_text(schema: type[Settings], name: str) -> str:
+    """What a field means and the values it takes: ``Likeliest tokens to choose from; 0 is all (>= 0).``."""
+    field = schema.model_fields[name]
+    found = _choices(field.annotation) or " and ".join(filter(None, map(_bound, field.metadata)))
+    text = f"{field.description} ({found})" if found else str(field.description)
+    return text if text.endswith(".") else f"{text}."
+
+
+def hint(word: str, known: list[str]) -> str:
+    """`` (did you mean 'clinic'?)`` where a known word is close, otherwise nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _choices(annotation: Any) -> str:
+    return ", ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else ""
+
+
+def _bound(limit: Any) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return next((f"{sign} {getattr(limit, key)}" for key, sign in signs.items() if hasattr(limit, key)), "")
+
+
+def _path_in(given: Any, loc: tuple[int | str, ...]) -> list[str]:
+    # pydantic's loc ends with the names of union members and "[key]" marks, which the user never wrote
+    parts: list[str] = []
+    for part in loc:
+        try:
+            given = given[part]
+        except (KeyError, IndexError, TypeError):
+            break
+        parts.append(str(part))
+    return parts
+
+
+def _shown_name(parts: list[str], schema: type[Settings]) -> str:
+    """``decode.alpha``; a field with a title holds one value per doctor, and is shown as ``beta of helpful``."""
+    field = schema.model_fields.get(parts[0]) if len(parts) == 2 else None
+    return f"{field.title} of {parts[1]}" if field and field.title else ".".join(parts)
+
+
+def _key_hint(parts: list[str], schema: type[Settings]) -> str:
+    *path, key = parts
+    sections = {name: found for name, field in schema.model_fields.items() if (found := _section(field.annotation))}
+    siblings = list((sections[path[0]] if path else schema).model_fields)
+    if close := difflib.get_close_matches(key, siblings, n=1):
+        return f" (did you mean {'.'.join([*path, close[0]])!r}?)"
+    if elsewhere := [name for name, section in sections.items() if key in section.model_fields]:
+        return f" (did you mean '{elsewhere[0]}.{key}'?)"
+    return f" (known here: {', '.join(siblings)})"
+
+
+def _section(annotation: Any) -> type[Settings] | None:
+    """The group of settings that a field of this type holds: itself, or one per name, or one or none."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, Settings):
+            return part
+    return None
