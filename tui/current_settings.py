@@ -46,7 +46,7 @@ class CurrentSettings:
         self.draw(sampling.replace(seed=None))
 
     def resume(self, session: Session, profile: Mapping[str, Any]) -> list[str]:
-        """Take over what the last turn of a saved conversation was made with; returns what differs and stays so.
+        """Take over the settings of a saved conversation's last turn; returns what cannot be taken over, in sentences.
 
         ``profile`` is the one of the models that are loaded.
         """
@@ -81,10 +81,10 @@ def other_seed(seed: int) -> int:
 
 
 def _resumed(then: Guidance, now: Guidance) -> Guidance:
-    """What a saved conversation was held with, as far as the doctors of now know it.
+    """The guidance of a saved conversation, for the doctors that are loaded now.
 
-    alpha and betas always count. Plausibility and dead zones mean something in one mode only: they are taken over where
-    the mode is still the same.
+    alpha and betas always count. Plausibility and dead zones have a meaning in one mode only: they are taken over if
+    the mode is the same.
     """
     betas = {name: then.betas.get(name, beta) for name, beta in now.betas.items()}
     guidance = now.replace(alpha=then.alpha, betas=betas)

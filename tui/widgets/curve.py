@@ -2,7 +2,7 @@
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from rich.segment import Segment
@@ -66,6 +66,23 @@ class Curve(Widget):
             self._strips = self._draw()
         return self._strips[y] if y < len(self._strips) else Strip.blank(self.content_size.width, self.rich_style)
 
+    def _level(self, value: float, rows: int) -> int:
+        """The row of dots of a value, from the top; a cell has four."""
+        span = (self.high - self.low) or 1.0
+        return round((self.high - value) / span * (4 * rows - 1))
+
+    def _dots(self, means: Sequence[float], width: int, rows: int) -> list[list[int]]:
+        """The dots of every cell, as bits of a braille character."""
+        cells = [[0] * width for _ in range(rows)]
+        previous = self._level(means[0], rows) if means else 0
+        for x, mean in enumerate(means):
+            now = self._level(mean, rows)
+            # All dots between two neighbours, so that a steep line has no gaps.
+            for y in range(min(previous, now), max(previous, now) + 1):
+                cells[y // 4][x // 2] |= _DOTS[y % 4][x % 2]
+            previous = now
+        return cells
+
     def _draw(self) -> list[Strip]:
         """Dots, with the greatest and least value on the left."""
         width, rows = self.content_size
@@ -76,21 +93,9 @@ class Curve(Widget):
         base = self.rich_style
         dim = base + _DIM
         means = self.means(2 * width)
-        levels = 4 * rows - 1
-        span = (self.high - self.low) or 1.0
-
-        def level(value: float) -> int:  # from the top
-            return round((self.high - value) / span * levels)
-
-        cells = [[0] * width for _ in range(rows)]
-        previous = level(means[0]) if means else 0
-        for x, mean in enumerate(means):
-            now = level(mean)
-            for y in range(min(previous, now), max(previous, now) + 1):
-                cells[y // 4][x // 2] |= _DOTS[y % 4][x % 2]
-            previous = now
+        cells = self._dots(means, width, rows)
         limit = max(abs(self.low), abs(self.high)) or 1.0
-        zero = level(0.0) // 4
+        zero = self._level(0.0, rows) // 4
         colours = [base + Style(color=token_style.style(mean, limit, dark=dark).color) for mean in means[::2]]
         at = None
         if self.cursor is not None and means:
