@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 .ns:
 	@rm -rf .ns && mkdir -p .ns/llmdoctor
 	@for file in llmdoctor/*; do ln -s ../../$$file .ns/llmdoctor/; done
-	@for folder in cli tui profiles; do ln -s ../../$$folder .ns/llmdoctor/$$folder; done
+	@for folder in cli show tui profiles; do ln -s ../../$$folder .ns/llmdoctor/$$folder; done
 
 clean:
 	rm -rf $(VENV) .ns build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

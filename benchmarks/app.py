@@ -104,8 +104,9 @@ def app(tokens: int, clinic: bool, out: Path) -> None:
     """The app itself; the question is asked by a timer, and again until there are enough tokens."""
     from llmdoctor.sessions import SessionStore
     from llmdoctor.settings import Guidance
-    from llmdoctor.tui.app import ChatApp, Start, run
+    from llmdoctor.tui.app import ChatApp, run
     from llmdoctor.tui.config import Config
+    from llmdoctor.tui.start import Start
 
     start = Start(
         load=lambda _progress: load(clinic),
@@ -134,8 +135,9 @@ def app(tokens: int, clinic: bool, out: Path) -> None:
         from llmdoctor.sessions import Turn
 
         turns = (*chat.turns, Turn("How can I sleep better?", len(chat.turns)))
-        chat.turns = chat.turns if not clinic else ()  # the clinic's context is short: every question stands alone
-        chat._answer(turns if not clinic else turns[-1:], {"guided": (0, None)})
+        if clinic:  # the clinic's context is short: every question stands alone
+            chat.history.turns, turns = (), turns[-1:]
+        chat.answering.begin(turns, {"guided": (0, None)})
 
     screen.call_later(lambda: screen.set_interval(0.05, again))
     run(screen)

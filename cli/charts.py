@@ -1,7 +1,7 @@
 """The picture of a diagnosis: a bar with its interval for every face pair, and how well held-out pairs are predicted.
 
 Bars are weights per standard deviation, so that behaviours can be compared. Blue to the right is rewarded, orange to
-the left is punished, as in `llmdoctor.cli.render`; a weight whose interval covers zero is grey. Every number is text
+the left is punished, as in `llmdoctor.show.colours`; a weight whose interval covers zero is grey. Every number is text
 too.
 """
 
@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmdoctor.cli.render import scale_colour
-from llmdoctor.cli.terminal import clean
+from llmdoctor.show.colours import scale_colour
+from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

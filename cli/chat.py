@@ -2,25 +2,28 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.cli import options, render
+from llmdoctor.cli import options
 from llmdoctor.cli.options import option
-from llmdoctor.cli.terminal import clean, console, decorated, put_json, say
+from llmdoctor.cli.side_by_side import coloured_text
+from llmdoctor.cli.terminal import console, decorated, put_json, say
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.set_command import parse_settings, setting_help
 from llmdoctor.settings import GuidanceFields, Sampling, SamplingFields
+from llmdoctor.show.formats import settings_text, short_name
+from llmdoctor.show.lens import lens_scores
+from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
     from llmdoctor.records import GuidedToken, Message
-    from llmdoctor.sessions import Session, SessionStore
-    from llmdoctor.tui.app import Start
+    from llmdoctor.sessions import Session
 
 _HELP = """\
 /set alpha=1 beta=0.8   change how the models speak; beta.helpful=0.8 or helpful=0.8 for one doctor; seed=off, stop=off
@@ -71,16 +74,15 @@ def chat(
         decode=decode,
     )
     if screen:
-        from llmdoctor.tui.app import ChatApp, run
+        from llmdoctor.tui import launch
 
-        start = start_of(settings, seed=seed, session=session, trust_remote_code=trust_remote_code)
-        raise typer.Exit(run(ChatApp(start)))
+        raise typer.Exit(launch.chat(settings, seed=seed, session=session, trust_remote_code=trust_remote_code))
     sampling = settings.decode.sampling(seed)
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
     conversation = Conversation(assistant, sampling, as_json=as_json)
     interactive = sys.stdin.isatty()
     if interactive:
-        say(f"{options.short(settings.patient.model)}, {conversation.describe()}. /help for help.")
+        say(f"{short_name(settings.patient.model)}, {conversation.describe()}. /help for help.")
     for line in _typed() if interactive else sys.stdin:
         if line.strip() and not conversation.take(line.strip()):
             break
@@ -89,7 +91,7 @@ def chat(
 
 
 def _full_screen() -> bool:
-    from llmdoctor.tui.guard import full_screen
+    from llmdoctor.tui.launch import full_screen
 
     return full_screen(sys.stdin, sys.stdout)
 
@@ -97,7 +99,7 @@ def _full_screen() -> bool:
 def _saved_session(name: str | None) -> "Session":
     """The session whose id begins with ``name``, or the last one."""
     from llmdoctor.sessions import SessionStore
-    from llmdoctor.tui.config import sessions_file
+    from llmdoctor.tui.launch import sessions_file
 
     store = SessionStore(sessions_file())
     if name is None:
@@ -132,36 +134,6 @@ def _profile_of(session: "Session") -> "Profile":
         if name in guidance.betas
     }
     return saved.model_copy(update={"decode": decode, "doctors": {**saved.doctors, **doctors}})
-
-
-def start_of(
-    settings: "Profile",
-    *,
-    seed: int | None = None,
-    session: "Session | None" = None,
-    store: "SessionStore | None" = None,
-    trust_remote_code: bool = False,
-) -> "Start":
-    """What the full-screen app starts with; it loads the models itself."""
-    from llmdoctor.tui.app import Start
-
-    short = [options.short(settings.patient.model), ", ".join(settings.doctors)]
-    models = " + ".join(part for part in short if part)
-
-    def load(progress: Callable[[str], None]) -> "LLMdoctor":
-        progress(f"loading {models} ...")
-        return options.assistant(settings, trust_remote_code=trust_remote_code)
-
-    return Start(
-        load=load,
-        models=models,
-        guidance=settings.decode.guidance(settings.doctors),
-        sampling=settings.decode.sampling(),
-        seed=seed,
-        profile=settings.model_dump(mode="json"),
-        session=session,
-        store=store,
-    )
 
 
 def _typed() -> Iterator[str]:
@@ -214,7 +186,7 @@ class Conversation:
     def describe(self) -> str:
         """The settings in use, in one line."""
         shown = self.assistant.guidance.to_dict() | self.sampling.model_dump()
-        return f"{render.settings_text(shown)}, at most {self.sampling.max_new_tokens} tokens"
+        return f"{settings_text(shown)}, at most {self.sampling.max_new_tokens} tokens"
 
     def _complaining(self, action: Any, text: str) -> None:
         """Report a mistake in one line; the conversation continues."""
@@ -267,9 +239,9 @@ class Conversation:
             print(piece, end="", flush=True)
         else:
             name = next((name for name, beta in token.betas.items() if beta > 0), None)
-            score = render.lens_scores([token], "value", name)[0]
+            score = lens_scores([token], "value", name)[0]
             self._greatest = max(self._greatest, abs(score or 0.0))
-            text = render.coloured_text([piece], [score], self._greatest)
+            text = coloured_text([piece], [score], self._greatest)
             console(sys.stdout).print(text, end="", soft_wrap=True)
 
 

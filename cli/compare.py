@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.cli import options, render
+from llmdoctor.cli import options
 from llmdoctor.cli.options import option
+from llmdoctor.cli.picture import svg as picture
+from llmdoctor.cli.side_by_side import plain_comparison, rich_comparison
 from llmdoctor.cli.terminal import console, decorated, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
+from llmdoctor.show.comparison import View
+from llmdoctor.show.formats import short_name
+from llmdoctor.show.lens import LENSES
+from llmdoctor.show.page import comparisons_page
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
     from llmdoctor.records import Comparison, GuidedToken, Message
-    from llmdoctor.tui.screens.browser import Post
+    from llmdoctor.tui.launch import Compare, PostComparison
 
     Prompt = str | Sequence[Message]
 
@@ -55,8 +61,8 @@ def compare(
         raise UsageError("choose one of --json, --html and --svg")
     if tui:
         options.require_screen("--tui", as_json or html is not None or svg is not None)
-    if lens not in render.LENSES:
-        raise UsageError(f"--lens must be one of {', '.join(render.LENSES)}, got {lens!r}")
+    if lens not in LENSES:
+        raise UsageError(f"--lens must be one of {', '.join(LENSES)}, got {lens!r}")
     settings = options.guided_profile(
         options.load(profile),
         named=profile is not None,
@@ -71,25 +77,24 @@ def compare(
         raise UsageError(f"--lens-doctor: there is no doctor named {lens_doctor!r} (there are: {known})")
     asked = _prompts(prompt, prompts)
     if tui:
-        from llmdoctor.tui.app import BrowserApp, run
-        from llmdoctor.tui.screens.browser import ComparisonsScreen
+        from llmdoctor.tui.launch import browse_comparisons
 
         how = {"seed": options.fresh_seed() if seed is None else seed, "top": top or 10}
         source = _source(settings, asked, trust_remote_code=trust_remote_code, **how)
         speaking = next((name for name, doctor in settings.doctors.items() if doctor.beta > 0), None)
         chosen = lens_doctor or speaking
-        raise typer.Exit(run(BrowserApp(lambda: ComparisonsScreen(source, lens, chosen, tuple(settings.doctors)))))  # type: ignore[arg-type]
+        raise typer.Exit(browse_comparisons(source, lens=lens, doctor=chosen, doctors=tuple(settings.doctors)))  # type: ignore[arg-type]
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
     results = _compared(assistant, asked, seed=options.fresh_seed() if seed is None else seed, top=top)
     if as_json:
         for result in results:
             put_json(result.to_dict())
         return
-    views = (render.View.of(result, lens, lens_doctor) for result in results)  # type: ignore[arg-type]
+    views = (View.of(result, lens, lens_doctor) for result in results)  # type: ignore[arg-type]
     if html is not None:
-        _write(html, render.html_page(views))
+        _write(html, comparisons_page(views))
     elif svg is not None:
-        _write(svg, render.svg((render.rich_comparison(view, 110) for view in views), "llmdoctor compare"))
+        _write(svg, picture((rich_comparison(view, 110) for view in views), "llmdoctor compare"))
     else:
         _print(views)
 
@@ -126,15 +131,11 @@ def _compared(assistant: "LLMdoctor", prompts: "Sequence[Prompt]", **how: Any) -
         yield result
 
 
-def _source(
-    settings: "Profile", asked: "Sequence[Prompt]", *, trust_remote_code: bool, **how: Any
-) -> "Callable[[Post, Callable[[], None]], None]":
+def _source(settings: "Profile", asked: "Sequence[Prompt]", *, trust_remote_code: bool, **how: Any) -> "Compare":
     """What the browser's thread does: load the models, compare prompt after prompt."""
 
-    def source(post: "Post", check: Callable[[], None]) -> None:
-        from llmdoctor.tui.screens.browser import comparison_item
-
-        post(f"loading {options.short(settings.patient.model)} ...")
+    def source(post: "PostComparison", check: Callable[[], None]) -> None:
+        post(f"loading {short_name(settings.patient.model)} ...")
         assistant = options.assistant(settings, trust_remote_code=trust_remote_code)
         for number, prompt in enumerate(asked, start=1):
             counts = {"patient": 0, "guided": 0}
@@ -147,20 +148,20 @@ def _source(
                 said = f"{counts['patient']} tokens alone, {counts['guided']} guided"
                 post(f"asking prompt {number} of {len(asked)}: {said}")
 
-            post(comparison_item(assistant.compare(prompt, on_token=on_token, **how)))
+            post(assistant.compare(prompt, on_token=on_token, **how))
 
     return source
 
 
-def _print(views: "Iterator[render.View]") -> None:
+def _print(views: "Iterator[View]") -> None:
     for number, view in enumerate(views):
         if number:
             put("")
         if decorated(sys.stdout):
             screen = console(sys.stdout)
-            screen.print(render.rich_comparison(view, screen.width))
+            screen.print(rich_comparison(view, screen.width))
         else:
-            put(render.plain_comparison(view))
+            put(plain_comparison(view))
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from llmdoctor.cli import findings, options
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
+from llmdoctor.show.formats import short_name
 
 if TYPE_CHECKING:
     from llmdoctor.profile import Profile
@@ -57,7 +58,7 @@ def extract(
     _require_usable(source)
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with waiting(f"Loading {options.short(model.model)} ..."):
+    with waiting(f"Loading {short_name(model.model)} ..."):
         from llmdoctor.models import load_patient
         from llmdoctor.token_rewards.extract import extract as scored_pairs
         from llmdoctor.token_rewards.folder import RewardsFolder

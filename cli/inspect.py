@@ -2,7 +2,7 @@
 
 import heapq
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.cli import charts, findings, heatmap, options, render
+from llmdoctor.cli import charts, findings, options
+from llmdoctor.cli.heatmap import heat_legend, plain_heatmap, rich_heatmap
 from llmdoctor.cli.options import option
+from llmdoctor.cli.picture import svg as picture
+from llmdoctor.cli.statistics_table import plain_statistics, rich_statistics
 from llmdoctor.cli.terminal import console, decorated, progress, put, put_json, say, waiting
 from llmdoctor.errors import DataError, UsageError
+from llmdoctor.show.formats import short_name
+from llmdoctor.show.page import rewards_page
+from llmdoctor.show.rewards import RewardedText, ShownPair, limit_of
+from llmdoctor.show.text import prompt_end
 
 if TYPE_CHECKING:
     from llmdoctor.profile import Profile
@@ -128,12 +135,12 @@ def inspect(
 
         from llmdoctor.token_rewards.summary import EDGES
 
-        top = heatmap.limit_of(pairs)
-        pictures = [render.rich_heatmap(_title(one), one.sides, 110, top) for one in pairs]
-        numbers = [Text("\n".join(heading)), Text(), heatmap.rich_statistics(statistics, EDGES)]
-        _write(svg, render.svg([*pictures, render.heat_legend(top), Text(), *numbers], "llmdoctor inspect"))
+        top = limit_of(pairs)
+        pictures = [rich_heatmap(_title(one), one.sides, 110, top) for one in pairs]
+        numbers = [Text("\n".join(heading)), Text(), rich_statistics(statistics, EDGES)]
+        _write(svg, picture([*pictures, heat_legend(top), Text(), *numbers], "llmdoctor inspect"))
     elif html is not None:
-        _write(html, heatmap.page("llmdoctor inspect", heatmap.html_parts(heading, pairs, statistics)))
+        _write(html, rewards_page(pairs, heading=heading, statistics=statistics))
     else:
         _print(heading, pairs, statistics)
 
@@ -154,25 +161,25 @@ def _heading(
     return [counted, f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"]
 
 
-def _title(pair: heatmap.ShownPair) -> str:
-    return f"{render.prompt_end(pair.prompt)}  [pair {pair.name}]"
+def _title(pair: ShownPair) -> str:
+    return f"{prompt_end(pair.prompt)}  [pair {pair.name}]"
 
 
-def _print(heading: Sequence[str], pairs: Sequence[heatmap.ShownPair], statistics: "Statistics") -> None:
+def _print(heading: Sequence[str], pairs: Sequence[ShownPair], statistics: "Statistics") -> None:
     from llmdoctor.token_rewards.summary import EDGES
 
     if not decorated(sys.stdout):
         for one in pairs:
-            put(render.plain_heatmap(f"{one.prompt}  [pair {one.name}]", one.sides) + "\n")
-        put("\n".join([*heading, "", heatmap.plain_statistics(statistics, EDGES)]))
+            put(plain_heatmap(f"{one.prompt}  [pair {one.name}]", one.sides) + "\n")
+        put("\n".join([*heading, "", plain_statistics(statistics, EDGES)]))
         return
     screen = console(sys.stdout)
-    top = heatmap.limit_of(pairs)
+    top = limit_of(pairs)
     for one in pairs:
-        screen.print(render.rich_heatmap(_title(one), one.sides, screen.width, top))
-    screen.print(render.heat_legend(top))
+        screen.print(rich_heatmap(_title(one), one.sides, screen.width, top))
+    screen.print(heat_legend(top))
     screen.print("\n" + "\n".join(heading) + "\n")
-    screen.print(heatmap.rich_statistics(statistics, EDGES))
+    screen.print(rich_statistics(statistics, EDGES))
 
 
 class _Look:
@@ -254,10 +261,10 @@ class _Look:
         """What was asked."""
         return self.text(scores.scores.prompt_ids.tolist()).strip()
 
-    def shown(self, sides: "Sequence[TokenRewards]") -> heatmap.ShownPair:
+    def shown(self, sides: "Sequence[TokenRewards]") -> ShownPair:
         """A pair as screens show it."""
         responses = tuple(rewarded_text(self.tokenizer, side) for side in sides)
-        return heatmap.ShownPair(sides[0].scores.pair_id, self.prompt(sides[0]), responses)
+        return ShownPair(sides[0].scores.pair_id, self.prompt(sides[0]), responses)
 
     def json(self, sides: "Sequence[TokenRewards]") -> dict[str, Any]:
         """A pair as ``--json`` gives it."""
@@ -267,7 +274,7 @@ class _Look:
         return {"id": sides[0].scores.pair_id, "prompt": self.prompt(sides[0]), **named}
 
 
-def rewarded_text(tokenizer: Any, item: "TokenRewards") -> render.RewardedText:
+def rewarded_text(tokenizer: Any, item: "TokenRewards") -> RewardedText:
     """One response as screens show it."""
     from llmdoctor.text import token_texts
 
@@ -275,10 +282,10 @@ def rewarded_text(tokenizer: Any, item: "TokenRewards") -> render.RewardedText:
     title = f"{item.scores.side}, reward {float(item.rewards.sum()):+.2f}, gap {gap:+.2f}, {len(item.rewards)} tokens"
     pieces = token_texts(tokenizer, item.scores.response_ids)
     numbers = (tuple(map(float, values)) for values in (item.rewards, item.gaps, item.importance))
-    return render.RewardedText(title, tuple(pieces), *numbers)
+    return RewardedText(title, tuple(pieces), *numbers)
 
 
-def json_side(item: "TokenRewards", shown: render.RewardedText) -> dict[str, Any]:
+def json_side(item: "TokenRewards", shown: RewardedText) -> dict[str, Any]:
     """One response as ``--json`` gives it."""
     rows = zip(item.scores.response_ids, shown.pieces, shown.rewards, shown.gaps, shown.importance, strict=True)
     tokens = [{"id": int(i), "text": text, "reward": r, "gap": g, "importance": s} for i, text, r, g, s in rows]
@@ -306,7 +313,7 @@ def _look_at(
     if settings.direction == "fitted":
         raise UsageError("--direction fitted needs labelled pairs: give a rewards folder, or another direction")
     faces = chosen_faces(profile, settings.faces)
-    with waiting(f"Loading {options.short(model.model)} ..."):
+    with waiting(f"Loading {short_name(model.model)} ..."):
         from llmdoctor.models import load_patient
         from llmdoctor.token_rewards.answer import score_answer
         from llmdoctor.token_rewards.fit import face_weights
@@ -324,25 +331,25 @@ def _look_at(
         document |= {"weights": weights, "prompt": prompt, "answer": text}
         put_json({**document, **json_side(item, shown)})
         return
-    one = heatmap.ShownPair("", prompt or "no prompt", (shown,))
+    one = ShownPair("", prompt or "no prompt", (shown,))
     used = " ".join(f"{name}={weight:.3g}" for name, weight in weights.items())
     used = f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"
     source = f"scored by {model.model}\n{used}"
-    top = heatmap.limit_of([one])
+    top = limit_of([one])
     if svg is not None:
         from rich.text import Text
 
-        picture = render.rich_heatmap(render.prompt_end(one.prompt), one.sides, 110, top)
-        _write(svg, render.svg([picture, render.heat_legend(top), Text(source)], "llmdoctor inspect"))
+        drawn = rich_heatmap(prompt_end(one.prompt), one.sides, 110, top)
+        _write(svg, picture([drawn, heat_legend(top), Text(source)], "llmdoctor inspect"))
     elif page is not None:
-        _write(page, heatmap.page("llmdoctor inspect", heatmap.html_parts(source.splitlines(), [one], None)))
+        _write(page, rewards_page([one], heading=source.splitlines()))
     elif decorated(sys.stdout):
         screen = console(sys.stdout)
-        screen.print(render.rich_heatmap(render.prompt_end(one.prompt), one.sides, screen.width, top))
-        screen.print(render.heat_legend(top))
+        screen.print(rich_heatmap(prompt_end(one.prompt), one.sides, screen.width, top))
+        screen.print(heat_legend(top))
         screen.print(source)
     else:
-        put(f"{render.plain_heatmap(one.prompt, one.sides)}\n\n{source}")
+        put(f"{plain_heatmap(one.prompt, one.sides)}\n\n{source}")
 
 
 def _diagnose(
@@ -363,14 +370,13 @@ def _diagnose(
     elif svg is not None:
         _write(svg, charts.svg_diagnosis(found.diagnosis))
     elif page is not None:
-        parts = [charts.html_diagnosis(found.diagnosis), "<h2>These pairs, token by token, rewarded as fitted</h2>"]
-        parts += heatmap.html_heatmaps(_examples(rewards, settings, found.diagnosis))
-        _write(page, heatmap.page("llmdoctor inspect", parts))
+        examples = _examples(rewards, settings, found.diagnosis)
+        _write(page, rewards_page(examples, diagnosis=charts.html_diagnosis(found.diagnosis)))
     else:
         found.show()
 
 
-def _examples(rewards: "RewardsFolder", settings: "RewardSettings", diagnosis: "Diagnosis") -> list[heatmap.ShownPair]:
+def _examples(rewards: "RewardsFolder", settings: "RewardSettings", diagnosis: "Diagnosis") -> list[ShownPair]:
     """The pairs that the diagnosis names, with the rewards that its weights give."""
     from llmdoctor.models import load_tokenizer
 
@@ -398,13 +404,6 @@ def _write(path: Path, text: str) -> None:
 
 def _browse(look: _Look, pairs: "Iterator[PairScores]") -> int:
     """The full-screen browser; its exit code."""
-    from llmdoctor.tui.app import BrowserApp, run
-    from llmdoctor.tui.screens.browser import Post, RewardsScreen, rewards_item
+    from llmdoctor.tui.launch import browse_rewards
 
-    def source(post: Post, check: Callable[[], None]) -> None:
-        for scores in pairs:
-            check()
-            pair = look.shown(look.sides(scores))
-            post(rewards_item(pair.name, pair.prompt, [(side, side.gaps, side.importance) for side in pair.sides]))
-
-    return run(BrowserApp(lambda: RewardsScreen(source)))
+    return browse_rewards(look.shown(look.sides(scores)) for scores in pairs)

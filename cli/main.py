@@ -12,8 +12,9 @@ from typer.core import TyperGroup
 
 from llmdoctor import __version__
 from llmdoctor.cli import chat, compare, extract, inspect, profiles, train
-from llmdoctor.cli.terminal import clean, say
+from llmdoctor.cli.terminal import say
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning
+from llmdoctor.show.text import clean
 
 # Libraries below talk and draw bars on their own; this program does its own narration. A variable already set wins.
 _QUIET = {

@@ -30,6 +30,7 @@ from llmdoctor.settings import (
     Sampling,
     TrainSettings,
 )
+from llmdoctor.show.formats import short_name
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
@@ -248,7 +249,7 @@ def guided_profile(
 
 def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
     """The patient and its doctors, with a spinner while they load."""
-    with waiting(f"Loading {', '.join([short(profile.patient.model), *profile.doctors])} ..."):
+    with waiting(f"Loading {', '.join([short_name(profile.patient.model), *profile.doctors])} ..."):
         return assistant(profile, trust_remote_code=trust_remote_code)
 
 
@@ -264,17 +265,12 @@ def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
 
 def require_screen(flag: str, writes_elsewhere: bool) -> None:
     """Refuse ``flag`` without a terminal for a full screen, or together with an option that prints instead."""
-    from llmdoctor.tui.guard import full_screen
+    from llmdoctor.tui.launch import full_screen
 
     if writes_elsewhere:
         raise UsageError(f"choose one of {flag} and the options that write a result")
     if not full_screen(sys.stdin, sys.stdout):
         raise UsageError(f"{flag} needs a terminal on stdin and stdout that can draw a full screen")
-
-
-def short(model: str) -> str:
-    """A model's name as messages show it: the last two parts of a folder, a hub name as it is."""
-    return "/".join(Path(model).parts[-2:])
 
 
 def reward_settings(

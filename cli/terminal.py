@@ -1,4 +1,4 @@
-"""Where words go: results on stdout, narration and progress on stderr, decorated only where that is welcome."""
+"""Output: results on stdout, messages and progress on stderr, decorated only on terminals that welcome it."""
 
 import json
 import math
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
+
+from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +31,7 @@ def console(stream: IO[str]) -> "Console":
 
 
 def say(message: str) -> None:
-    """One line of narration on stderr; of several processes only the first speaks."""
+    """A message on stderr. Of several processes (RANK) only the first prints."""
     if _first_process():
         print(clean(message), file=sys.stderr, flush=True)
 
@@ -45,18 +47,8 @@ def put_json(data: Any) -> None:
     put(json.dumps(_finite(data), ensure_ascii=False, allow_nan=False))
 
 
-def clean(text: str) -> str:
-    """The text, as long as before, with the control characters that could steer a terminal made visible."""
-    return text if text.isprintable() else "".join(map(_visible, text))
-
-
-def _visible(character: str) -> str:
-    harmless = character in "\n\t" or not (ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0)
-    return character if harmless else "\N{REPLACEMENT CHARACTER}"
-
-
 def _finite(data: Any) -> Any:
-    """JSON has no nan and no infinity: they become null."""
+    """The data with null for nan and infinity, which JSON does not have."""
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

@@ -8,6 +8,7 @@ from llmdoctor.cli import options
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
+from llmdoctor.show.formats import short_name
 
 if TYPE_CHECKING:
     from llmdoctor.records import TrainStep
@@ -53,12 +54,12 @@ def train(
         chosen = override(settings.train, **training)
         reward_settings = options.reward_settings(settings, available=folder.faces, faces=face, **rewarding)
     if chosen.doctor is None:
-        held = options.short(folder.meta["patient"]["model"])
+        held = short_name(folder.meta["patient"]["model"])
         raise UsageError(f"profile {settings.name} names no base model for a doctor of {held}: give --doctor MODEL")
     used = ", ".join(reward_settings.faces or folder.faces)
-    say(f"training {options.short(chosen.doctor)} on {len(folder)} pairs of {rewards} (faces: {used})")
+    say(f"training {short_name(chosen.doctor)} on {len(folder)} pairs of {rewards} (faces: {used})")
 
-    with waiting(f"Loading {options.short(chosen.doctor)} ..."):
+    with waiting(f"Loading {short_name(chosen.doctor)} ..."):
         from llmdoctor.training.train import train as train_doctor
     began = time.monotonic()
     with progress("Training", None, "steps") as advance:
@@ -91,7 +92,5 @@ def train(
     if as_json:
         put_json(report)
         return
-    lines = [
-        f"trained {options.short(chosen.doctor)} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"
-    ]
+    lines = [f"trained {short_name(chosen.doctor)} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"]
     put("\n".join(lines + flat_lines(made.get("metrics") or {})))

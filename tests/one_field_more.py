@@ -50,7 +50,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from llmdoctor import LLMdoctor  # noqa: E402
 from llmdoctor.cli import options  # noqa: E402
-from llmdoctor.cli.chat import _profile_of, start_of  # noqa: E402
+from llmdoctor.cli.chat import _profile_of  # noqa: E402
 from llmdoctor.cli.main import app  # noqa: E402
 from llmdoctor.errors import LLMDoctorError  # noqa: E402
 from llmdoctor.profile import load_profile  # noqa: E402
@@ -59,6 +59,7 @@ from llmdoctor.set_command import parse_settings  # noqa: E402
 from llmdoctor.settings import Guidance, Sampling  # noqa: E402
 from llmdoctor.tui.commands import COMMANDS  # noqa: E402
 from llmdoctor.tui.generation import Part, Worker  # noqa: E402
+from llmdoctor.tui.start import start_of  # noqa: E402
 
 
 def run(*args: str, lines: str | None = None, **env: str) -> Any:

@@ -25,13 +25,25 @@ SCREEN = {"typer", "click", "rich", "textual"}
 
 
 def sources() -> dict[str, Path]:
-    """Every file of the four folders, by the name under which it should be installed."""
+    """Every file of the folders, by the name under which it should be installed."""
     return {
         str(Path(*module.split("."), path.relative_to(ROOT / folder))): path
         for module, folder in FOLDERS.items()
         for path in sorted((ROOT / folder).rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
     }
+
+
+def names_imported(path: Path) -> set[str]:
+    """Every name that the file imports, in full, also inside functions and for type checkers only."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide what is imported"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def python(code: str) -> str:
@@ -64,7 +76,12 @@ def test_every_source_file_is_in_the_wheel_and_nothing_else(tmp_path):
     expected = sources()
     assert set(held) == set(expected)
     assert [name for name, path in expected.items() if held[name] != path.read_bytes()] == []
-    for name in ("llmdoctor/py.typed", "llmdoctor/cli/main.py", "llmdoctor/tui/__init__.py"):
+    for name in (
+        "llmdoctor/py.typed",
+        "llmdoctor/cli/main.py",
+        "llmdoctor/show/rewards.html",
+        "llmdoctor/tui/__init__.py",
+    ):
         assert name in held
     assert {"clinic", "paper", "qwen2.5-7b"} <= {Path(name).stem for name in held if name.endswith(".yaml")}
 
@@ -119,7 +136,7 @@ def test_the_engine_loads_no_user_interface_and_every_public_name():
     (None does with the versions tried.) That the engine itself does not is the next test.
     """
     imports = "\n".join(f"import llmdoctor.{name}" for name in ENGINE)
-    ui = ("typer", "textual", "llmdoctor.cli", "llmdoctor.tui")
+    ui = ("typer", "textual", "llmdoctor.cli", "llmdoctor.show", "llmdoctor.tui")
     out = python(
         f"import sys, llmdoctor\n{imports}\nfrom llmdoctor import *\n"
         f"print([m for m in {ui} if m in sys.modules], 'torch' in sys.modules)\n"
@@ -132,15 +149,40 @@ def test_the_engine_loads_no_user_interface_and_every_public_name():
 @pytest.mark.parametrize("module", ENGINE)
 def test_an_engine_source_names_no_user_interface(module: str):
     """Also not inside a function, where no import above would show it; and nothing is printed."""
-    tree = ast.parse((ROOT / "llmdoctor" / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8"))
-    imported: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide what is imported"
-            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+    path = (ROOT / "llmdoctor" / Path(*module.split("."))).with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"print", "input"}
+    imported = names_imported(path)
     assert {name for name in imported if name.split(".")[0] in SCREEN} == set()
-    assert {name for name in imported if name.startswith(("llmdoctor.cli", "llmdoctor.tui"))} == set()
+    assert {name for name in imported if name.startswith(("llmdoctor.cli", "llmdoctor.show", "llmdoctor.tui"))} == set()
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden", "door"),
+    [
+        ("show", {"typer", "click", "textual", "torch", "transformers", "llmdoctor.cli", "llmdoctor.tui"}, None),
+        ("tui", {"typer", "click", "llmdoctor.cli"}, None),
+        ("cli", {"textual", "llmdoctor.tui"}, "llmdoctor.tui.launch"),
+    ],
+)
+def test_the_command_line_and_the_app_meet_in_show_and_at_one_door(folder: str, forbidden: set[str], door: str | None):
+    """Neither knows the other's insides, also not inside functions; ``show``, which both use, knows neither."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    crossed = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in paths
+        for name in names_imported(path)
+        if any(f"{name}.".startswith(f"{module}.") for module in forbidden)
+        if door is None or not f"{name}.".startswith(f"{door}.")
+    }
+    assert crossed == set()
+
+
+def test_show_loads_no_torch_and_no_other_user_interface():
+    modules = [f"llmdoctor.show.{path.stem}" for path in (ROOT / "show").glob("*.py") if path.stem != "__init__"]
+    heavy = ("torch", "transformers", "typer", "textual", "jinja2", "llmdoctor.cli", "llmdoctor.tui")
+    imports = "\n".join(f"import {module}" for module in modules)
+    out = python(f"{imports}\nimport sys; print(len(sys.argv), [m for m in {heavy} if m in sys.modules])")
+    assert out.splitlines() == ["1 []"]

@@ -2,9 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,14 +13,14 @@ from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
 from textual.screen import Screen
 
-from llmdoctor.cli.render import Lens
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.sessions import Session, SessionStore, Summary
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.show.lens import Lens
 from llmdoctor.tui import clipboard, export
 from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
-from llmdoctor.tui.generation import Assistant, Worker
+from llmdoctor.tui.generation import Worker
 from llmdoctor.tui.guard import quiet_terminal, written
+from llmdoctor.tui.start import Start
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -30,7 +30,7 @@ _TWICE = 2.0  # seconds between two presses of Ctrl+C that quit
 
 
 class DoctorApp(App[int]):
-    """What all the apps share: theme, keys, Ctrl+C, copying, pictures, a worker thread that ends with the app."""
+    """What all apps share: theme, keys, Ctrl+C, copying, pictures, and a worker thread that ends with the app."""
 
     CSS_PATH: ClassVar[Any] = Path(__file__).with_name("app.tcss")
     TITLE = "llmdoctor"
@@ -66,7 +66,7 @@ class DoctorApp(App[int]):
             self.worker.close()
 
     def handle_bindings_clash(self, clashed_bindings: set[Binding], node: DOMNode) -> None:
-        """Tell which of the person's keys are taken."""
+        """Say which actions the user's configuration gives the same key."""
         names = ", ".join(sorted(str(binding.id) for binding in clashed_bindings))
         self.notify(f"tui.toml gives one key to several actions: {names}", severity="warning", markup=False)
 
@@ -86,7 +86,7 @@ class DoctorApp(App[int]):
             self.notify("Press Ctrl+C once more to quit.", timeout=_TWICE)
 
     def copy_to_clipboard(self, text: str) -> None:
-        """By the terminal (OSC 52, also through tmux), and by the desktop's command."""
+        """Copy through the terminal (OSC 52, also inside tmux) and through the desktop's clipboard command."""
         self._clipboard = text
         if self._driver is not None:
             self._driver.write(clipboard.osc52(text))
@@ -106,24 +106,10 @@ class DoctorApp(App[int]):
             self.notify(f"wrote {written_to}", markup=False)
 
     def fail(self, error: LLMDoctorError) -> None:
-        """Show why nothing can go on."""
+        """Show the error that leaves nothing to do but quit."""
         from llmdoctor.tui.screens.failed import FailedScreen
 
         self.push_screen(FailedScreen(error))
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a conversation begins with. ``profile`` is the profile as plain JSON values, ``models`` their names."""
-
-    load: Callable[[Callable[[str], None]], Assistant]
-    models: str
-    guidance: Guidance = field(default_factory=Guidance)
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int | None = None
-    profile: Mapping[str, Any] = field(default_factory=dict)
-    session: Session | None = None
-    store: SessionStore | None = None
 
 
 class ChatApp(DoctorApp):
@@ -139,18 +125,18 @@ class ChatApp(DoctorApp):
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="llmdoctor-sessions")
 
     def on_mount(self) -> None:
-        """Show the conversation; the models load meanwhile."""
+        """Show the conversation at once; the worker loads the models in the background."""
         from llmdoctor.tui.screens.chat import ChatScreen
 
         self.push_screen(ChatScreen())
 
     def on_unmount(self) -> None:
-        """End both threads; what is to be saved is saved first."""
+        """End the saving thread, after it has written what is pending."""
         self._saver.shutdown(wait=True)
 
     @property
     def chat(self) -> "ChatScreen":
-        """The conversation, whatever stands before it."""
+        """The conversation, also while another screen covers it."""
         from llmdoctor.tui.screens.chat import ChatScreen
 
         return next(screen for screen in self.screen_stack if isinstance(screen, ChatScreen))
@@ -174,7 +160,7 @@ class ChatApp(DoctorApp):
         return True
 
     def save(self, session: Session) -> None:
-        """Write the session in the thread for it."""
+        """Write the session, in the background."""
 
         def done(future: Future[Session]) -> None:
             error = future.exception()
@@ -183,24 +169,24 @@ class ChatApp(DoctorApp):
 
         self._saver.submit(self.store.save, session).add_done_callback(done)
 
-    # through the same thread, so that what is being saved right now is saved first
+    # These go through the same thread as saving: they see the latest state of the conversation.
 
     def load_session(self, session_id: str) -> Session:
         """A saved session."""
         return self._saver.submit(self.store.load, session_id).result()
 
     def saved_sessions(self) -> list[Summary]:
-        """All of them."""
+        """All saved sessions."""
         return self._saver.submit(self.store.list).result()
 
     def rename_session(self, session_id: str, title: str) -> None:
-        """Another title, also for the conversation that is open."""
+        """Give it another title; the open conversation changes too."""
         self._saver.submit(self.store.rename, session_id, title).result()
         if session_id == self.chat.session.id:
             self.chat.session = replace(self.chat.session, title=title)
 
     def delete_session(self, session_id: str) -> None:
-        """Forget it; the conversation that is open becomes an empty one."""
+        """Delete it; if it is the open conversation, a new one replaces it."""
         self._saver.submit(self.store.delete, session_id).result()
         if session_id == self.chat.session.id:
             self.chat.new_session()
@@ -223,7 +209,7 @@ class BrowserApp(DoctorApp):
         self._screen = screen
 
     def on_mount(self) -> None:
-        """Show it."""
+        """Show the screen."""
         self.push_screen(self._screen())
 
 
@@ -241,7 +227,10 @@ def binding_ids() -> dict[str, Binding]:
 
 
 def run(app: App[int]) -> int:
-    """Run an app on the terminal and return its exit code; what else was written is shown if it broke."""
+    """Run an app on the terminal and return its exit code.
+
+    What other code wrote to the terminal meanwhile is hidden, and printed at the end if the app failed.
+    """
     sys.setswitchinterval(_SWITCH)
     with quiet_terminal() as log:
         result = app.run()

@@ -1,14 +1,16 @@
 """The slash commands: one list for the prompt, the command palette and the help screen."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from llmdoctor.errors import UsageError
 from llmdoctor.set_command import setting_names
+from llmdoctor.show.lens import LENSES
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """``/name arguments``. ``run`` gets the screen and the text behind the name; UsageError is shown in one line."""
+    """``/name arguments``. ``run`` gets the screen and the text after the name, and may raise UsageError."""
 
     name: str
     arguments: str
@@ -27,21 +29,76 @@ class Command:
 def _without(action: Callable[["ChatScreen"], None]) -> Callable[["ChatScreen", str], None]:
     def run(screen: "ChatScreen", text: str) -> None:
         if text:
-            raise UsageError(f"expected nothing behind the command, got {text!r}")
+            raise UsageError(f"expected nothing after the command, got {text!r}")
         action(screen)
 
     return run
 
 
+def _set(screen: "ChatScreen", text: str) -> None:
+    screen.settings.set(text)
+    screen.show_settings()
+    _show(screen)
+
+
+def _show(screen: "ChatScreen") -> None:
+    screen.notify(screen.describe(), markup=False)
+
+
+def _lens(screen: "ChatScreen", text: str) -> None:
+    if text and text not in LENSES:
+        raise UsageError(f"lens: expected one of {', '.join(LENSES)}, got {text!r}")
+    following = LENSES[(LENSES.index(screen.lens) + 1) % len(LENSES)]
+    screen.recolour(next((lens for lens in LENSES if lens == text), following), screen.doctor)
+
+
+def _doctor(screen: "ChatScreen", text: str) -> None:
+    names = list(screen.guidance.betas)
+    if not names:
+        raise UsageError("there is no doctor")
+    if text and text not in names:
+        raise UsageError(f"there is no doctor {text!r} (there are: {', '.join(names)})")
+    following = names[(names.index(screen.doctor or names[-1]) + 1) % len(names)]
+    screen.recolour(screen.lens, text or following)
+
+
+def _auto(screen: "ChatScreen") -> None:
+    screen.auto = not screen.auto
+    screen.notify(f"Re-run when a slider rests: {'on' if screen.auto else 'off'}.")
+
+
+def _rename(screen: "ChatScreen", title: str) -> None:
+    if not title:
+        raise UsageError("expected a title, for example: /rename Sleep")
+    screen.session = replace(screen.session, title=title)
+    screen.save()
+
+
+def _export(screen: "ChatScreen", text: str) -> None:
+    kind, _, name = text.partition(" ")
+    path = Path(name.strip()) if name.strip() else None
+    screen.app.export(replace(screen.session, turns=screen.turns), kind, path, screen.lens, screen.doctor)
+
+
+def _theme(screen: "ChatScreen", text: str) -> None:
+    if not text:
+        screen.app.search_themes()
+    elif text in screen.app.available_themes:
+        screen.app.theme = text
+    else:
+        known = ", ".join(sorted(screen.app.available_themes))
+        raise UsageError(f"there is no theme {text!r} (there are: {known})")
+
+
 COMMANDS = (
     Command("help", "", "keys, commands, marks", _without(lambda s: s.action_help())),
     Command("set", "NAME=X ...", f"{', '.join(setting_names())}; a doctor's name sets its beta",
-            lambda s, text: s.set_settings(text)),
-    Command("show", "", "the settings in use", _without(lambda s: s.show_settings())),
-    Command("lens", "[KIND]", "colour by value, ratio, kl, flips or off", lambda s, text: s.set_lens(text)),
-    Command("doctor", "[NAME]", "whose opinion colours the tokens", lambda s, text: s.set_doctor(text)),
-    Command("rerun", "", "the last answer again, same seed, settings of now", _without(lambda s: s.action_rerun())),
-    Command("auto", "", "re-run by itself when a slider rests: on or off", _without(lambda s: s.toggle_auto())),
+            _set),
+    Command("show", "", "the settings in use", _without(_show)),
+    Command("lens", "[KIND]", "colour by value, ratio, kl, flips or off", _lens),
+    Command("doctor", "[NAME]", "whose opinion colours the tokens", _doctor),
+    Command("rerun", "", "the last answer again, same seed, the settings in use", _without(lambda s: s.action_rerun())),
+    Command("auto", "", "re-run by itself when a slider rests: on or off", _without(_auto)),
     Command("regenerate", "", "the last answer again with another seed", _without(lambda s: s.action_regenerate())),
     Command("edit", "", "change the last message and send it again", _without(lambda s: s.action_edit())),
     Command("back", "", "before the last forced token, re-run or message", _without(lambda s: s.action_back())),
@@ -50,10 +107,10 @@ COMMANDS = (
     Command("copy", "", "the guided answer to the clipboard", _without(lambda s: s.action_copy())),
     Command("new", "", "a new conversation (this one is saved)", _without(lambda s: s.new_session())),
     Command("sessions", "", "browse, rename, delete, export", _without(lambda s: s.action_sessions())),
-    Command("resume", "ID", "go on with a saved conversation", lambda s, text: s.resume(text)),
-    Command("rename", "TITLE", "name this conversation", lambda s, text: s.rename(text)),
-    Command("export", "md|json|html|svg [FILE]", "write this conversation", lambda s, text: s.export(text)),
-    Command("theme", "[NAME]", "other colours; without a name, choose from a list", lambda s, text: s.set_theme(text)),
+    Command("resume", "ID", "go on with a saved conversation", lambda s, text: s.open(s.app.load_session(text))),
+    Command("rename", "TITLE", "name this conversation", _rename),
+    Command("export", "md|json|html|svg [FILE]", "write this conversation", _export),
+    Command("theme", "[NAME]", "other colours; without a name, choose from a list", _theme),
     Command("quit", "", "leave", _without(lambda s: s.app.exit())),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a person has set for the screen: ``tui.toml`` in the user's configuration folder.
+"""The user's settings for the app: ``tui.toml`` in the configuration folder.
 
 theme = "nord"
 lens = "kl"
@@ -15,26 +15,26 @@ from pathlib import Path
 
 from platformdirs import user_config_path, user_data_path
 
-from llmdoctor.cli.render import LENSES
 from llmdoctor.errors import UsageError
+from llmdoctor.show.lens import LENSES, Lens
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The file's settings; None is the default."""
+    """The settings of the file; None means the default."""
 
     theme: str | None = None
-    lens: str | None = None
+    lens: Lens | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
 
 
 def config_file() -> Path:
-    """Where the settings are."""
+    """The path of the settings."""
     return user_config_path("llmdoctor") / "tui.toml"
 
 
 def sessions_file() -> Path:
-    """Where conversations are kept: ``LLMDOCTOR_SESSIONS``, or the user's data folder."""
+    """The path of the saved conversations: ``LLMDOCTOR_SESSIONS``, or in the user's data folder."""
     named = os.environ.get("LLMDOCTOR_SESSIONS")
     return Path(named) if named else user_data_path("llmdoctor") / "sessions.sqlite3"
 

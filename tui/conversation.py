@@ -1,4 +1,4 @@
-"""A conversation as the screen shows it: replies to pieces of text, and the answer that is being made."""
+"""A conversation as the screen shows it: pieces of text, and the answer that is being made."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ SIDES: tuple[Speaker, Speaker] = ("patient", "guided")
 
 
 class Said(NamedTuple):
-    """What a token on the screen stands for."""
+    """What a token on the screen stands for: turn and position, both from 0."""
 
     turn: int
     position: int
@@ -22,7 +22,10 @@ class Said(NamedTuple):
 
 @dataclass
 class LiveReply:
-    """One side of the answer that is being made."""
+    """One side of the answer that is being made: a `Reply` that grows.
+
+    ``fresh`` and ``fresh_seconds`` count the tokens of this run only, for the speed.
+    """
 
     which: Speaker
     tokens: list[GuidedToken]
@@ -30,7 +33,7 @@ class LiveReply:
     forced: list[int]
     temperatures: list[tuple[int, float]]
     running: bool = True
-    fresh: int = 0  # tokens of this run, and their seconds: speed
+    fresh: int = 0
     fresh_seconds: float = 0.0
     flips: int = 0
     kl: float = 0.0
@@ -46,8 +49,13 @@ class LiveReply:
         live.flips, live.kl = sum(t.flip for t in kept), sum(t.kl for t in kept)
         return live
 
+    @property
+    def text(self) -> str:
+        """What has been said, without the white space around it."""
+        return "".join(token.text for token in self.tokens).strip()
+
     def add(self, token: GuidedToken, seconds: float, temperature: float) -> None:
-        """One token more."""
+        """One token more, which took so many seconds and was drawn at that temperature."""
         if not self.temperatures or self.temperatures[-1][1] != temperature:
             self.temperatures.append((len(self.tokens), temperature))
         self.tokens.append(token)
@@ -58,7 +66,7 @@ class LiveReply:
         self.kl += token.kl
 
     def frozen(self, end: End) -> Reply:
-        """What it has become."""
+        """The finished reply."""
         return Reply(tuple(self.tokens), end, self.seconds, tuple(self.forced), tuple(self.temperatures))
 
 
@@ -72,8 +80,26 @@ class Live:
     sides: dict[Speaker, LiveReply] = field(default_factory=dict)
 
 
+def side_facts(side: LiveReply | Reply, which: Speaker) -> str:
+    """``120 tokens, 31/s, 12 flips, KL 8.3``."""
+    count, seconds = (
+        (side.fresh, side.fresh_seconds) if isinstance(side, LiveReply) else (len(side.tokens), side.seconds)
+    )
+    parts = [f"{len(side.tokens)} tokens"]
+    if seconds > 0 and count:
+        parts.append(f"{count / seconds:.0f}/s")
+    if which == "guided":
+        parts += [f"{side.flips} flips", f"KL {side.kl:.1f}"]
+    return ", ".join(parts)
+
+
+def values_of(tokens: Sequence[GuidedToken], doctor: str | None) -> list[float]:
+    """One doctor's log V (nats) after each token that has it."""
+    return [token.values[doctor] for token in tokens if doctor is not None and doctor in token.values]
+
+
 def changes(before: GuidedToken | None, token: GuidedToken, temperatures: tuple[float, float] | None) -> str:
-    """What was set between two tokens: ``helpful 0.8→1.2``; empty where nothing was."""
+    """What was set between two tokens: ``helpful 0.8→1.2``; empty if nothing was."""
     parts = []
     if before is not None:
         if before.alpha != token.alpha:
@@ -89,7 +115,7 @@ def changes(before: GuidedToken | None, token: GuidedToken, temperatures: tuple[
 
 
 def pieces(turn: int, reply: LiveReply | Reply, start: int = 0) -> Iterator[Piece]:
-    """The tokens of a reply from ``start`` on, with a mark where something was set, and before a forced token."""
+    """The tokens of a reply from ``start`` on, with a note where something was set, and before a forced token."""
     forced = set(reply.forced)
     temperatures = {at: (before[1], after[1]) for at, before, after in _steps(reply.temperatures)}
     seen_text = any(token.text.strip() for token in reply.tokens[:start])
@@ -100,18 +126,20 @@ def pieces(turn: int, reply: LiveReply | Reply, start: int = 0) -> Iterator[Piec
             yield Piece(f" ⟨{note}⟩" if seen_text else f"⟨{note}⟩ ", "note")
         if position in forced:
             yield Piece(" ⟨forced⟩" if seen_text else "⟨forced⟩ ", "note")
+        # Answers often begin with a space or a newline, which would stand alone under the question.
         text = token.text if seen_text else token.text.lstrip()
         seen_text = seen_text or bool(text)
         yield Piece(text, "token", Said(turn, position, token))
 
 
 def _steps(changed: Sequence[tuple[int, float]]) -> Iterator[tuple[int, tuple[int, float], tuple[int, float]]]:
+    """Each change as position, setting before, setting after; the first entry is where the reply began."""
     for before, after in itertools.pairwise(changed):
         yield after[0], before, after
 
 
 def ending(turn: int, reply: Reply, error: str = "") -> Iterator[Piece]:
-    """What stands behind a reply: the end-of-answer token, or why it has none."""
+    """What follows a reply: the end-of-answer token, or why there is none."""
     last = reply.tokens[-1] if reply.tokens else None
     match reply.end:
         case "done" if last is not None and not last.text:
@@ -126,7 +154,7 @@ def ending(turn: int, reply: Reply, error: str = "") -> Iterator[Piece]:
 
 
 def conversation(turns: Sequence[Turn], which: Speaker, live: Live | None) -> Iterator[Piece]:
-    """All turns of one side; the reply of ``live`` as far as it is, without an ending."""
+    """All turns of one side; the running answer without an ending."""
     for number, turn in enumerate(turns):
         yield Piece(f"❯ {turn.prompt}\n", "user")
         if live is not None and live.turn == number and which in live.sides:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmdoctor.cli.render import Lens, View, betas_text, html_page, settings_text
-from llmdoctor.cli.terminal import clean
 from llmdoctor.errors import UsageError
 from llmdoctor.records import Answer, Comparison
 from llmdoctor.sessions import Session, Turn, messages
+from llmdoctor.show.comparison import View
+from llmdoctor.show.formats import settings_text, speaking_text
+from llmdoctor.show.lens import Lens
+from llmdoctor.show.page import comparisons_page
+from llmdoctor.show.text import clean, one_line
 
 KINDS = {"md": "Markdown", "json": "JSON", "html": "web page", "svg": "picture of the screen"}
 
@@ -44,17 +47,17 @@ def render(session: Session, kind: str, lens: Lens, doctor: str | None) -> str:
             return json.dumps(session.to_dict(), ensure_ascii=False, indent=1) + "\n"
         case "html":
             compared = [comparison(session.turns, number) for number in range(len(session.turns))]
-            return html_page(View.of(one, lens, doctor) for one in compared)
+            return comparisons_page(View.of(one, lens, doctor) for one in compared)
     raise UsageError(f"a session can be exported as {', '.join(KINDS)}, not as {kind!r}")
 
 
 def _markdown(session: Session) -> Iterator[str]:
-    yield f"# {_line(session.title) or 'Conversation'}\n"
+    yield f"# {one_line(session.title) or 'Conversation'}\n"
     for turn in session.turns:
         yield "\n".join(f"> {line}" for line in clean(turn.prompt).splitlines()) + "\n"
         yield f"**Patient alone**{_end(turn.patient.end)}\n\n{clean(turn.patient.text)}\n"
-        by = betas_text(turn.guidance.betas, " ")
-        yield f"**Guided by {by or 'no doctor'}**{_end(turn.guided.end)}\n\n{clean(turn.guided.text)}\n"
+        by = speaking_text(turn.guidance.betas)
+        yield f"**Guided by {by}**{_end(turn.guided.end)}\n\n{clean(turn.guided.text)}\n"
         yield (
             f"*{settings_text(_settings(turn))}; {turn.guided.flips} of {len(turn.guided.tokens)} tokens are not the "
             f"patient's first choice, KL {turn.guided.kl:.1f} nats*\n"
@@ -67,10 +70,6 @@ def _settings(turn: Turn) -> dict[str, Any]:
 
 def _end(end: str) -> str:
     return "" if end == "done" else f" ({ {'length': 'length limit', '': 'unfinished'}.get(end, end) })"
-
-
-def _line(text: str) -> str:
-    return " ".join(clean(text).split())
 
 
 def file_name(session: Session, kind: str) -> str:
@@ -90,6 +89,6 @@ def write(path: Path, text: str) -> Path:
 
 
 def without_fonts(svg: str) -> str:
-    """Textual's picture without the fonts that it would fetch from the network, every space kept where it stands."""
+    """Textual's picture without the fonts that it would fetch from the network, every space kept."""
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     return svg.replace("<text ", '<text xml:space="preserve" ')

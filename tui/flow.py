@@ -5,17 +5,17 @@ from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len, split_graphemes
 
-Segment = tuple[int, str]  # which piece, and its text on this line
-Line = list[Segment]
+LinePart = tuple[int, str]  # the index of a piece, and its text on this line
+Line = list[LinePart]
 
 _WORDS = re.compile(r"\n|[^\S\n]+|\S+")
 
 
 def wrap(text: str, width: int) -> list[tuple[int, int]]:
-    """Where the lines of ``width`` cells begin and end in ``text``; together they are all of it.
+    """Where lines of at most ``width`` cells begin and end in ``text``; together they cover all of it.
 
     Greedy, at white space and beside characters of two cells; a longer word is cut. White space at the end of a line
-    may stand over its edge; a newline belongs to the line that it ends, and the empty line after it is a line.
+    may reach beyond its edge; a newline belongs to the line that it ends, and the empty line after it is a line.
     """
     width = max(1, width)
     lines: list[tuple[int, int]] = []
@@ -73,7 +73,7 @@ def _cut(text: str, width: int) -> tuple[int, int]:
 
 
 class Flow:
-    """Pieces laid out in lines. ``first_line[i]`` is where piece i begins."""
+    """Pieces laid out in lines. ``first_line[i]`` is the line on which piece i begins."""
 
     def __init__(self, width: int = 80) -> None:
         self.width = width
@@ -91,13 +91,13 @@ class Flow:
         return changed
 
     def rewrap(self, width: int) -> None:
-        """Lay everything out anew."""
+        """Lay everything out again, for another width."""
         self.width = width
         self.lines = []
         self._lay(list(enumerate(self.texts)))
 
     def cells_before(self, line: int, piece: int) -> int:
-        """How many cells stand before the piece on that line."""
+        """The number of cells before the piece on that line."""
         cells = 0
         for owner, text in self.lines[line]:
             if owner == piece:
@@ -118,10 +118,10 @@ class Flow:
                     break
         return found
 
-    def _lay(self, segments: list[Segment]) -> None:
+    def _lay(self, segments: list[LinePart]) -> None:
         spans = iter(wrap("".join(text for _, text in segments), self.width))
         _, stop = next(spans)
-        # what the last line begins with may be the rest of a piece that began on the line before
+        # The last line may begin with the rest of a piece: that piece keeps the first line that it already has.
         continued = self.lines[-1][-1][0] if self.lines and self.lines[-1] else None
         line: Line = []
         at = 0
@@ -139,4 +139,4 @@ class Flow:
                 taken = len(line[-1][1])
                 at, rest = at + taken, rest[taken:]
         self.lines.append(line)
-        self.lines.extend([] for _ in spans)  # the empty line after a newline
+        self.lines.extend([] for _ in spans)  # a newline at the very end opens an empty line

@@ -1,7 +1,7 @@
-"""The one thread that loads models and generates. It only appends to a queue; the screen drains it.
+"""The thread that loads the models and generates. It appends events to a queue, which the screen drains.
 
-Nothing here waits for the screen: a token costs the producer one append (calling into the screen's thread for each
-token, and waiting, would cost a thousand times that).
+Nothing here waits for the screen: a token costs one append. Calling into the screen's thread for each token, and
+waiting for it, would cost about a thousand times as much.
 """
 
 import gc
@@ -33,13 +33,13 @@ class Assistant(Protocol):
         ...
 
     def stream(self, prompt: Sequence[Message], **how: Any) -> Iterator[GuidedToken]:
-        """Tokens as they are drawn."""
+        """Yield the tokens as they are drawn."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One side of an answer: what it answers, the tokens it begins with, and a token to say first."""
+    """One side of an answer: the conversation it answers, the ids it begins with, and an id to say next, if forced."""
 
     which: Speaker
     messages: Sequence[Message]
@@ -47,7 +47,7 @@ class Part:
     force: int | None = None
 
 
-# What the thread says. ``job`` numbers tell answers of a stopped job from those of the next.
+# Events. ``job`` is the number of the answer: tokens of a stopped one may still arrive after the next has begun.
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The models are there."""
+    """The models are loaded."""
 
     assistant: Assistant
 
@@ -84,7 +84,7 @@ class Spoken:
 
 @dataclass(frozen=True, slots=True)
 class SideEnded:
-    """One side has said all it had to say."""
+    """One side has finished."""
 
     job: int
     which: Speaker
@@ -92,7 +92,7 @@ class SideEnded:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The job is over; ``error`` in one line when it failed."""
+    """The answer is over; ``error`` is one line if it failed."""
 
     job: int
     reason: Literal["done", "interrupted", "error"]
@@ -107,11 +107,11 @@ class _Cancelled(Exception):
 
 
 class Worker:
-    """Runs jobs, one after the other, in a thread of its own.
+    """Runs answers, one after the other, in a thread of its own.
 
-    ``load`` gets a function for progress lines and returns the assistant. ``sampling`` may be set at any time: a
-    running answer goes on with it from its next token. ``guidance`` is what the assistant begins with; later its own is
-    set. ``events`` is to be drained with ``drain``.
+    ``load`` gets a function for lines about progress and returns the assistant. ``sampling`` may be set at any time and
+    holds from the next token on. ``guidance`` is given to the assistant when it is loaded; after that, set the
+    assistant's own.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="llmdoctor-generation", daemon=True)
 
     def start(self) -> None:
-        """Begin with loading."""
+        """Start the thread, which loads the models first."""
         self._thread.start()
 
     @property
@@ -137,23 +137,23 @@ class Worker:
         return self._thread.is_alive()
 
     def speak(self, parts: Sequence[Part], seed: int, sampling: Sampling) -> int:
-        """Queue an answer; both sides take turns, token by token. Returns the job's number."""
+        """Queue an answer and return its number. Both sides take turns, token by token."""
         self.sampling = sampling
         return self._submit(lambda job, assistant: self._speak(job, assistant, parts, seed))
 
     def cancel(self) -> None:
-        """Stop what runs and what waits; it is seen at the next token."""
+        """Stop the running answer and those that wait; takes effect at the next token."""
         self._cancelled_up_to = self._number
 
     def close(self) -> None:
-        """Stop and end the thread; one that is still loading is left to end with the program."""
+        """Stop, and end the thread. While it is still loading it cannot be ended: it then ends with the program."""
         self.cancel()
         self._jobs.put(None)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(_JOIN_SECONDS)
 
     def drain(self) -> list[Event]:
-        """Everything said since the last call."""
+        """All events since the last call."""
         events: list[Event] = []
         with suppress(IndexError):
             while True:
@@ -168,18 +168,19 @@ class Worker:
     def _run(self) -> None:
         try:
             assistant = self._load(lambda text: self.events.append(Progress(text)))
-            if self.guidance is not None:  # what was set while the models were loading
+            if self.guidance is not None:  # it may have been changed while the models were loading
                 assistant.guidance = self.guidance
         except LLMDoctorError as error:
             self.events.append(Failed(error))
             return
-        except Exception as error:  # a screen with the reason, not a dead thread behind a living screen
+        except Exception as error:  # else the thread would die unseen, and the screen wait forever
             self.events.append(Failed(LLMDoctorError(f"{type(error).__name__}: {error}")))
             return
-        from llmdoctor.decoding.prefix import PrefixCache  # with torch, which the models have brought
+        from llmdoctor.decoding.prefix import PrefixCache  # needs torch, which is loaded by now
 
         self._prefix_caches = {"patient": PrefixCache(), "guided": PrefixCache()}
-        gc.freeze()  # else every full collection looks through the models' libraries: 0.3 s without a key
+        # A full collection would otherwise walk through all objects of torch and transformers: 0.3 s without a key.
+        gc.freeze()
         self.events.append(Loaded(assistant))
         while (job := self._jobs.get()) is not None:
             job(assistant)
@@ -202,6 +203,7 @@ class Worker:
             raise _Cancelled
 
     def _speak(self, job: int, assistant: Assistant, parts: Sequence[Part], seed: int) -> None:
+        # Each side has a cache of its own, so that its next question only costs the new tokens.
         sides = [_Side(assistant, part, seed, self._prefix_caches[part.which]) for part in parts]
 
         def work() -> None:
@@ -224,7 +226,7 @@ class Worker:
 
 
 class _Side:
-    """One side's stream. Other sampling settings open it anew, behind the tokens that were said."""
+    """One side's stream of tokens. When the sampling settings change, it is opened again after the tokens so far."""
 
     def __init__(self, assistant: Assistant, part: Part, seed: int, prefix_cache: Any) -> None:
         self.part = part

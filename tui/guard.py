@@ -1,4 +1,4 @@
-"""The terminal belongs to the screen while it is up: what native libraries write to it goes elsewhere."""
+"""Keeps what native libraries print off the screen while the app has the terminal."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ def full_screen(stdin: IO[str], stdout: IO[str]) -> bool:
 
 @contextmanager
 def quiet_terminal() -> Iterator[IO[bytes]]:
-    """File descriptors 1 and 2 write to a file, which is given; Textual draws through a duplicate of the terminal.
+    """Send file descriptors 1 and 2 to a file, which is yielded; Textual draws through a duplicate of the terminal.
 
     Textual catches Python's ``print`` by itself, but not what C libraries write. It draws to ``sys.__stderr__`` and
     asks ``sys.__stdout__`` for the size: both are the terminal that stdout was, also where stderr was sent to a file.
@@ -45,7 +45,7 @@ def quiet_terminal() -> Iterator[IO[bytes]]:
 
 
 def written(log: IO[bytes], limit: int = 4000) -> str:
-    """The end of what was written meanwhile."""
+    """The last ``limit`` bytes of what was written, as text."""
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - limit))
     return log.read().decode("utf-8", errors="replace").strip()

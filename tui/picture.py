@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llmdoctor.cli.chat import start_of
 from llmdoctor.profile import load_profile
 from llmdoctor.sessions import SessionStore
 from llmdoctor.tui.app import ChatApp
 from llmdoctor.tui.config import Config
 from llmdoctor.tui.export import without_fonts, write
+from llmdoctor.tui.start import start_of
 
 _QUESTION = "How can I sleep better?"
 

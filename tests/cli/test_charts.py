@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from llmdoctor.cli import charts
-from llmdoctor.cli.render import scale_colour
-from llmdoctor.cli.terminal import clean
+from llmdoctor.show.colours import scale_colour
+from llmdoctor.show.text import clean
 from llmdoctor.token_rewards.diagnosis import Diagnosis, Estimate, Example, FaceDiagnosis
 
 NASTY = "<script>alert(1)</script>\x1b[31m[bold]&\"'"

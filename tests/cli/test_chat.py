@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 
 from llmdoctor.cli import chat, options
-from llmdoctor.cli.chat import _profile_of, start_of
+from llmdoctor.cli.chat import _profile_of
 from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
 from llmdoctor.profile import load_profile
 from llmdoctor.sessions import Session, Turn
 from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.tui.start import start_of
 
 
 class FakeAssistant:

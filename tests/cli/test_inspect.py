@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llmdoctor.cli import heatmap, inspect, render
+from llmdoctor.cli import inspect
+from llmdoctor.cli.heatmap import rich_heatmap
 from llmdoctor.cli.options import fitting, reward_settings
 from llmdoctor.files import write_json
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile
 from llmdoctor.records import PairScores, TokenScores
+from llmdoctor.show.colours import heat_style, scale_colour
+from llmdoctor.show.rewards import RewardedText
+from llmdoctor.show.statistics import gap_bars
+from llmdoctor.show.text import END
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder, write_shard
 from llmdoctor.token_rewards.formula import token_rewards
@@ -152,8 +157,8 @@ def test_the_sign_shows_without_colour(run, thirty):
 
 
 SIDES = [
-    render.RewardedText("chosen", ("Go", " to", " bed", ""), (0.0, 1.0, 0.25, 1.0)),
-    render.RewardedText("rejected", ("Go", " away", ""), (0.0, -1.0, 0.0)),
+    RewardedText("chosen", ("Go", " to", " bed", ""), (0.0, 1.0, 0.25, 1.0)),
+    RewardedText("rejected", ("Go", " away", ""), (0.0, -1.0, 0.0)),
 ]
 
 
@@ -161,7 +166,7 @@ SIDES = [
 def test_the_heatmap_fits_and_stands_side_by_side_where_there_is_room(width, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")  # of a dumb terminal rich takes no width
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    screen.print(render.rich_heatmap("How? " * 200, SIDES, width))
+    screen.print(rich_heatmap("How? " * 200, SIDES, width))
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in screen.file.getvalue().splitlines()]
     assert max(map(len, lines)) <= width
     assert any("bed" in line and "away" in line for line in lines) is (width >= 80)
@@ -175,16 +180,16 @@ def luminance(colour):
 def test_every_mark_is_readable_on_any_terminal_and_for_any_colour_vision():
     """Text and ground are both given, 4.5 : 1 apart at least; the sign is orange or blue, both equally light."""
     for reward in (-1, -0.6, -0.3, 0.3, 0.6, 1):
-        text, ground = render.heat_style(reward, 1).split(" on ")
+        text, ground = heat_style(reward, 1).split(" on ")
         assert (luminance(ground) + 0.05) / (luminance(text) + 0.05) >= 4.5
         red, blue = int(ground[1:3], 16), int(ground[5:7], 16)
         assert (blue > red) is (reward > 0)
-    assert luminance(render.scale_colour(1, 1)) == pytest.approx(luminance(render.scale_colour(-1, 1)), abs=0.02)
-    assert render.heat_style(0.0, 1) == ""
+    assert luminance(scale_colour(1, 1)) == pytest.approx(luminance(scale_colour(-1, 1)), abs=0.02)
+    assert heat_style(0.0, 1) == ""
 
 
 def test_a_reward_at_a_token_without_text_shows():
-    assert SIDES[0].shown() == ["Go", " to", " bed", render.END]
+    assert SIDES[0].shown() == ["Go", " to", " bed", END]
     assert SIDES[1].shown() == ["Go", " away", ""]
 
 
@@ -289,7 +294,7 @@ def test_bars_leave_the_tokens_around_zero_out_of_the_scale():
     from llmdoctor.token_rewards.summary import EDGES, Statistics
 
     statistics = Statistics(1, 1000, 0, 0, 0, 0, (0, 0, 0, 0, 50, 900, 25, 25, 0, 0, 0), 1, 1, (), ())
-    rows = {name: (share, sign, length) for name, share, sign, length in heatmap._bars(statistics, EDGES)}
+    rows = {name: (share, sign, length) for name, share, sign, length in gap_bars(statistics, EDGES)}
     assert rows["-0.03 to 0.03"] == (0.9, 0, 1.0)
     assert rows["0.03 to 0.1"] == (0.025, 1, 0.5)
     assert rows["-0.1 to -0.03"] == (0.05, -1, 1.0)

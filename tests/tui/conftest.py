@@ -16,8 +16,9 @@ from llmdoctor.errors import UsageError
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.sessions import SessionStore
 from llmdoctor.settings import Guidance, Sampling
-from llmdoctor.tui.app import ChatApp, Start
+from llmdoctor.tui.app import ChatApp
 from llmdoctor.tui.config import Config
+from llmdoctor.tui.start import Start
 
 WORDS = (" sun", " moon", " star", " rain", " wind", " snow", " sky", "")  # the last one ends an answer
 END = len(WORDS) - 1
@@ -157,7 +158,7 @@ class Driver:
     async def idle(self) -> None:
         """Until nothing is generated or waiting to be."""
         chat = self.app.chat
-        await self.until(lambda: chat.live is None and chat._rerun_timer is None, "the end of the answer")
+        await self.until(lambda: chat.live is None and not chat.rerun.pending, "the end of the answer")
 
     @property
     def strips(self) -> list[Any]:

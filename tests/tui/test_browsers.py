@@ -5,13 +5,14 @@ import time
 
 from textual.widgets import OptionList
 
-from llmdoctor.cli.render import RewardedText
 from llmdoctor.errors import DataError
 from llmdoctor.records import Answer, Comparison
+from llmdoctor.show.rewards import RewardedText
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
-from llmdoctor.tui.screens.browser import ComparisonsScreen, RewardsScreen, comparison_item, rewards_item
+from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
 from llmdoctor.tui.screens.failed import FailedScreen
+from llmdoctor.tui.screens.rewards_browser import RewardsScreen, rewards_item
 from llmdoctor.tui.widgets.inspector import Inspector
 
 from .conftest import FakeAssistant

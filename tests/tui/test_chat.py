@@ -276,7 +276,7 @@ def test_rerun_regenerate_edit_and_back(make_app, drive):
 
 
 def test_dragging_reruns_once_when_it_rests(make_app, drive, monkeypatch):
-    monkeypatch.setattr("llmdoctor.tui.screens.chat._DEBOUNCE", 2.0)  # a busy machine is slow between two keys
+    monkeypatch.setattr("llmdoctor.tui.debounce.REST", 2.0)  # a busy machine is slow between two keys
     fake = FakeAssistant(shortest=6)
     app = make_app(fake)
 

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pty
+import random
 import subprocess
 import sys
 import textwrap
@@ -18,11 +19,12 @@ from llmdoctor.errors import StorageError, UsageError
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.sessions import Reply, Session, SessionStore, Turn, messages
 from llmdoctor.settings import Guidance, Sampling
-from llmdoctor.tui import clipboard, lens
+from llmdoctor.tui import clipboard, pacing, token_style
 from llmdoctor.tui.config import Config, read_config
 from llmdoctor.tui.export import file_name, render
 from llmdoctor.tui.generation import Ended, Part, Spoken, Worker
 from llmdoctor.tui.guard import full_screen
+from llmdoctor.tui.history import History
 
 from .conftest import FakeAssistant
 
@@ -122,6 +124,52 @@ def test_exports_hold_the_conversation_and_no_markup_of_a_model():
     assert file_name(session, "md") == "llmdoctor-a-b-title-abc.md"
     with pytest.raises(UsageError, match="docx"):
         render(session, "docx", "value", None)
+
+
+# History, pace
+
+
+def test_steps_back_and_forward_are_those_over_a_list_of_all_states():
+    """The naive twin keeps every state and a place among them; a change drops the states after that place."""
+    rng = random.Random(5)
+    history, states, place = History(()), [()], 0
+    for number in range(300):
+        match rng.choice(["change", "complete", "back", "forward"]):
+            case "change":
+                history.change((*history.turns, Turn(str(number), 0)))
+                states = [*states[: place + 1], (*states[place], Turn(str(number), 0))]
+                place += 1
+            case "complete" if history.turns:
+                history.complete(Turn(f"answered {number}", 0))
+                states[place] = (*states[place][:-1], Turn(f"answered {number}", 0))
+            case "back":
+                assert history.step(-1) == (place > 0)
+                place = max(0, place - 1)
+            case "forward":
+                assert history.step(1) == (place < len(states) - 1)
+                place = min(len(states) - 1, place + 1)
+        assert history.turns == states[place]
+    history.open(())
+    assert (history.step(-1), history.step(1), history.turns) == (False, False, ())
+
+
+@pytest.mark.parametrize(("cost", "frames"), [(0.0, 29), (0.001, 28), (0.01, 12), (0.5, 1.8)])
+def test_drawing_takes_at_most_a_seventh_of_the_time_and_never_stops(cost, frames, monkeypatch):
+    """On a clock of the test's, every frame costs ``cost`` seconds; at least ``frames`` are drawn per second."""
+    now = busy = 100.0
+    monkeypatch.setattr(pacing.time, "monotonic", lambda: now)
+    monkeypatch.setattr(pacing.time, "thread_time", lambda: busy)
+    pace, drawn = pacing.Pacing(), 0
+    pace.due()
+    start = now
+    while now < start + 10:
+        if pace.due():
+            drawn += 1
+            now, busy = now + cost, busy + cost
+        now += pacing.FRAME
+    assert drawn / 10 >= frames
+    if 7 * cost <= 0.2:  # frames are not left out for longer than that
+        assert drawn * cost <= 10 / 7
 
 
 # Clipboard, configuration, terminal
@@ -237,13 +285,13 @@ def test_every_colour_of_the_scale_reads_on_every_theme(name):
     background = theme.to_color_system().generate()["background"]
     behind = _luminance([int(background[i : i + 2], 16) for i in (1, 3, 5)])
     for step in range(-10, 11):
-        ink = _luminance(lens.style(step, 10, dark=theme.dark).color.triplet)
+        ink = _luminance(token_style.style(step, 10, dark=theme.dark).color.triplet)
         contrast = (max(ink, behind) + 0.05) / (min(ink, behind) + 0.05)
         assert contrast >= (4.5 if name.startswith("textual") else 3.0), (step, contrast)
 
 
 def test_the_scale_is_diverging_and_marked():
-    styles = [lens.style(step, 10, dark=True) for step in range(-10, 11)]
+    styles = [token_style.style(step, 10, dark=True) for step in range(-10, 11)]
     assert styles[10].color.triplet == (0xBE, 0xBE, 0xBE)
     assert styles[0].color.triplet.red > styles[0].color.triplet.blue
     assert styles[-1].color.triplet.blue > styles[-1].color.triplet.red
@@ -253,8 +301,8 @@ def test_the_scale_is_diverging_and_marked():
     assert not styles[-1].underline
     assert not styles[10].bold
     assert not styles[10].underline
-    assert lens.style(math.nan, 1, dark=True) == lens.style(0, 1, dark=True)
-    assert lens.style(5, 0, dark=True) == lens.style(0, 1, dark=True)
+    assert token_style.style(math.nan, 1, dark=True) == token_style.style(0, 1, dark=True)
+    assert token_style.style(5, 0, dark=True) == token_style.style(0, 1, dark=True)
 
 
 # The worker

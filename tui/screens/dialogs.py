@@ -1,4 +1,4 @@
-"""Small questions."""
+"""Dialogs that ask for one thing."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -13,7 +13,7 @@ from textual.widgets.option_list import Option
 
 
 class Ask(ModalScreen[str | None]):
-    """One line of text; None when left."""
+    """Asks for a line of text; dismissed with None on Escape."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Leave")]
 
@@ -33,7 +33,7 @@ class Ask(ModalScreen[str | None]):
 
 
 class Choose(ModalScreen[str | None]):
-    """One of several; None when left."""
+    """Asks for one of ``options`` (key: text); dismissed with the key, or None on Escape."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Leave")]
 

@@ -1,4 +1,4 @@
-"""What one sees when the models cannot be loaded."""
+"""The screen for an error after which nothing can be done but quit."""
 
 from typing import ClassVar
 
@@ -9,12 +9,12 @@ from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from llmdoctor.cli.terminal import clean
 from llmdoctor.errors import LLMDoctorError
+from llmdoctor.show.text import clean
 
 
 class FailedScreen(Screen[None]):
-    """The line that the command line would print, and the way out; the exit code is the command line's too."""
+    """Shows the line that the command line would print, and quits with the command line's exit code."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("q,escape,enter", "leave", "Quit")]
 
@@ -30,5 +30,5 @@ class FailedScreen(Screen[None]):
         yield Footer(compact=True)
 
     def action_leave(self) -> None:
-        """End with the command line's exit code."""
+        """Quit."""
         self.app.exit(self.error.exit_code)

@@ -21,17 +21,17 @@ not the patient's first choice. The left pane is the patient alone on its own co
 
 
 class HelpScreen(ModalScreen[None]):
-    """Everything one can do here."""
+    """Marks, keys and commands in one long text."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f1,q", "dismiss", "Close")]
 
     def compose(self) -> ComposeResult:
-        """One long text in a box."""
+        """The text in a box that scrolls."""
         with VerticalScroll(id="help"):
             yield Static(self._text())
 
     def on_mount(self) -> None:
-        """Arrows scroll at once."""
+        """Take the focus, so that arrows scroll."""
         box = self.query_one("#help")
         box.border_title = "help"
         box.border_subtitle = "Esc closes"

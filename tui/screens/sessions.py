@@ -1,4 +1,4 @@
-"""The saved conversations: go on with one, rename, delete, export."""
+"""The saved conversations: resume, rename, delete or export one."""
 
 import time
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
-from llmdoctor.cli.terminal import clean
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.sessions import Summary
+from llmdoctor.show.text import clean
 from llmdoctor.tui.export import KINDS
 from llmdoctor.tui.screens.dialogs import Ask, Choose
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SessionsScreen(Screen[str | None]):
-    """A list; dismissed with the id of the session to go on with."""
+    """A list; dismissed with the id of the session to resume, or None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,f9", "dismiss(None)", "Close", id="sessions.close"),
@@ -45,7 +45,7 @@ class SessionsScreen(Screen[str | None]):
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
-        """Fill it."""
+        """Fill the table."""
         table = self.query_one(DataTable)
         table.add_columns("", "title", "turns", "last used", "id")
         self._fill()
@@ -90,7 +90,7 @@ class SessionsScreen(Screen[str | None]):
             self._change(lambda: self.app.rename_session(one.id, title))
 
     def action_delete(self) -> None:
-        """Ask, then forget it."""
+        """Ask, then delete it."""
         if one := self._chosen():
             options = {"no": "Keep it", "yes": f"Delete “{clean(one.title)}”"}
             self.app.push_screen(Choose("Delete this conversation for good?", options), partial(self._delete, one))

@@ -2,7 +2,7 @@
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from rich.segment import Segment
@@ -12,19 +12,19 @@ from textual.reactive import reactive
 from textual.strip import Strip
 from textual.widget import Widget
 
-from llmdoctor.tui import lens
+from llmdoctor.tui import token_style
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille cell: rows from the top, two columns
 _LABEL = 7
 
 
 class Curve(Widget):
-    """Values in the order of the tokens; where there are more than dots, each dot is the mean of its share.
+    """Values in the order of the tokens. If there are more values than dots, each dot is the mean of its share.
 
-    Sums are kept, so that drawing costs what the width costs, whatever the number of values.
+    Running sums are kept, so that the cost of drawing depends on the width alone, not on the number of values.
     """
 
-    cursor: reactive[int | None] = reactive(None)  # index of a value to point at
+    cursor: reactive[int | None] = reactive(None)  # index of a value that a vertical line points at
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -38,7 +38,7 @@ class Curve(Widget):
         return len(self._sums) - 1
 
     def clear(self) -> None:
-        """Forget all values."""
+        """Remove all values."""
         self._sums, self.low, self.high = [0.0], 0.0, 0.0
         self.cursor = None
         self.refresh()
@@ -56,15 +56,32 @@ class Curve(Widget):
         return [(self._sums[b] - self._sums[a]) / (b - a) for a, b in itertools.pairwise(edges)]
 
     def refresh(self, *regions: Region, **how: Any) -> Self:
-        """Draw anew."""
+        """Draw everything again."""
         self._strips = None
         return super().refresh(*regions, **how)
 
     def render_line(self, y: int) -> Strip:
-        """One line, of all that are drawn together after a change."""
+        """One line; after a change all are drawn together and kept."""
         if self._strips is None:
             self._strips = self._draw()
         return self._strips[y] if y < len(self._strips) else Strip.blank(self.content_size.width, self.rich_style)
+
+    def _level(self, value: float, rows: int) -> int:
+        """The row of dots of a value, from the top; a cell has four."""
+        span = (self.high - self.low) or 1.0
+        return round((self.high - value) / span * (4 * rows - 1))
+
+    def _dots(self, means: Sequence[float], width: int, rows: int) -> list[list[int]]:
+        """The dots of every cell, as bits of a braille character."""
+        cells = [[0] * width for _ in range(rows)]
+        previous = self._level(means[0], rows) if means else 0
+        for x, mean in enumerate(means):
+            now = self._level(mean, rows)
+            # All dots between two neighbours, so that a steep line has no gaps.
+            for y in range(min(previous, now), max(previous, now) + 1):
+                cells[y // 4][x // 2] |= _DOTS[y % 4][x % 2]
+            previous = now
+        return cells
 
     def _draw(self) -> list[Strip]:
         """Dots, with the greatest and least value on the left."""
@@ -76,22 +93,10 @@ class Curve(Widget):
         base = self.rich_style
         dim = base + _DIM
         means = self.means(2 * width)
-        levels = 4 * rows - 1
-        span = (self.high - self.low) or 1.0
-
-        def level(value: float) -> int:  # from the top
-            return round((self.high - value) / span * levels)
-
-        cells = [[0] * width for _ in range(rows)]
-        previous = level(means[0]) if means else 0
-        for x, mean in enumerate(means):
-            now = level(mean)
-            for y in range(min(previous, now), max(previous, now) + 1):
-                cells[y // 4][x // 2] |= _DOTS[y % 4][x % 2]
-            previous = now
+        cells = self._dots(means, width, rows)
         limit = max(abs(self.low), abs(self.high)) or 1.0
-        zero = level(0.0) // 4
-        colours = [base + Style(color=lens.style(mean, limit, dark=dark).color) for mean in means[::2]]
+        zero = self._level(0.0, rows) // 4
+        colours = [base + Style(color=token_style.style(mean, limit, dark=dark).color) for mean in means[::2]]
         at = None
         if self.cursor is not None and means:
             edges = [round(i * self.count / len(means)) for i in range(len(means) + 1)]

@@ -1,4 +1,4 @@
-"""What could have been said instead of one token, under every model, and how guidance moved the ranks."""
+"""The alternatives to one token with their probabilities under every model, and how guidance changed their ranks."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ from textual.containers import Vertical
 from textual.message import Message
 from textual.widgets import DataTable, Static
 
-from llmdoctor.cli.terminal import clean
 from llmdoctor.records import Alternative, GuidedToken
+from llmdoctor.show.formats import percent
+from llmdoctor.show.text import quoted
 
 
 class Alternatives(DataTable[Text]):
-    """The table. Left and right belong to the token cursor."""
+    """The table of alternatives. Left and right move the token cursor, not the table's."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "screen.token(-1)", "Token", show=False, id="alternatives.previous"),
@@ -112,14 +113,3 @@ def moved(was: int, now: int) -> Text:
     """``3→1 ▲2``: from the patient's place to the product's."""
     arrow = f" ▲{was - now}" if now < was else f" ▼{now - was}" if now > was else ""
     return Text(f"{was}→{now}{arrow}")
-
-
-def percent(logprob: float) -> str:
-    """A probability in five characters."""
-    share = 100 * math.exp(logprob)
-    return f"{share:.1f}%" if share >= 0.05 else "<0.1%" if share > 0 else "0%"
-
-
-def quoted(text: str) -> str:
-    """A token as a cell of a table: white space visible."""
-    return clean(text).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or "∎"

@@ -1,4 +1,4 @@
-"""Where one types: Enter sends, Shift+Enter or Ctrl+J opens a new line, Up in an empty one edits the last message."""
+"""The text field: Enter sends, Shift+Enter or Ctrl+J starts a new line, Up in an empty field edits the last message."""
 
 from textual import events
 from textual.message import Message
@@ -9,7 +9,7 @@ class Prompt(TextArea):
     """A text field as high as its text, up to five lines."""
 
     class Submitted(Message):
-        """Enter was pressed on some text; the field is empty again, for what is typed meanwhile."""
+        """Enter was pressed on some text. The field is already empty: keys that follow belong to the next message."""
 
         def __init__(self, text: str) -> None:
             super().__init__()
@@ -23,7 +23,7 @@ class Prompt(TextArea):
             id=id, compact=True, show_line_numbers=False, soft_wrap=True, tab_behavior="focus",
             highlight_cursor_line=False, placeholder=placeholder,
         )  # fmt: skip
-        for key in ("f6", "f7"):  # a text field's own, which the app uses
+        for key in ("f6", "f7"):  # TextArea binds them to selecting text; here they are the app's
             self._bindings.key_to_bindings.pop(key, None)
 
     async def _on_key(self, event: events.Key) -> None:
@@ -45,7 +45,7 @@ class Prompt(TextArea):
             await super()._on_key(event)
 
     def put(self, text: str) -> None:
-        """Show this text, the cursor behind it."""
+        """Show this text with the cursor at its end, and take the focus."""
         self.text = text
         self.move_cursor(self.document.end)
         self.focus()

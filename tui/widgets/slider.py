@@ -27,7 +27,7 @@ class Slider(Widget, can_focus=True):
     _typed: reactive[str] = reactive("")
 
     class Changed(Message):
-        """Somebody moved the slider."""
+        """The value was changed by keys or mouse."""
 
         def __init__(self, slider: "Slider", value: float) -> None:
             super().__init__()
@@ -49,7 +49,7 @@ class Slider(Widget, can_focus=True):
         self.tooltip = f"{label}: {low:g} to {high:g}; type a number; r or a double click resets to {value:g}"
 
     def set_value(self, value: float) -> None:
-        """Set it as a person would: kept at ``low`` or more, and told."""
+        """Set the value, at least ``low``, and post Changed."""
         value = max(self.low, round(value, 6))
         if value != self.value:
             self.value = value
@@ -67,12 +67,12 @@ class Slider(Widget, can_focus=True):
         self.set_value(self.high if share else self.low)
 
     def action_reset(self) -> None:
-        """To the value it began with."""
+        """Back to the initial value."""
         self._typed = ""
         self.set_value(self.default)
 
     def on_key(self, event: events.Key) -> None:
-        """Digits type a value; Enter takes it, Escape forgets it."""
+        """Digits type a value; Enter takes it, Escape drops it."""
         if event.character and event.character in "0123456789.,":
             self._typed += "." if event.character == "," else event.character
         elif self._typed and event.key == "backspace":
@@ -93,7 +93,7 @@ class Slider(Widget, can_focus=True):
             self.app.bell()
 
     def on_blur(self) -> None:
-        """A value that is being typed counts when one leaves the slider."""
+        """Leaving the slider takes the value that is being typed."""
         if self._typed:
             typed, self._typed = self._typed, ""
             self._take(typed)

@@ -1,4 +1,4 @@
-"""A scrolling text of tokens, each coloured by a score: drawn by line, so that length costs nothing."""
+"""A scrolling text of tokens, each coloured by a score. Only visible lines are drawn, so long texts cost nothing."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from llmdoctor.cli.terminal import clean
-from llmdoctor.tui import lens
+from llmdoctor.show.text import clean
+from llmdoctor.tui import token_style
 from llmdoctor.tui.flow import Flow
 
 Kind = Literal["token", "user", "note", "plain"]
@@ -32,7 +32,7 @@ class Piece:
 
 
 class TokenView(ScrollView, can_focus=True):
-    """Pieces, word-wrapped. Follows its end until somebody scrolls up; arrows and clicks move a cursor on tokens."""
+    """Word-wrapped pieces. The view follows the end until the user scrolls up; arrows and clicks move a cursor."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"token-view--user", "token-view--note"}
     ALLOW_SELECT = False
@@ -56,9 +56,6 @@ class TokenView(ScrollView, can_focus=True):
         def control(self) -> "TokenView":
             """The view, for ``@on``."""
             return self.view
-
-    class Chosen(Selected):
-        """A token was clicked."""
 
     def __init__(self, *, score: Score = lambda _payload: None, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -84,7 +81,7 @@ class TokenView(ScrollView, can_focus=True):
         return ["".join(text for _, text in line).rstrip("\n") for line in self._flow.lines]
 
     def append(self, pieces: Iterable[Piece]) -> None:
-        """Add to the end; the view stays at the end if it was there."""
+        """Add pieces; the view stays at the end if it was there."""
         added = list(pieces)
         if not added:
             return
@@ -95,14 +92,14 @@ class TokenView(ScrollView, can_focus=True):
         greatest = max((abs(score) for score in scores if score), default=0.0)
         lines = len(self._flow.lines)
         changed = self._flow.append([clean(piece.text).expandtabs(4) for piece in added])
-        if greatest > self._greatest:  # every colour changes
+        if greatest > self._greatest:  # the scale changes, and with it every colour
             self._greatest = self.limit = greatest
             self._redraw()
         else:
             self._strips.pop(changed, None)
             self.refresh(Region(0, changed - self.scroll_offset.y, self.size.width, len(self._flow.lines) - changed))
         if len(self._flow.lines) != lines:
-            # setting it the usual way lays out the whole screen anew, for every line of the answer
+            # Assigning virtual_size would lay out the whole screen again for every new line.
             size = Size(self._flow.width, len(self._flow.lines))
             self.set_reactive(TokenView.virtual_size, size)
             self._scroll_update(size)
@@ -112,7 +109,7 @@ class TokenView(ScrollView, can_focus=True):
     _greatest = 0.0
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove everything."""
         self._pieces, self._scores = [], []
         self._flow = Flow(self._flow.width)
         self._greatest, self.limit, self.cursor, self.following = 0.0, 1.0, None, True
@@ -120,7 +117,7 @@ class TokenView(ScrollView, can_focus=True):
         self._redraw()
 
     def set_pieces(self, pieces: Iterable[Piece]) -> None:
-        """Show these instead, where possible without moving."""
+        """Show these instead; place and cursor are kept if possible."""
         place, following, cursor = self.scroll_offset.y, self.following, self.selected
         self.clear()
         self.following = following
@@ -147,13 +144,13 @@ class TokenView(ScrollView, can_focus=True):
 
     @property
     def selected(self) -> Any:
-        """What the cursor's piece stands for, or None."""
+        """The payload under the cursor, or None."""
         return None if self.cursor is None else self._pieces[self.cursor].payload
 
     def select(self, index: int | None) -> None:
         """Move the cursor to a piece and bring it into view."""
         for at in {self.cursor, index} - {None}:
-            self._strips_of(at)  # type: ignore[arg-type]
+            self._drop_strips(at)  # type: ignore[arg-type]
         self.cursor = index
         if index is not None:
             line = self._flow.first_line[index]
@@ -206,12 +203,11 @@ class TokenView(ScrollView, can_focus=True):
         return piece.payload is not None and bool(piece.text)
 
     def on_click(self, event: events.Click) -> None:
-        """Choose the token under the mouse."""
+        """Move the cursor to the token under the mouse."""
         x, y = event.get_content_offset_capture(self)
         found = self._flow.piece_at(y + self.scroll_offset.y, x - _MARGIN)
         if found is not None and self._selectable(found):
             self.select(found)
-            self.post_message(self.Chosen(self, self.selected))
 
     # Drawing
 
@@ -234,12 +230,12 @@ class TokenView(ScrollView, can_focus=True):
         cells = _MARGIN
         for index, text in line:
             shown = text.rstrip("\n") if text.endswith("\n") else text
-            if not shown and index == self.cursor:  # a newline under the cursor
+            if not shown and index == self.cursor:  # a newline, which would otherwise show no cursor
                 shown = "↵"
             if shown:
                 cells += cell_len(shown)
                 style = self._style(index, base, dark)
-                if style == runs[-1][1]:  # fewer segments are cheaper all the way to the terminal
+                if style == runs[-1][1]:  # fewer segments mean fewer escape sequences
                     runs[-1][0].append(shown)
                 else:
                     runs.append(([shown], style))
@@ -250,11 +246,11 @@ class TokenView(ScrollView, can_focus=True):
         if piece.kind in ("user", "note"):
             base = base + self.get_component_rich_style(f"token-view--{piece.kind}", partial=True)
         elif score is not None:
-            base = base + lens.style(score, self.limit, dark=dark)
+            base = base + token_style.style(score, self.limit, dark=dark)
         return base + _REVERSE if index == self.cursor else base
 
-    def _strips_of(self, index: int) -> None:
-        """Forget how the lines of a piece look."""
+    def _drop_strips(self, index: int) -> None:
+        """Drop the drawn lines of a piece."""
         number = self._flow.first_line[index]
         while number < len(self._flow.lines) and any(owner == index for owner, _ in self._flow.lines[number]):
             self._strips.pop(number, None)
@@ -265,12 +261,12 @@ class TokenView(ScrollView, can_focus=True):
         self.refresh()
 
     def notify_style_update(self) -> None:
-        """Another theme."""
+        """The theme has changed: draw every line again."""
         super().notify_style_update()
         self._strips.clear()
 
     def on_resize(self) -> None:
-        """Wrap anew."""
+        """Wrap again, if the width has changed."""
         width = max(1, self.scrollable_content_region.width - 2 * _MARGIN)
         if width != self._flow.width:
             following = self.following

@@ -1,29 +1,27 @@
-"""How a token's score looks: a colour on a diverging scale, and a mark that also shows without colour.
+"""How a token's score looks in the app: a colour, and a mark that also shows without colour.
 
-The scale runs from orange (low) over grey (0) to blue (high), apart for any colour vision; there is one for dark and
-one for bright backgrounds. Marks: bold far above 0, underlined far below 0, from a third of the scale on.
+The scale runs from orange (low) over grey (0) to blue (high), which any colour vision can tell apart; there is one for
+dark and one for bright themes. Marks: bold far above 0, underlined far below 0, from a third of the scale on.
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 from rich.style import Style
 from rich.text import Text
 
-from llmdoctor.cli.render import LENSES, Lens, lens_scores, scale_colour
 from llmdoctor.records import GuidedToken
-
-__all__ = ["LENSES", "Lens", "legend", "score", "style"]
+from llmdoctor.show.colours import scale_colour
+from llmdoctor.show.lens import Lens, legend_steps, lens_name, lens_scores
 
 _DARK = ((0xFF, 0x9A, 0x3D), (0xBE, 0xBE, 0xBE), (0x62, 0xB4, 0xFF))
 _LIGHT = ((0x9E, 0x46, 0x00), (0x55, 0x55, 0x55), (0x00, 0x59, 0xB8))
 _MARKED = 1 / 3
-_STEPS = 12
+_STEPS = 12  # on each side of 0: few enough styles to cache, so that drawing a long answer stays cheap
 
 
 def score(token: GuidedToken, lens: Lens, doctor: str | None) -> float | None:
-    """What the lens shows of one token; None is uncoloured."""
+    """The lens' score of one token; None leaves it uncoloured."""
     return lens_scores((token,), lens, doctor)[0]
 
 
@@ -39,29 +37,26 @@ def _style(step: int, dark: bool) -> Style:
     return Style(color=colour, bold=step > _STEPS * _MARKED or None, underline=step < -_STEPS * _MARKED or None)
 
 
-def legend(lens: Lens, doctor: str | None, limit: float, *, dark: bool, narrow: bool = False) -> Text:
-    """What the colours and marks mean, in one line."""
-    names = {
-        "value": f"log V of {doctor or 'no doctor'}",
-        "ratio": f"log {doctor or 'no doctor'} / patient",
-        "kl": "KL to the patient, nats",
-        "flips": "flips",
-        "off": "no colours",
-    }
-    text = Text(names[lens], no_wrap=True, overflow="ellipsis")
+def legend(name: str, lens: Lens, limit: float, *, dark: bool, narrow: bool) -> Text:
+    """What colours and marks mean, in one line, a shorter one if ``narrow``. ``name`` is the number that is shown."""
+    text = Text(name, no_wrap=True, overflow="ellipsis")
     if lens == "off":
         return text
     if lens == "flips":
         text.append("  token", style(1, 1, dark=dark))
         return text.append(" bold: not the patient's first choice")
-    lows: Sequence[float] = (0.0, 0.5, 1.0) if lens == "kl" else (-1.0, -0.5, 0.0, 0.5, 1.0)
-    text.append(f"  {limit * lows[0]:.2g} ")
-    for share in lows:
-        colour = style(share, 1, dark=dark)
-        text.append("━━", Style(color=colour.color))
+    steps = legend_steps(lens)
+    text.append(f"  {limit * steps[0]:.2g} ")
+    for share in steps:
+        text.append("━━", Style(color=style(share, 1, dark=dark).color))
     text.append(f" {limit:+.2g} ")
     if not narrow:
         text.append(" bold", Style(bold=True)).append(": high")
         if lens != "kl":
             text.append("  ").append("low", Style(underline=True)).append(": underlined")
     return text
+
+
+def lens_legend(lens: Lens, doctor: str | None, limit: float, *, dark: bool, narrow: bool) -> Text:
+    """The legend of a lens and the doctor whose opinion it shows."""
+    return legend(lens_name(lens, doctor), lens, limit, dark=dark, narrow=narrow)

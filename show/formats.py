@@ -1,0 +1,63 @@
+"""Numbers, settings and names as short texts."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmdoctor.records import GuidedToken
+
+_NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def short_name(model: str) -> str:
+    """A model's name: the last two parts of a folder, a hub name as it is."""
+    return "/".join(Path(model).parts[-2:])
+
+
+def betas_text(betas: Mapping[str, float]) -> str:
+    """All doctors, as one types them: ``helpful=0.8 safe=0``."""
+    return " ".join(f"{name}={beta:g}" for name, beta in betas.items())
+
+
+def speaking_text(betas: Mapping[str, float]) -> str:
+    """The doctors with a beta above 0: ``helpful 0.8, safe 0.4``; ``no doctor`` where there is none."""
+    return ", ".join(f"{name} {beta:g}" for name, beta in betas.items() if beta > 0) or "no doctor"
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """``alpha 1, beta helpful=0.8 safe=0.4, temperature 1, seed 1`` and what else is not at its neutral value."""
+    parts = [f"alpha {settings['alpha']:g}"]
+    if settings["betas"]:
+        parts.append(f"beta {betas_text(settings['betas'])}")
+    if settings.get("mode", "product") != "product":
+        parts.append(f"mode {settings['mode']}")
+        if settings.get("plausibility"):
+            parts.append(f"plausibility {settings['plausibility']:g}")
+        if zones := {name: width for name, width in settings.get("dead_zones", {}).items() if width}:
+            parts.append(f"dead zone {betas_text(zones)}")
+    parts.append("greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']:g}")
+    parts += [
+        f"{key.replace('_', '-')} {settings[key]:g}"
+        for key, value in _NEUTRAL.items()
+        if settings.get(key, value) != value
+    ]
+    if settings.get("seed") is not None:
+        parts.append(f"seed {settings['seed']}")
+    return ", ".join(parts)
+
+
+def token_text(token: "GuidedToken") -> str:
+    """A token's log-probs (nats, natural logarithm), KL and values in one line."""
+    parts = [f"patient {token.patient_logprob:.2f}"]
+    parts += [f"{name} {logprob:.2f}" for name, logprob in token.doctor_logprobs.items()]
+    parts += [f"guided {token.logprob:.2f}", f"KL {token.kl:.2f}"]
+    parts += [f"log V of {name} {value:.2f}" for name, value in token.values.items()]
+    return ", ".join(parts) + (", not the patient's first choice" if token.flip else "")
+
+
+def percent(logprob: float) -> str:
+    """The probability in at most six characters: ``12.3%``, ``<0.1%``."""
+    share = 100 * math.exp(logprob)
+    return f"{share:.1f}%" if share >= 0.05 else "<0.1%" if share > 0 else "0%"

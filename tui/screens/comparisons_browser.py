@@ -1,0 +1,94 @@
+"""The browser of comparisons: ``llmdoctor compare --tui``."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.binding import Binding, BindingType
+from textual.widgets import OptionList
+
+from llmdoctor.records import Comparison
+from llmdoctor.sessions import Reply
+from llmdoctor.show.comparison import View
+from llmdoctor.show.lens import LENSES, Lens
+from llmdoctor.tui import token_style
+from llmdoctor.tui.conversation import Said, pieces
+from llmdoctor.tui.screens.browser import BrowserScreen, Item, Source
+from llmdoctor.tui.widgets.inspector import Inspector
+from llmdoctor.tui.widgets.token_view import TokenView
+
+_ROOM_FOR_ALL = 160  # columns from which on list, texts and inspector stand beside each other
+
+
+class ComparisonsScreen(BrowserScreen):
+    """Comparisons, the patient alone beside the guided patient, while they are made."""
+
+    heading = "prompts"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("f3", "next_lens", "Lens"),
+        Binding("ctrl+l,shift+f3", "next_doctor", "Lens doctor"),
+    ]
+
+    def __init__(self, source: Source, lens: Lens, doctor: str | None, doctors: Sequence[str]) -> None:
+        super().__init__(source)
+        self.lens, self.doctor, self._doctors = lens, doctor or next(iter(doctors), None), list(doctors)
+
+    def more(self) -> Iterable[Any]:
+        """The inspector of the conversation, without forcing."""
+        inspector = Inspector(can_force=False, id="inspector")
+        inspector.display = False
+        return (inspector,)
+
+    def score(self, payload: Said) -> float | None:
+        """The lens' score; no doctor judges the patient alone."""
+        return token_style.score(payload.token, self.lens, self.doctor) if payload.token.values else None
+
+    def legend(self) -> Text:
+        """Of the lens."""
+        limit = self.view("right").limit if self.current is not None else 1.0
+        return token_style.lens_legend(self.lens, self.doctor, limit, dark=self.dark, narrow=self.narrow)
+
+    @on(TokenView.Selected)
+    def _inspect(self, event: TokenView.Selected) -> None:
+        inspector = self.query_one(Inspector)
+        inspector.display = event.payload is not None
+        self.query_one(OptionList).display = event.payload is None or self.app.size.width >= _ROOM_FOR_ALL
+        if event.payload is not None:
+            tokens = [piece.payload.token for piece in event.view.pieces if piece.payload is not None]
+            position = event.payload.position
+            before = tokens[position - 1] if position else None
+            inspector.show(event.payload.token, before, len(tokens))
+
+    def action_leave(self) -> None:
+        """From a text to the list."""
+        super().action_leave()
+        self.query_one(Inspector).display = False
+        self.query_one(OptionList).display = True
+        self.query_one(OptionList).focus()  # again: before, it could not take the focus if it was hidden
+
+    def action_next_lens(self) -> None:
+        """The next kind of colour."""
+        self.lens = LENSES[(LENSES.index(self.lens) + 1) % len(LENSES)]
+        self._recolour()
+
+    def action_next_doctor(self) -> None:
+        """The next doctor's opinion."""
+        if self._doctors:
+            at = self._doctors.index(self.doctor) if self.doctor in self._doctors else -1
+            self.doctor = self._doctors[(at + 1) % len(self._doctors)]
+            self._recolour()
+
+    def _recolour(self) -> None:
+        for view in self.views:
+            view.recolour(self.score)
+        self.show_facts()
+
+
+def comparison_item(comparison: Comparison) -> Item:
+    """A finished comparison."""
+    view = View.of(comparison, "off")
+    sides = []
+    for heading, answer in (("patient alone", comparison.patient), (view.heading, comparison.guided)):
+        sides.append((heading, list(pieces(0, Reply(answer.tokens)))))
+    return Item(view.prompt, tuple(sides), f"{view.prompt}\n{'; '.join(view.summary())}")

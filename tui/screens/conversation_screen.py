@@ -1,0 +1,237 @@
+"""The screen of a conversation: its parts, the running answer, the status line, saving."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.screen import Screen
+from textual.widgets import Footer, Static
+
+from llmdoctor.errors import LLMDoctorError
+from llmdoctor.records import Speaker
+from llmdoctor.sessions import Reply, Session
+from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.show.formats import speaking_text
+from llmdoctor.show.lens import Lens
+from llmdoctor.tui.answering import Answering
+from llmdoctor.tui.conversation import SIDES, Live
+from llmdoctor.tui.current_settings import CurrentSettings
+from llmdoctor.tui.generation import Assistant
+from llmdoctor.tui.history import History, Turns
+from llmdoctor.tui.pacing import FRAME, Pacing
+from llmdoctor.tui.widgets.panes import NARROW, Panes
+from llmdoctor.tui.widgets.prompt import Prompt
+from llmdoctor.tui.widgets.sliders import Sliders
+from llmdoctor.tui.widgets.token_view import TokenView
+
+if TYPE_CHECKING:
+    from llmdoctor.tui.app import ChatApp
+
+_STATUS_EVERY = 0.4  # seconds between two updates of the status line while tokens come
+_LOW = 30  # rows below which the curve is lower and the prompt has no margin
+
+
+class ConversationScreen(Screen[None]):
+    """Two panes stream one conversation: the patient alone and the guided patient. What keys do is `ChatScreen`'s.
+
+    The screen joins its parts: `History` and `Answering` hold the conversation, `CurrentSettings` what the next token
+    is made with, `Panes` and `Sliders` show both. It is the listener of the running answer.
+    """
+
+    app: "ChatApp"  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        start, worker = self.app.start, self.app.worker
+        self.session = start.session or Session.new(start.profile)
+        self.history = History(self.session.turns)
+        self.settings = CurrentSettings(start, worker)
+        self.answering = Answering(worker, self.history, self.settings, self)
+        self.editing = False  # whether the next message replaces the last one
+        betas = start.guidance.betas
+        speaking = next((name for name, beta in betas.items() if beta > 0), next(iter(betas), None))
+        self.panes = Panes(self.answering, speaking, id="panes")
+        self.sliders = Sliders(self.settings, id="sliders")
+        self.prompt = Prompt("Ask something; /help lists the commands, Ctrl+P too", id="prompt")
+        self._pacing = Pacing()
+        self._status_at = 0.0
+
+    def compose(self) -> ComposeResult:
+        """Panes, legend, sliders, status, prompt."""
+        yield self.panes
+        yield Static(id="legend")
+        yield self.sliders
+        yield Static(id="status")
+        yield self.prompt
+        yield Footer(compact=True)
+
+    def on_mount(self) -> None:
+        """Begin to listen."""
+        # The app reads its configuration after it has made this screen.
+        self.panes.lens = self.app.config.lens or "value"
+        self._frames = self.set_interval(FRAME, self.drain)
+        self.show_all()
+        self.prompt.focus()
+
+    def on_resize(self) -> None:
+        """Panes beside each other, stacked, or one at a time."""
+        width, height = self.app.size
+        self.set_class(width < NARROW, "narrow")
+        self.set_class(height < _LOW, "low")
+        self.panes.fit()
+        self.sliders.fit(width, narrow=width < NARROW)
+
+    # What the parts hold
+
+    @property
+    def turns(self) -> Turns:
+        """The conversation."""
+        return self.history.turns
+
+    @property
+    def live(self) -> Live | None:
+        """The running answer."""
+        return self.answering.live
+
+    @property
+    def assistant(self) -> Assistant | None:
+        """The models, once they are loaded."""
+        return self.settings.assistant
+
+    @property
+    def guidance(self) -> Guidance:
+        """What guides the next token."""
+        return self.settings.guidance
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the next token is drawn."""
+        return self.settings.sampling
+
+    @property
+    def lens(self) -> Lens:
+        """What colours the tokens."""
+        return self.panes.lens
+
+    @property
+    def doctor(self) -> str | None:
+        """Whose opinion colours the tokens."""
+        return self.panes.doctor
+
+    def view(self, which: Speaker) -> TokenView:
+        """One side's text."""
+        return self.panes.view(which)
+
+    def describe(self) -> str:
+        """The settings in use, in one line."""
+        return self.settings.describe()
+
+    # The running answer: once per frame the worker's events are handled, and `Answering` calls back
+
+    def drain(self) -> None:
+        """Handle and draw the worker's events since the last frame."""
+        if not self._pacing.due():
+            return
+        self.answering.take()
+        if time.monotonic() - self._status_at >= _STATUS_EVERY:
+            self.show_status()
+        if self.answering.idle:
+            self._frames.pause()
+
+    def loaded(self) -> None:
+        """The models are loaded."""
+        self.show_status()
+
+    def failed(self, error: LLMDoctorError) -> None:
+        """The models cannot be loaded."""
+        self.app.fail(error)
+
+    def began(self, sides: Sequence[Speaker], *, added: bool) -> None:
+        """These sides answer the last turn."""
+        if added:
+            self.panes.ask(self.turns[-1].prompt)
+            self.show_status()
+        else:
+            self.show_all(sides)
+        self._frames.resume()
+
+    def grew(self, live: Live, starts: Mapping[Speaker, int]) -> None:
+        """There are new tokens."""
+        self.panes.grow(live, starts)
+
+    def settled(self, turn: int, replies: Mapping[Speaker, Reply], error: str) -> None:
+        """The answer is over."""
+        self.panes.end(turn, replies, error)
+        if error:
+            self.notify(error, severity="error", markup=False)
+        self.save()
+        self.show_status()
+
+    # Saved conversations
+
+    def save(self) -> None:
+        """Write the conversation, in a thread of its own."""
+        self.session = replace(self.session, turns=self.turns)
+        if self.turns:
+            self.app.save(self.session)
+
+    def new_session(self) -> None:
+        """An empty conversation."""
+        self.open(Session.new(self.app.start.profile))
+
+    def open(self, session: Session) -> None:
+        """Go on with this conversation, with the settings of its last turn."""
+        self.answering.stop()
+        self.session = session
+        self.history.open(session.turns)
+        self.editing = False
+        for difference in self.settings.resume(session, self.app.start.profile):
+            self.notify(difference, severity="warning", markup=False)
+        self.sliders.show()
+        self.show_all()
+
+    # Showing
+
+    def show_settings(self) -> None:
+        """Sliders and headings after a change."""
+        self.sliders.show()
+        self.show_guidance()
+
+    def show_guidance(self) -> None:
+        """Who guides, in the heading."""
+        self.panes.guided_by = speaking_text(self.guidance.betas)
+        self.panes.show_headings()
+
+    def recolour(self, lens: Lens, doctor: str | None) -> None:
+        """Colour by this lens and this doctor's opinion."""
+        self.panes.recolour(lens, doctor)
+        self.show_status()
+
+    def show_all(self, sides: Sequence[Speaker] = SIDES) -> None:
+        """Everything again, the texts of ``sides``."""
+        self.panes.show(sides)
+        self.show_guidance()
+        self.show_status()
+
+    def show_status(self) -> None:
+        """Status line, legend, and the facts below the texts."""
+        self._status_at = time.monotonic()
+        self.panes.show_facts()
+        parts = [self.app.start.models]
+        if self.turns:
+            parts.append(f"seed {self.turns[-1].seed}")
+        acceptance = getattr(self.assistant, "acceptance", None)
+        if isinstance(acceptance, float):
+            parts.append(f"acceptance {acceptance:.0%}")
+        if self.session.title:
+            parts.append(self.session.title)
+        doing = "editing: Enter sends it again, Esc leaves it" if self.editing else self.answering.doing
+        text = Text(no_wrap=True, overflow="ellipsis")
+        if doing:
+            text.append(f"{doing} · ", "bold")
+        # Both lines keep their height, so the rest of the screen need not be laid out again.
+        self.query_one("#status", Static).update(text.append(" · ".join(parts)), layout=False)
+        self.query_one("#legend", Static).update(self.panes.legend(), layout=False)

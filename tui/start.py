@@ -1,0 +1,65 @@
+"""What the conversation begins with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmdoctor.sessions import Session, SessionStore
+from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.show.formats import short_name
+
+if TYPE_CHECKING:
+    from llmdoctor.assistant import LLMdoctor
+    from llmdoctor.profile import Profile
+    from llmdoctor.tui.generation import Assistant
+
+
+@dataclass(frozen=True)
+class Start:
+    """``load`` gets a function for lines about progress and returns the models, whose names ``models`` shows.
+
+    ``profile`` is the profile as plain JSON values, to be saved with the conversation. ``seed`` None draws a fresh one
+    for every answer, ``session`` None begins a new conversation, ``store`` None is the user's own.
+    """
+
+    load: "Callable[[Callable[[str], None]], Assistant]"
+    models: str
+    guidance: Guidance = field(default_factory=Guidance)
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    session: Session | None = None
+    store: SessionStore | None = None
+
+
+def start_of(
+    profile: "Profile",
+    *,
+    seed: int | None = None,
+    session: Session | None = None,
+    store: SessionStore | None = None,
+    trust_remote_code: bool = False,
+) -> Start:
+    """A start with the models and settings of a profile. Loading them is left to the app, which shows its progress."""
+    models = " + ".join(part for part in (short_name(profile.patient.model), ", ".join(profile.doctors)) if part)
+
+    def load(progress: Callable[[str], None]) -> "LLMdoctor":
+        # Both bring torch: it is imported in the app's thread, so that the screen is up before it.
+        from llmdoctor.assistant import LLMdoctor
+        from llmdoctor.models import spare_threads
+
+        progress(f"loading {models} ...")
+        assistant = LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code)
+        spare_threads(assistant.patient.model)
+        return assistant
+
+    return Start(
+        load=load,
+        models=models,
+        guidance=profile.decode.guidance(profile.doctors),
+        sampling=profile.decode.sampling(),
+        seed=seed,
+        profile=profile.model_dump(mode="json"),
+        session=session,
+        store=store,
+    )

@@ -1,0 +1,257 @@
+"""Both sides of the conversation beside each other, with the inspector: colours, cursor, and who has room."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Horizontal
+
+from llmdoctor.records import Speaker
+from llmdoctor.sessions import Reply
+from llmdoctor.show.lens import Lens
+from llmdoctor.tui import token_style
+from llmdoctor.tui.answering import Answering
+from llmdoctor.tui.conversation import SIDES, Live, Said, conversation, ending, pieces, side_facts, values_of
+from llmdoctor.tui.widgets.curve import Curve
+from llmdoctor.tui.widgets.inspector import Inspector
+from llmdoctor.tui.widgets.pane import Pane
+from llmdoctor.tui.widgets.token_view import Piece, TokenView
+
+if TYPE_CHECKING:
+    from llmdoctor.tui.app import ChatApp
+
+# Columns and rows that decide how many panes are shown, and where.
+NARROW = 100
+_TALL, _VERY_TALL, _LOW, _WIDE = 36, 50, 30, 150
+
+
+class Panes(Horizontal):
+    """Shows what ``answering`` holds. ``inspected`` is the side whose token is in the inspector, None while closed."""
+
+    app: "ChatApp"  # type: ignore[assignment]
+
+    def __init__(self, answering: Answering, doctor: str | None, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.lens: Lens = "value"
+        self.doctor = doctor
+        self.inspected: Speaker | None = None
+        self.guided_by = ""
+        self._answering = answering
+        self._tab: Speaker = "guided"  # the side that is shown where there is room for one
+        self._wanted: tuple[Speaker, int] | None = None  # a position whose token is to be selected once it is there
+        self._curve_turn = -1
+
+    def compose(self) -> ComposeResult:
+        """Two sides; the inspector is hidden until somebody inspects."""
+        for which in SIDES:
+            yield Pane(which, self._score)
+        inspector = Inspector(id="inspector")
+        inspector.display = False
+        yield inspector
+
+    @property
+    def shown(self) -> Speaker:
+        """The side that a person looks at: the inspected one, else the one that is shown where only one has room."""
+        return self.inspected or self._tab
+
+    @property
+    def selected(self) -> tuple[Speaker, Said] | None:
+        """The token under the cursor, and whose it is."""
+        said: Said | None = self.view(self.inspected).selected if self.inspected else None
+        return (self.inspected, said) if self.inspected and said is not None else None
+
+    def pane(self, which: Speaker) -> Pane:
+        """One side."""
+        return self.query_one(f"#{which}", Pane)
+
+    def view(self, which: Speaker) -> TokenView:
+        """One side's text."""
+        return self.pane(which).view
+
+    @property
+    def _curve(self) -> Curve:
+        return self.query_one(Curve)
+
+    @property
+    def _inspector(self) -> Inspector:
+        return self.query_one(Inspector)
+
+    # Text
+
+    def show(self, sides: Iterable[Speaker] = SIDES) -> None:
+        """The whole conversation of ``sides`` again."""
+        self._wanted = None
+        for which in sides:
+            self.view(which).set_pieces(conversation(self._answering.history.turns, which, self._answering.live))
+        self._curve_turn = -1
+        self._load_curve(len(self._answering.history.turns) - 1)
+        self.show_headings()
+
+    def ask(self, prompt: str) -> None:
+        """One question more; both sides go to their end."""
+        self._wanted = None
+        for which in SIDES:
+            self.view(which).append([Piece(f"❯ {prompt}\n", "user")])
+            self.view(which).to_end()
+        self._load_curve(len(self._answering.history.turns) - 1)
+
+    def grow(self, live: Live, starts: Mapping[Speaker, int]) -> None:
+        """The new tokens of a running answer."""
+        for which, start in starts.items():
+            side = live.sides[which]
+            self.view(which).append(pieces(live.turn, side, start))
+            if self._wanted is not None and self._wanted[0] == which and len(side.tokens) > self._wanted[1]:
+                position, self._wanted = self._wanted[1], None
+                self.view(which).select_payload(Said(live.turn, position, side.tokens[position]))
+            if which == "guided" and self._curve_turn == live.turn:
+                self._curve.extend(values_of(side.tokens[start:], self.doctor))
+
+    def end(self, turn: int, replies: Mapping[Speaker, Reply], error: str) -> None:
+        """How these replies ended."""
+        for which, reply in replies.items():
+            self.view(which).append(ending(turn, reply, error if reply.end == "error" else ""))
+        self._curve.refresh()
+
+    def show_headings(self) -> None:
+        """Who speaks; where one side has no room, the key that shows it."""
+        key = self.app.config.keys.get("chat.other_pane", "ctrl+t")
+        titles: dict[Speaker, str] = {"patient": "patient alone", "guided": f"guided by {self.guided_by}"}
+        for which, title in titles.items():
+            other = _other(which)
+            hint = "" if self.pane(other).display else f" · {key}: {other}"
+            self.pane(which).border_title = title + hint
+
+    def show_facts(self) -> None:
+        """Counts and speeds, and the curve as far as it is."""
+        if self._answering.live is not None:
+            self._curve.refresh()
+        last = len(self._answering.history.turns) - 1
+        for which in SIDES:
+            self.pane(which).show_facts(side_facts(self._answering.side(which, last), which) if last >= 0 else "")
+
+    # Colours
+
+    def _score(self, said: Said) -> float | None:
+        return token_style.score(said.token, self.lens, self.doctor)
+
+    def recolour(self, lens: Lens, doctor: str | None) -> None:
+        """Colour by another score; the curve shows the doctor's value too."""
+        self.lens, self.doctor = lens, doctor
+        self.view("guided").recolour(self._score)
+        turn, self._curve_turn = self._curve_turn, -1
+        self._load_curve(turn)
+
+    def legend(self) -> Text:
+        """What the colours mean."""
+        limit, narrow = self.view("guided").limit, self.app.size.width < 72
+        return token_style.lens_legend(self.lens, self.doctor, limit, dark=self.app.current_theme.dark, narrow=narrow)
+
+    def _load_curve(self, turn: int) -> None:
+        live = self._answering.live
+        if turn == self._curve_turn and live is not None and live.turn == turn and turn >= 0:
+            return  # it grows with the answer
+        self._curve.clear()
+        self._curve_turn = turn
+        if 0 <= turn < len(self._answering.history.turns):
+            self._curve.extend(values_of(self._answering.side("guided", turn).tokens, self.doctor))
+        self._curve.refresh()
+
+    # Inspector
+
+    @property
+    def inspecting(self) -> bool:
+        """Whether the inspector is open."""
+        return bool(self._inspector.display)
+
+    def inspect(self) -> None:
+        """Open the inspector on the last token."""
+        which = self._tab
+        self._inspector.display = True
+        self._inspector.show(None, None, 0)
+        self.fit()
+        self.view(which).focus()
+        self.view(which).select_last()
+
+    def close_inspector(self) -> None:
+        """Close it, and take the cursor off the texts."""
+        self._inspector.display = False
+        self.inspected = None
+        for which in SIDES:
+            self.view(which).select(None)
+        self._curve.cursor = None
+        self.fit()
+
+    def select_when_there(self, which: Speaker, position: int) -> None:
+        """Select the token at this position of the running answer as soon as it has been said."""
+        self._inspector.show(None, None, 0)
+        self._wanted = which, position
+
+    def to_table(self) -> None:
+        """From the text to the alternatives."""
+        if isinstance(self.screen.focused, TokenView) and self.inspecting:
+            self._inspector.focus_table()
+
+    def step(self, direction: int) -> None:
+        """To the token before (-1) or after (1)."""
+        if self.inspected is not None:
+            self.view(self.inspected).action_step(direction)
+
+    @on(TokenView.Selected)
+    def _selected(self, event: TokenView.Selected) -> None:
+        event.stop()
+        said: Said | None = event.payload
+        if said is None:
+            return
+        which: Speaker = "patient" if event.view.id == "patient-view" else "guided"
+        before, self.inspected = self.inspected, which
+        if not self.inspecting or before != which:
+            self._inspector.display = True
+            self.fit()
+            if isinstance(self.screen.focused, TokenView):  # the text that had the focus may be hidden now
+                event.view.focus()
+        if before not in (None, which):  # one cursor, on one side
+            other = self.view(_other(which))
+            other.cursor = None
+            other.recolour(other.score)
+        self._inspect(which, said)
+
+    def _inspect(self, which: Speaker, said: Said) -> None:
+        side = self._answering.side(which, said.turn)
+        previous = side.tokens[said.position - 1] if said.position else None
+        self._inspector.border_title = "patient's token" if which == "patient" else "guided token"
+        self._inspector.show(said.token, previous, len(side.tokens), forced=said.position in side.forced)
+        if which == "guided":
+            self._load_curve(said.turn)
+            self._curve.cursor = said.position
+
+    # Room
+
+    def other_pane(self) -> None:
+        """Where there is room for one side only: the other one."""
+        self._tab = _other(self.shown)
+        if self.inspected is not None:
+            self.view(self._tab).select_last()  # the rest follows the cursor
+            return
+        self.fit()
+        if isinstance(self.screen.focused, TokenView):
+            self.view(self._tab).focus()
+
+    def fit(self) -> None:
+        """Both sides where there is room, else the one that is looked at."""
+        width, height = self.app.size
+        narrow = width < NARROW
+        # Where it is narrow, the sides (and the inspector) stand below each other: height decides.
+        if self.inspecting:
+            one = height < _VERY_TALL if narrow else width < _WIDE
+        else:
+            one = narrow and height < _TALL
+        for which in SIDES:
+            self.pane(which).display = not one or which == self.shown
+        self.show_headings()
+        self._curve.display = not (self.inspecting and narrow and height < _LOW)
+
+
+def _other(which: Speaker) -> Speaker:
+    return "patient" if which == "guided" else "guided"
