@@ -343,7 +343,7 @@ def test_a_doctor_for_another_tokenizer_is_refused(stories: Path, folders: tuple
 def test_speculation_changes_nothing_but_the_time(folders: tuple[str, dict[str, Path]]) -> None:
     """One prompt, a list with a strength and a seed of its own for each, and compared: as on the reference path."""
     fast, plain = (LLMdoctor(*folders, beta=0.8, sampling=SHORT, speculation=on) for on in (True, False))
-    assert fast._drafting._rounds == {}
+    assert fast._drafting._sizes == {}
     each = [Guidance(1.0, {"kind": 0.2 * i, "safe": 0.3}) for i in range(len(PROMPTS))]
     for _ in range(3):
         same(fast.stream(PROMPTS[0]), plain.stream(PROMPTS[0]))
@@ -353,8 +353,8 @@ def test_speculation_changes_nothing_but_the_time(folders: tuple[str, dict[str, 
         plain.generate(prompt, guidance=own, seed=seed)
         for prompt, own, seed in zip(PROMPTS, each, (5, 9, 5), strict=True)
     ]
-    assert set(fast._drafting._rounds) == {1}  # drafted for one row; these doctors have windows, which no batch may cut
-    assert plain._drafting._rounds == {}
+    assert set(fast._drafting._sizes) == {1}  # drafted for one row; these doctors have windows, which no batch may cut
+    assert plain._drafting._sizes == {}
     together = [compared.to_dict() for compared in fast.compare_all(PROMPTS)]
     for prompt, compared in zip(PROMPTS, together, strict=True):
         alone = plain.compare(prompt).to_dict()

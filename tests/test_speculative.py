@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticLayer
 from llmdoctor.decoding.caches import BACKENDS
 from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.decode import decode
-from llmdoctor.decoding.drafting import LENGTHS, AdaptiveLength, FixedLength
+from llmdoctor.decoding.drafting import FixedLength
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.rows import Step
 from llmdoctor.errors import LLMDoctorWarning
@@ -384,28 +384,3 @@ def test_a_state_that_cannot_go_back_is_not_drafted_for(who: str) -> None:
     assert [ids_of(row) for row in rows] == [
         ids_of(row) for row in run(patient, [doctor], PROMPTS, guidance, max_new_tokens=8)
     ]
-
-
-def simulated(acceptance: float, patient: float, verify: float, draft: float, rounds: int = 400) -> AdaptiveLength:
-    """A controller after rounds of these costs (seconds of a patient's forward, a token more of it, a draft)."""
-    lengths, dice = AdaptiveLength(), random.Random(0)
-    for _ in range(rounds):
-        k = lengths.choose(1, 100)
-        accepted = next((i for i in range(k) if dice.random() > acceptance), k)
-        seconds = (patient + verify * k + draft * (k + 1)) * dice.choice((1.0, 1.05, 1.1, 6.0))
-        lengths.record(1, 100, k, accepted, min(accepted + 1, k), seconds)
-    return lengths
-
-
-@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.95])
-@pytest.mark.parametrize("draft", [0.05, 0.2, 0.9])
-def test_the_length_follows_acceptance_and_cost(acceptance: float, draft: float) -> None:
-    """Close to the best length of the cost model, also when a quarter of the times are hiccups; 0 where none gains."""
-
-    def rate(k: int) -> float:
-        return sum(acceptance**j for j in range(k + 1)) / (1 + 0.02 * k + draft * (k + 1))
-
-    lengths = simulated(acceptance, 1.0, 0.02, draft)
-    assert lengths.acceptance == pytest.approx(acceptance, abs=0.15)
-    chosen = [lengths.choose(1, 100) for _ in range(31)][-1]
-    assert rate(chosen) > 0.9 * max(map(rate, LENGTHS))

@@ -5,9 +5,10 @@ drafts agree, and takes back what was drafted beyond. A round of no drafts is th
 token. A prompt that joins runs its first round by itself and then becomes a row of the others' batch.
 """
 
+import sys
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import torch
 
@@ -52,6 +53,10 @@ class Batch:
         self.with_bases, self.prefix_cache = with_bases, prefix_cache
         own = [getattr(d.model.config.get_text_config(), "max_position_embeddings", None) for d in doctors.values()]
         self.context = min([patient.context, *(int(length) for length in own if length)])
+        # On a CPU, this thread's own time: it holds the busy waiting for torch's threads, but not the time that other
+        # programs take. Elsewhere the models run outside the thread, and on Windows its clock is too coarse.
+        own_time = patient.model.device.type == "cpu" and sys.platform != "win32"
+        self._now = time.thread_time if own_time else time.perf_counter
         self._models: Ensemble | None = None
         self._rows: list[Row] = []
         self._waiting: list[Row] = []
@@ -97,7 +102,7 @@ class Batch:
         self._drop_ended()
         if self._models is None:
             return
-        rows, models, clock = self._rows, self._models, _Clock()
+        rows, models, clock = self._rows, self._models, _Clock(self._now)
         drafting = self._drafting_now(models)
         length = self._draft_length(drafting, models) if drafting else 0
         count, slots = len(rows), models.slots
@@ -122,7 +127,7 @@ class Batch:
         )
         guidances = self._guidances(rows)
         round_ = models.prefill()
-        yield from self._speak(models, rows, round_, guidances, _Clock())
+        yield from self._speak(models, rows, round_, guidances, _Clock(self._now))
         if rows and self._models is not None:
             self._models.join(models)
         elif rows:
@@ -230,15 +235,16 @@ class Batch:
 
 
 class _Clock:
-    """The time that the models took, without what happened to their tokens in between."""
+    """Adds up the time that the models take, without what happens to their tokens in between."""
 
-    seconds = 0.0
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.seconds, self._now = 0.0, now
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._began = self._now()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._began
+        self.seconds += self._now() - self._began
 
 
 def _uniforms(rows: Sequence[Row], count: int) -> torch.Tensor:

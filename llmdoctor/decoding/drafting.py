@@ -1,35 +1,45 @@
 """How many tokens the doctor drafts before the patient checks them all at once.
 
 The scheme is exact for any draft: token t of a row is the draw that the reference path would make, from the same
-product with the same uniform number u_t (`guidance.draw`). The draft is a guess of that draw: it puts the same u_t
-through the sharpened doctor, doctor^(alpha + beta). Where guess and draw agree, the models already stand behind the
-token; at the first disagreement the draw itself is the next token, and the rest of the draft is taken back. So the
-length of a draft, which follows measured times, changes nothing about the text.
+product with the same uniform number u_t (`product.draw`). The draft is a guess of that draw: it puts the same u_t
+through the sharpened doctor, doctor^(alpha + beta). Where guess and draw agree, the token is accepted, and every model
+has read it already; at the first disagreement the draw itself is the next token, and the rest of the draft is taken
+back. So the length of a draft changes the speed and never the text, and it may follow measured times.
 
-Rejection sampling (accept with min(1, p / q), else draw from (p - q)+) accepts a little more, 1 - TV(p, q), but ties
-the text to the length of the drafts, and the guided answer's luck is then no longer the patient's.
+Rejection sampling (accept with min(1, p / q), else draw from (p - q)+) accepts a little more, 1 - TV(p, q), but then
+the text depends on the length of the drafts, and a guided answer no longer shares its uniforms with the unguided one.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Collection
-from typing import Protocol
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
-LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-_FIRST = (4, 0, 8, 4, 0, 8, 4, 0, 8)  # tried before anything is known
-_PROBE_EVERY = 48
-# what a draft must gain over none, of one row and of several: less is within the estimates' error, and a batch pays
-# later for what it rejects, by holes in its caches
-_WORTH = (1.1, 1.25)
+LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+# Share of the rounds that trials may waste, for one row and for several: a batch learns more from each trial.
+_BUDGET = (0.006, 0.003)
+_CREDIT = 0.8  # rounds that a new batch size may waste at once
+_RATIOS = 24  # comparisons of round times that are kept
+# What drafting must gain over the reference path, for one row and for several. The rows of a batch accept different
+# numbers of tokens, so they end at different rounds, and the last of them pay for a whole round.
+_MARGIN = (1.02, 1.15)
 
 
 class Drafting(Protocol):
     """Chooses the length of every draft."""
 
     def choose(self, rows: int, filled: int) -> int:
-        """Tokens to draft in the next round of ``rows`` rows; 0 is the reference path."""
+        """Tokens to draft in the next round of ``rows`` rows; 0 is the reference path.
+
+        ``filled`` is the number of cache slots in use before the round, those of rejected drafts included.
+        """
 
     def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
-        """What a round came to: of ``tested`` drafted tokens, over all rows, the draw agreed with ``accepted``."""
+        """Learn from a round: of ``tested`` drafted tokens, over all rows, ``accepted`` agreed with the draw.
+
+        ``rows`` and ``filled`` are those of ``choose``; ``length`` may be smaller than what was chosen (0 too, near the
+        end of an answer). Tokens behind the first disagreement are not tested.
+        """
 
 
 class FixedLength:
@@ -47,67 +57,161 @@ class FixedLength:
         """See ``Drafting``."""
 
 
-class AdaptiveLength:
-    """The length with the most tokens a second, by the acceptance and the round times measured so far.
+class _Round(NamedTuple):
+    rows: int
+    filled: int
+    length: int
+    seconds: float
 
-    With acceptance a, a draft of k gives 1 + a + ... + a^k tokens a round. A round's time is taken as linear in k from
-    1 on (the shortest but one of nine recent rounds, the shortest of few: hiccups of the machine do not count, nor does
-    it favour the lengths measured most often); 0, the reference path, has its own.
-    Keep one object as long as the models: it goes on learning, and every size of batch is learnt apart.
+
+@dataclass
+class _Size:
+    """What is known of batches of about the same number of rows. Costs are in plain rounds: rounds without a draft."""
+
+    ratios: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RATIOS))  # (length, cost of a round)
+    base: float = 1.0  # the line through them: a round with a draft costs base + slope * length
+    slope: float = 0.0
+    recent: deque[_Round] = field(default_factory=lambda: deque(maxlen=32))
+    timed: set[int] = field(default_factory=set)  # lengths that have run before
+    trial: list[int] = field(default_factory=list)  # rounds that are left of the trial under way, last first
+    credit: float = _CREDIT  # what trials may still waste
+    longer: bool = False  # whether the latest trial was of a longer draft than the one in use
+
+    def cost(self, length: int) -> float:
+        """Time of a round in plain rounds."""
+        return self.base + self.slope * length if length else 1.0
+
+    def compare(self, this: _Round) -> None:
+        """Compare a round with those just before it, if they were mostly of another length."""
+        near = [r for r in list(self.recent)[-6:] if abs(r.rows - this.rows) <= this.rows // 8]
+        near = [r for r in near if abs(r.filled - this.filled) <= 48 + this.filled // 8]
+        self.recent.append(this)
+        drafted = this.length or next((r.length for r in reversed(near) if r.length), 0)
+        if not near or not drafted or sum(r.length == this.length for r in near) > 2:
+            return
+        # how times grow with the caches: a line again, through what a plain round took at each of the recent rounds
+        start, growth = 1.0, 0.0
+        if len(self.recent) >= 16:
+            start, growth = _line([(r.filled, r.seconds / self.cost(r.length)) for r in self.recent])
+        now = start + growth * this.filled
+        # What a plain round takes at this moment, by each of the others: the median, and of two the smaller, for
+        # hiccups only ever make a round longer.
+        by_others = [r.seconds / self.cost(r.length) * now / (start + growth * r.filled) for r in near]
+        plain = sorted(by_others)[(len(near) - 1) // 2]
+        ratio = this.seconds / plain if this.length else self.cost(drafted) * plain / this.seconds
+        if ratio > 0.9:  # a round with a draft does all that a plain one does: quicker, and the plain one had a hiccup
+            self.ratios.append((drafted, ratio))
+            # a draft of no tokens at the cost of a plain round: while only one length is measured, it gives the slope
+            self.base, self.slope = _line([(0, 1.0), *self.ratios])
+
+    @property
+    def reach(self) -> int:
+        """The longest draft to consider: twice what has been timed, for the line is not known far beyond."""
+        return max(2 * max((k for k, _ in self.ratios), default=0), 1)
+
+
+class AdaptiveLength:
+    """The length with the most tokens per second, by the acceptance and the round times measured so far.
+
+    With acceptance a, a draft of k gives 1 + a + ... + a^k tokens per round and row. Absolute times say little: rounds
+    get slower as the caches grow, and while other programs use the machine. So a round is only compared with the few
+    just before it, and the ratio of a round with a draft of k to one without is taken as linear in k.
+
+    Lengths that are not in use are tried now and then, each trial with a plain round beside it. By the current
+    estimates, trials waste at most the share ``_BUDGET`` of the rounds. So a hopeless draft is seldom tried and one
+    that is nearly worth it often, and a change of the acceptance is noticed soon.
+
+    Keep one object as long as the models: it goes on learning. Sizes of batch are learnt apart, by powers of two; a
+    new size starts from what the nearest one has measured.
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(lambda: defaultdict(lambda: deque(maxlen=9)))
-        self._rounds: dict[int, int] = defaultdict(int)
-        self._accepted, self._tested = 6.8, 8.0  # as if 85% of 8 tokens had been accepted
-        self.tested = 0  # drafted tokens that a draw was compared with, all in all
+        self._sizes: dict[int, _Size] = {}
+        self._accepted, self._tested = 3.0, 4.0  # as if 3 of 4 tokens had been accepted
+        self.tested = 0  # drafted tokens compared with a draw since the start
 
     @property
     def acceptance(self) -> float:
-        """The share of drafted tokens accepted of late."""
+        """The share of drafted tokens accepted, recent rounds counting most."""
         return self._accepted / self._tested
 
     def choose(self, rows: int, filled: int) -> int:
         """See ``Drafting``."""
-        size = rows.bit_length()
-        count = self._rounds[size]
-        self._rounds[size] += 1
-        if count < len(_FIRST):
-            return _FIRST[count]
-        best = self._best(self._seconds[size], rows > 1)
-        if count % _PROBE_EVERY > 2:
+        del filled
+        size = self._size(rows)
+        if size.trial:
+            return size.trial.pop()
+        # tokens that a round of each length is expected to give a row; those of drafts count less in a batch
+        a, margin = min(self.acceptance, 0.999), _MARGIN[rows > 1]
+        tokens = {k: (1 - a ** (k + 1)) / (1 - a) / margin if k else 1.0 for k in LENGTHS}
+        rates = {k: tokens[k] / size.cost(k) for k in LENGTHS if k <= size.reach}
+        best = max(rates, key=rates.__getitem__) if size.ratios else 0
+        other = _other(best, size, rates)
+        # A trial is a round of the other length and a plain one. It wastes what the same time with the best length
+        # would have given more, in rounds of that length.
+        waste = sum(size.cost(k) / size.cost(best) - tokens[k] / tokens[best] for k in (other, 0))
+        # Few ratios may be far off: neither may a bad one end all trials, nor a good one start them at no price.
+        known = len(size.ratios) / _RATIOS
+        waste = min(max(waste, 0.1 * known), 0.1 + 0.9 * known)
+        size.credit += _BUDGET[rows > 1]
+        if size.credit < waste:
             return best
-        # what is not used is not measured: look, now and then, at what lies beside the best
-        at = LENGTHS.index(best)
-        if best == 0:
-            return 4
-        return (0, LENGTHS[max(0, at - 1)], LENGTHS[min(at + 1, len(LENGTHS) - 1)])[count // _PROBE_EVERY % 3]
-
-    def _best(self, seconds: dict[int, deque[float]], several: bool) -> int:
-        points = [(k, _undisturbed(times)) for k, times in seconds.items() if k and len(times) > 2]
-        if not points or len(seconds[0]) < 3:
-            return _FIRST[0]
-        # least squares of time over length, a line that does not fall
-        n = len(points)
-        mean_k, mean_t = (sum(column) / n for column in zip(*points, strict=True))
-        spread = sum((k - mean_k) ** 2 for k, _ in points)
-        slope = max(0.0, sum((k - mean_k) * (t - mean_t) for k, t in points) / spread if spread else mean_t / 16)
-        best, rate, expected = 0, _WORTH[several] / _undisturbed(seconds[0]), 1.0
-        for k in range(1, LENGTHS[-1] + 1):
-            expected += self.acceptance**k
-            time = mean_t + slope * (k - mean_k)
-            if k in LENGTHS and time > 0 and expected / time > rate:
-                best, rate = k, expected / time
-        return best
+        size.credit -= waste
+        size.longer = other > best
+        # the first round of a length also sets up buffers and kernels and is not timed: run it twice
+        size.trial = [0, other] if other in size.timed else [0, other, other]
+        return size.trial.pop()
 
     def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
-        self._seconds[rows.bit_length()][length].append(seconds)
-        self.tested += tested
-        keep = 0.985**tested
-        self._accepted = keep * self._accepted + accepted
-        self._tested = keep * self._tested + tested
+        if tested:
+            self.tested += tested
+            # Old tokens count less with every new one, and with every round at least as if it had tested six: where
+            # drafting does not pay only the short drafts of the trials are tested, and a change must show there too.
+            keep = 0.995 ** max(tested, 6)
+            self._accepted = keep * self._accepted + accepted
+            self._tested = keep * self._tested + tested
+        size = self._size(rows)
+        if length in size.timed and seconds > 0:
+            size.compare(_Round(rows, filled, length, seconds))
+        size.timed.add(length)
+
+    def _size(self, rows: int) -> _Size:
+        key = rows.bit_length()
+        if key not in self._sizes:
+            self._sizes[key] = new = _Size()
+            if nearest := min(self._sizes.keys() - {key}, key=lambda other: abs(other - key), default=0):
+                known = self._sizes[nearest]
+                new.ratios.extend(known.ratios)
+                new.base, new.slope, new.credit = known.base, known.slope, _CREDIT / 4
+        return self._sizes[key]
 
 
-def _undisturbed(times: Collection[float]) -> float:
-    return sorted(times)[len(times) // 6]
+def _other(best: int, size: _Size, rates: Mapping[int, float]) -> int:
+    """What to try next: the most promising draft where none is in use, else a longer and a shorter one in turn."""
+    if best == 0:
+        return max((k for k in rates if k), key=rates.__getitem__)
+    at = LENGTHS.index(best)
+    longer = best == 1 or (not size.longer and best < LENGTHS[-1])
+    return LENGTHS[at + 1 if longer else at - 1]
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Base and slope, not below 0, of a line through points (x, positive y) that outliers hardly move.
+
+    Least squares, again and again, with weights 1 / (s^2 + error^2) from the last errors (a Cauchy distribution's
+    likelihood; s is a tenth of y).
+    """
+    weights = [1 / y**2 for _, y in points]
+    base = slope = 0.0
+    for _ in range(6):
+        total = sum(weights)
+        mean_x = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+        mean_y = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+        spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+        rise = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points, strict=True))
+        slope = max(0.0, rise / spread) if spread else 0.0
+        base = max(0.1 * mean_y, mean_y - slope * mean_x)
+        expected = [base + slope * x for x, _ in points]
+        weights = [1 / ((0.1 * e) ** 2 + (y - e) ** 2) for e, (_, y) in zip(expected, points, strict=True)]
+    return base, slope
