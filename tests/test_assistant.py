@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
-from llmdoctor.cli.chat import start_of
 from llmdoctor.decoding.caches.recorded import RecordedKV
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import load_profile
 from llmdoctor.settings import TrainSettings
 from llmdoctor.training.doctor import new_doctor, save_doctor
+from llmdoctor.tui.start import start_of
 
 SHORT = Sampling(max_new_tokens=14, seed=3)
 PROMPTS = ["How are you?", "Hi", "Tell me more about the moon, and the stars."]

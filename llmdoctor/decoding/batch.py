@@ -238,7 +238,7 @@ class _Clock:
     """Adds up the time that the models take, without what happens to their tokens in between."""
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self.seconds, self._now = 0.0, now
+        self.seconds, self._began, self._now = 0.0, 0.0, now
 
     def __enter__(self) -> None:
         self._began = self._now()
