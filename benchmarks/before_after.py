@@ -4,10 +4,10 @@
     python benchmarks/before_after.py ../before --python ../before/.venv/bin/python --rounds 3 -- \
         --models clinic,stories --batch 1,8,32 --repeats 3 --threads 1 --clock cpu --cache outputs/bench-models
 
-Each round runs both checkouts, one after the other, and the next round in the other order. What stands behind ``--`` goes
-to both. The table has, for every row of `decode.py`, the speed after the change over the speed before: of the tokens per
-second, and of the ratio to ``patient.generate``, which both measure in the same process and which therefore feels less
-of what else the machine does. Medians over the rounds, with (least–greatest).
+Each round runs both checkouts, one after the other, and the next round in the other order. What follows ``--`` goes to
+both. The table has, for every row of `decode.py`, the speed after the change over the speed before: of the tokens per
+second, and of the ratio to ``patient.generate``, which both measure in the same process, so that it feels less of what
+else the machine does. Medians over the rounds, with (least–greatest).
 
 Finished runs are kept in ``--log``; the same command goes on from there.
 """
@@ -68,8 +68,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--log", type=Path, default=Path("outputs/before-after.jsonl"), help="finished runs")
     parser.add_argument("--output", type=Path, help="write the table there too")
-    parser.add_argument("arguments", nargs="*", help="for decode.py")
-    args = parser.parse_args()
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:end])
+    args.arguments = given[end + 1 :]
     runs = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.is_file() else []
     runs = [run for run in runs if run["arguments"] == args.arguments]
     trees = {"before": (args.before, args.python), "after": (HERE, sys.executable)}
