@@ -1,10 +1,8 @@
 """``llmdoctor inspect``: the token rewards of a rewards folder, chosen beside rejected."""
 
-import heapq
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +12,13 @@ from llmdoctor.cli import charts, findings, options
 from llmdoctor.cli.heatmap import heat_legend, plain_heatmap, rich_heatmap
 from llmdoctor.cli.options import option
 from llmdoctor.cli.picture import svg as picture
+from llmdoctor.cli.reward_reader import RewardReader, json_side, rewarded_text
 from llmdoctor.cli.statistics_table import plain_statistics, rich_statistics
-from llmdoctor.cli.terminal import console, decorated, progress, put, put_json, say, waiting
+from llmdoctor.cli.terminal import console, decorated, put, put_json, say, waiting
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.show.formats import short_name
 from llmdoctor.show.page import rewards_page
-from llmdoctor.show.rewards import RewardedText, ShownPair, limit_of
+from llmdoctor.show.rewards import ShownPair, limit_of
 from llmdoctor.show.text import prompt_end
 
 if TYPE_CHECKING:
@@ -113,19 +112,32 @@ def inspect(
 
         tokenizer = load_tokenizer(folder / "tokenizer")
         weights = face_weights(rewards, rewards.faces, settings)
-    look = _Look(rewards, settings, weights, tokenizer)
+    look = RewardReader(rewards, settings, weights, tokenizer)
     if tui:
         raise typer.Exit(_browse(look, look.pick(pair, contains, limit or worst or _BROWSED)))
     wanted = worst or limit or (_SHOWN_ON_PAGE if html else _SHOWN)
-    shown, statistics, differences = look.all(pair=pair, contains=contains, worst=worst is not None, limit=wanted)
+    found = look.all(pair=pair, contains=contains, worst=worst is not None, limit=wanted)
+    _show(look, *found, contains, as_json=as_json, svg=svg, page=html)
+
+
+def _show(
+    look: RewardReader,
+    shown: "Sequence[Sequence[TokenRewards]]",
+    statistics: "Statistics",
+    differences: "Sequence[FaceDifference]",
+    contains: str | None,
+    *,
+    as_json: bool,
+    svg: Path | None,
+    page: Path | None,
+) -> None:
+    """The pairs and the statistics, on stdout or in a file."""
+    rewards, settings, weights = look.rewards, look.settings, look.weights
     findings.warn(differences)
     if as_json:
-        document: dict[str, Any] = {
-            "folder": str(folder),
-            "settings": settings.model_dump(mode="json"),
-            "weights": weights,
-        }
-        document |= {"statistics": statistics.as_dict(), "face_differences": [d.as_dict() for d in differences]}
+        document: dict[str, Any] = {"folder": str(rewards.path), "settings": settings.model_dump(mode="json")}
+        document |= {"weights": weights, "statistics": statistics.as_dict()}
+        document |= {"face_differences": [difference.as_dict() for difference in differences]}
         put_json({**document, "pairs": [look.json(sides) for sides in shown], "meta": rewards.meta})
         return
     pairs = [look.shown(sides) for sides in shown]
@@ -139,8 +151,8 @@ def inspect(
         pictures = [rich_heatmap(_title(one), one.sides, 110, top) for one in pairs]
         numbers = [Text("\n".join(heading)), Text(), rich_statistics(statistics, EDGES)]
         _write(svg, picture([*pictures, heat_legend(top), Text(), *numbers], "llmdoctor inspect"))
-    elif html is not None:
-        _write(html, rewards_page(pairs, heading=heading, statistics=statistics))
+    elif page is not None:
+        _write(page, rewards_page(pairs, heading=heading, statistics=statistics))
     else:
         _print(heading, pairs, statistics)
 
@@ -180,116 +192,6 @@ def _print(heading: Sequence[str], pairs: Sequence[ShownPair], statistics: "Stat
     screen.print(heat_legend(top))
     screen.print("\n" + "\n".join(heading) + "\n")
     screen.print(rich_statistics(statistics, EDGES))
-
-
-class _Look:
-    """A rewards folder at given reward settings, streamed."""
-
-    def __init__(
-        self, rewards: "RewardsFolder", settings: "RewardSettings", weights: Mapping[str, float], tokenizer: Any
-    ) -> None:
-        self.rewards, self.settings, self.weights, self.tokenizer = rewards, settings, weights, tokenizer
-
-    def all(
-        self, *, pair: str | None, contains: str | None, worst: bool, limit: int
-    ) -> "tuple[list[tuple[TokenRewards, TokenRewards]], Statistics, tuple[FaceDifference, ...]]":
-        """In one pass, holding ``limit`` pairs: those to show, and the statistics of all that match ``contains``."""
-        from llmdoctor.token_rewards.summary import FaceDifferences, RewardCounter, margin
-
-        ids = range(max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1))
-        special = [i for i in self.tokenizer.all_special_ids if i in ids]
-        counter = RewardCounter(self.tokenizer.convert_ids_to_tokens(list(ids)), self.text, special)
-        differences = FaceDifferences(tuple(self.weights))
-        first: list[tuple[TokenRewards, TokenRewards]] = []
-        least: list[tuple[float, int, tuple[TokenRewards, TokenRewards]]] = []  # a heap, the least contradictory first
-        with progress("Counting", len(self.rewards), "pairs") as advance:
-            for number, scores in enumerate(self.rewards):
-                advance()
-                if contains is not None and not self._contains(scores, contains):
-                    continue
-                sides = self.sides(scores)
-                counter.add(*sides)
-                differences.add(scores)
-                if pair is not None:
-                    if scores.chosen.pair_id == pair:
-                        first.append(sides)
-                elif worst:
-                    heapq.heappush(least, (-margin(*sides), -number, sides))
-                    if len(least) > limit:
-                        heapq.heappop(least)
-                elif len(first) < limit:
-                    first.append(sides)
-        statistics = counter.result()
-        if contains is not None and statistics.pairs == 0:
-            raise UsageError(
-                f"--contains: none of the {len(self.rewards)} pairs of {self.rewards.path} has {contains!r}"
-            )
-        if pair is not None and not first:
-            raise self._no_pair(pair)
-        chosen = first or [sides for _, _, sides in sorted(least, key=lambda item: item[:2], reverse=True)]
-        return chosen, statistics, differences.result()
-
-    def pick(self, pair: str | None, contains: str | None, limit: int) -> "Iterator[PairScores]":
-        """The pairs themselves, as they are read."""
-        matching = (
-            scores
-            for scores in self.rewards
-            if (pair is None or scores.chosen.pair_id == pair)
-            and (contains is None or self._contains(scores, contains))
-        )
-        return islice(matching, limit)
-
-    def _no_pair(self, pair: str) -> UsageError:
-        return UsageError(f"--pair: there is no pair {pair!r} among the {len(self.rewards)} of {self.rewards.path}")
-
-    def _contains(self, scores: "PairScores", text: str) -> bool:
-        parts = (scores.chosen.prompt_ids, scores.chosen.response_ids, scores.rejected.response_ids)
-        return any(text.casefold() in self.text(ids.tolist()).casefold() for ids in parts)
-
-    def text(self, ids: list[int]) -> str:
-        """Token ids as text, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def sides(self, scores: "PairScores") -> "tuple[TokenRewards, TokenRewards]":
-        """The token rewards of both responses."""
-        from llmdoctor.token_rewards.formula import token_rewards
-
-        made = (token_rewards(side, self.settings, self.weights) for side in (scores.chosen, scores.rejected))
-        return next(made), next(made)
-
-    def prompt(self, scores: "TokenRewards") -> str:
-        """What was asked."""
-        return self.text(scores.scores.prompt_ids.tolist()).strip()
-
-    def shown(self, sides: "Sequence[TokenRewards]") -> ShownPair:
-        """A pair as screens show it."""
-        responses = tuple(rewarded_text(self.tokenizer, side) for side in sides)
-        return ShownPair(sides[0].scores.pair_id, self.prompt(sides[0]), responses)
-
-    def json(self, sides: "Sequence[TokenRewards]") -> dict[str, Any]:
-        """A pair as ``--json`` gives it."""
-        named: dict[str, Any] = {
-            side.scores.side: json_side(side, rewarded_text(self.tokenizer, side)) for side in sides
-        }
-        return {"id": sides[0].scores.pair_id, "prompt": self.prompt(sides[0]), **named}
-
-
-def rewarded_text(tokenizer: Any, item: "TokenRewards") -> RewardedText:
-    """One response as screens show it."""
-    from llmdoctor.text import token_texts
-
-    gap = float(item.gaps.sum())
-    title = f"{item.scores.side}, reward {float(item.rewards.sum()):+.2f}, gap {gap:+.2f}, {len(item.rewards)} tokens"
-    pieces = token_texts(tokenizer, item.scores.response_ids)
-    numbers = (tuple(map(float, values)) for values in (item.rewards, item.gaps, item.importance))
-    return RewardedText(title, tuple(pieces), *numbers)
-
-
-def json_side(item: "TokenRewards", shown: RewardedText) -> dict[str, Any]:
-    """One response as ``--json`` gives it."""
-    rows = zip(item.scores.response_ids, shown.pieces, shown.rewards, shown.gaps, shown.importance, strict=True)
-    tokens = [{"id": int(i), "text": text, "reward": r, "gap": g, "importance": s} for i, text, r, g, s in rows]
-    return {"reward": float(item.rewards.sum()), "gap": float(item.gaps.sum()), "tokens": tokens}
 
 
 def _look_at(
@@ -387,7 +289,7 @@ def _examples(rewards: "RewardsFolder", settings: "RewardSettings", diagnosis: "
                 named.setdefault(example.pair_id, []).append(f"{relation} {face.name} ({example.contribution:+.2g})")
     weights = {face.name: face.weight.value for face in diagnosis.faces}
     fitted = settings.model_copy(update={"direction": "fitted", "faces": None})
-    look = _Look(rewards, fitted, weights, load_tokenizer(rewards.path / "tokenizer"))
+    look = RewardReader(rewards, fitted, weights, load_tokenizer(rewards.path / "tokenizer"))
     found = {
         scores.chosen.pair_id: look.shown(look.sides(scores)) for scores in rewards if scores.chosen.pair_id in named
     }
@@ -402,7 +304,7 @@ def _write(path: Path, text: str) -> None:
     say(f"wrote {path}")
 
 
-def _browse(look: _Look, pairs: "Iterator[PairScores]") -> int:
+def _browse(look: RewardReader, pairs: "Iterator[PairScores]") -> int:
     """The full-screen browser; its exit code."""
     from llmdoctor.tui.launch import browse_rewards
 

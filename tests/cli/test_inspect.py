@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llmdoctor.cli import inspect
 from llmdoctor.cli.heatmap import rich_heatmap
 from llmdoctor.cli.options import fitting, reward_settings
+from llmdoctor.cli.reward_reader import RewardReader
 from llmdoctor.files import write_json
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile
@@ -120,7 +120,7 @@ def test_filters_that_match_nothing(fails, thirty):
 def test_no_more_pairs_are_held_than_shown(thirty, monkeypatch):
     """Whatever the folder's size: every pair that is not shown is free again when the next is read."""
     rewards, settings, weights = settings_of(thirty)
-    look = inspect._Look(rewards, settings, weights, load_tokenizer(thirty / "tokenizer"))
+    look = RewardReader(rewards, settings, weights, load_tokenizer(thirty / "tokenizer"))
     made, most, sides_of = [], 0, look.sides
 
     def counted(scores):
