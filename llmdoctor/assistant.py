@@ -19,7 +19,7 @@ from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
-from llmdoctor.training.doctor import LoadedDoctor, load_doctor
+from llmdoctor.training.folder import LoadedDoctor, load_doctor
 
 _BATCH_ROWS = 32
 

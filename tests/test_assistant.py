@@ -15,7 +15,8 @@ from llmdoctor.decoding.caches import CachedModel, PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import load_profile
 from llmdoctor.settings import TrainSettings
-from llmdoctor.training.doctor import new_doctor, save_doctor
+from llmdoctor.training.doctor import new_doctor
+from llmdoctor.training.folder import save_doctor
 
 SHORT = Sampling(max_new_tokens=14, seed=3)
 PROMPTS = ["How are you?", "Hi", "Tell me more about the moon, and the stars."]

@@ -24,7 +24,7 @@ from llmdoctor.models import Patient, not_numbers
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.text import TextStream, token_texts
-from llmdoctor.training.doctor import LoadedDoctor
+from llmdoctor.training.folder import LoadedDoctor
 
 Finish = Literal["eos", "stop", "length"]
 _HOLES = 8  # so many, and an eighth of the rest, may stay
