@@ -63,7 +63,7 @@ from llmdoctor.decoding.round import Place
 from llmdoctor.models import Patient, load_lm, load_patient, pick_device
 from llmdoctor.profiles.clinic_world import held_out_questions
 from llmdoctor.text import conversation, prompt_ids
-from llmdoctor.training.doctor import LoadedDoctor
+from llmdoctor.training.folder import LoadedDoctor
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PEAK = 989e12  # bfloat16 operations a second of an H200, dense, as its maker says

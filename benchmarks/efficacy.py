@@ -52,8 +52,10 @@ from llmdoctor.text import conversation, prompt_ids
 from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
-from llmdoctor.training.doctor import Doctor, load_doctor, new_doctor, save_doctor
-from llmdoctor.training.train import TFPOTrainer, sides
+from llmdoctor.training.batches import sides
+from llmdoctor.training.doctor import Doctor, new_doctor
+from llmdoctor.training.folder import load_doctor, save_doctor
+from llmdoctor.training.trainer import TFPOTrainer
 
 PAIRS = 1500  # what every method learns from, where a row does not say otherwise
 EPOCHS = 3.0  # over PAIRS pairs: the budget of training tokens, about 1.2 million
@@ -239,7 +241,7 @@ class Rival(TFPOTrainer):
 
     loss = ""
 
-    def _losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         reference_B_T = inputs.pop("reference", None)
         scored = len(inputs.pop("rewards"))
         inputs.pop("value_pairs")

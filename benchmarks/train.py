@@ -24,9 +24,10 @@ from torch import Tensor
 
 from llmdoctor.models import load_tokenizer, token_log_probs
 from llmdoctor.settings import TrainSettings
+from llmdoctor.training.batches import ScoredPair, ScoredResponse
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.losses import subtb
-from llmdoctor.training.train import TFPOTrainer, _Side
+from llmdoctor.training.trainer import TFPOTrainer
 
 LENGTH = 4096
 
@@ -54,7 +55,7 @@ def over(a: list[float], b: list[float]) -> list[float]:
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
-def clinic_pairs(base: Path, count: int) -> list[tuple[_Side, _Side]]:
+def clinic_pairs(base: Path, count: int) -> list[ScoredPair]:
     """The first embedded preference pairs, with rewards drawn from a seed."""
     tokenizer, generator = load_tokenizer(base), torch.Generator().manual_seed(0)
     pairs = []
@@ -66,12 +67,12 @@ def clinic_pairs(base: Path, count: int) -> list[tuple[_Side, _Side]]:
                 ids = tokenizer(record[side], add_special_tokens=False)["input_ids"]
                 response = torch.tensor([*ids, tokenizer.eos_token_id])
                 rewards = torch.rand(len(response), generator=generator) - 0.5
-                sides.append(_Side(str(record.get("id", len(pairs))), prompt, response, rewards, []))
+                sides.append(ScoredResponse(str(record.get("id", len(pairs))), prompt, response, rewards, []))
             pairs.append((sides[0], sides[1]))
     return pairs
 
 
-def tfpo(doctor: Doctor, settings: TrainSettings, pairs: list[tuple[_Side, _Side]]) -> Callable[[], None]:
+def tfpo(doctor: Doctor, settings: TrainSettings, pairs: list[ScoredPair]) -> Callable[[], None]:
     """One TFPO step on ``pairs``, by the trainer's own collator and loss."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TFPOTrainer(doctor, pairs, settings, scratch, None)
@@ -85,11 +86,10 @@ def tfpo(doctor: Doctor, settings: TrainSettings, pairs: list[tuple[_Side, _Side
     return step
 
 
-def cross_entropy(doctor: Doctor, pairs: list[tuple[_Side, _Side]]) -> Callable[[], None]:
+def cross_entropy(doctor: Doctor, pairs: list[ScoredPair]) -> Callable[[], None]:
     """One step of plain cross-entropy on the response tokens of the same rows, by the same log-probs."""
     optimizer = torch.optim.AdamW([p for p in doctor.lm.parameters() if p.requires_grad], lr=1e-6)
     rows = [side for pair in pairs for side in pair]
-    (lm,) = doctor._split
 
     def step() -> None:
         optimizer.zero_grad()
@@ -98,9 +98,9 @@ def cross_entropy(doctor: Doctor, pairs: list[tuple[_Side, _Side]]) -> Callable[
         places = torch.arange(ids.shape[1])
         lengths = torch.tensor([len(s) for s in sequences])
         prompts = torch.tensor([len(row.prompt) for row in rows])
-        hidden = lm.hidden(ids, (places < lengths[:, None]).long())
+        hidden = doctor.split.hidden(ids, (places < lengths[:, None]).long())
         wanted = ((places >= prompts[:, None]) & (places < lengths[:, None]))[:, 1:]
-        scores = token_log_probs(lm, hidden[:, :-1][wanted], ids[:, 1:][wanted], doctor.vocabulary)
+        scores = token_log_probs(doctor.split, hidden[:, :-1][wanted], ids[:, 1:][wanted], doctor.vocabulary)
         (-scores.mean()).backward()
         optimizer.step()
 
@@ -157,7 +157,9 @@ def measure(rounds: int, batch: int) -> list[str]:
     ]
     generator = torch.Generator().manual_seed(1)
     long = [
-        _Side("long", pairs[0][0].prompt, torch.randint(doctor.vocabulary.size, (LENGTH,), generator=generator), r, [])
+        ScoredResponse(
+            "long", pairs[0][0].prompt, torch.randint(doctor.vocabulary.size, (LENGTH,), generator=generator), r, []
+        )
         for r in torch.rand(2, LENGTH, generator=generator) - 0.5
     ]
     doctor.lm.config.max_position_embeddings = LENGTH + len(long[0].prompt)  # rotary: no weight depends on it

@@ -20,7 +20,7 @@ from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
 from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
-from llmdoctor.training.doctor import LoadedDoctor, load_doctor
+from llmdoctor.training.folder import LoadedDoctor, load_doctor
 
 _BATCH_ROWS = 32
 _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}

@@ -14,7 +14,8 @@ from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import load_profile
 from llmdoctor.settings import TrainSettings
-from llmdoctor.training.doctor import new_doctor, save_doctor
+from llmdoctor.training.doctor import new_doctor
+from llmdoctor.training.folder import save_doctor
 from llmdoctor.tui.start import start_of
 
 SHORT = Sampling(max_new_tokens=14, seed=3)

@@ -28,7 +28,7 @@ from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.models import Patient, Vocabulary, load_patient
 from llmdoctor.records import GuidedToken
 from llmdoctor.settings import Guidance, Sampling
-from llmdoctor.training.doctor import LoadedDoctor
+from llmdoctor.training.folder import LoadedDoctor
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")

@@ -22,7 +22,8 @@ from transformers import (
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
 from llmdoctor.settings import TrainSettings
-from llmdoctor.training.doctor import Doctor, load_doctor, new_doctor, save_doctor
+from llmdoctor.training.doctor import Doctor, new_doctor
+from llmdoctor.training.folder import load_doctor, save_doctor
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 SIZE = len(LETTERS) + 1

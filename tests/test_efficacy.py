@@ -12,8 +12,8 @@ from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile, override
 from llmdoctor.profiles.clinic_world import gold
 from llmdoctor.token_rewards.fit import face_weights
+from llmdoctor.training.batches import sides
 from llmdoctor.training.doctor import new_doctor
-from llmdoctor.training.train import sides
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

@@ -28,8 +28,12 @@ from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.token_rewards.formula import alternative_rewards, token_rewards
-from llmdoctor.training.doctor import Doctor, load_doctor, new_doctor
-from llmdoctor.training.train import TFPOTrainer, hold_out, last_checkpoint, sides, train
+from llmdoctor.training.batches import hold_out, sides
+from llmdoctor.training.checkpoints import last_checkpoint
+from llmdoctor.training.doctor import Doctor, new_doctor
+from llmdoctor.training.folder import load_doctor
+from llmdoctor.training.train import train
+from llmdoctor.training.trainer import TFPOTrainer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 RECORDS = [

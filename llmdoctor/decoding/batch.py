@@ -21,7 +21,7 @@ from llmdoctor.decoding.rows import Read, Request, Row, Step
 from llmdoctor.errors import LLMDoctorWarning, UsageError
 from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance
-from llmdoctor.training.doctor import LoadedDoctor
+from llmdoctor.training.folder import LoadedDoctor
 
 
 class Batch:

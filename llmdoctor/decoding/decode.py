@@ -9,7 +9,7 @@ from llmdoctor.decoding.rows import Read, Request, Step
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Patient
 from llmdoctor.settings import Sampling
-from llmdoctor.training.doctor import LoadedDoctor
+from llmdoctor.training.folder import LoadedDoctor
 
 
 def decode(

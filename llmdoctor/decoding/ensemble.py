@@ -11,7 +11,7 @@ from llmdoctor.decoding.round import Round, draw_rows
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance, Sampling
-from llmdoctor.training.doctor import LoadedDoctor
+from llmdoctor.training.folder import LoadedDoctor
 
 _FEW_HOLES = 8  # so many empty slots, or an eighth of the rest, are cheaper to read than to close
 

@@ -1,0 +1,81 @@
+"""The checkpoints of a run that is not done: which one is whole, whose it is, and how an interrupt makes one.
+
+A run writes to the working folder ``.NAME.training`` beside its doctor. ``run.json`` there holds what identifies the
+run, ``checkpoint-N`` what it was after step N.
+"""
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmdoctor.errors import UsageError
+from llmdoctor.files import read_json, write_json
+from llmdoctor.training.progress import Progress
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest complete checkpoint in a working folder; None when there is none."""
+    complete = []
+    # the trainer writes the state last: a checkpoint whose state can be read is complete
+    for state in work.glob("checkpoint-*/trainer_state.json"):
+        try:
+            json.loads(state.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        complete.append(state.parent)
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimiser step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def resume_point(work: Path, identity: dict[str, Any], *, fresh: bool, first: bool) -> Path | None:
+    """The checkpoint to go on from; None to start from scratch, in a working folder that is then empty.
+
+    ``first`` says that this is the process that writes. Raises UsageError when the run that was stopped here is
+    another one, unless ``fresh`` discards it.
+    """
+    checkpoint = last_checkpoint(work)
+    if checkpoint and not fresh:
+        held = read_json(work / "run.json")
+        if held == identity:
+            return checkpoint
+        nested = ("reward_settings", "settings")
+        before, now = (run["reward_settings"] | run["settings"] | run for run in (held, identity))
+        differs = [key for key in now if key not in nested and before.get(key) != now[key]]
+        raise UsageError(
+            f"{work} holds a run stopped at step {checkpoint_step(checkpoint)} with another {', '.join(differs)}: "
+            "give its settings to continue it, or --fresh to start from scratch"
+        )
+    if first:
+        shutil.rmtree(work, ignore_errors=True)
+        write_json(work / "run.json", identity)
+    return None
+
+
+@contextmanager
+def finishing_the_step(progress: Progress) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM end the run after the current step; a second one has its usual effect."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set signal handlers
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(number: int, _frame: Any) -> None:
+        progress.interrupted = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

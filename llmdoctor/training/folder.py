@@ -1,0 +1,143 @@
+"""The doctor folder, as ``train`` writes it, and the doctor in decoding form, as it is loaded from there."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmdoctor.errors import LoadError
+from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
+from llmdoctor.models import Vocabulary, load_lm, load_tokenizer
+from llmdoctor.training.doctor import Doctor
+
+MARKER = "doctor.json"
+
+
+def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase, meta: Mapping[str, Any]) -> None:
+    """Write the doctor folder, all or nothing: PEFT adapter (or whole model), value head, tokenizer, doctor.json, card.
+
+    When ``meta["base_model"]`` is a folder it is stored relative to the doctor folder, so that both can be moved
+    together. Raises StorageError.
+    """
+    ensure_replaceable(folder, MARKER)
+    base = str(meta["base_model"])
+    if Path(base).is_dir():
+        base = os.path.relpath(Path(base).resolve(), folder.resolve())
+        base = base if base.startswith(".") else f"./{base}"
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        if isinstance(doctor.lm, PeftModel):
+            doctor.lm.peft_config["default"].base_model_name_or_path = base
+            # the embeddings are the base's own; unless told so, PEFT asks the hub for the base's config to find out
+            doctor.lm.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        else:
+            doctor.lm.save_pretrained(str(temporary))
+        # the value head's scale goes into its weights: decoding need not know rho
+        head = {name: (doctor.scale * p.detach()).float().cpu() for name, p in doctor.value_head.named_parameters()}
+        save_file(head, temporary / "value_head.safetensors")
+        tokenizer.save_pretrained(str(temporary))
+        write_json(temporary / MARKER, {**meta, "base_model": base})
+        (temporary / "README.md").write_text(_card(base, meta), encoding="utf-8")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedDoctor:
+    """A doctor in decoding form: LoRA is merged into its base, so that a step costs no more than one of the base.
+
+    ``value_weight`` [1, H] and ``value_bias`` [1] give log V from what the LM head reads. ``base`` is the base before
+    training, loaded only on request (mode "ratio" needs it). ``anchored``: training defined log V(s_T) as 0.
+    """
+
+    name: str
+    model: PreTrainedModel
+    value_weight: Tensor
+    value_bias: Tensor
+    anchored: bool
+    vocabulary: Vocabulary
+    base: PreTrainedModel | None
+    meta: Mapping[str, Any]
+
+    def log_value(self, hidden_B_H: Tensor) -> Tensor:
+        """Log V [...] from what the LM head reads [..., H]."""
+        return linear(hidden_B_H.to(self.value_weight), self.value_weight, self.value_bias)[..., 0]
+
+
+def load_doctor(
+    checkpoint: str | Path,
+    *,
+    name: str | None = None,
+    base: str | Path | None = None,
+    with_base: bool = False,
+    bases: dict[str, PreTrainedModel] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedDoctor:
+    """Load a doctor folder for decoding. ``base`` overrides the base model that doctor.json names. Raises LoadError.
+
+    ``with_base`` also loads the base as it was before training. Doctors that share a base load it once when they are
+    given the same ``bases``; their ``dtype`` and ``device`` must then be the same too.
+    """
+    folder = Path(checkpoint).expanduser()
+    if not (folder / MARKER).is_file():
+        raise LoadError(f"there is no doctor at {folder}: expected a folder with {MARKER}, as `llmdoctor train` writes")
+    meta = read_json(folder / MARKER)
+    if not isinstance(meta, dict) or "base_model" not in meta:
+        raise LoadError(f"{folder / MARKER}: expected an object with base_model; train the doctor again")
+    source = str(base or meta["base_model"])
+    if base is None and source.startswith("."):  # as save_doctor stores a folder
+        source = str((folder / source).resolve())
+    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(folder)
+    plain, bases = None, {} if bases is None else bases
+    if with_base:
+        key = str(Path(source).resolve()) if Path(source).is_dir() else source
+        plain = bases[key] = bases.get(key) or load_lm(source, **options)  # type: ignore[arg-type]
+    whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
+    # never the shared plain base: merging an adapter changes the model's weights in place
+    lm = load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
+    try:
+        merged = lm if whole else PeftModel.from_pretrained(lm, str(folder)).merge_and_unload()  # type: ignore[operator]
+        head = load_file(folder / "value_head.safetensors", device=str(lm.device))
+        weight, bias = head["weight"], head["bias"]
+        if weight.shape != (1, width := lm.get_output_embeddings().in_features) or bias.shape != (1,):
+            raise ValueError(f"its value head has the shape {list(weight.shape)}; its base needs [1, {width}]")
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoadError(f"cannot load the doctor {folder}: {reason}") from error
+    return LoadedDoctor(
+        name or str(meta.get("name") or "doctor"),
+        merged.eval().requires_grad_(False),
+        weight,
+        bias,
+        bool(meta.get("settings", {}).get("train", {}).get("anchor", False)),
+        Vocabulary.of(tokenizer),
+        plain,
+        meta,
+    )
+
+
+def _card(base: str, meta: Mapping[str, Any]) -> str:
+    """The model card, README.md."""
+    rewards, metrics = meta.get("rewards", {}), meta.get("metrics", {})
+    full = meta.get("settings", {}).get("train", {}).get("method") == "full"
+    what = "All weights and a value head" if full else "A LoRA adapter and a value head"
+    return (
+        f"---\nlibrary_name: {'transformers' if full else 'peft'}\nbase_model: {base}\n"
+        f"tags: [llmdoctor, {'full' if full else 'lora'}]\n---\n\n"
+        f"# {meta.get('name', 'doctor')}: an llmdoctor doctor\n\n"
+        f"{what} on `{base}`, trained with TFPO (arXiv 2601.10416) to steer the patient "
+        f"`{rewards.get('patient', '?')}` while it decodes.\n\n"
+        f"Trained on {rewards.get('pairs', '?')} preference pairs, {metrics.get('steps', '?')} steps. Settings and "
+        f"metrics: `{MARKER}`.\n\n"
+        "```python\nfrom llmdoctor import LLMdoctor\n\n"
+        'doctor = LLMdoctor(patient_model="…", doctor_checkpoint="this folder", beta=0.8)\n```\n'
+    )
