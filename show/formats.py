@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmdoctor.settings import DecodeSettings
+
 if TYPE_CHECKING:
     from llmdoctor.records import GuidedToken
 
-_NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_WRITTEN_OUT = {"alpha", "mode", "plausibility", "temperature", "max_new_tokens"}  # the rest only where unusual
 
 
 def short_name(model: str) -> str:
@@ -27,7 +29,7 @@ def speaking_text(betas: Mapping[str, float]) -> str:
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """``alpha 1, beta helpful=0.8 safe=0.4, temperature 1, seed 1`` and what else is not at its neutral value."""
+    """``alpha 1, beta helpful=0.8 safe=0.4, temperature 1, seed 1`` and what else is not at its default."""
     parts = [f"alpha {settings['alpha']:g}"]
     if settings["betas"]:
         parts.append(f"beta {betas_text(settings['betas'])}")
@@ -38,14 +40,19 @@ def settings_text(settings: Mapping[str, Any]) -> str:
         if zones := {name: width for name, width in settings.get("dead_zones", {}).items() if width}:
             parts.append(f"dead zone {betas_text(zones)}")
     parts.append("greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']:g}")
-    parts += [
-        f"{key.replace('_', '-')} {settings[key]:g}"
-        for key, value in _NEUTRAL.items()
-        if settings.get(key, value) != value
-    ]
+    for name, field in DecodeSettings.model_fields.items():
+        value = settings.get(name, field.default)
+        if name not in _WRITTEN_OUT and value != field.default:
+            parts.append(f"{name.replace('_', '-')} {_value_text(value)}")
     if settings.get("seed") is not None:
         parts.append(f"seed {settings['seed']}")
     return ", ".join(parts)
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(repr, value))
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def token_text(token: "GuidedToken") -> str:

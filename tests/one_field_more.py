@@ -128,6 +128,7 @@ def in_a_conversation(doctor: LLMdoctor) -> None:
     assert result.exit_code == 0, result.output
     assert "Keep typical tokens (> 0 and <= 1)." in result.stderr
     assert "'typical' should be less than or equal to 1, got 2.0" in result.stderr
+    assert "sharpness 3, typical 0.25" in result.stderr, result.stderr  # the settings in use, said after /set
     assert (asked[0]["typical"], doctor.guidance.sharpness) == (0.25, 3.0)  # type: ignore[attr-defined]
     assert "typical" in next(command.help for command in COMMANDS if command.name == "set")
     worker = Worker(lambda _progress: doctor, Sampling())
