@@ -4,13 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clinic clean
+OLDEST := .venv-oldest
+# torch 2.11 is only to be had with CUDA, 4 GB: OLDEST_TORCH=2.13.0 takes the version of constraints.txt instead.
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
+# What calls torch, transformers and peft. Two processes on one machine are the same code, and slow.
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch round caches recorded static guidance models doctor \
+	losses train extract assistant versions)) --deselect tests/test_train.py::test_two_processes_take_the_steps_of_one
+
+.PHONY: demo test test-oldest check format clinic clean
 
 demo: $(READY)
 	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 3
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
 
 check: $(READY) .ns
 	$(BIN)/ruff check .
@@ -32,6 +42,14 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	@echo "Setting up $(OLDEST) (once; a few minutes)..." >&2
+	@sed 's/^torch==.*/torch==$(OLDEST_TORCH)/' constraints-oldest.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		-e . pytest tensorboard
+	@touch $@
+
 # mypy cannot see setuptools' package-dir mapping: show it the same layout through links.
 .PHONY: .ns
 .ns:
@@ -40,4 +58,4 @@ $(READY): pyproject.toml constraints.txt
 	@for folder in cli show tui profiles; do ln -s ../../$$folder .ns/llmdoctor/$$folder; done
 
 clean:
-	rm -rf $(VENV) .ns build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .ns build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
+from llmdoctor.models import Vocabulary
 from llmdoctor.settings import TrainSettings
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import load_doctor, save_doctor
@@ -126,6 +127,20 @@ def test_forward_equals_naive_unpadded_rows(base: Path) -> None:
                 table = logits(model, sequence)[0, len(p) - 1 : -1, :size].log_softmax(-1)
                 torch.testing.assert_close(found[i, : len(r)], table[torch.arange(len(r)), r], atol=exact, rtol=exact)
     assert out.logprobs_B_T.requires_grad
+
+
+def test_an_id_without_a_token_takes_no_probability(llama: Path) -> None:
+    """The log-probs are normalised over the ids in use; by the whole model's logits, set to nothing at the others."""
+    doctor, tokenizer = trained(llama, dtype="float64")
+    doctor.eval()
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if i not in (6, 13)}
+    doctor.vocabulary = Vocabulary(vocabulary, max(vocabulary.values()) + 1)
+    lengths = torch.tensor([2, 2]), torch.tensor([5, 5])
+    found = doctor(IDS, torch.ones_like(IDS), *lengths, scored=2).logprobs_B_T
+    used = sorted(vocabulary.values())
+    table = torch.full((2, 5, max(used) + 1), -torch.inf, dtype=torch.float64)
+    table[..., used] = logits(doctor.lm, IDS)[:, 1:-1, used].log_softmax(-1)
+    torch.testing.assert_close(found, table.gather(2, IDS[:, 2:, None])[..., 0], atol=1e-9, rtol=0)
 
 
 def test_the_folder_is_a_plain_adapter_and_loads_as_it_was_trained(base: Path, tmp_path: Path) -> None:

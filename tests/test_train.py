@@ -3,6 +3,7 @@
 Then runs that are stopped, continued, blown up, and judged on pairs that they never trained on.
 """
 
+import doctest
 import json
 import math
 import os
@@ -28,7 +29,8 @@ from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.token_rewards.formula import alternative_rewards, token_rewards
-from llmdoctor.training.batches import hold_out, sides
+from llmdoctor.training import batches
+from llmdoctor.training.batches import Pairs, ScoredResponse, hold_out, sides
 from llmdoctor.training.checkpoints import last_checkpoint
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import load_doctor
@@ -240,6 +242,31 @@ def test_micro_batches_make_the_step_of_their_batch(world: Path, tmp_path: Path)
     one, three = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "three"))
     for name, weight in one.items():
         torch.testing.assert_close(three[name], weight, atol=2e-5, rtol=1e-3)
+
+
+def test_the_example_of_a_batch_is_what_the_collator_returns() -> None:
+    assert doctest.testmod(batches).attempted >= 4
+    assert doctest.testmod(batches).failed == 0
+
+
+def drawn(seed: int, epoch: int, index: int, count: int) -> list[int]:
+    """The order in which pair ``index`` shows the ``count`` others of its chosen response."""
+    ids = torch.tensor([1])
+    chosen = ScoredResponse("p", ids, ids, torch.zeros(1), [(0, other, True) for other in range(count)])
+    dataset = Pairs([(chosen, chosen)] * (index + 1), seed)
+    dataset.epoch = epoch
+    return [other for _, other, _ in dataset[index][0].others]
+
+
+def test_the_alternatives_drawn_depend_on_seed_epoch_and_pair_alone() -> None:
+    """Written out, so that another Python, another process and a resumed run are known to draw the same ones."""
+    assert drawn(7, 3, 5, 8) == [7, 2, 4, 0, 1, 3, 6, 5]
+
+
+def test_no_two_small_seeds_epochs_and_pairs_draw_alike() -> None:
+    """2,000 orders of 30: two equal ones would be chance in no lifetime, so they would be one seed drawn twice."""
+    orders = {tuple(drawn(s, e, i, 30)) for s in range(10) for e in range(10) for i in range(20)}
+    assert len(orders) == 10 * 10 * 20
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -608,6 +635,21 @@ def test_the_losses_are_drawn_and_told_to_tensorboard(world: Path, tmp_path: Pat
         found = [(event.step, event.value) for event in told.Scalars(f"train/{key}")]
         assert found == [(step.step, pytest.approx(getattr(step, key), rel=1e-6)) for step in steps]
     assert [event.step for event in told.Scalars("eval/reward_accuracy")] == list(range(1, 9))
+
+
+def test_each_run_of_a_process_has_its_own_tensorboard_folder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    short = {"max_steps": 1, "report_to": ("tensorboard",)}
+    for name in ("first", "second"):
+        start(world, tmp_path / name, **short)
+        assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+    assert [len(list((tmp_path / f"{name}.logs").iterdir())) for name in ("first", "second")] == [1, 1]
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    start(world, tmp_path / "third", **short)
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+    assert not (tmp_path / "third.logs").exists()
 
 
 def test_a_reporter_that_is_not_there_is_said_before_anything_else(world: Path, tmp_path: Path) -> None:
