@@ -1,4 +1,4 @@
-# One-command set-up: every target makes what it needs. PYTHON=python3.12 picks another interpreter.
+# Every target sets up what it needs. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Rebuilds the embedded models, pairs and doctors from the seed.
+# Rebuild the embedded models, pairs and doctors from the seed.
 clinic: $(READY)
 	$(BIN)/python -m llmdoctor.profiles.build_clinic
 
@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-# mypy cannot see setuptools' package-dir mapping: show it the same layout through links.
+# mypy does not know the package-dir mapping of setuptools: links give it the installed layout.
 .PHONY: .ns
 .ns:
 	@rm -rf .ns && mkdir -p .ns/llmdoctor
