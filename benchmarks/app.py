@@ -78,7 +78,7 @@ def question() -> list[dict[str, str]]:
 
 
 def alone(tokens: int, clinic: bool, out: Path) -> None:
-    """The worker thread, drained 30 times a second by a loop that does nothing else."""
+    """The worker thread, drained 30 times per second by a loop that does nothing else."""
     from llmdoctor.tui.generation import Ended, Loaded, Part, Spoken, Worker
 
     worker = Worker(lambda _progress: load(clinic), settings(tokens, clinic))
