@@ -1,4 +1,4 @@
-# One-command set-up: every target makes what it needs. PYTHON=python3.12 picks another interpreter.
+# Every target sets up what it needs. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +31,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Rebuilds the embedded models, pairs and doctors from the seed.
+# Rebuild the embedded models, pairs and doctors from the seed.
 clinic: $(READY)
 	$(BIN)/python -m llmdoctor.profiles.build_clinic
 
@@ -50,7 +50,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 		-e . pytest tensorboard
 	@touch $@
 
-# mypy cannot see setuptools' package-dir mapping: show it the same layout through links.
+# mypy does not know the package-dir mapping of setuptools: links give it the installed layout.
 .PHONY: .ns
 .ns:
 	@rm -rf .ns && mkdir -p .ns/llmdoctor

@@ -1,11 +1,11 @@
-"""How the full-screen app slows the generator down, and how soon it answers keys while tokens stream.
+"""How much the full-screen app slows the generator down, and how fast it responds to keys while tokens stream.
 
     python benchmarks/app.py [--tokens 5000] [--rounds 3] [--clinic]
 
-Runs the real app in a pseudo-terminal of its own (120x40), types characters while it streams, and takes the time from
-writing the key to seeing it drawn. Beside it: the speed of the same worker thread in a process without the app. Both
-run alternately. The generator is paced like one that waits for an accelerator (4 ms a token, without the GIL), or with
---clinic the embedded models, whose arithmetic shares this machine's cores with the screen.
+Runs the real app in a pseudo-terminal (120x40), types characters while it streams, and measures the time from writing
+a key until it is drawn. For comparison, the same worker thread runs in a process without the app. The two alternate.
+The generator is a fake one that waits as if for an accelerator (4 ms per token, without the GIL). With --clinic it is
+the embedded models, whose arithmetic shares the cores of this machine with the screen.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-KEYS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÐÑÒÓÔÕÖØÙÚÛÜÝÞ"  # none of these is said or drawn by anything else
+KEYS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÐÑÒÓÔÕÖØÙÚÛÜÝÞ"  # nothing else that is drawn contains any of these
 PACE = 0.004
-IDLE = 6.0  # seconds until the app stands
-CONTROL = 8
+IDLE = 6.0  # seconds until the app has started
+CONTROL = 8  # keys typed before anything streams
 
 
 class Paced:
-    """A token every ``PACE`` seconds, with all its numbers and ten alternatives."""
+    """A fake assistant: one token every ``PACE`` seconds, with all its numbers and ten alternatives."""
 
     doctor_names = ("helpful", "safe")
 
@@ -78,7 +78,7 @@ def question() -> list[dict[str, str]]:
 
 
 def alone(tokens: int, clinic: bool, out: Path) -> None:
-    """The worker thread, drained 30 times a second by a loop that does nothing else."""
+    """The worker thread, drained 30 times per second by a loop that does nothing else."""
     from llmdoctor.tui.generation import Ended, Loaded, Part, Spoken, Worker
 
     worker = Worker(lambda _progress: load(clinic), settings(tokens, clinic))
@@ -101,7 +101,7 @@ def alone(tokens: int, clinic: bool, out: Path) -> None:
 
 
 def app(tokens: int, clinic: bool, out: Path) -> None:
-    """The app itself; the question is asked by a timer, and again until there are enough tokens."""
+    """The app itself. A timer asks the question again and again until there are enough tokens."""
     from llmdoctor.sessions import SessionStore
     from llmdoctor.settings import Guidance
     from llmdoctor.tui.app import ChatApp, run
@@ -135,7 +135,7 @@ def app(tokens: int, clinic: bool, out: Path) -> None:
         from llmdoctor.sessions import Turn
 
         turns = (*chat.turns, Turn("How can I sleep better?", len(chat.turns)))
-        if clinic:  # the clinic's context is short: every question stands alone
+        if clinic:  # its context is short: every question is a new conversation
             chat.history.turns, turns = (), turns[-1:]
         chat.answering.begin(turns, {"guided": (0, None)})
 
@@ -144,7 +144,7 @@ def app(tokens: int, clinic: bool, out: Path) -> None:
 
 
 def measured(mode: str, tokens: int, clinic: bool) -> tuple[dict[str, float], list[float], list[float]]:
-    """Run one mode in a process of its own; for the app with a terminal and a typist: milliseconds of every key."""
+    """Run one mode in a new process. Returns its speed, and for the app the milliseconds of keys: idle, streaming."""
     out = Path(tempfile.mkdtemp()) / "result.json"
     command = [sys.executable, __file__, "--tokens", str(tokens), "--mode", mode, "--out", str(out)]
     command += ["--clinic"] if clinic else []

@@ -1,15 +1,15 @@
-"""Whether a change made decoding slower: `decode.py` of an older checkout and of this one, in turn.
+"""Did a change make decoding slower? Runs `decode.py` of an older checkout and of this one alternately.
 
     git worktree add ../before REVISION                      # with an environment in which its llmdoctor is installed
     python benchmarks/before_after.py ../before --python ../before/.venv/bin/python --rounds 3 -- \
         --models clinic,stories --batch 1,8,32 --repeats 3 --threads 1 --clock cpu --cache outputs/bench-models
 
-Each round runs both checkouts, one after the other, and the next round in the other order. What follows ``--`` goes to
-both. The table has, for every row of `decode.py`, the speed after the change over the speed before: of the tokens per
-second, and of the ratio to ``patient.generate``, which both measure in the same process, so that it feels less of what
-else the machine does. Medians over the rounds, with (least–greatest).
+Each round runs both checkouts, in the opposite order of the round before. Both get the arguments after ``--``. The
+table has, for every row of `decode.py`, the speed after the change divided by the speed before it: first in tokens per
+second, then relative to ``patient.generate``. Each checkout measures that in the same process, so the second figure
+depends less on what else the machine is doing. Figures are medians over the rounds (least–greatest).
 
-Finished runs are kept in ``--log``; the same command goes on from there.
+Finished runs are kept in ``--log``; the same command continues from there.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def measured(tree: Path, python: str, arguments: list[str]) -> dict[str, list[float]]:
-    """Tokens per second and times ``patient.generate`` of every row, by "models | batch | way"."""
+    """For every row "models | batch | way": tokens per second, and the speed relative to ``patient.generate``."""
     command = [python, "benchmarks/decode.py", *arguments]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -40,7 +40,7 @@ def measured(tree: Path, python: str, arguments: list[str]) -> dict[str, list[fl
 
 
 def table(runs: list[dict]) -> list[str]:
-    """Markdown rows of the runs that have both sides."""
+    """Markdown rows of the rounds in which both checkouts have run."""
     sides: dict[int, dict[str, dict[str, list[float]]]] = defaultdict(dict)
     for run in runs:
         sides[run["round"]][run["side"]] = run["rows"]

@@ -1,10 +1,10 @@
-"""What guidance does on the embedded clinic, whose true quality is known: gold, grammar, diversity.
+"""What guidance does on the embedded clinic, where the true quality of answers is known: gold, grammar, diversity.
 
     python benchmarks/clinic.py    # the patient, guided at several betas, and the generator's own good answers
 
-How the doctors compare with other methods is efficacy.py's matter. Answers to held-out questions, at temperature
-1, mean and (min, max) over the seeds. Writes a Markdown table to stdout and, with --output, the table and the exact
-command to a file.
+Answers are to held-out questions, at temperature 1. Figures are the mean and (min, max) over the seeds. Prints a
+Markdown table; with --output the table and the exact command also go to a file. efficacy.py compares the doctors with
+other methods.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def measure(answers: Answers, questions: Sequence[str], seeds: Sequence[int]) ->
 
 
 def generator(names: Sequence[str]) -> Answers:
-    """The generator's own good answers: every sentence on these axes is good, on others half of them."""
+    """The generator's own good answers: on these axes every sentence is good, on the others every second one."""
     chances = dict.fromkeys(names, 1.0)
 
     def run(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
@@ -57,7 +57,7 @@ def generator(names: Sequence[str]) -> Answers:
 
 
 def decoder(model: LLMdoctor, betas: dict[str, float], alpha: float = 1.0) -> Answers:
-    """Answers of the patient under these betas, and the mean KL to the patient of a whole answer."""
+    """Guided answers with these betas, and the mean KL to the patient per answer."""
 
     def run(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
         model.alpha, model.beta = alpha, {**dict.fromkeys(model.doctor_names, 0.0), **betas}
@@ -74,7 +74,7 @@ def line(name: str, rows: list[list[float]]) -> str:
 
 
 def shipped(profile: Profile, args: argparse.Namespace) -> list[str]:
-    """The embedded doctors beside the patient alone and the generator."""
+    """The embedded doctors, the patient alone, and the generator."""
     model = LLMdoctor.from_profile(profile)
     spare_threads(model.patient.model)
     settings: dict[str, Answers] = {"patient alone": decoder(model, {})}

@@ -1,24 +1,23 @@
-"""How fast guided decoding is: patient.generate, the usual ways to guide it, and this project's two paths.
+"""How fast guided decoding is: ``patient.generate``, the usual way to guide it, and the two paths of this project.
 
     python benchmarks/decode.py                                  # the embedded clinic, batches of 1, 8 and 32
     python benchmarks/decode.py --models clinic,stories,qwen --cache outputs/bench-models --train-seconds 150
     python benchmarks/decode.py --models qwen-7b --acceptance 0.6,0.7,0.8,0.9 --tokens 400   # on a GPU
 
-All ways answer the same prompts in one run, in turn, after a warm-up; the figures are medians over the repeats with
-(least, greatest), and every ratio is taken within one repeat. Tokens are counted as they were drawn, the end token
-included, nothing after it. ``--clock cpu`` counts this process's CPU time instead of the wall's: for a machine that
-others use, with one thread.
+All ways answer the same prompts in one run, alternately, after a warm-up. Figures are medians over the repeats (least,
+greatest); every ratio is taken within one repeat. Tokens are counted up to and including the end token. ``--clock cpu``
+measures the CPU time of this process instead of wall time: use it with one thread on a machine that others use too.
 
-``stories`` is a real Llama of 260,000 parameters with a one-layer doctor; ``qwen`` a Qwen2-shaped patient of 61 million
-parameters and a doctor of 6 million over Qwen2's real vocabulary. What is missing of them is trained from nothing for
-``--train-seconds`` each and kept in ``--cache``: the doctor of the stories on stories that the patient tells, both
-Qwen2 models on the same HH-RLHF text, so that the doctor agrees with its patient as far as two models of one text do.
-Of that text only the 4096 most frequent tokens are kept and trained; all others share one embedding, whose logit is
-low.
+``stories`` is a real Llama of 260,000 parameters with a one-layer doctor. ``qwen`` is a Qwen2-shaped patient of 61
+million parameters with a doctor of 6 million, over Qwen2's real vocabulary. Models that do not exist yet are trained
+from scratch for ``--train-seconds`` each and kept in ``--cache``. The stories doctor learns from stories that its
+patient generates. Both Qwen2 models learn from the same HH-RLHF text, so they agree as far as two models of the same
+text do. Only the 4096 most frequent tokens of that text are trained; all others share one embedding with a low logit.
 
-``qwen-7b`` has the shapes of Qwen2.5-7B and 1.5B in bfloat16 with random weights, which agree in nothing: there (and
-wherever it is given) ``--acceptance`` decides by lot whether a drafted token stands, with everything computed as ever.
-On a GPU the weights a token must read over the measured bandwidth, and the prompt's share of the peak, are told too.
+``qwen-7b`` has the shapes of Qwen2.5-7B and Qwen2.5-1.5B in bfloat16 with random weights, so doctor and patient never
+agree. ``--acceptance`` accepts drafted tokens at random instead, while everything is still computed. On a GPU two more
+rows show how close the speed is to the limit: the time to read the patient's weights at the measured bandwidth, and the
+prompt's share of the peak (MFU).
 """
 
 import argparse
@@ -66,13 +65,13 @@ from llmdoctor.text import conversation, prompt_ids
 from llmdoctor.training.folder import LoadedDoctor
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-PEAK = 989e12  # bfloat16 operations a second of an H200, dense, as its maker says
+PEAK = 989e12  # bfloat16 operations per second of an H200, dense, according to its data sheet
 Case = tuple[Patient, dict[str, LoadedDoctor], Guidance, list[list[int]]]
 Way = Callable[[list[list[int]], int], int]  # (prompts, seed) -> tokens drawn
 
 
 class Guided(LogitsProcessor):
-    """The usual way to guide ``generate``: a processor that runs the doctors, with their caches, on every step."""
+    """The usual way to guide ``generate``: a processor that runs the doctors, with KV caches, at every step."""
 
     def __init__(self, doctors: dict[str, LoadedDoctor], guidance: Guidance, pads: int, vocabulary: int) -> None:
         self.models = {name: doctor.model for name, doctor in doctors.items()}
@@ -85,7 +84,7 @@ class Guided(LogitsProcessor):
         """Scores [B, V] of the product."""
         if self.mask is None:
             self.mask = (input_ids != self.pads).long()
-            fresh = input_ids
+            fresh = input_ids  # the prompts
         else:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
             fresh = input_ids[:, -1:]
@@ -111,7 +110,7 @@ class Guided(LogitsProcessor):
 def generator(
     model: PreTrainedModel, patient: Patient, tokens: int, how: Sampling, pad: int, guide: Any = None, **more: Any
 ) -> Way:
-    """``model.generate`` on a left-padded batch, as fast as it goes."""
+    """``model.generate`` on a left-padded batch."""
     ends = sorted(patient.eos_ids)
 
     def run(prompts: list[list[int]], seed: int) -> int:
@@ -141,7 +140,7 @@ def generator(
 
 
 class Counting(speculative.AdaptiveLength):
-    """The library's own choice of lengths, with the totals."""
+    """The library's own choice of draft lengths, which also counts totals."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +157,7 @@ class Counting(speculative.AdaptiveLength):
 
 
 class Fixed(Counting):
-    """One length, with the totals."""
+    """A fixed draft length, which also counts totals."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -170,7 +169,7 @@ class Fixed(Counting):
 
 
 def ours(case: Case, how: Sampling, drafting: speculative.Drafting | None) -> Way:
-    """The project's own decoder, all numbers of every token included."""
+    """The project's own decoder, with all the numbers that it yields for every token."""
     patient, doctors, guidance, _ = case
 
     def run(prompts: list[list[int]], seed: int) -> int:
@@ -181,7 +180,8 @@ def ours(case: Case, how: Sampling, drafting: speculative.Drafting | None) -> Wa
 
 @contextmanager
 def parts(patient: Patient, now: Callable[[], float]) -> Iterator[dict[str, float]]:
-    """Seconds by part while it is open: the forwards of patient and doctors, and what combines their log-probs."""
+    """Seconds of each part while the context is open: the forwards of patient and doctors, and combining log-probs."""
+    # One part may call another. ``inside`` adds up the time of finished parts, so that none is counted twice.
     spent: dict[str, float] = Counter()
     inside = 0.0
     backend = BACKENDS[patient.model.device.type]
@@ -221,14 +221,14 @@ def clinic(device: str, names: Sequence[str]) -> Case:
 
 
 def small_doctor(model: PreTrainedModel, patient: Patient) -> LoadedDoctor:
-    """A plain model as a doctor, its value head at zero."""
+    """A plain model as a doctor whose value head is zero."""
     width = model.get_output_embeddings().in_features
     zeros = torch.zeros(1, width, device=model.device, dtype=model.dtype)
     return LoadedDoctor("doctor", model, zeros, zeros[0, :1], False, patient.vocabulary, None, {})
 
 
 def trained(model: PreTrainedModel, ids: Tensor, seconds: float, rate: float) -> None:
-    """Train on windows of ``ids`` [N] for so long."""
+    """Train on random windows of ``ids`` for this many seconds."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     window, rows = 128, 8
     began, step, loss = time.monotonic(), 0, torch.zeros(())
@@ -247,9 +247,9 @@ def trained(model: PreTrainedModel, ids: Tensor, seconds: float, rate: float) ->
 
 
 def widened(small: PreTrainedModel, full: PreTrainedModel, kept: Tensor, ids: Tensor) -> PreTrainedModel:
-    """``small``, whose tokens are ``kept``, with the vocabulary of ``full``.
+    """The weights of ``small``, whose tokens are ``kept``, in a model with the vocabulary of ``full``.
 
-    All other tokens share one embedding, along which the mean state's logit is -12: they are hardly ever drawn.
+    All other tokens share one embedding that gives them a logit of -12 in the mean state: they are hardly ever drawn.
     """
     with torch.no_grad():
         mean_H = small.base_model(input_ids=ids[None, :512]).last_hidden_state[0].mean(dim=0)
@@ -263,7 +263,7 @@ def widened(small: PreTrainedModel, full: PreTrainedModel, kept: Tensor, ids: Te
 
 
 def made(folder: Path, make: Callable[[], PreTrainedModel]) -> Path:
-    """The folder, made when it is not there."""
+    """The folder of a model, made first if it does not exist."""
     if not (folder / "config.json").is_file():
         print(f"making {folder}", file=sys.stderr)
         model = make()
@@ -278,10 +278,10 @@ def stories(device: str, cache: Path, seconds: float) -> Case:
     def make() -> PreTrainedModel:
         torch.manual_seed(0)
         opening = torch.tensor([patient.tokenizer("Once upon a time").input_ids] * 64, device=patient.model.device)
-        told = patient.model.generate(opening, do_sample=True, max_new_tokens=250, pad_token_id=0).cpu()
+        generated = patient.model.generate(opening, do_sample=True, max_new_tokens=250, pad_token_id=0).cpu()
         config = patient.model.config.to_dict() | {"num_hidden_layers": 1}
         model = LlamaForCausalLM(LlamaConfig(**config))
-        trained(model, told.flatten(), seconds, 3e-3)
+        trained(model, generated.flatten(), seconds, 3e-3)
         return model
 
     doctor = load_lm(made(cache / "stories-doctor", make), device=device)
@@ -371,14 +371,15 @@ def qwen_7b(device: str) -> Case:
 
 @contextmanager
 def accepting(share: float | None) -> Iterator[None]:
-    """While it is open a drafted token stands with this probability, by lot; all is computed as ever."""
+    """While the context is open, a drafted token is accepted with this probability; everything is still computed."""
     draw_round, luck = loop.draw_round, random.Random(0)
 
-    def by_lot(round_: Any, *args: Any, **more: Any) -> list[list[Place]]:
+    def at_random(round_: Any, *args: Any, **more: Any) -> list[list[Place]]:
         rows = []
         for drafts, places in zip(round_.drafts_B_K.tolist(), draw_round(round_, *args, **more), strict=True):
             count = next((i for i in range(len(drafts)) if luck.random() >= share), len(drafts))
-            numbers = places[0]  # of the first place for all: only the ids, and how many stand, are made up
+            # All places get the numbers of the first: only the ids and how many are accepted are made up.
+            numbers = places[0]
             values = dict.fromkeys(round_.values_B_K, 0.0)
             ids = [*drafts[:count], places[-1].drawn.id]
             made = [replace(numbers, drawn=replace(numbers.drawn, id=i), drafted=True, values=values) for i in ids]
@@ -386,7 +387,7 @@ def accepting(share: float | None) -> Iterator[None]:
         return rows
 
     if share is not None:
-        loop.draw_round = by_lot
+        loop.draw_round = at_random
     try:
         yield
     finally:
@@ -394,7 +395,7 @@ def accepting(share: float | None) -> Iterator[None]:
 
 
 def limits(name: str, case: Case, rates: dict[str, list[float]]) -> Iterator[str]:
-    """What a GPU would allow: the patient's weights over the bandwidth, and the prompt's share of ``PEAK``."""
+    """How close a GPU is to its limits: reading the patient's weights once per token, and ``PEAK`` for the prompt."""
     patient, device = case[0], case[0].model.device
     block = torch.empty(1 << 32, dtype=torch.uint8, device=device)
 
@@ -426,7 +427,7 @@ def limits(name: str, case: Case, rates: dict[str, list[float]]) -> Iterator[str
 
 
 def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> Iterator[str]:
-    """Markdown rows of one pair of models."""
+    """Markdown rows of one patient and its doctors."""
     patient, doctors, guidance, prompts = case
     device = patient.model.device
     pad = patient.tokenizer.pad_token_id
@@ -460,11 +461,11 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
             "reference path": ours(case, how, None),
         }
         drafting = {"speculative path": Counting() if args.length is None else Fixed(args.length)}
-        lots: list[float | None] = [None]
+        shares: list[float | None] = [None]
         if args.acceptance:
-            lots = [float(share) for share in args.acceptance.split(",")]
-            drafting = {f"speculative path, {share:g} accepted by lot": Counting() for share in lots}
-        for (way, counting), share in zip(drafting.items(), lots, strict=True):
+            shares = [float(share) for share in args.acceptance.split(",")]
+            drafting = {f"speculative path, {share:g} accepted at random": Counting() for share in shares}
+        for (way, counting), share in zip(drafting.items(), shares, strict=True):
             ways[way] = accepting(share)(ours(case, how, counting))
         asked = [[prompts[(r * size + i) % len(prompts)] for i in range(size)] for r in range(args.repeats + 1)]
         rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -488,6 +489,7 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
             note = ""
             if way == "reference path":
                 bases = {doctor.base for doctor in doctors.values()} if guidance.mode == "ratio" else set()
+                # The limit of the plain path: all models one after another, each as fast as it generates by itself.
                 small = len(doctors) + len(bases)  # a base is as large as its doctor
                 sums = [
                     1 / (1 / p + small / d)
@@ -496,19 +498,19 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
                 of_sum = statistics.median(own / both for own, both in zip(rate, sums, strict=True))
                 usual = rates["generate + LogitsProcessor"]
                 of_usual = statistics.median(own / other for own, other in zip(rate, usual, strict=True))
-                note = f"{of_sum:.2f} of 1 / (1/patient + {small}/doctor), {of_usual:.2f} of the processor's"
+                note = f"{of_sum:.2f} of 1 / (1/patient + {small}/doctor), {of_usual:.2f} of the processor's speed"
             if (speculating := drafting.get(way)) and speculating.rounds:
                 drawn = 1 + speculating.total_accepted / speculating.rounds
                 often = ", ".join(str(k) for k, _ in speculating.lengths.most_common(2))
                 accepted = speculating.total_accepted / max(1, speculating.total_tested)
-                note = f"acceptance {accepted:.3f}, {drawn:.2f} tokens a patient forward, drafts mostly of {often}"
+                note = f"acceptance {accepted:.3f}, {drawn:.2f} tokens per patient forward, drafts mostly of {often}"
             yield f"| {name} | {size} | {way} | {spread(rate, '.1f')} | {spread(ratio, '.2f')} | {note} |"
         for way in ("reference path", *drafting):
             with parts(patient, now) as spent:
                 count = sum(ways[way](batch, 100 + r) for r, batch in enumerate(asked[1:]))
             total = sum(spent.values())
-            shares = ", ".join(f"{part} {1e3 * s / count:.2f} ms ({s / total:.0%})" for part, s in spent.items())
-            yield f"| {name} | {size} | {way}, a token by part | | | {shares} |"
+            times = ", ".join(f"{part} {1e3 * s / count:.2f} ms ({s / total:.0%})" for part, s in spent.items())
+            yield f"| {name} | {size} | {way}, time per token | | | {times} |"
         if device.type == "cuda" and size == 1:
             yield from limits(name, case, rates)
 
@@ -541,8 +543,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--length", type=int, help="draft always so many tokens (default: adaptive)")
-    parser.add_argument("--acceptance", help="shares of drafted tokens that stand, by lot; with commas")
+    parser.add_argument("--length", type=int, help="always draft this many tokens (default: adaptive)")
+    parser.add_argument("--acceptance", help="accept these shares of the drafted tokens, at random; with commas")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -550,7 +552,7 @@ def main() -> None:
         "--cache", type=Path, default=Path("outputs/bench-models"), help="where trained models are kept"
     )
     parser.add_argument("--train-seconds", type=float, default=150.0, help="for each model that is trained")
-    parser.add_argument("--output", type=Path, help="write the table there too")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     args.batch = [int(size) for size in args.batch.split(",")]
     if args.threads:

@@ -1,14 +1,14 @@
-"""Does the doctor work? Every method on the embedded clinic, whose true quality is known.
+"""Does the doctor work? All methods on the embedded clinic, where the true quality of answers is known.
 
-    python benchmarks/efficacy.py --quick                      # everything, in small: at most five minutes on two cores
-    python benchmarks/efficacy.py --output benchmarks/results  # everything: hours; started again it goes on
+    python benchmarks/efficacy.py --quick                      # everything at a small size: five minutes on two cores
+    python benchmarks/efficacy.py --output benchmarks/results  # everything: takes hours; can be stopped and continued
     python benchmarks/efficacy.py --parts main "label noise" --seeds 1 2 --output benchmarks/results
 
-All methods of a seed learn from the same pairs (drawn from the patient, labelled by gold with noise), see the same
-number of training tokens, and answer the same held-out questions. A method's curve is a sweep of beta, and for
-fine-tuned patients of lambda in patient^(1 - lambda) * tuned^lambda, which is what training with DPO's beta / lambda
-would give. Rows are kept in OUTPUT/efficacy.jsonl as they are measured, models and rewards in --cache; tables and
-picture are made anew from all rows at the end, or at once by --report.
+For each seed, all methods learn from the same pairs (drawn from the patient, labelled by gold with noise), see the same
+number of training tokens, and answer the same held-out questions. The curve of a method is a sweep over beta. For
+fine-tuned patients it is a sweep over lambda in patient^(1 - lambda) * tuned^lambda, which is what training with DPO's
+beta / lambda would give. Rows are appended to OUTPUT/efficacy.jsonl as they are measured; models and rewards are kept
+in --cache. At the end the tables and the picture are made again from all rows; --report makes only these.
 """
 
 import argparse
@@ -57,12 +57,13 @@ from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import load_doctor, save_doctor
 from llmdoctor.training.trainer import TFPOTrainer
 
-PAIRS = 1500  # what every method learns from, where a row does not say otherwise
+PAIRS = 1500  # that every method learns from unless a study says otherwise
 EPOCHS = 3.0  # over PAIRS pairs: the budget of training tokens, about 1.2 million
-ARM_BETA, DPO_BETA = 0.05, 0.1  # GenARM's and DPO's inverse temperatures, the values of their papers
+ARM_BETA, DPO_BETA = 0.05, 0.1  # inverse temperatures of GenARM and DPO, from their papers
 BEST_OF = 8
 T95 = (math.nan, math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by number of seeds
-SIZES = {  # patients of other sizes, trained like the embedded one (12 x 112, 1.6 million weights) for half its steps
+# Patients of other sizes, trained like the embedded one (12 x 112, 1.6 million weights) for half as many steps.
+SIZES = {
     "4 x 80": {"layers": 4, "hidden": 80, "intermediate": 160},  # .4 million
     "8 x 160": {"layers": 8, "hidden": 160, "intermediate": 288},  # 2.2 million
 }
@@ -73,9 +74,9 @@ CURVE = (0.2, 0.4, 0.6, 0.8, 1.2)
 class Study:
     """One method: what is trained on which pairs, and the settings at which it is measured.
 
-    ``train`` and ``rewards`` differ from the profile ``clinic`` by what they name. ``wanted`` is the gold that labels
-    the pairs. ``at`` are betas, lambdas of a fine-tuned patient, or temperatures of the patient alone. ``decode`` goes
-    to LLMdoctor. ``doctor`` is the method whose doctor is taken, where a study trains none of its own.
+    ``train`` and ``rewards`` are changes to the profile ``clinic``. ``wanted`` are the axes whose gold labels the
+    pairs. ``at`` are betas, lambdas of a fine-tuned patient, or temperatures of the patient alone. ``decode`` are
+    keywords of `LLMdoctor`. ``doctor`` names the method whose doctor is used if the study trains none of its own.
     """
 
     part: str
@@ -104,8 +105,8 @@ PAPER = Study(
     train={"flow": "absolute", "anchor": False, "rho": 6.0, "ceiling": 1.0, "subtb_weight": 1.0, "value_weight": 1.0},
     at=CURVE,
 )
-PRODUCT = Study("main", "TFPO, plain product", at=CURVE)  # what ablations of the training stand beside
-DEFAULT = Study(  # the same doctors, decoded as the profile `clinic` does
+PRODUCT = Study("main", "TFPO, plain product", at=CURVE)  # what ablations of the training are compared with
+DEFAULT = Study(  # the same doctors, decoded as in the profile `clinic`
     "main",
     "TFPO, our default",
     decode={"mode": "ratio", "plausibility": 0.03, "dead_zone": 2.0},
@@ -125,11 +126,12 @@ STUDIES = (
     PAPER,
     ARM,
     DPO,
-    Study("main", "SFT of the doctor", "sft", train={"epochs": 2 * EPOCHS}, at=CURVE),  # it learns from one side only
+    # Twice the epochs, because SFT learns from only one answer of each pair.
+    Study("main", "SFT of the doctor", "sft", train={"epochs": 2 * EPOCHS}, at=CURVE),
     Study("tuned patient", "DPO of the patient, LoRA", "patient dpo lora", at=(0.25, 0.5, 1.0)),
     Study("tuned patient", "DPO of the patient, full", "patient dpo full", at=(0.25, 0.5, 1.0)),
     Study("tuned patient", "SFT of the patient, LoRA", "patient sft lora", at=(0.5, 1.0)),
-    # gap looks at no label: a mixed preference gives it the doctor of PRODUCT, wrong labels too
+    # Direction "gap" reads no labels, so mixed preferences and wrong labels would give it the doctor of PRODUCT.
     *(Study("direction", f"{d}", rewards={"direction": d}) for d in ("label", "agree", "fitted")),
     *(
         Study(
@@ -164,24 +166,25 @@ STUDIES = (
     SAFE,
     MIXED,
 )
-JOBS = ("best of 8", "frontier grid", "patient size", "fresh questions")  # parts that train nothing of their own
+JOBS = ("best of 8", "frontier grid", "patient size", "fresh questions")  # parts that use the doctors of other parts
 PARTS = (*dict.fromkeys(study.part for study in STUDIES), *JOBS)
 
 
 @dataclass(frozen=True)
 class Run:
-    """How large everything is, and where it is kept."""
+    """How large everything is, and the folder for models and rewards."""
 
     cache: Path
     questions: int
-    pairs: int  # at most so many
-    steps: int | None  # at most so many
-    scale: float  # of the other patients' training
+    pairs: int  # at most
+    steps: int | None  # at most
+    scale: float  # the training of the other patients takes this share of the embedded patient's steps
 
     def asked(self) -> list[str]:
-        """The last of the held-out questions: settings were chosen on the first 300.
+        """The last of the held-out questions. Settings were chosen on the first 300.
 
-        One thing was not: that a dead zone is what the default lacked was found by looking at these (`fresh_rows`).
+        There is one exception: the answers to these questions showed that the default needed a dead zone. `fresh_rows`
+        measures it on others.
         """
         return held_out_questions()[-self.questions :]
 
@@ -190,7 +193,7 @@ class Run:
 
 
 def prepare(run: Run, profile: Profile, count: int) -> None:
-    """The first ``count`` embedded pairs, or so many drawn anew, scored under every face; what exists is kept."""
+    """Score ``count`` pairs under every face: the embedded ones, or new ones if those are too few. Done only once."""
     assert profile.data is not None
     rewards = run.cache / f"rewards-{count}"
     if (rewards / "meta.json").exists():
@@ -214,7 +217,7 @@ def prepare(run: Run, profile: Profile, count: int) -> None:
 
 
 def labelled(run: Run, study: Study, seed: int) -> list[tuple[dict[str, str], PairScores]]:
-    """The pairs, each turned so that the better answer by gold is the chosen one, but for the noise."""
+    """The pairs, ordered so that the answer with more gold is the chosen one, except for the noise."""
     count = min(study.pairs, run.pairs)
     source = min(max(count, PAIRS), run.pairs)
     rng = random.Random(f"labels {seed} {study.noise} {study.wanted}")
@@ -237,7 +240,7 @@ def labelled(run: Run, study: Study, seed: int) -> list[tuple[dict[str, str], Pa
 
 
 class Rival(TFPOTrainer):
-    """The same doctor, data and optimiser with another loss on the responses' log-probs; the value head stays 0."""
+    """The same doctor, data and optimiser with a different loss on the log-probs; the value head stays 0."""
 
     loss = ""
 
@@ -261,7 +264,7 @@ class Rival(TFPOTrainer):
 
 
 def train_doctor(run: Run, study: Study, seed: int, folder: Path) -> None:
-    """A LoRA doctor on the embedded base; the tokens it saw go into doctor.json."""
+    """Train a doctor on the embedded base. The number of tokens it saw goes into doctor.json."""
     profile = load_profile("clinic")
     assert profile.train.doctor is not None
     pairs = [pair for _, pair in labelled(run, study, seed)]
@@ -288,7 +291,7 @@ def train_doctor(run: Run, study: Study, seed: int, folder: Path) -> None:
 
 
 def train_patient(run: Run, study: Study, seed: int, folder: Path) -> None:
-    """The patient itself, fine-tuned by trl, in the form of a doctor whose value head is 0."""
+    """Fine-tune the patient itself with trl, and save it as a doctor whose value head is 0."""
     from trl import DPOConfig, DPOTrainer
 
     profile = load_profile("clinic")
@@ -350,7 +353,7 @@ def train_patient(run: Run, study: Study, seed: int, folder: Path) -> None:
 
 
 def at_temperature(model: LLMdoctor, temperature: float) -> Answers:
-    """The patient alone. Its KL to itself at temperature 1 is not told by its records."""
+    """The patient alone. Its KL to the patient at temperature 1 is not measured: 0 at that temperature, else NaN."""
 
     def ask(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
         found = model.answer_all(
@@ -363,9 +366,9 @@ def at_temperature(model: LLMdoctor, temperature: float) -> Answers:
 
 @torch.inference_mode()
 def best_of(model: LLMdoctor, doctor_folder: Path) -> Answers:
-    """Of BEST_OF answers of the patient the one whose sum of log(doctor / its base) is greatest.
+    """Of BEST_OF answers of the patient, the one with the greatest sum of log(doctor / its base).
 
-    That is the doctor's own estimate of rho * sum r - log V(s_0): log V at the end is 0 by the anchor.
+    This sum is the doctor's own estimate of rho * sum r - log V(s_0), because the anchor makes log V at the end 0.
     """
     doctor = load_doctor(doctor_folder, with_base=True)
     assert doctor.base is not None
@@ -395,13 +398,14 @@ def best_of(model: LLMdoctor, doctor_folder: Path) -> Answers:
             for texts in drawn
         ]
         best = torch.stack(scores).argmax(dim=0).tolist()
+        # The KL of best-of-n to the patient is at most log n - (n - 1) / n.
         return [drawn[k][i] for i, k in enumerate(best)], math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
 
     return ask
 
 
 def study_rows(run: Run, study: Study, seed: int) -> list[dict[str, Any]]:
-    """Train what a study asks for, unless it stands in the cache, and measure it."""
+    """Train the doctor of a study, unless it is in the cache, and measure it."""
     started = time.monotonic()
     profile = load_profile("clinic")
     if study.loss == "temperature":
@@ -436,7 +440,7 @@ def row(
 
 
 def trained(run: Run, study: Study, seed: int) -> Path:
-    """The folder of a study's doctor."""
+    """The folder of a study's doctor, trained first if it does not exist."""
     folder = run.cache / "doctors" / f"{study.slug}-{seed}"
     if not (folder / "doctor.json").exists():
         (train_patient if study.loss.startswith("patient") else train_doctor)(run, study, seed, folder)
@@ -467,7 +471,7 @@ def frontier_rows(run: Run, seed: int) -> list[dict[str, Any]]:
 
 
 def size_rows(run: Run, seed: int) -> list[dict[str, Any]]:
-    """One doctor, trained on the embedded patient's signals, on patients of other sizes."""
+    """One doctor, trained on the embedded patient's signals, guides patients of other sizes."""
     doctor = trained(run, PRODUCT, seed)
     rows = []
     for name in ("12 x 112", *SIZES):
@@ -481,7 +485,7 @@ def size_rows(run: Run, seed: int) -> list[dict[str, Any]]:
 
 
 def fresh_rows(run: Run, seed: int) -> list[dict[str, Any]]:
-    """The default on the questions before `Run.asked`, at which nobody looked before it was settled."""
+    """The default on the questions before those of `Run.asked`, which had no part in choosing any setting."""
     questions = held_out_questions()[-2 * run.questions : -run.questions]
     model = LLMdoctor(load_profile("clinic").patient.model, {"doctor": trained(run, PRODUCT, seed)}, **DEFAULT.decode)
     ways = {("our default", x): decoder(model, {"doctor": x}) for x in (0.4, 0.8, 1.2)}
@@ -493,7 +497,7 @@ def fresh_rows(run: Run, seed: int) -> list[dict[str, Any]]:
 
 
 def build_patients(run: Run, processes: int) -> None:
-    """Patients of other sizes, by the recipe of the embedded one."""
+    """Train patients of other sizes by the recipe of the embedded one."""
     tokenizer = load_tokenizer(load_profile("clinic").patient.model)
     for name, shape in SIZES.items():
         folder = run.cache / name.replace(" ", "")
@@ -507,7 +511,7 @@ def build_patients(run: Run, processes: int) -> None:
 
 
 def work(run: Run, job: Study | str, seed: int) -> list[dict[str, Any]]:
-    """One job, in a process of its own."""
+    """One job, in a process of the pool."""
     torch.set_num_threads(1)
     disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
@@ -523,7 +527,7 @@ GOLD, DISTINCT, ENTROPY, UNGRAMMATICAL = "gold helpful", "distinct-4", "4-gram e
 
 
 def interval(values: Sequence[float | None], digits: int = 3) -> str:
-    """Mean and half of the 95% interval over the seeds (Student's t); of how many, where not all have a value."""
+    """Mean and half of the 95% interval over the seeds (Student's t). If some have no value: how many have one."""
     found = [value for value in values if value is not None]
     if not found:
         return "-"
@@ -534,7 +538,7 @@ def interval(values: Sequence[float | None], digits: int = 3) -> str:
 
 
 def grouped(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
-    """Rows by these keys, in order of appearance."""
+    """Rows grouped by these keys, in order of appearance."""
     groups: dict[tuple[Any, ...], Rows] = {}
     for one in rows:
         groups.setdefault(tuple(one.get(key) for key in keys), []).append(one)
@@ -542,7 +546,7 @@ def grouped(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
 
 
 def crossings(curve: Rows, column: str, level: float, wanted: str) -> list[float]:
-    """The values of ``wanted`` where one seed's curve has ``level`` of ``column``, by strength."""
+    """The values of ``wanted`` where the curve of one seed crosses ``level`` in ``column``, in order of strength."""
     points = [(one[column], one[wanted]) for one in sorted(curve, key=lambda one: one["x"])]
     return [
         y0 + (level - x0) / (x1 - x0) * (y1 - y0)
@@ -552,12 +556,12 @@ def crossings(curve: Rows, column: str, level: float, wanted: str) -> list[float
 
 
 def crossing(curve: Rows, column: str, level: float, wanted: str) -> float | None:
-    """The first of `crossings`, None where there is none."""
+    """The first of `crossings`; None if there is none."""
     return next(iter(crossings(curve, column, level, wanted)), None)
 
 
 def as_varied(curve: Rows, column: str, level: float) -> float | None:
-    """The greatest gold of one seed's curve where ``column`` is ``level`` or more; None where it never is."""
+    """The greatest gold on the curve of one seed where ``column`` is at least ``level``; None if it never is."""
     found = [one[GOLD] for one in curve if one[column] >= level]
     return max([*found, *crossings(curve, column, level, GOLD)], default=None)
 
@@ -574,7 +578,7 @@ def good_answers(run: Run, seeds: Sequence[int]) -> Rows:
 
 
 def tables(rows: Rows, good: Rows) -> str:
-    """Every part's table; the first with what each curve reaches at the diversity of good answers."""
+    """A table for every part. The first also has what each curve reaches at the diversity of good answers."""
     sharp = {}
     for (seed,), curve in grouped([one for one in rows if one["method"] == STUDIES[0].method], "seed").items():
         sharp[seed] = curve
@@ -588,7 +592,8 @@ def tables(rows: Rows, good: Rows) -> str:
         if part == "main":
             own = [*good, *own]
             out.append(_curves(part_rows, good) + "\n")
-        elif part != "frontier" and part not in JOBS:  # beside the same decoding, measured at the same strengths
+        elif part != "frontier" and part not in JOBS:
+            # For comparison: the plain product at the same strengths.
             at = {one["x"] for one in own}
             own = [one for one in rows if one["method"] == PRODUCT.method and one["x"] in at] + own
         lines = []
@@ -632,7 +637,7 @@ def _grid(rows: Rows) -> str:
 
 
 def picture(rows: Rows, good: Rows, path: Path) -> None:
-    """Gold against diversity (up and to the right is better) and against broken sentences (up and to the left)."""
+    """Gold against diversity (better towards the top right) and against broken sentences (towards the top left)."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -670,14 +675,14 @@ def picture(rows: Rows, good: Rows, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="everything in small; its figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="everything at a small size; the figures mean nothing")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--methods", nargs="+", help="only methods whose name contains one of these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=max(1, (multiprocessing.cpu_count() or 1)))
     parser.add_argument("--cache", type=Path, help="trained models and rewards (default: OUTPUT/.efficacy)")
-    parser.add_argument("--output", type=Path, help="folder of the rows, the tables and the picture")
-    parser.add_argument("--report", action="store_true", help="only make tables and picture from the rows there are")
+    parser.add_argument("--output", type=Path, help="folder for the rows, the tables and the picture")
+    parser.add_argument("--report", action="store_true", help="only make the tables and the picture from existing rows")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or Path(scratch)
@@ -693,7 +698,8 @@ def main() -> None:
         rows: Rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
         order = {study.method: number for number, study in enumerate(STUDIES)}
         rows.sort(key=lambda one: (PARTS.index(one["part"]), order.get(one["method"], 99)))
-        rows = [one | {"part": "main"} if one["part"] == "tuned patient" else one for one in rows]  # in one picture
+        # Fine-tuned patients are shown in the same table and picture.
+        rows = [one | {"part": "main"} if one["part"] == "tuned patient" else one for one in rows]
         good = good_answers(run, sorted({one["seed"] for one in rows}))
         text = tables(rows, good)
         print(text)
@@ -705,14 +711,14 @@ def main() -> None:
                 f"# Does the doctor work?\n\n`{command}`: {run.questions} held-out questions of the clinic, "
                 f"temperature 1, torch {torch.__version__} on CPU. Mean ± half of the 95% interval over the seeds, "
                 "each with its own labels, training and draws. `at`: beta of the doctor, lambda of a fine-tuned "
-                "patient in patient^(1 - lambda) * tuned^lambda, or the temperature of the patient alone. All parts "
-                "but the default's own line and the fresh questions decode by the plain product.\n\n"
+                "patient in patient^(1 - lambda) * tuned^lambda, or the temperature of the patient alone. All rows "
+                "decode by the plain product, except for the default's own and the fresh questions.\n\n"
             )
             (output / f"{name}.md").write_text(head + text, encoding="utf-8")
 
 
 def measure_all(run: Run, options: argparse.Namespace, kept: Path) -> None:
-    """Do what is missing in ``kept``, every job's rows as soon as it is done: trainings first, then what needs them."""
+    """Run all jobs whose rows are missing in ``kept``, and append the rows of each as soon as it is done."""
     run.cache.mkdir(parents=True, exist_ok=True)
     os.environ["TQDM_DISABLE"] = "1"  # in the processes that do the work
     profile = load_profile("clinic")
@@ -729,6 +735,7 @@ def measure_all(run: Run, options: argparse.Namespace, kept: Path) -> None:
     if "patient size" in options.parts:
         build_patients(run, options.jobs)
     ordered = [(s, seed) for part in options.parts for seed in options.seeds for s in chosen if s.part == part]
+    # First everything that trains a doctor, then what uses the doctors of others.
     phases: list[list[tuple[Study | str, int]]] = [
         [(study, seed) for study, seed in ordered if not study.doctor],
         [

@@ -1,21 +1,21 @@
-"""How fast stage 1 is: a bare forward (the limit), the plain way, and ``extract``, on the same human pairs.
+"""How fast stage 1 is: a bare forward (the limit), a plain implementation, and ``extract``, on the same human pairs.
 
     python benchmarks/extract.py                               # about three minutes on two cores
     python benchmarks/extract.py --pairs 64 --hidden 512 --layers 12 --intermediate 2816
 
-Everything runs in one process on the first usable HH-RLHF pairs under the ``helpful`` faces, with a Qwen2-shaped
-patient of random weights behind Qwen2's real tokenizer and its 151,936 rows:
+Everything runs in one process on the first usable HH-RLHF pairs under the ``helpful`` faces. The patient is
+Qwen2-shaped with random weights, Qwen2's real tokenizer and a vocabulary of 151,936 rows:
 
-(a) bare     the backbone alone, without the head, over the tokens of four full sequences per pair (two faces,
-             two responses), in batches of like length of the same token budget;
-(b) plain    four full forwards per pair, batch 1, log_softmax of all logits, gather; tokenising included;
+(a) bare     the backbone alone, without the head, over the tokens of four full sequences per pair (two faces, two
+             responses), in batches of similar length with the same token budget;
+(b) plain    tokenisation, four full forwards per pair in batches of 1, log_softmax of all logits, gather;
 (c) extract  what the command does, from the file of pairs to the finished rewards folder.
 
-The three take turns after a warm-up; a figure is the median over the rounds (least, greatest), a ratio is taken within
-one round. Tokens are those of the four full sequences for all three, so that what (c) saves on shared prompts counts.
-The parts of (c) are timed from outside, by wrapping its steps. Peak memory is what a process of its own needs beyond
-what it holds with the patient loaded (a few MiB of libraries that wake up included), for one pair of two answers of
-that length. ``--clock cpu`` counts this process's CPU time (with OMP_NUM_THREADS=1), for a machine that others use.
+The three alternate after a warm-up. Figures are medians over the rounds (least, greatest); ratios are taken within one
+round. For all three, tokens are those of the four full sequences, so what (c) saves on shared prompts counts as speed.
+The parts of (c) are timed by wrapping its steps. Peak memory is measured in a new process, for one pair of answers of
+the given length: what it needs beyond the loaded patient, including a few MiB of libraries that are loaded lazily.
+``--clock cpu`` measures the CPU time of this process; use it with OMP_NUM_THREADS=1 on a machine that others use too.
 """
 
 import argparse
@@ -61,7 +61,7 @@ now = time.perf_counter
 
 
 def build(folder: Path, tokenizer: Path, rows: int, shape: argparse.Namespace) -> Patient:
-    """A Qwen2-shaped patient of random weights."""
+    """A Qwen2-shaped patient with random weights."""
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -79,7 +79,7 @@ def build(folder: Path, tokenizer: Path, rows: int, shape: argparse.Namespace) -
 
 
 def sequences(patient: Patient, pair: PreferencePair) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) of the four full sequences of a pair."""
+    """The four full sequences of a pair as (prompt, response)."""
     end = end_of_turn(patient.tokenizer, patient.eos_ids)
     answers = [response_ids(patient.tokenizer, text, end) for text in (pair.chosen, pair.rejected)]
     prompts = [prompt_ids(patient.tokenizer, with_system(list(pair.prompt), system)) for system in SYSTEMS]
@@ -87,7 +87,7 @@ def sequences(patient: Patient, pair: PreferencePair) -> list[tuple[list[int], l
 
 
 def batches(rows: list[list[int]], budget: int) -> list[torch.Tensor]:
-    """The padded batches of like length that (a) runs through the backbone."""
+    """The padded batches, of rows of similar length, that (a) runs through the backbone."""
     rows = sorted(rows, key=len, reverse=True)
     made = []
     while rows:
@@ -120,7 +120,7 @@ def settle(device: torch.device) -> None:
 
 
 def timed_parts(device: torch.device) -> dict[str, float]:
-    """Wrap the steps of `extract`; the seconds of each are added up in what is returned."""
+    """Wrap the steps of `extract`. The result is updated with the total seconds of each."""
     seconds: dict[str, float] = defaultdict(float)
 
     def wrap(owner: Any, name: str, part: str) -> None:
@@ -191,8 +191,8 @@ def measure_speed(options: argparse.Namespace) -> list[str]:
         lines = [
             f"Patient: {parameters / 1e6:.1f} M parameters ({embedding / 1e6:.1f} M of them embedding), hidden "
             f"{options.hidden}, {options.layers} layers, 151,936 rows, {patient.model.dtype}. {len(pairs)} pairs, "
-            f"{full / len(pairs):.0f} tokens a pair in four full sequences, {shared / len(pairs):.0f} with prompts "
-            f"paid once a face, {scored / len(pairs):.0f} positions through the head. Budget {budget} tokens; "
+            f"{full / len(pairs):.0f} tokens per pair in four full sequences, {shared / len(pairs):.0f} with prompts "
+            f"read once per face, {scored / len(pairs):.0f} positions through the head. Budget {budget} tokens; "
             f"{options.rounds} rounds.",
             "",
             "| way | tokens/s | pairs/s | time of (a) / its time | times (b) |",
@@ -229,7 +229,7 @@ def _status(key: str) -> float:
 
 
 def peak(folder: str, length: int, way: str, device: str) -> float:
-    """MiB beyond the weights that scoring one pair with answers of ``length`` tokens takes at its peak."""
+    """Peak memory in MiB, beyond the weights, of scoring one pair with answers of ``length`` tokens."""
     patient = load_patient(folder, device=device)
     cuda = patient.model.device.type == "cuda"
     words = patient.tokenizer("once upon a time there was a dog and a cat who went to the sea " * length).input_ids
@@ -243,14 +243,15 @@ def peak(folder: str, length: int, way: str, device: str) -> float:
         elif encoded := encoder.encode(pair, lambda _record: None):
             scorer.score([encoded])
 
+    # Weights are mapped from their file and take memory only once they have been read.
     for weight in patient.model.parameters():
-        weight.sum()  # weights are mapped from their file, and in memory only when they were read once
+        weight.sum()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before
@@ -290,18 +291,18 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--intermediate", type=int, default=1024)
-    parser.add_argument("--batch-tokens", type=int, help="default: what extract takes by itself")
-    parser.add_argument("--lengths", default="256,1024", help="of the answers whose memory is measured")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: where others use the machine")
+    parser.add_argument("--batch-tokens", type=int, help="default: what extract chooses")
+    parser.add_argument("--lengths", default="256,1024", help="answer lengths at which memory is measured")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: if others use the machine")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--output", type=Path, help="write the tables to this file too")
+    parser.add_argument("--output", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
     if options.clock == "cpu":
         global now  # noqa: PLW0603
         now = time.process_time
     if not DATA.is_dir():
-        sys.exit(f"the real inputs are not here: {DATA}")
+        sys.exit(f"there is no folder {DATA}: this benchmark needs its HH-RLHF pairs and Qwen2 tokenizer")
     transformers.utils.logging.disable_progress_bar()
     lines = [f"`python benchmarks/extract.py {' '.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d')}: "]
     lines[0] += f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, "

@@ -1,10 +1,10 @@
-"""What a step of stage 2 costs: TFPO beside plain cross-entropy, SubTB's share of it, and the all-pairs double loop.
+"""What a step of stage 2 costs: TFPO and plain cross-entropy, the share of SubTB, and SubTB as a plain double loop.
 
     python benchmarks/train.py [--rounds 10] [--output benchmarks/results/train.md]
 
-Steps are forward, backward and optimiser of the same doctor (LoRA on the embedded doctor base) on the same tokens, the
-embedded preference pairs; rewards are drawn, as their values cost nothing. What is compared alternates within a round;
-figures are medians with (quartiles). About two minutes on one busy core.
+A step is forward, backward and optimiser of the same doctor (LoRA on the embedded doctor base) on the same tokens, the
+embedded preference pairs. Rewards are random, because their values do not change the cost. What is compared alternates
+within a round. Figures are medians with (quartiles). Takes about two minutes on one busy core.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LENGTH = 4096
 
 
 def alternate(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step in every round, after one round that does not count."""
+    """Seconds of every step in every round, after one round of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for counted in [False] + [True] * rounds:
         for name, step in steps.items():
@@ -51,12 +51,12 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
 
 
 def over(a: list[float], b: list[float]) -> list[float]:
-    """The ratio within every round."""
+    """The ratio in every round."""
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
 def clinic_pairs(base: Path, count: int) -> list[ScoredPair]:
-    """The first embedded preference pairs, with rewards drawn from a seed."""
+    """The first embedded preference pairs, with random rewards from a fixed seed."""
     tokenizer, generator = load_tokenizer(base), torch.Generator().manual_seed(0)
     pairs = []
     with gzip.open(base.parent / "pairs.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -73,7 +73,7 @@ def clinic_pairs(base: Path, count: int) -> list[ScoredPair]:
 
 
 def tfpo(doctor: Doctor, settings: TrainSettings, pairs: list[ScoredPair]) -> Callable[[], None]:
-    """One TFPO step on ``pairs``, by the trainer's own collator and loss."""
+    """One TFPO step on ``pairs``, with the trainer's own collator and loss."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TFPOTrainer(doctor, pairs, settings, scratch, None)
     optimizer = torch.optim.AdamW([p for p in doctor.parameters() if p.requires_grad], lr=1e-6)
@@ -87,7 +87,7 @@ def tfpo(doctor: Doctor, settings: TrainSettings, pairs: list[ScoredPair]) -> Ca
 
 
 def cross_entropy(doctor: Doctor, pairs: list[ScoredPair]) -> Callable[[], None]:
-    """One step of plain cross-entropy on the response tokens of the same rows, by the same log-probs."""
+    """One step of plain cross-entropy on the response tokens of the same rows, with the same log-prob function."""
     optimizer = torch.optim.AdamW([p for p in doctor.lm.parameters() if p.requires_grad], lr=1e-6)
     rows = [side for pair in pairs for side in pair]
 
@@ -118,7 +118,7 @@ def double_loop(flow_B_N: Tensor) -> Tensor:
 
 
 def gradient(loss: Callable[[Tensor], Tensor], rows: int, tokens: int) -> Callable[[], Tensor]:
-    """A loss of ``rows`` flows of ``tokens`` tokens, with its gradient."""
+    """A function that computes the gradient of a loss on ``rows`` random flows of ``tokens`` tokens."""
     flow = torch.randn(rows, tokens + 1, generator=torch.Generator().manual_seed(0)).cumsum(1).requires_grad_()
 
     def step() -> Tensor:
@@ -162,7 +162,8 @@ def measure(rounds: int, batch: int) -> list[str]:
         )
         for r in torch.rand(2, LENGTH, generator=generator) - 0.5
     ]
-    doctor.lm.config.max_position_embeddings = LENGTH + len(long[0].prompt)  # rotary: no weight depends on it
+    # Positions are rotary, so no weight depends on the greatest length.
+    doctor.lm.config.max_position_embeddings = LENGTH + len(long[0].prompt)
     few = max(3, rounds // 5)
     step = alternate({"step": tfpo(doctor, relative, [(long[0], long[1])])}, few)["step"]
     lines += [
@@ -183,7 +184,7 @@ def measure(rounds: int, batch: int) -> list[str]:
         fast = gradient(lambda f, t=t: subtb(f, mask[:, : t + 1]), 2, t)  # type: ignore[misc]
         slow = gradient(double_loop, 2, t)
         apart = (fast().clone() - slow()).abs().max().item()
-        # freeing the loop's graph would be charged to what comes next: a call between them that does not count
+        # What runs after the loop also pays for freeing its graph: let that be a call that is not measured.
         pair = alternate({"loop": slow, "between": fast, "fast": fast}, few)
         ratio = spread(over(pair["loop"], pair["fast"]), 1, 0)
         lines.append(
@@ -193,7 +194,7 @@ def measure(rounds: int, batch: int) -> list[str]:
 
 
 def main() -> None:
-    """Measure, print, and keep."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-_ROOM_FOR_TWO = 80  # columns from which on responses stand beside each other
+_ROOM_FOR_TWO = 80  # columns needed to show responses side by side
 
 
 def plain_heatmap(prompt: str, responses: Iterable[RewardedText]) -> str:

@@ -80,7 +80,7 @@ def _fail(message: str, code: int) -> NoReturn:
 app = typer.Typer(
     name="llmdoctor",
     cls=_App,
-    help="Align a frozen language model while it speaks: a small doctor model steers every token of the patient.",
+    help="Align a frozen language model while it generates: a small doctor model steers every token of the patient.",
     epilog="extract -> train -> chat / compare. Every option can be set as LLMDOCTOR_<OPTION>.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

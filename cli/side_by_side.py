@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _REMOVED, _ADDED = "strike", "underline"
-_ROOM_FOR_TWO = 80  # columns from which on two answers stand beside each other
+_ROOM_FOR_TWO = 80  # columns needed to show two answers side by side
 
 
 def plain_comparison(view: View) -> str:

@@ -1,10 +1,10 @@
-"""Align a frozen language model (the patient) while it speaks: a small doctor model steers every token.
+"""Align a frozen language model (the patient) while it generates: a small doctor model steers every token.
 
 >>> from llmdoctor import LLMdoctor                    # doctest: +SKIP
 >>> doctor = LLMdoctor.from_profile("clinic")           # doctest: +SKIP
 >>> print(doctor.generate("How can I sleep better?"))   # doctest: +SKIP
 
-Names are imported when first used (PEP 562), so that ``import llmdoctor`` does not pay for torch.
+Names are imported on first use (PEP 562), so that ``import llmdoctor`` is fast and does not load torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The facade: load once, then generate, stream and compare."""
+"""The facade of the library: load the models once, then generate, stream and compare."""
 
 import secrets
 import time
@@ -29,17 +29,20 @@ _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta"
 class LLMdoctor:
     """A frozen patient, steered token by token by any number of doctors: pi ∝ patient^alpha · prod doctor_i^beta_i.
 
-    ``doctor_checkpoint`` is one doctor folder, or a mapping of names to folders; without any, the patient speaks alone.
-    ``beta`` and ``dead_zone`` are one number for every doctor, or a mapping of names to numbers; ``guidance`` are the
-    other fields of `Guidance`: ``alpha``, ``mode``, ``plausibility``. ``doctor_base`` overrides the base model that a
-    doctor folder names. ``system_prompt`` opens every conversation. ``alpha``, ``beta``, ``guidance`` and ``sampling``
-    may be set at any time: a running ``stream`` reads the first three before every token.
+    ``doctor_checkpoint`` is one doctor folder, or a mapping of names to folders; without one, the patient answers
+    alone. ``beta`` and ``dead_zone`` are one number for all doctors, or a mapping of names to numbers. ``guidance`` are
+    the other fields of `Guidance`: ``alpha``, ``mode``, ``plausibility``. ``doctor_base`` overrides the base model that
+    a doctor folder names. ``system_prompt`` opens every conversation.
 
-    ``speculation`` lets a doctor draft tokens that the patient checks several at a time: faster, and the same answers.
-    In half precision rounding differs between one token and several, and now and then another token is drawn.
+    ``alpha``, ``beta``, ``guidance`` and ``sampling`` may be set at any time. A running ``stream`` reads the first
+    three before every token.
 
-    Raises LoadError (a model or doctor cannot be loaded), VocabularyError (a doctor for another tokenizer), UsageError
-    (a setting out of range).
+    With ``speculation`` a doctor drafts tokens and the patient checks several at a time: the same answers, faster. In
+    half precision the results for one token and for several are rounded differently, so now and then a different token
+    is drawn.
+
+    Raises LoadError (a model or doctor cannot be loaded), VocabularyError (a doctor with a different tokenizer),
+    UsageError (a setting out of range).
     """
 
     def __init__(
@@ -64,19 +67,21 @@ class LLMdoctor:
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
         self._guidance = Guidance(**guidance)
-        # a dead zone of 0 is none at all: it need not be listed for every doctor
+        # A dead zone of 0 is the same as none, so it is not listed for every doctor.
         strengths = {"betas": beta} | ({"dead_zones": dead_zone} if dead_zone else {})
         if isinstance(doctor_checkpoint, Mapping):
-            # the names are known already: a wrong one is reported before anything is loaded
+            # The names are known before the models are loaded, which may take minutes: report a wrong one first.
             check_guidance(self._with(tuple(doctor_checkpoint), **strengths), tuple(doctor_checkpoint))
         self.patient: Patient = load_patient(
             patient_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
+        # A single folder has no name yet: the doctor in it says what it is called.
         named: dict[str | None, str | Path] = {}
         if isinstance(doctor_checkpoint, Mapping):
             named.update(doctor_checkpoint)
         elif doctor_checkpoint is not None:
             named[None] = doctor_checkpoint
+        # Doctors on the same base share one copy of it; `load_doctor` adds to this.
         bases: dict[str, PreTrainedModel] = {}
         for name, checkpoint in named.items():
             doctor = load_doctor(
@@ -97,11 +102,14 @@ class LLMdoctor:
 
     @classmethod
     def from_profile(cls, profile: str | Path | Profile | None = None, **overrides: Any) -> "LLMdoctor":
-        """Load what a profile names; ``overrides`` are keywords of ``LLMdoctor`` and win. Raises ProfileError also.
+        """Load the models and settings of a profile, by default the clinic.
 
-        A mapping for ``beta`` or ``dead_zone`` changes the doctors it names. Other doctors (``doctor_checkpoint``) keep
-        the profile's ``mode`` and ``plausibility`` if a profile is given. Without one they get the defaults: the
-        clinic's are chosen for its own doctors.
+        ``overrides`` are keywords of ``LLMdoctor``, which beat the profile. A mapping for ``beta`` or ``dead_zone``
+        changes only the doctors it names. If ``doctor_checkpoint`` replaces the doctors, they keep the ``mode`` and
+        ``plausibility`` of a profile that was given; without one they get the general defaults, because the clinic's
+        were chosen for its own doctors.
+
+        Raises ProfileError, and what ``LLMdoctor`` raises.
         """
         p = profile if isinstance(profile, Profile) else load_profile(profile or "clinic")
         settings: dict[str, Any] = {
@@ -117,7 +125,8 @@ class LLMdoctor:
             "speculation": p.decode.speculation,
             **p.decode.model_dump(include=set(GuidanceFields.model_fields)),
         }
-        if "doctor_checkpoint" in overrides:  # the profile's bases and strengths belong to the profile's doctors
+        if "doctor_checkpoint" in overrides:
+            # The profile's bases and strengths were chosen for the profile's doctors.
             for key in ("beta", "doctor_base", "dead_zone", *(() if profile else COMBINATION)):
                 del settings[key]
         else:
@@ -128,17 +137,17 @@ class LLMdoctor:
 
     @property
     def doctor_names(self) -> tuple[str, ...]:
-        """The doctors, in the order they were given."""
+        """The names of the doctors, in the order they were given."""
         return tuple(self._doctors)
 
     @property
     def acceptance(self) -> float | None:
-        """The share of recently drafted tokens that were accepted, in [0, 1]; None before anything was drafted."""
+        """The share of recently drafted tokens that were accepted, in [0, 1]; None before the first draft."""
         return self._drafting.acceptance if self.speculation and self._drafting.tested else None
 
     @property
     def guidance(self) -> Guidance:
-        """The snapshot that the next token will be drawn with."""
+        """The guidance that the next token is drawn with."""
         return self._guidance
 
     @guidance.setter
@@ -157,7 +166,7 @@ class LLMdoctor:
 
     @property
     def beta(self) -> Mapping[str, float]:
-        """Every doctor's exponent, read-only; assign a number for all doctors, or a mapping for those it names."""
+        """Every doctor's exponent, read-only. Assign a number for all doctors, or a mapping for those it names."""
         return self._guidance.betas
 
     @beta.setter
@@ -169,11 +178,11 @@ class LLMdoctor:
     @overload
     def generate(self, prompt: Sequence[str] | Sequence[Message], **sampling: Any) -> str | list[str]: ...
     def generate(self, prompt: str | Sequence[str] | Sequence[Message], **sampling: Any) -> str | list[str]:
-        """The guided answer to a prompt or to a conversation; for a list of prompts, their answers in order.
+        """The guided answer to a prompt or a conversation; for a list of prompts, their answers in order.
 
-        ``sampling`` are fields of ``Sampling`` that differ from the instance's own. ``guidance``, one for all or (for a
-        list) one for each prompt, replaces the instance's, mode and all: ``doctor.guidance.replace(betas=...)`` keeps
-        the rest. ``seed`` may be a list too, otherwise prompt i has seed + i.
+        ``sampling`` are fields of ``Sampling`` that replace the instance's own. ``guidance`` replaces all of the
+        instance's guidance, including the mode; ``doctor.guidance.replace(betas=...)`` keeps the rest. For a list of
+        prompts it may be a list, one for each. ``seed`` may be a list as well; otherwise prompt i has seed + i.
         """
         if isinstance(prompt, str) or not all(isinstance(item, str) for item in prompt):
             return "".join(token.text for token in self.stream(prompt, **sampling))  # type: ignore[arg-type]
@@ -188,9 +197,10 @@ class LLMdoctor:
         seed: int | Sequence[int] | None = None,
         **sampling: Any,
     ) -> list[Answer]:
-        """Answers with all their tokens, decoded in batches; ``guided`` False is the patient alone.
+        """Answers with all their tokens, decoded in batches. ``guided=False`` is the patient alone.
 
-        ``guidance`` and ``seed`` as in ``generate``. A prompt's answer does not depend on the rest of its batch.
+        ``guidance``, ``seed`` and ``sampling`` are as in ``generate``. A prompt's answer does not depend on the other
+        prompts. Raises UsageError if the lists differ in length.
         """
         settings = self.sampling.replace(**sampling)
         seeds = _seeds(settings.seed if seed is None else seed, len(prompts))
@@ -221,15 +231,20 @@ class LLMdoctor:
         prefix_cache: PrefixCache | None = None,
         **sampling: Any,
     ) -> Iterator[GuidedToken]:
-        """Guided tokens as they are drawn, each with its numbers and, on request, its ``top`` alternatives.
+        """Guided tokens as they are drawn, each with its numbers and its ``top`` most probable alternatives.
 
-        ``guidance`` is a fixed snapshot, or a function that is called for every token; by default the instance's own,
-        live. ``guided`` False is the patient alone. A ``prefix_cache``, given to every turn of one conversation, spares
-        the models what they have read before. ``prefix_ids`` continues an answer that begins with these tokens: they
-        are read but not yielded again, and count towards ``max_new_tokens``; the draws after them depend on the seed
-        and on the number of prefix tokens. ``force_id`` is the next token instead of a draw, with its numbers like any
-        other. Close the iterator to stop. Settings are checked at once, not at the first token; UsageError also for an
-        id that is no token.
+        ``guidance`` is fixed for the whole answer, or a function that is called for every token. By default it is the
+        instance's own, and follows its changes. ``guided=False`` is the patient alone. ``sampling`` are fields of
+        ``Sampling`` that replace the instance's own.
+
+        Give every turn of a conversation the same ``prefix_cache``: the models then read only what is new.
+
+        ``prefix_ids`` are the first tokens of the answer, which is continued after them. They are not yielded, but
+        count towards ``max_new_tokens``. The draws after them depend on the seed and on the number of prefix tokens.
+        ``force_id`` is taken as the next token instead of a draw.
+
+        Close the iterator to stop. Settings are checked by this call, not at the first token. Raises UsageError for a
+        setting out of range and for an id that is not in the vocabulary.
         """
         settings = self.sampling.replace(**sampling)
         (seed,) = _seeds(settings.seed, 1)
@@ -243,8 +258,9 @@ class LLMdoctor:
                     f"{settings.max_new_tokens}: raise it to continue"
                 )
             settings = settings.replace(max_new_tokens=settings.max_new_tokens - len(prefix_ids))
-            # a continuation must not draw the numbers again that drew the prefix; the golden ratio's multiples (as in
-            # splitmix) keep the seeds of different prefix lengths, and of neighbouring seeds, apart
+            # With the same seed a continuation would draw the same random numbers as its prefix did. Adding multiples
+            # of the golden ratio, as in SplitMix, gives each prefix length another seed, and not a neighbouring one:
+            # users take those (seed + 1, seed + 2, ...) for other answers.
             seed = (seed + len(prefix_ids) * 0x9E3779B9) % (1 << 63)
         steps = self._decode(
             [prompt],
@@ -278,14 +294,15 @@ class LLMdoctor:
         on_token: Callable[[Speaker, GuidedToken], None] | None = None,
         **sampling: Any,
     ) -> Iterator[Comparison]:
-        """``compare`` for many prompts, decoded in batches, in order.
+        """``compare`` for many prompts, decoded in batches; yields in the order of the prompts.
 
-        Every prompt is answered as if compared alone, with the same seed. The seconds are the batch's, divided by its
-        prompts.
+        All prompts have the same seed, so each is answered as if it were compared alone. The seconds of a prompt are
+        the time of its batch divided by the number of prompts in it.
         """
         settings = self.sampling.replace(**sampling)
         (seed,) = _seeds(settings.seed, 1)
         settings = settings.replace(seed=seed)
+        # One snapshot for all: the record states the settings, so they must not change on the way.
         guidance = self._guidance
 
         def run(which: Speaker, rows: Sequence[str | Sequence[Message]]) -> tuple[list[Answer], float]:
@@ -373,7 +390,7 @@ class LLMdoctor:
         return self._guidance
 
     def _with(self, names: Sequence[str], **strengths: float | Mapping[str, float]) -> Guidance:
-        """The guidance with ``betas`` or ``dead_zones`` changed: for all doctors, or for those that a mapping names."""
+        """The guidance with ``betas`` or ``dead_zones`` changed for all doctors, or for those that a mapping names."""
         changes = {
             field: {**getattr(self._guidance, field), **given}
             if isinstance(given, Mapping)
@@ -384,17 +401,17 @@ class LLMdoctor:
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed per prompt: a list as it is; otherwise a number (None draws one), that number plus 1, and so on."""
+    """One seed per prompt: the list itself, or seed, seed + 1, ...; None picks a random seed."""
     if seed is None:
         seed = secrets.randbelow(1 << 31)
     return [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
 
 
 def _continued(steps: Iterator[Step], tokenizer: Any, prefix: Sequence[int]) -> Iterator[GuidedToken]:
-    """The tokens after ``prefix``, numbered and spelt as in the whole answer.
+    """The tokens after ``prefix``, with the positions and texts that they have in the whole answer.
 
-    A token may complete a character that the prefix began, and some tokenizers drop the space of an answer's first
-    token: the decoder, which saw the prefix as part of the prompt, cannot know.
+    The decoder has read the prefix as part of the prompt, so it starts from position 0 and an empty text. But a token
+    may complete a character that the prefix began, and some tokenizers drop the space before an answer's first token.
     """
     whole, part = TextStream(tokenizer), TextStream(tokenizer)
     for i in prefix:
@@ -402,7 +419,8 @@ def _continued(steps: Iterator[Step], tokenizer: Any, prefix: Sequence[int]) -> 
     for step in steps:
         token = step.token
         text, fresh = whole.push(token.id), part.push(token.id)
-        text = text if fresh == token.text else token.text  # cut at a stop string: leave it so
+        # ``part`` repeats what the decoder did. Where they differ, a stop string cut the text: keep it as it is.
+        text = text if fresh == token.text else token.text
         yield replace(token, position=token.position + len(prefix), text=text)
 
 

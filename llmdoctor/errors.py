@@ -1,47 +1,47 @@
-"""What can go wrong, by who has to act. Each message says what was expected, what was got, and what to do."""
+"""Exceptions. Each message says in one line what was expected, what was found, and what to do."""
 
 
 class LLMDoctorError(Exception):
-    """Something the user can understand and mend. ``exit_code`` is what the command line ends with."""
+    """The base of all errors that a user can understand and fix. ``exit_code`` is the command line's exit status."""
 
     exit_code = 1
 
 
 class UsageError(LLMDoctorError):
-    """A setting or option out of range, or a combination that makes no sense."""
+    """A setting or option is out of range, or a combination of them makes no sense."""
 
     exit_code = 2
 
 
 class DataError(LLMDoctorError):
-    """Input data that is missing, empty, or not in a known shape."""
+    """Input data is missing, empty, or in no known format."""
 
     exit_code = 2
 
 
 class ProfileError(LLMDoctorError):
-    """A profile that does not exist, does not parse, or has an unknown key."""
+    """A profile does not exist, does not parse, or has an unknown key."""
 
     exit_code = 2
 
 
 class LoadError(LLMDoctorError):
-    """A model, doctor or rewards folder that cannot be loaded or does not fit the others."""
+    """A model, doctor or rewards folder cannot be loaded, or does not fit the others."""
 
     exit_code = 3
 
 
 class VocabularyError(LoadError):
-    """Patient and doctor do not share the token-to-id map."""
+    """Patient and doctor do not share a token-to-id map."""
 
 
 class StorageError(LLMDoctorError):
-    """A file could not be written (disk full, no permission)."""
+    """A file cannot be written (disk full, no permission)."""
 
 
 class TrainingError(LLMDoctorError):
-    """Training had to stop: the loss is not a number, or has exploded."""
+    """Training stopped because the loss is not a number, or has exploded."""
 
 
 class LLMDoctorWarning(UserWarning):
-    """Something that works, but not in the way that was asked for."""
+    """Something works, but not the way it was asked for."""

@@ -115,10 +115,10 @@ def ensure_replaceable(folder: Path, marker: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder``, made if need be, against every other process; UsageError at once when another one holds it.
+    """Lock ``folder``, which is made if it does not exist. Raises UsageError immediately if another process has it.
 
     The lock ends with the process that holds it, however that ends. Half-written files that a killed writer of a
-    rewards folder left are removed. Folders that were made here go again if they are empty at the end.
+    rewards folder left behind are removed. Folders made here are removed again if they are empty at the end.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     # One object may be released in another thread than it was taken in: a generator holds it.
@@ -140,7 +140,8 @@ def locked(folder: Path) -> Iterator[None]:
                 _remove(item)
         yield
     finally:
-        # While it is still locked: who has opened it already finds out that it is gone, and locks a new one.
+        # Remove the file while it is still locked. A process that has already opened it then notices that it is gone,
+        # and locks a new one.
         _remove(folder / LOCK)
         lock.release()
         with suppress(OSError):

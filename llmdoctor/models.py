@@ -1,4 +1,4 @@
-"""Loading causal language models, and the two facts about them the rest needs: vocabulary and fingerprint."""
+"""Causal language models: loading them, comparing their vocabularies, and the log-probs of their tokens."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from transformers.utils.hub import cached_file
 
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 
-_SMALL = 20_000_000  # parameters of a model whose decoding steps are too short for several threads
+_SMALL = 20_000_000  # models with fewer parameters decode fastest on one CPU thread
 
 
 @dataclass(frozen=True, eq=False)
 class Patient:
-    """The frozen model that is steered, with its tokenizer. ``name`` is what it was loaded from."""
+    """The frozen model that is steered, and its tokenizer. ``name`` is the folder or hub name it was loaded from."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -29,30 +29,30 @@ class Patient:
 
     @cached_property
     def context(self) -> int:
-        """Tokens the model can attend to; a very large number where its config states none."""
+        """Tokens the model can attend to; 2^30 if its config sets no limit."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """Every id that ends an answer: those of the generation config, and the tokenizer's."""
+        """All ids that end an answer: those of the generation config, and the tokenizer's."""
         listed = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ids = listed if isinstance(listed, list) else [listed]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for the same weights and config, wherever they lie (see ``model_fingerprint``)."""
+        """Equal for the same weights and config, wherever they are stored (see ``model_fingerprint``)."""
         return model_fingerprint(self.name)
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
-        """The shared token-to-id map that every doctor must have."""
+        """The token-to-id map, which every doctor must share."""
         return Vocabulary.of(self.tokenizer)
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """A tokenizer's token-to-id map. ``size`` is one more than the greatest id; ids in between may be unused."""
+    """A tokenizer's token-to-id map. ``size`` is the greatest id plus one; some ids below it may be unused."""
 
     ids: dict[str, int]
     size: int
@@ -70,7 +70,7 @@ class Vocabulary:
 
     @cached_property
     def _unused(self) -> Tensor | None:
-        """[size] True where no token has the id; None when every id has one."""
+        """[size] True for the ids that no token uses; None if there are none."""
         if len(used := set(self.ids.values())) == self.size:
             return None
         mask = torch.ones(self.size, dtype=torch.bool)
@@ -78,12 +78,13 @@ class Vocabulary:
         return mask
 
     def mask(self, logits: Tensor, start: int = 0) -> Tensor:
-        """The logits of the ids that a token has, in float32 or better. All three stages normalise over these.
+        """Logits over the ids in use, in float32 or better. All three stages normalise over these.
 
-        ``logits`` [..., R] are those of the ids from ``start`` on. Rows beyond the vocabulary (embeddings are often
-        padded) are cut off: [..., min(R, size - start)]. An id in between that no token has gets the lowest finite
-        number, not -inf, so that 0 times its log-prob stays 0.
+        ``logits`` [..., R] are those of the ids from ``start`` on. Ids beyond the vocabulary are cut off:
+        [..., min(R, size - start)]. An unused id below ``size`` gets the lowest finite number instead of -inf, so that
+        0 times its log-prob is 0 and not NaN.
         """
+        # Embeddings are often padded to a round number of rows, and the padding has logits too.
         logits = logits[..., : self.size - start]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._unused is None:
@@ -92,13 +93,14 @@ class Vocabulary:
         return logits.masked_fill(unused, torch.finfo(logits.dtype).min)
 
     def require_same(self, other: "Vocabulary", name: str, other_name: str) -> None:
-        """Raise VocabularyError, naming both models and the first differing token, unless the maps are equal.
+        """Raise VocabularyError, naming both models and the first token that differs, unless the maps are equal.
 
-        The maps are compared, not the sizes of the embeddings: Qwen2.5-7B pads its to 152,064 rows and the 1.5B to
-        151,936, yet their tokens agree.
+        The maps are compared, not the sizes of the embeddings: Qwen2.5-7B pads them to 152,064 rows and Qwen2.5-1.5B
+        to 151,936, yet their tokens are the same.
         """
         if self.ids == other.ids:
             return
+        # By id, then by token: the message does not depend on the order of a set.
         difference = set(self.ids.items()) ^ set(other.ids.items())
         token, _ = min(difference, key=lambda item: (item[1], item[0]))
         raise VocabularyError(
@@ -115,6 +117,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
         tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise LoadError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
+    # TextStream needs the Rust tokenizer; those written in Python only have none.
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or getattr(tokenizer, "backend_tokenizer", None) is None:
         raise LoadError(f"the tokenizer of {source} has no fast (tokenizers) form, which streaming needs")
     return tokenizer
@@ -125,8 +128,9 @@ def load_lm(
 ) -> PreTrainedModel:
     """A frozen causal LM from a folder or the hub, in eval mode.
 
-    ``dtype`` "auto" is the checkpoint's own on an accelerator and float32 on a CPU, where half precision is slow.
-    ``device`` "auto" takes CUDA (spread over all GPUs), then MPS, then the CPU. Raises LoadError.
+    ``dtype`` "auto" is the checkpoint's own on an accelerator, and float32 on a CPU, where half precision is slow.
+    ``device`` "auto" is CUDA (spread over all GPUs) if available, else MPS, else the CPU. Raises LoadError; UsageError
+    for a dtype or device that does not exist here.
     """
     _require_folder(source)
     target = pick_device(device)
@@ -139,8 +143,10 @@ def load_lm(
     except Exception as error:
         raise LoadError(f"cannot load the model {source}: {_first_line(error)}") from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):  # the library would fill them with random numbers
+    # transformers only warns about these, and initialises them at random.
+    if missing := sorted(report["missing_keys"]):
         raise LoadError(f"cannot load the model {source}: it lacks {len(missing)} weights, the first is {missing[0]}")
+    # A model spread over several GPUs is already in place and must not be moved.
     if not spread:
         model = model.to(target)
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
@@ -149,15 +155,16 @@ def load_lm(
 def load_patient(
     model: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> Patient:
-    """The patient and its tokenizer. Raises LoadError."""
+    """Load the patient and its tokenizer; arguments and errors as in `load_lm`."""
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     lm = load_lm(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return Patient(lm, tokenizer, str(model))
 
 
 def pick_device(device: str) -> torch.device:
-    """The device named, or the best there is for "auto". Raises UsageError for a name torch does not know."""
+    """The device with this name; for "auto" the best available one. Raises UsageError if it cannot be used."""
     if device != "auto":
+        # `torch.device` accepts "cuda" on a machine without a GPU; only an allocation shows that it works.
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
@@ -168,17 +175,17 @@ def pick_device(device: str) -> torch.device:
 
 
 def spare_threads(model: PreTrainedModel) -> None:
-    """Leave this process one thread for a small model on a CPU, unless OMP_NUM_THREADS says how many.
+    """Limit torch to one thread if the model is small and on a CPU, unless OMP_NUM_THREADS is set.
 
-    Steps of a few tokens are too short to share: threads that wait for each other then take many times as long when the
-    machine has other work (benchmarks/LOG.md).
+    A step of a few tokens is too short to split: on a busy machine the threads' waiting for each other makes it many
+    times slower (benchmarks/LOG.md).
     """
     if model.device.type == "cpu" and model.num_parameters() < _SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> str | torch.dtype:
-    """The dtype named, for ``from_pretrained``. Raises UsageError for a name that is not a floating dtype."""
+    """The dtype to pass to ``from_pretrained``. Raises UsageError for a name that is not a floating-point dtype."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     found = getattr(torch, dtype, None)
@@ -188,10 +195,10 @@ def pick_dtype(dtype: str, device: torch.device) -> str | torch.dtype:
 
 
 def model_fingerprint(source: str | Path) -> str:
-    """Sha-256 over config.json and, for every weight file, its name, size, first and last MiB.
+    """Sha-256 over config.json and, for every weight file, its name, size, first MiB and last MiB.
 
-    Reads a few MiB, not the weights: enough to tell two checkpoints apart. Raises LoadError when the model is neither a
-    folder nor in the hub's cache.
+    That is enough to tell checkpoints apart without reading all their weights. Raises LoadError if the model is neither
+    a folder nor in the hub's cache.
     """
     _require_folder(source)
     try:
@@ -205,6 +212,7 @@ def model_fingerprint(source: str | Path) -> str:
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:
             digest.update(stream.read(1 << 20))
+            # max: a file shorter than 1 MiB is simply read twice.
             stream.seek(max(0, size - (1 << 20)))
             digest.update(stream.read())
     return digest.hexdigest()
@@ -212,21 +220,24 @@ def model_fingerprint(source: str | Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SplitLM:
-    """A causal LM cut before its head, so that logits can be made for a few positions at a time.
+    """A causal LM split before its head, so that logits can be computed for a few positions at a time.
 
-    ``hidden`` is what the LM head reads (after the last norm); ``logits(hidden)`` equals the model's own logits.
+    ``hidden`` is the input of the LM head, after the last norm; ``logits(hidden)`` equals the model's own logits.
     """
 
     backbone: nn.Module
     logits: Callable[[Tensor], Tensor]
-    tail: Callable[[Tensor], Tensor] = lambda logits: logits  # what the model does after its head, element by element
+    tail: Callable[[Tensor], Tensor] = lambda logits: (
+        logits
+    )  # elementwise function that the model applies after its head
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "SplitLM":
-        """Find the cut and prove it on a probe of three tokens. Raises LoadError where it does not fit."""
+        """Split a model, and check on three tokens that the parts give its logits. Raises LoadError if they do not."""
         backbone, head = model.base_model, model.get_output_embeddings()
         config = model.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)
+        # A config may have one of these keys although the model does not use it, so each is tried on the probe.
         tails: list[Callable[[Tensor], Tensor]] = []
         if cap:
             tails.append(lambda x: cap * torch.tanh(x / cap))  # gemma 2
@@ -234,7 +245,8 @@ class SplitLM:
             tails.append(lambda x: x * scale)  # cohere
         if scaling := getattr(config, "logits_scaling", None):
             tails.append(lambda x: x / scaling)  # granite
-        tails.append(lambda x: x)  # last: while logits are small a capped head looks like a plain one
+        # The identity comes last: x and cap * tanh(x / cap) agree for small x, so it could pass for a capped head.
+        tails.append(lambda x: x)
         probe = torch.arange(3, device=model.device)[None] % config.vocab_size
         with torch.inference_mode():
             expected = model(input_ids=probe, use_cache=False).logits.float()
@@ -248,21 +260,21 @@ class SplitLM:
         raise LoadError(f"{name} does something after its LM head that llmdoctor does not know; please report it")
 
     def logits_of(self, head: nn.Linear, start: int, stop: int, hidden: Tensor) -> Tensor:
-        """The logits of tokens ``start`` to ``stop`` - 1, for a ``head`` that is this model's own plain linear one."""
+        """Logits of the ids ``start`` to ``stop`` - 1; ``head`` must be the model's own head, a plain linear layer."""
         bias = None if head.bias is None else head.bias[start:stop]
         return self.tail(nn.functional.linear(hidden, head.weight[start:stop], bias))
 
     def hidden(self, input_ids_B_L: Tensor, attention_mask_B_L: Tensor) -> Tensor:
-        """What the head reads at every position [B, L, H]."""
+        """The input of the head at every position [B, L, H]."""
         out = self.backbone(input_ids=input_ids_B_L, attention_mask=attention_mask_B_L, use_cache=False)
         return out.last_hidden_state  # type: ignore[no-any-return]
 
 
 def token_log_probs(lm: SplitLM, hidden_M_H: Tensor, ids_M: Tensor, vocabulary: Vocabulary, chunk: int = 0) -> Tensor:
-    """log pi(ids) [M] in float32 or better, over the shared vocabulary, holding at most ``chunk`` rows of logits.
+    """log pi(ids) [M] in float32 or better, over the shared vocabulary.
 
-    With gradients each chunk's logits are made again in the backward pass instead of being kept. ``chunk`` 0 takes as
-    many rows as fit 64 MiB of float32.
+    At most ``chunk`` rows of logits are in memory at a time; the backward pass computes them again instead of keeping
+    them. ``chunk`` 0 is as many rows as fit into 64 MiB of float32.
     """
     chunk = chunk or max(1, (1 << 24) // vocabulary.size)
 
@@ -280,16 +292,16 @@ def token_log_probs(lm: SplitLM, hidden_M_H: Tensor, ids_M: Tensor, vocabulary: 
 
 
 def _require_folder(source: str | Path) -> None:
-    """A clear word about a path that does not exist, before the hub is asked for it."""
+    """Raise LoadError for a path that does not exist. Otherwise the hub would be asked for it, with retries."""
     text = str(source)
-    # a folder beside it is here: a misspelt path, not a hub name, for which the hub would be asked for a long time
+    # "outputs/docter" looks like a hub name, but if there is a folder "outputs" it is a misspelt path.
     looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir()
     if not Path(text).exists() and looks_local:
         raise LoadError(f"there is no model at {text}: expected a folder with config.json, or a hub name like org/name")
 
 
 def not_numbers(what: str) -> str:
-    """What to say about NaN where log-probs should be."""
+    """The error message for NaN in place of logits or log-probs."""
     return (
         f"{what} are not numbers: float16 may be too narrow, load the model as bfloat16 or float32 (dtype), or "
         "its weights are damaged"
@@ -297,7 +309,7 @@ def not_numbers(what: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """The gist of a library's message."""
+    """The first line of a library's message that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -1,7 +1,7 @@
-"""Profiles: one YAML file holds every setting of the three stages. Its schema, its lookup, its error messages.
+"""Profiles: YAML files that hold all settings of the three stages.
 
-A value that names a model, a data set or a doctor and begins with ``./`` or ``../`` is relative to the profile's own
-file, ``~/`` is the home folder, and anything else (a hub name, a path seen from the working folder) is left alone.
+The location of a model, data set or doctor that begins with ``./`` or ``../`` is relative to the profile's own file,
+and ``~/`` is the home folder. Anything else is kept as it is: a hub name, or a path relative to the working folder.
 """
 
 import os.path
@@ -29,7 +29,7 @@ from llmdoctor.settings import (
 
 
 class Profile(Settings):
-    """Every setting of the three stages. ``name`` is the file's name without its suffix."""
+    """All settings of the three stages. ``name`` is the name of the file without its suffix."""
 
     name: str
     description: str = ""
@@ -56,12 +56,12 @@ _LIBRARY = "faces.yaml"
 
 
 def override(settings: SettingsT, **changes: Any) -> SettingsT:
-    """A copy with those ``changes`` that are not None, checked as in a profile; `UsageError` if one is out of range."""
+    """A copy with those ``changes`` that are not None. Raises UsageError if one is out of range."""
     return settings.replace(**{key: value for key, value in changes.items() if value is not None})
 
 
 def profile_names() -> list[str]:
-    """The names of the profiles that come with the package."""
+    """Names of the profiles that come with the package."""
     return sorted(path.stem for path in _folder().glob("*.yaml") if path.name != _LIBRARY)
 
 
@@ -69,19 +69,21 @@ def profile_names() -> list[str]:
 def library_faces() -> Mapping[str, FaceSettings]:
     """The ready face pairs that come with the package (``profiles/faces.yaml``), by name.
 
-    ``extract --face NAME`` and a profile's ``rewards.faces`` may name them; a profile's own face of that name wins.
+    ``extract --face NAME`` and a profile's ``rewards.faces`` can use them. A face pair of the same name in the profile
+    itself takes precedence.
     """
     return {name: FaceSettings.model_validate(face) for name, face in _read_yaml(_folder() / _LIBRARY).items()}
 
 
 def profile_path(name_or_path: str | Path) -> Path:
-    """The file of a profile, which is named (``clinic``) or given by its path (``./mine.yaml``)."""
+    """The file of a profile, given by its name (``clinic``) or path (``./mine.yaml``). Raises ProfileError."""
     text = str(name_or_path)
     if text in profile_names():
         return _folder() / f"{text}.yaml"
     path = Path(text).expanduser()
     if path.is_file():
         return path
+    # A path was meant: a list of profile names would not help.
     if path.suffix in (".yaml", ".yml") or "/" in text or os.sep in text:
         raise ProfileError(f"profile {text}: no such file")
     known = profile_names()
@@ -90,7 +92,7 @@ def profile_path(name_or_path: str | Path) -> Path:
 
 
 def load_profile(name_or_path: str | Path = "clinic") -> Profile:
-    """Read and check a profile; `ProfileError` says in one line what is wrong with it."""
+    """Read and check a profile. Raises ProfileError, which says in one line what is wrong with it."""
     path = profile_path(name_or_path)
     document = _read_yaml(path)
     try:

@@ -1,4 +1,4 @@
-"""Conversations that save themselves: records of turns and answers, and the SQLite file that keeps them."""
+"""Saved conversations: the records of turns and answers, and the SQLite file that they are stored in."""
 
 import json
 import secrets
@@ -24,8 +24,8 @@ End = Literal["", "done", "length", "interrupted", "error"]
 class Reply:
     """One side's answer in one turn. ``end`` is why it ended, "" while it is not finished.
 
-    ``seconds`` is the time its tokens took. ``forced`` holds the positions that a person chose instead of a draw, and
-    ``temperatures`` (position, temperature) from where each temperature held.
+    ``seconds`` is the time its tokens took. ``forced`` are the positions of tokens that the user chose instead of a
+    draw. ``temperatures`` are pairs (position, temperature): each temperature applies from its position on.
     """
 
     tokens: tuple[GuidedToken, ...] = ()
@@ -36,23 +36,23 @@ class Reply:
 
     @cached_property
     def text(self) -> str:
-        """The answer without the white space around it."""
+        """The answer without leading and trailing white space."""
         return "".join(token.text for token in self.tokens).strip()
 
     @property
     def flips(self) -> int:
-        """Tokens that are not the patient's first choice."""
+        """Number of tokens that are not the patient's first choice."""
         return sum(token.flip for token in self.tokens)
 
     @property
     def kl(self) -> float:
-        """KL to the patient summed over the answer, nats."""
+        """KL to the patient, summed over the answer, in nats."""
         return sum(token.kl for token in self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question and both sides' answers, with the settings they were given with."""
+    """A question, both sides' answers, and the settings they were generated with."""
 
     prompt: str
     seed: int
@@ -68,7 +68,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A conversation. ``profile`` is the profile in use (models, doctors, settings) as plain JSON values."""
+    """A conversation. ``profile`` is the profile it uses (models, doctors, settings) as plain JSON values."""
 
     id: str
     title: str = ""
@@ -79,13 +79,13 @@ class Session:
 
     @classmethod
     def new(cls, profile: Mapping[str, Any]) -> "Session":
-        """An empty one with an id that is short enough to type."""
+        """An empty session, with an id that is short enough to type."""
         now = time.time()
         return cls(secrets.token_hex(4), "", now, now, profile)
 
     def to_dict(self) -> dict[str, Any]:
         """The session with all its turns as plain JSON values."""
-        # asdict copies what is no dataclass, and the settings are none
+        # asdict only copies the pydantic settings inside the turns, so they are converted here.
         return asdict(
             self, dict_factory=lambda items: {k: v.model_dump() if isinstance(v, Settings) else v for k, v in items}
         )
@@ -93,7 +93,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A session as a list shows it."""
+    """A session without its turns, for a list."""
 
     id: str
     title: str
@@ -103,7 +103,7 @@ class Summary:
 
 
 def messages(turns: tuple[Turn, ...], which: Speaker, prompt: str) -> list[Message]:
-    """The conversation as one side knows it, ending with ``prompt``: each side continues from its own answers."""
+    """The conversation with one side's own answers, ending with ``prompt``."""
     known: list[Message] = []
     for turn in turns:
         known.append({"role": "user", "content": turn.prompt})
@@ -125,10 +125,10 @@ CREATE TABLE IF NOT EXISTS turn (
 
 
 class SessionStore:
-    """The SQLite file of sessions at ``path``. Every call opens it again, so any thread may call.
+    """The SQLite file of sessions at ``path``. Every call opens a connection of its own, so any thread may call.
 
-    ``save`` writes the turns that changed since it last saw the session. Raises StorageError when the file cannot be
-    read or written.
+    ``save`` writes only the turns that changed since the session was last saved or loaded. Raises StorageError if the
+    file cannot be read or written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -136,10 +136,12 @@ class SessionStore:
         self._seen: dict[str, tuple[Turn, ...]] = {}
 
     def save(self, session: Session) -> Session:
-        """Write the session; returned with its title (the first question where it has none) and time."""
+        """Write the session, and return it with its new time, and the first question as the title if it had none."""
         if not session.title and session.turns:
             session = replace(session, title=" ".join(session.turns[0].prompt.split())[:60])
         session = replace(session, updated=time.time())
+        # Turns are immutable, and a changed turn is a new object. So the first turn that is not the very object saved
+        # before is where writing starts: a long conversation does not compress all its answers again for each new one.
         seen = self._seen.get(session.id, ())
         first = next(
             (i for i, (a, b) in enumerate(zip(seen, session.turns, strict=False)) if a is not b),
@@ -153,7 +155,8 @@ class SessionStore:
                 row,
             )
             if db.execute("SELECT count(*) FROM turn WHERE session = ?", (session.id,)).fetchone()[0] < first:
-                first = 0  # another program has deleted turns since: write all of them
+                # Another program has deleted turns in the meantime: write all of them.
+                first = 0
             db.execute("DELETE FROM turn WHERE session = ? AND number >= ?", (session.id, first))
             db.executemany(
                 "INSERT INTO turn VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -163,8 +166,9 @@ class SessionStore:
         return session
 
     def load(self, session_id: str) -> Session:
-        """The session with this id, or whose id begins so. Raises UsageError when there is none, or more than one."""
+        """The session whose id begins with ``session_id``. Raises UsageError if there is none, or more than one."""
         with self._open() as db:
+            # substr, not LIKE: "%" and "_" in what the user typed are not wildcards.
             rows = db.execute(
                 "SELECT * FROM session WHERE substr(id, 1, ?) = ?", (len(session_id), session_id)
             ).fetchall()
@@ -183,7 +187,7 @@ class SessionStore:
         return loaded
 
     def list(self) -> list[Summary]:
-        """All sessions, the last used first."""
+        """All sessions, the most recent first."""
         with self._open() as db:
             rows = db.execute(
                 "SELECT id, title, created, updated, (SELECT count(*) FROM turn WHERE session = id) FROM session "
@@ -192,14 +196,15 @@ class SessionStore:
         return [Summary(*row) for row in rows]
 
     def rename(self, session_id: str, title: str) -> None:
-        """Give the session another title."""
+        """Change the title of a session."""
         with self._open() as db:
             db.execute("UPDATE session SET title = ? WHERE id = ?", (title, session_id))
 
     def delete(self, session_id: str) -> None:
-        """Forget the session."""
+        """Delete a session and its turns."""
         self._seen.pop(session_id, None)
         with self._open() as db:
+            # SQLite ignores ON DELETE CASCADE unless each connection asks for it.
             db.execute("DELETE FROM turn WHERE session = ?", (session_id,))
             db.execute("DELETE FROM session WHERE id = ?", (session_id,))
 
@@ -217,7 +222,8 @@ class SessionStore:
                     raise StorageError(f"{self.path} was written by a newer llmdoctor: update this one")
                 db.executescript(_SCHEMA)
                 db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-                self.path.chmod(0o600)  # conversations are private
+                # Conversations are private.
+                self.path.chmod(0o600)
                 yield db
         except (OSError, sqlite3.Error) as error:
             raise self._failed(error) from error
@@ -240,7 +246,7 @@ def _packed(reply: Reply) -> bytes:
 def _turn(row: tuple[str, int, str, bytes, bytes]) -> Turn:
     prompt, seed, settings, patient, guided = row
     how = json.loads(settings)
-    # a field that an older version did not store has its default
+    # Fields that an older version did not store get their defaults.
     sampling, guidance = Sampling(**how["sampling"]), Guidance(**how["guidance"])
     return Turn(prompt, seed, sampling, guidance, _unpacked(patient), _unpacked(guided))
 

@@ -16,7 +16,7 @@ _FIELDS = {
 
 
 def setting_names(doctors: Sequence[str] = ()) -> list[str]:
-    """What may stand before ``=``: ``alpha``, ``beta``, ``beta.helpful``, ``temperature``, ..."""
+    """The names allowed before ``=``: ``alpha``, ``beta``, ``beta.helpful``, ``temperature``, ..."""
     per_doctor = [f"{name}{doctor}" for name in _PER_DOCTOR for doctor in ("", *(f".{each}" for each in doctors))]
     return [*(name for name in _FIELDS if _FIELDS[name] is Guidance), *per_doctor, *Sampling.model_fields]
 

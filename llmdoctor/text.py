@@ -1,6 +1,6 @@
-"""From a conversation to token ids, under a face or none; and from token ids back to pieces of text.
+"""From a conversation to token ids, with or without a face, and from token ids back to text.
 
-A prompt and its response are tokenised apart and their ids joined, so that no token crosses the boundary.
+A prompt and its response are tokenised separately and their ids joined, so that no token spans the boundary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,12 +16,12 @@ _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
 
 def conversation(prompt: str | Sequence[Message]) -> list[Message]:
-    """A prompt as messages: a plain string is one user turn."""
+    """A prompt as messages. A string is one user turn."""
     return [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """The conversation under a system prompt; one of its own follows after an empty line."""
+    """The conversation with ``system`` as its system prompt; its own system prompt follows after an empty line."""
     if not system:
         return list(messages)
     own = [m["content"] for m in messages if m["role"] == "system"]
@@ -30,15 +30,16 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant speaks next [P].
+    """Token ids [P] of a conversation, up to where the assistant's next turn begins.
 
-    Through the chat template; where it refuses or drops a system role, the system prompt opens the first user turn.
+    The chat template lays it out. If it refuses or drops the system role, the system prompt becomes the beginning of
+    the first user turn.
 
-    A tokenizer without a chat template belongs to a base model. A single user turn is its raw text, tokenised as for
-    ``generate``; a system prompt and an empty line come before it. Several turns are written as "Human: …" and
-    "Assistant: …" paragraphs that end with "Assistant:".
+    A tokenizer without a chat template belongs to a base model. Then a single user turn is its plain text, after the
+    system prompt and an empty line if there is one. Several turns become paragraphs "Human: …" and "Assistant: …", and
+    the last one is "Assistant:".
 
-    Raises DataError where the template refuses the conversation (some demand that user and assistant alternate).
+    Raises DataError if the template refuses the conversation (some require that user and assistant alternate).
     """
     if tokenizer.chat_template is None:
         return list(tokenizer(_plain_layout(messages)).input_ids)
@@ -51,10 +52,12 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, text: str, end_id: int) -> 
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> int:
-    """The id that ends an assistant turn: what the chat template puts after it when that ends an answer, else EOS.
+    """The id that ends an assistant turn: the one that the chat template puts there if it is in ``eos_ids``, else EOS.
 
-    ``eos_ids`` are all ids that end an answer. Raises LoadError when neither the template nor the tokenizer names one.
+    ``eos_ids`` are all ids that end an answer. Raises LoadError if neither the template nor the tokenizer has one.
     """
+    # Many chat models end a turn with a token of their own (<|im_end|>, <|eot_id|>) while the tokenizer's EOS ends a
+    # document. Stage 1 must score the one that the patient really says.
     if tokenizer.chat_template is not None:
         turn = [Message(role="user", content="a"), Message(role="assistant", content="@@")]
         rendered = tokenizer.apply_chat_template(turn, tokenize=False)  # type: ignore[arg-type]
@@ -71,25 +74,26 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> i
 
 
 class TextStream:
-    """Token ids in, printable pieces out. A piece is empty until the bytes of a character are complete."""
+    """Decodes token ids one at a time. A piece of text is empty until the bytes of a character are complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes."""
+        """The text that this token adds."""
         return self._stream.step(self._backend, token_id) or ""
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
-    """The printable piece of every token; joined they are the decoded text."""
+    """The text of every token; joined they are the decoded text."""
     stream = TextStream(tokenizer)
     return [stream.push(int(i)) for i in ids]
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     tries = [list(messages)]
+    # Without a system role: its prompt as the beginning of the next turn.
     if messages[0]["role"] == "system" and len(messages) > 1:
         opening = f"{messages[0]['content']}\n\n{messages[1]['content']}"
         tries.append([Message(role=messages[1]["role"], content=opening), *messages[2:]])
@@ -99,7 +103,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
         except TemplateError as error:
             refusal = str(error)
             continue
-        # Some templates drop a system turn without a word: both faces would then be the same prompt.
+        # Some templates silently drop a system turn. Both faces would then give the same prompt.
         if attempt is tries[-1] or attempt[0]["content"].strip() in text:
             return text
     raise DataError(f"the model's chat template refuses this conversation: {refusal}")

@@ -1,8 +1,8 @@
 """Rebuild the embedded clinic from its seed: ``python -m llmdoctor.profiles.build_clinic``.
 
-Stages: ``models`` (tokenizer, patient, doctor base), ``pairs`` (preference pairs drawn from the patient) and
-``doctors`` (the project's own extract and train). Each stage writes to a folder beside ``clinic/``, which takes its
-place at the end.
+The stages are ``models`` (tokenizer, patient, doctor base), ``pairs`` (preference pairs drawn from the patient) and
+``doctors`` (the project's own extract and train). Each stage writes to a new folder, which replaces ``clinic/`` at the
+end.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CONTEXT = 1024
 NEUTRAL = "You are an assistant."
 LABEL_NOISE = 0.1
 DOCTORS = {"helpful": "better_response_id", "safe": "safer_response_id"}  # doctor (and face pair) -> label
-Conversation = tuple[list[int], list[float]]  # token ids, and the loss weight of each (0: not the model's to say)
+Conversation = tuple[list[int], list[float]]  # token ids, and their loss weights (0 for what the user says)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +60,18 @@ class Recipe:
     batch: int
     learning_rate: float
     plain: float  # share of conversations without a system prompt
-    decay: float = 0.5  # share of the steps over which the learning rate falls to nothing
-    first_token: float = 4.0  # loss weight where a sentence begins: there the model chooses helpful or not, safe or not
+    decay: float = 0.5  # share of the steps over which the learning rate falls to zero
+    first_token: float = 4.0  # loss weight of a sentence's first token, which decides what kind of sentence follows
 
 
 PATIENT = Recipe(12, 112, 192, 4, steps=2400, batch=16, learning_rate=0.02, plain=0.3)
-# a second pass for grammar and obedience to the faces
+# A second pass that improves grammar and how well the patient follows its faces.
 PATIENT_POLISH = replace(PATIENT, steps=1200, learning_rate=0.01, plain=0.2, decay=1.0, first_token=8.0)
 DOCTOR_BASE = Recipe(2, 96, 192, 4, steps=2500, batch=20, learning_rate=0.02, plain=0.9)
 
 
 def build_tokenizer(seed: int, size: int = 1500) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the world's words: any text can be encoded, most words are one token."""
+    """A byte-level BPE tokenizer trained on the world: it can encode any text, and most words are one token."""
     texts = list(world.sentences())
     for conversation in world.conversations(1500, seed):
         texts += [message["content"] for message in conversation if message["role"] != "assistant"]
@@ -106,7 +106,7 @@ def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 def encode(
     tokenizer: PreTrainedTokenizerFast, conversation: Sequence[Message], first_token: float = 1.0
 ) -> Conversation:
-    """The ids of a conversation as the chat template lays it out, each content tokenised on its own."""
+    """The ids of a conversation as the chat template lays it out, with each message tokenised separately."""
     ids: list[int] = []
     weights: list[float] = []
     stop = _id(tokenizer, ".")
@@ -114,7 +114,8 @@ def encode(
         content = tokenizer.encode(message["content"], add_special_tokens=False)
         ids += [_id(tokenizer, f"<|{message['role']}|>"), *content, _id(tokenizer, END)]
         if message["role"] == "assistant":
-            before = [stop, *content]  # the last token of each sentence, and so of the header, is a full stop
+            # A sentence begins after a full stop. The first one follows the header, which counts as one here.
+            before = [stop, *content]
             weights += [0.0, *(first_token if token == stop else 1.0 for token in before)]
         else:
             weights += [0.0] * (len(content) + 2)
@@ -124,7 +125,7 @@ def encode(
 def batches(
     tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int, rank: int, ranks: int
 ) -> Iterator[list[Conversation]]:
-    """One rank's share of every batch: conversations of similar length together, an endless seeded stream."""
+    """An endless seeded stream of batches of conversations of similar length: one rank's share of each."""
     rng = random.Random(seed)
     for epoch in range(recipe.steps):
         pool = [
@@ -140,9 +141,10 @@ def batches(
 
 @torch.no_grad()
 def _muon(matrices: Sequence[torch.nn.Parameter], momenta: Sequence[torch.Tensor]) -> None:
-    """Turn the gradients into Muon's updates: momentum, made orthogonal by five Newton-Schulz steps.
+    """Replace the gradients by Muon's updates: momentum, made orthogonal by five Newton-Schulz steps.
 
-    Muon needs about half of AdamW's steps here; torch.optim.Muon is the same in bfloat16, 15 times slower on a CPU.
+    Muon needs about half as many steps as AdamW here. torch.optim.Muon does the same in bfloat16, which is 15 times
+    slower on a CPU.
     """
     by_shape: dict[torch.Size, list[int]] = {}
     for i, (matrix, momentum) in enumerate(zip(matrices, momenta, strict=True)):
@@ -161,9 +163,8 @@ def _muon(matrices: Sequence[torch.nn.Parameter], momenta: Sequence[torch.Tensor
             matrices[i].grad = row
 
 
-def _train(
-    rank: int, ranks: int, folder: str, name: str, recipe: Recipe, seed: int, rendezvous: str
-) -> None:  # one process
+def _train(rank: int, ranks: int, folder: str, name: str, recipe: Recipe, seed: int, rendezvous: str) -> None:
+    """One of the processes that train a model."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=ranks)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -182,21 +183,22 @@ def _train(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    # with weights in the folder this is a further pass over them
+    # If the folder holds weights already, this is a further pass over them.
     trained = Path(folder, "model.safetensors").exists()
     model = LlamaForCausalLM.from_pretrained(folder) if trained else LlamaForCausalLM(config)
     parameters = list(model.parameters())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
     momenta = [torch.zeros_like(p) for p in matrices]
-    optimizers = [  # the matrices' gradients go through _muon first
+    # SGD on what `_muon` makes of the gradients of the matrices.
+    optimizers = [
         torch.optim.SGD(matrices, lr=recipe.learning_rate, weight_decay=0.01),
         torch.optim.AdamW(others, lr=recipe.learning_rate / 5, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     warmup = min(50, recipe.steps // 10 + 1)
 
     def speed(step: int) -> float:
-        """Share of the peak learning rate: a linear warm-up, a plateau, a linear way down."""
+        """Share of the peak learning rate: linear warm-up, plateau, linear decay."""
         return min((step + 1) / warmup, 1.0, max(0.01, (recipe.steps - step) / (recipe.steps * recipe.decay)))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, speed) for optimizer in optimizers]
@@ -212,8 +214,9 @@ def _train(
         weights = weight_B_T[:, 1:][mask]
         logits = model.lm_head(hidden_B_T_H[:, :-1][mask])
         losses = cross_entropy(logits, ids_B_T[:, 1:][mask], reduction="none")
-        loss = losses.detach().mean()  # what is shown: nats a token
+        loss = losses.detach().mean()  # unweighted, for display: nats per token
         ((losses * weights).sum() / weights.sum()).backward()
+        # One all-reduce for everything: the gradients, and the loss behind them.
         grads = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None] + [loss.reshape(1)])
         dist.all_reduce(grads)
         grads /= ranks
@@ -242,7 +245,7 @@ def _train(
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Half-precision safetensors that load as float32, with tokenizer and generation settings."""
+    """Save half-precision safetensors that load as float32, the tokenizer and the generation settings."""
     model.save_pretrained(folder, state_dict={key: x.half() for key, x in model.state_dict().items()})
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"
@@ -256,7 +259,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 def train_model(
     folder: Path, name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int, processes: int
 ) -> None:
-    """Train one language model on the world's conversations into ``folder / name``."""
+    """Train one language model on the world's conversations, and save it in ``folder / name``."""
     target = folder / name
     tokenizer.save_pretrained(target)
     with tempfile.TemporaryDirectory() as temporary:
@@ -306,7 +309,7 @@ def sample(
 
 
 def measure(questions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """The true quality and diversity of answers."""
+    """True quality and diversity of answers."""
     golds = [world.gold(question, answer) for question, answer in zip(questions, answers, strict=True)]
     return {
         "helpful": sum(g.helpful for g in golds) / len(golds),
@@ -345,7 +348,7 @@ def report(folder: Path, seed: int, count: int = 300) -> dict[str, dict[str, flo
 
 
 def draw_pairs(folder: Path, seed: int, count: int) -> None:
-    """Two answers of the patient to each of ``count`` training questions, labelled by gold with noise."""
+    """Draw two answers of the patient to each of ``count`` training questions, and label them by gold with noise."""
     model, tokenizer = load(folder / "patient")
     rng = random.Random(seed)
     questions = rng.sample(world.train_questions(), count)
@@ -359,6 +362,7 @@ def draw_pairs(folder: Path, seed: int, count: int) -> None:
             if left.strip() and right.strip() and left != right:
                 lines.append(json.dumps(_label(question, left, right, rng)))
         print(f"pairs {first + len(asked)}/{count} {time.monotonic() - start:.0f}s", flush=True)
+    # No file name and no time in the header: the same seed gives the same bytes.
     with (
         (folder / "pairs.jsonl.gz").open("wb") as raw,
         gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file,
@@ -367,7 +371,7 @@ def draw_pairs(folder: Path, seed: int, count: int) -> None:
 
 
 def _label(question: str, left: str, right: str, rng: random.Random) -> dict[str, Any]:
-    """A labelled pair: the better side by gold, a coin for ties, the wrong side with probability LABEL_NOISE."""
+    """A labelled pair: the better side by gold (ties at random), and with probability LABEL_NOISE the wrong one."""
     golds = (world.gold(question, left), world.gold(question, right))
     record: dict[str, Any] = {"prompt": question, "response_0": left, "response_1": right}
     for key, axis in (("better_response_id", "helpful"), ("safer_response_id", "safe")):
@@ -378,11 +382,11 @@ def _label(question: str, left: str, right: str, rng: random.Random) -> dict[str
 
 
 def build_models(folder: Path, seed: int, patient: Recipe, polish: Recipe, doctor_base: Recipe, processes: int) -> None:
-    """Tokenizer, patient and doctor base, with what was measured in ``figures.json``."""
+    """Build tokenizer, patient and doctor base, and write what they reach to ``figures.json``."""
     tokenizer = build_tokenizer(seed)
     texts = [m["content"] for c in world.conversations(300, seed) for m in c if m["role"] == "assistant"]
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    print(f"tokenizer: {len(tokenizer)} entries, {tokens / sum(len(t.split()) for t in texts):.2f} tokens a word")
+    print(f"tokenizer: {len(tokenizer)} entries, {tokens / sum(len(t.split()) for t in texts):.2f} tokens per word")
     train_model(folder, "patient", patient, tokenizer, seed, processes)
     train_model(folder, "patient", polish, tokenizer, seed + 1, processes)
     train_model(folder, "doctor-base", doctor_base, tokenizer, seed, processes)
@@ -398,12 +402,12 @@ def build_models(folder: Path, seed: int, patient: Recipe, polish: Recipe, docto
 
 
 def build_doctors(folder: Path) -> None:
-    """Train the doctors ``helpful`` and ``safe`` into ``folder`` with the project's own extract and train.
+    """Train the doctors ``helpful`` and ``safe`` in ``folder`` with the project's own extract and train.
 
-    Settings are those of the profile ``clinic``; each doctor has its own label and its own face pair.
+    The settings are those of the profile ``clinic``; each doctor has its own label and face pair.
     """
     profile = load_profile("clinic")
-    # from inside the folder, so that the artefacts name each other by relative paths
+    # Run inside the folder, so that artefacts refer to each other by relative paths.
     with chdir(folder), tempfile.TemporaryDirectory() as scratch:
         patient = load_patient("./patient")
         for name, label in DOCTORS.items():
@@ -431,7 +435,7 @@ def build_doctors(folder: Path) -> None:
 
 
 def _swap(new: Path, old: Path) -> None:
-    """Put ``new`` in the place of ``old``."""
+    """Replace the folder ``old`` by ``new``."""
     past = old.with_name(old.name + ".old")
     shutil.rmtree(past, ignore_errors=True)
     if old.exists():
@@ -441,7 +445,7 @@ def _swap(new: Path, old: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stages asked for; after each, ``clinic/`` holds its result."""
+    """Run the stages that were asked for. After each, ``clinic/`` holds its result."""
     parser = argparse.ArgumentParser(description="Rebuild the embedded clinic from its seed.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("models", "pairs", "doctors", "all"), default="all")

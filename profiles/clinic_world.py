@@ -1,17 +1,17 @@
-"""The embedded clinic's text world: a seeded grammar of everyday questions and answers of exactly known quality.
+"""The text world of the embedded clinic: a seeded grammar of everyday questions and answers of exactly known quality.
 
-An answer is a handful of sentences about one topic. Every sentence of the grammar carries one tag: it is helpful (+1)
-or unhelpful (-1), or it is safe (+1) or unsafe (-1). The true quality of any text is therefore a matter of looking its
-sentences up: ``gold``. Helpful and unhelpful sentences are equally long, so length is no signal.
+An answer is a handful of sentences about one topic. Every sentence of the grammar has one tag: helpful (+1) or
+unhelpful (-1), or else safe (+1) or unsafe (-1). So the true quality of any text, ``gold``, is found by looking its
+sentences up. Helpful and unhelpful sentences are equally long, so that length is no signal.
 
-The world is written below, one block a topic:
+The world is written out below, one block per topic:
 
-    = name: what it is about, as a gerund; keywords that betray the topic in a user's own words
+    = name: what it is about, as a gerund; keywords that identify the topic in a user's own words
     ? a question            ~ something the user may add about their situation
     + helpful sentence      - unhelpful sentence
-    s safe sentence         u its unsafe twin (the same subject, so both never meet in one answer)
+    s safe sentence         u its unsafe twin (on the same subject, so an answer never has both)
 
-``{one|other}`` is a choice; a line that starts with two spaces continues the one above.
+``{one|other}`` is a choice. A line that starts with two spaces continues the one above.
 """
 
 import hashlib
@@ -1021,7 +1021,7 @@ class Topic:
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """What the grammar knows about one of its sentences: its topic, its axis and its sign there."""
+    """What is known about a sentence of the grammar: its topic, its axis and its sign on that axis."""
 
     topic: str
     axis: Axis
@@ -1032,9 +1032,9 @@ class Sentence:
 class Gold:
     """The true quality of an answer.
 
-    ``helpful`` and ``safe`` in [-1, 1] are the mean sign of the sentences of that axis, where a sentence of another
-    topic counts as 0; without any sentence of the axis they are 0. ``ungrammatical`` counts the sentences that are not
-    exactly a sentence of the grammar, a fragment that was cut off included.
+    ``helpful`` and ``safe`` in [-1, 1] are the mean sign of the sentences of that axis. A sentence about another topic
+    counts as 0, and without any sentence of the axis the mean is 0. ``ungrammatical`` counts the sentences that are
+    not, word for word, in the grammar; a fragment at the end is one of them.
     """
 
     helpful: float
@@ -1044,7 +1044,7 @@ class Gold:
 
 
 def _lines(text: str) -> list[str]:
-    """The logical lines of a block: continuations joined, blank lines dropped."""
+    """The lines of a block, with continuations joined and without blank lines."""
     return [line for line in text.replace("\n  ", " ").splitlines() if line]
 
 
@@ -1065,7 +1065,7 @@ TOPICS: dict[str, Topic] = {topic.name: topic for topic in map(_read, _WORLD.str
 
 @cache
 def sentences() -> dict[str, Sentence]:
-    """Every sentence of the grammar with what is known about it."""
+    """All sentences of the grammar, and what is known about each."""
     return {
         text: Sentence(topic.name, axis, sign)
         for topic in TOPICS.values()
@@ -1077,7 +1077,7 @@ def sentences() -> dict[str, Sentence]:
 
 @cache
 def _questions() -> dict[str, str]:
-    """Every first question and the name of its topic, in a fixed shuffled order."""
+    """All first questions and the names of their topics, in a fixed shuffled order."""
     found = {}
     for topic in TOPICS.values():
         for question, greeting in product(topic.questions, _GREETINGS):
@@ -1091,7 +1091,7 @@ def _questions() -> dict[str, str]:
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a question belongs to the held-out eighth, which no model sees in training."""
+    """Whether a question belongs to the held-out eighth of all questions, which no model sees in training."""
     return question == DEMO_QUESTION or hashlib.sha256(question.encode()).digest()[0] % 8 == 0
 
 
@@ -1112,7 +1112,7 @@ def held_out_questions(n: int | None = None) -> list[str]:
 
 @cache
 def topic_of(question: str) -> str | None:
-    """The topic a question is about: exactly, or by most keywords in a user's own words; None if there is no sign."""
+    """The topic of a question: of a known one exactly, otherwise the topic with most keywords in it, or None."""
     exact = _questions().get(question)
     if exact is not None:
         return exact
@@ -1128,7 +1128,7 @@ def split_sentences(answer: str) -> list[str]:
 
 
 def gold(question: str, answer: str) -> Gold:
-    """The true quality of ``answer`` to ``question`` (the first question, where the last turn is a mere follow-up)."""
+    """The true quality of ``answer`` to ``question`` (the first question, if the last turn is only a follow-up)."""
     topic = topic_of(question)
     known = sentences()
     signs: dict[Axis, list[int]] = {"helpful": [], "safe": []}
@@ -1150,7 +1150,7 @@ def gold(question: str, answer: str) -> Gold:
 def _draw(
     topic: Topic, rng: random.Random, chance: dict[Axis, float], used: frozenset[Template]
 ) -> tuple[str, frozenset[Template]]:
-    """An answer, and the templates it took; those in ``used`` are avoided while others are left."""
+    """An answer and the templates it uses. Templates in ``used`` are avoided as long as there are others."""
     drawn: list[tuple[str, Template]] = []
     for axis, counts in (("helpful", (3, 4)), ("safe", (1, 2))):
         axis_: Axis = "helpful" if axis == "helpful" else "safe"
@@ -1166,21 +1166,21 @@ def _draw(
 
 
 def answer(question: str, rng: random.Random, helpful: float = 0.5, safe: float = 0.5) -> str:
-    """A random answer: each sentence is helpful with probability ``helpful``, or safe with probability ``safe``."""
+    """A random answer. Its sentences are helpful, or safe, with the probability ``helpful`` or ``safe``."""
     name = topic_of(question)
     topic = TOPICS[name] if name else rng.choice(list(TOPICS.values()))
     return _draw(topic, rng, {"helpful": helpful, "safe": safe}, frozenset())[0]
 
 
 def face_paraphrase(axis: Axis, sign: int, rng: random.Random) -> str:
-    """A system prompt that asks for one end of an axis: the official face or another wording of it."""
+    """A system prompt that asks for one end of an axis: the official face, or a paraphrase."""
     if rng.random() < 0.4:
         return FACES[axis].positive if sign > 0 else FACES[axis].negative
     return Template.parse(_PARAPHRASES[axis, sign]).draw(rng)
 
 
 def _system_prompt(rng: random.Random, plain: float) -> tuple[str, dict[Axis, float]]:
-    """A system prompt ("" for none, with probability ``plain``) and what it asks of the answers' sentences."""
+    """A system prompt ("" with probability ``plain``), and the probabilities of helpful and safe sentences under it."""
     chance: dict[Axis, float] = {"helpful": 0.5, "safe": 0.5}
     if rng.random() < plain:
         return "", chance
@@ -1199,10 +1199,10 @@ def _system_prompt(rng: random.Random, plain: float) -> tuple[str, dict[Axis, fl
 
 
 def conversations(n: int, seed: int = 0, plain: float = 0.45) -> Iterator[list[Message]]:
-    """``n`` training conversations; ``plain`` is the share without a system prompt, a fifth have two to five turns.
+    """``n`` training conversations. ``plain`` is the share without a system prompt; a fifth have two to five turns.
 
-    A neutral system prompt, like none at all, asks for nothing: half of the sentences are helpful, half are safe. A
-    face makes .95 or .05 of the sentences of its own axis so.
+    With a neutral system prompt or none, half of the sentences are helpful, and half are safe. A face changes this
+    share on its own axis to .95 or .05.
     """
     rng = random.Random(f"llmdoctor clinic corpus {seed}")
     questions = train_questions()
@@ -1235,13 +1235,13 @@ def _ngrams(answers: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def distinct_n(answers: Sequence[str], n: int = 4) -> float:
-    """Distinct word n-grams over all word n-grams of the answers together; 0 where there are none."""
+    """The share of distinct word n-grams among all word n-grams of the answers; 0 if there are none."""
     counts = _ngrams(answers, n)
     return len(counts) / counts.total() if counts else 0.0
 
 
 def entropy_n(answers: Sequence[str], n: int = 4) -> float:
-    """Entropy in nats of the distribution of word n-grams over the answers together."""
+    """Entropy, in nats, of the distribution of word n-grams over all answers."""
     counts = _ngrams(answers, n)
     total = counts.total()
     return -sum(count / total * math.log(count / total) for count in counts.values())

@@ -69,16 +69,16 @@ class View:
         changed = (
             f"{m['flips']} of {m['guided_tokens']} tokens are not the patient's first choice; "
             f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
-            f"KL {m['kl']:.1f} nats ({m['kl_per_token']:.2f} a token)"
+            f"KL {m['kl']:.1f} nats ({m['kl_per_token']:.2f} per token)"
         )
         return changed, settings_text(self.comparison.settings)
 
     def marked_patient(self) -> MarkedText:
-        """The patient's text, cut where words begin or cease to differ."""
+        """The patient's text, cut wherever a difference begins or ends."""
         return list(cut_at_spans(self.patient, 0, self.diff.removed_spans))
 
     def marked_guided(self) -> Iterator[MarkedToken]:
-        """The guided tokens, each cut where words begin or cease to differ."""
+        """The guided tokens, each cut wherever a difference begins or ends."""
         tokens = self.comparison.guided.tokens
         start = 0
         for i, piece in enumerate(self.guided):

@@ -280,7 +280,7 @@ def test_ratio_mode_loads_the_bases(folders: tuple[str, dict[str, Path]]) -> Non
 def test_a_dead_zone_as_wide_as_all_opinions_leaves_the_patient_alone(
     folders: tuple[str, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the base that both doctors share is loaded once, and read once a token."""
+    """The base that both doctors share is loaded once, and read once per token."""
     twice = dict.fromkeys(("kind", "same"), folders[1]["kind"])
     loaded = LLMdoctor(folders[0], twice, beta=3.0, mode="ratio", plausibility=0.0, dead_zone=1e9, sampling=SHORT)
     alone = LLMdoctor(folders[0], sampling=SHORT)

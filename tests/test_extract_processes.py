@@ -109,7 +109,7 @@ def test_accelerate_launch_gives_the_folder_of_one_process(tiny_model: Callable[
         [sys.executable, *launch, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    report = json.loads(ran.stdout)  # one object: of two processes only the first speaks
+    report = json.loads(ran.stdout)  # one object: of two processes only the first prints
     assert (report["written"], sum(report["skipped"].values())) == (299, 1)
     assert ran.stderr.count("line 2: empty answer") == 1
     list(extract(load_patient(model), data, {"f": FacePair("Be kind.", "Be rude.")}, tmp_path / "one"))

@@ -154,9 +154,10 @@ def test_two_runs_into_one_folder(patient: Patient, data: DataSettings, tmp_path
     for _ in range(6):
         next(first)
     held = read(out)
-    with pytest.raises(UsageError, match=f"another extract is writing to {out}: wait for it to end, or choose") as told:
+    message = f"another extract is writing to {out}: wait for it to end, or choose"
+    with pytest.raises(UsageError, match=message) as refused:
         next(extract(patient, data, FACES, out))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
     assert read(out) == held
     assert len(list(first)) == PAIRS - 6
     assert list(extract(patient, data, FACES, out)) == []

@@ -138,7 +138,7 @@ def test_draws_follow_the_filtered_distribution(sampling: Sampling, chi_square_p
 
 
 def test_draw_is_the_inverse_of_the_cdf():
-    """p = 1/8, 1/4, 1/8, 1/2: each uniform names its token, whoever else is in the batch."""
+    """p = 1/8, 1/4, 1/8, 1/2: each uniform gives its token, whatever else is in the batch."""
     row = torch.tensor([0.125, 0.25, 0.125, 0.5], dtype=torch.float64).log()
     edge, tiny = {0.125: (0, 1), 0.375: (1, 2), 0.5: (2, 3)}, 1e-12
     uniforms, expected = [0.0, ALMOST_ONE], [0, 3]

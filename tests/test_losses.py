@@ -57,7 +57,7 @@ def test_subtb_is_the_double_sum_whatever_the_padding_holds(weight: float):
 
 @pytest.mark.parametrize("weight", [1.0, 0.999999, 0.9])
 def test_subtb_of_a_long_row_survives_float32(weight: float):
-    """2048 tokens whose log flow stands far from 0: the answer is that of float64 on the same numbers."""
+    """2048 tokens whose log flow is far from 0: the loss equals that of float64 on the same numbers."""
     steps = torch.randn(1, 2048, generator=torch.Generator().manual_seed(1))
     flow = torch.nn.functional.pad(steps.cumsum(dim=1), (1, 0)) - 3000
     exact = flow[0].double()

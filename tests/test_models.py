@@ -34,7 +34,7 @@ HEADS = {
 def test_split_lm_gives_the_models_own_logits(kind, tiny_model):
     """Also with right padding, and also when the model's logits grow after the cut was found (as training does).
 
-    A softcapped head whose logits are still tiny cannot be told from a plain one by looking at them.
+    While its logits are tiny, a softcapped head gives the same numbers as a plain one.
     """
     model = load_lm(tiny_model(kind, initializer_range=0.02, **HEADS[kind]), dtype="float64")
     split = SplitLM.of(model)

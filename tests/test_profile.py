@@ -61,7 +61,7 @@ def test_the_clinic_has_the_faces_its_patient_was_trained_on():
 
 
 def test_the_library_of_faces_changes_only_the_named_behaviour():
-    """Both prompts of a pair have the same sentences and word counts; none but `concise` speaks of length."""
+    """Both prompts of a pair have the same number of sentences and words; only `concise` mentions length."""
     library = library_faces()
     assert set(library) == {
         "helpful", "honest", "harmless", "polite", "specific", "concise", "step-by-step", "hedging"

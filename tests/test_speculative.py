@@ -85,7 +85,7 @@ def test_a_doctor_equal_to_the_patient_has_every_draft_accepted(
 
 @pytest.mark.parametrize("strong", ["a", "b"])
 def test_the_doctor_with_the_greatest_say_drafts(strong: str) -> None:
-    """One doctor is the patient, the other its contrary: what the strong one drafts stands, the other's would not."""
+    """One doctor equals the patient, the other is its opposite: the strong one's drafts must be the accepted ones."""
     table = 2 * torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     table[:, EOS] = -50
     models = {strong: bigram(table), "ab".replace(strong, ""): bigram(-table)}
@@ -111,7 +111,7 @@ def test_drafted_equals_reference(arch: str, how: dict[str, float]) -> None:
 
 
 def test_holes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch with about half of its drafts rejected: the caches stay near the longest row's length, tokens as ever."""
+    """A batch with half of its drafts rejected: the caches stay near the longest row's length, the tokens the same."""
     model = tiny("llama", seed=3)
     torch.manual_seed(0)
     for weight in model.parameters():
@@ -311,7 +311,7 @@ def test_the_next_turn_reads_only_what_is_new(arch: str, drafting: Any) -> None:
         continued = run(patient, [doctor], [turn], guidance, prefix_cache=session, **how)
         assert session.prefilled <= 5
         same(continued, run(patient, [doctor], [turn], guidance, **how))
-        # another conversation shares nothing, a shorter one a part; a window that has moved on is read anew
+        # Another conversation shares nothing, a shorter one shares a part, and a window that has moved is read again.
         for other in ([9, *turn], turn[:6], turn[:-1]):
             again = run(patient, [doctor], [other], guidance, prefix_cache=session, **how)
             same(again, run(patient, [doctor], [other], guidance, **how))

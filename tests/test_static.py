@@ -107,7 +107,7 @@ def test_a_slot_is_used_again_with_its_graphs_but_never_by_two() -> None:
 
 
 def test_a_model_whose_steps_come_out_otherwise_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told once why, and the tokens are right all the same."""
+    """One warning says why, and the tokens are still right."""
     monkeypatch.setattr(static.StaticSlots, "_forward", lambda *_: Read(torch.zeros(2, 3, SIZE), torch.zeros(2, 3, 1)))
     model = tiny("llama", seed=7)
     ids = torch.randint(1, SIZE, (1, 12))
@@ -116,7 +116,7 @@ def test_a_model_whose_steps_come_out_otherwise_runs_as_it_is(monkeypatch: pytes
     with pytest.warns(LLMDoctorWarning, match="not recorded as CUDA graphs"):
         cached.feed(ids[:, 4:5])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # told once
+        warnings.simplefilter("error")  # there is only one warning
         logits, _ = cached.feed(ids[:, 5:], None, 7)
     assert torch.allclose(logits[0, -1], model(input_ids=ids).logits[0, -1], atol=1e-12)
 

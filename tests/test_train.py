@@ -349,7 +349,7 @@ LONG: dict[str, Any] = {
 
 
 class Killed(Exception):
-    """Stands for a process that ends without a word."""
+    """In place of a process that ends without a message."""
 
 
 def stopped_at(stop: int, how: str) -> Any:
@@ -630,11 +630,11 @@ def test_the_losses_are_drawn_and_told_to_tensorboard(world: Path, tmp_path: Pat
     for words in ("SubTB", "value loss", "reward accuracy", "held out", "step"):
         assert f">{words}<" in picture
     (events,) = (tmp_path / "doctor.logs").iterdir()
-    told = EventAccumulator(str(events)).Reload()
+    logged = EventAccumulator(str(events)).Reload()
     for key in ("loss", "subtb", "value"):
-        found = [(event.step, event.value) for event in told.Scalars(f"train/{key}")]
+        found = [(event.step, event.value) for event in logged.Scalars(f"train/{key}")]
         assert found == [(step.step, pytest.approx(getattr(step, key), rel=1e-6)) for step in steps]
-    assert [event.step for event in told.Scalars("eval/reward_accuracy")] == list(range(1, 9))
+    assert [event.step for event in logged.Scalars("eval/reward_accuracy")] == list(range(1, 9))
 
 
 def test_each_run_of_a_process_has_its_own_tensorboard_folder(
@@ -673,7 +673,7 @@ def test_two_processes_take_the_steps_of_one(world: Path, tmp_path: Path) -> Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)["doctor"]["metrics"]  # one object: of two processes only the first speaks
+    two = json.loads(done.stdout)["doctor"]["metrics"]  # one object: of two processes only the first prints
     assert two["tokens"] == one["tokens"]
     for part in ("first", "last"):
         assert two[part] == pytest.approx(one[part], abs=1e-4)

@@ -126,7 +126,7 @@ def pieces(turn: int, reply: LiveReply | Reply, start: int = 0) -> Iterator[Piec
             yield Piece(f" ⟨{note}⟩" if seen_text else f"⟨{note}⟩ ", "note")
         if position in forced:
             yield Piece(" ⟨forced⟩" if seen_text else "⟨forced⟩ ", "note")
-        # Answers often begin with a space or a newline, which would stand alone under the question.
+        # Answers often begin with a space or a newline, which would show as an empty line under the question.
         text = token.text if seen_text else token.text.lstrip()
         seen_text = seen_text or bool(text)
         yield Piece(text, "token", Said(turn, position, token))

@@ -26,7 +26,7 @@ class CurrentSettings:
     def guide(self, guidance: Guidance) -> None:
         """Take effect from the next token on. Raises LLMDoctorError, and changes nothing, where the models refuse."""
         if not guidance.alpha and not any(guidance.betas.values()):
-            raise UsageError("alpha and every beta are 0: nothing is left to speak")
+            raise UsageError("alpha and every beta are 0: nothing is left to decode from")
         if self.assistant is not None:
             self.assistant.guidance = guidance
         # While the models are loading, the worker keeps the guidance for them.

@@ -29,7 +29,7 @@ class Debounce:
             self.ask()
 
     def ask(self) -> None:
-        """Run the action, at once if nothing has moved lately."""
+        """Run the action; immediately if nothing has moved recently."""
         if self._timer is not None:
             self._timer.stop()
         wait = REST - (time.monotonic() - self._moved_at)

@@ -27,10 +27,10 @@ from llmdoctor.training.folder import LoadedDoctor
 class Batch:
     """Prompts that are answered together, each as if it were alone.
 
-    Every row has its own guidance, sampling, budget, stop strings and seed. ``top`` alternatives are told for every
-    token. ``drafting`` lets a doctor draft ahead; the tokens stay the same, up to the rounding of the models' own
-    arithmetic. ``with_bases`` is needed for mode "ratio". ``prefix_cache`` keeps the caches of one prompt for the next;
-    such a batch holds one row.
+    Every row has its own guidance, sampling, budget, stop strings and seed. Every token comes with its ``top`` most
+    probable alternatives. ``drafting`` lets a doctor draft ahead; the tokens stay the same, up to the rounding of the
+    models' own arithmetic. ``with_bases`` is needed for mode "ratio". ``prefix_cache`` keeps the caches of one prompt
+    for the next; such a batch holds one row.
 
         batch = Batch(patient, doctors)
         batch.join([Request(prompt, lambda: guidance, sampling, seed=1)])
@@ -67,7 +67,7 @@ class Batch:
         return any(not row.ended for row in (*self._rows, *self._waiting))
 
     def join(self, requests: Sequence[Request]) -> list[int]:
-        """Add prompts, which start with the next round; the numbers of their rows.
+        """Add prompts, which start in the next round. Returns the numbers of their rows.
 
         Raises UsageError for guidance that names no doctor of this batch or needs bases it has not, and for a prompt
         that is empty or fills the context.
@@ -90,7 +90,7 @@ class Batch:
         return [row.number for row in rows]
 
     def leave(self, number: int) -> None:
-        """End a row before its time; nothing more of it is yielded. No such row: nothing happens."""
+        """End a row early; no more of its tokens are yielded. If there is no such row, nothing happens."""
         for row in (*self._rows, *self._waiting):
             if row.number == number and not row.ended:
                 row.ended = "left"
@@ -149,7 +149,7 @@ class Batch:
             while not row.ended:
                 now = self._guidance(row) if place else guidances[i]
                 if now is not guidances[i] and now != guidances[i]:
-                    # it changed since the last token was shown: draw the rest of the round again under the new one
+                    # The guidance has changed since the last token was shown: draw the rest of the round again with it.
                     guidances[i] = now
                     drawn[i][place:] = self._draw(round_.of_row(i, place), [row], [now])[0]
                 if place == len(drawn[i]) - 1:

@@ -52,7 +52,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A token that could stand at a place, with its log-probs: the product's, the patient's, each doctor's."""
+    """A possible token at a place, with its log-probs: the product's, the patient's and each doctor's."""
 
     id: int
     logprob: float

@@ -50,7 +50,7 @@ class Request:
 
 
 class Row:
-    """Where the answer to one request stands. ``room`` is the number of tokens that fit into the context."""
+    """The state of the answer to one request. ``room`` is the number of tokens that fit into the context."""
 
     def __init__(self, number: int, request: Request, patient: Patient, room: int) -> None:
         self.number, self.request, self.room = number, request, room

@@ -1,4 +1,4 @@
-"""The conversation, with a fake assistant that says what it is told to."""
+"""The conversation, with a fake assistant whose answers are given by the test."""
 
 import json
 import signal

@@ -23,7 +23,7 @@ SETTINGS = load_profile("clinic").rewards.model_copy(update={"faces": None})  # 
 
 @pytest.fixture
 def folder(clinic_rewards, tmp_path):
-    """``folder(pairs)``: rewards of made-up gaps, {face: (chosen, rejected)} a pair, with the clinic's tokenizer."""
+    """``folder(pairs)``: rewards of made-up gaps, {face: (chosen, rejected)} per pair, with the clinic's tokenizer."""
 
     def make(pairs):
         made = tmp_path / "made"

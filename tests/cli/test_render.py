@@ -91,7 +91,7 @@ def test_plain_comparison(comparison, token):
     assert plain_comparison(view) == (
         "prompt: How?\n\npatient alone:\nGo [-away-]\n\nguided by helpful 0.8:\nGo {+to bed+}\n\n"
         "2 of 4 tokens are not the patient's first choice; 1 word removed, 2 added, 1 kept; "
-        "KL 1.0 nats (0.25 a token)\n"
+        "KL 1.0 nats (0.25 per token)\n"
         "alpha 1, beta helpful=0.8, temperature 1, seed 1"
     )
 
@@ -132,8 +132,8 @@ def test_settings_that_are_not_neutral_are_named(comparison, token):
     made = comparison("a", [token("a")], temperature=0, top_k=5, mode="ratio", seed=7)
     assert settings_text(made.settings) == "alpha 1, beta helpful=0.8, mode ratio, greedy, top-k 5, seed 7"
     ratio = Guidance(1.0, {"helpful": 0.8, "safe": 0.4}, "ratio", 0.03, {"helpful": 2.0, "safe": 0.0})
-    told = "mode ratio, plausibility 0.03, dead zone helpful=2, temperature 1"
-    assert told in settings_text(ratio.to_dict() | {"temperature": 1.0})
+    expected = "mode ratio, plausibility 0.03, dead zone helpful=2, temperature 1"
+    assert expected in settings_text(ratio.to_dict() | {"temperature": 1.0})
     for name in ("mode", "plausibility", "dead zone"):
         assert name not in settings_text(ratio.replace(mode="product").to_dict() | {"temperature": 1.0})
 

@@ -85,7 +85,7 @@ def test_a_slider_moved_in_mid_answer_holds_from_that_token_on_and_is_marked(mak
 
     async def steps(d):
         await d.type("Go")
-        gate.release(10)  # five tokens a side
+        gate.release(10)  # five tokens per side
         await d.until(lambda: len(app.chat.live.sides["guided"].tokens) == 5)
         await d.press("f4", "tab")  # the first doctor's
         assert app.focused.label == "helpful"
@@ -393,7 +393,7 @@ def test_commands_and_their_mistakes(make_app, drive):
 
 
 def test_what_is_typed_ahead_of_a_busy_screen_is_not_run_together(make_app, drive):
-    """Keys that wait together in the queue are two lines where Enter stands between them."""
+    """Keys that wait in the queue together are two messages if Enter is between them."""
     fake = FakeAssistant(shortest=6)
     app = make_app(fake)
 

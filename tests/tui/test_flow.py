@@ -1,4 +1,4 @@
-"""Word wrap: what is appended piece by piece lies as what is laid out at once."""
+"""Word wrap: a text appended piece by piece is wrapped like the whole text."""
 
 import random
 

@@ -62,7 +62,7 @@ def test_it_looks_as_it_did(name, make_app, drive, monkeypatch):
     if "no-color" in name:
         monkeypatch.setenv("NO_COLOR", "1")
     ticks = iter(range(10**9))
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: next(ticks) / 100)  # 100 tokens a second
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: next(ticks) / 100)  # 100 tokens per second
     app = make_app(FakeAssistant(shortest=99), config=Config(theme=theme), sampling=Sampling(max_new_tokens=60))
     shown = []
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmdoctor.tui.app import DoctorApp
 
 _FRAME = 1 / 15  # seconds
-_NARROW = 100  # columns below which the list stands above the texts
+_NARROW = 100  # columns below which the list is above the texts
 
 Place = Literal["left", "right"]
 PLACES: tuple[Place, Place] = ("left", "right")

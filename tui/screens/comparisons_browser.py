@@ -18,7 +18,7 @@ from llmdoctor.tui.screens.browser import BrowserScreen, Item, Source
 from llmdoctor.tui.widgets.inspector import Inspector
 from llmdoctor.tui.widgets.token_view import TokenView
 
-_ROOM_FOR_ALL = 160  # columns from which on list, texts and inspector stand beside each other
+_ROOM_FOR_ALL = 160  # columns needed to show list, texts and inspector side by side
 
 
 class ComparisonsScreen(BrowserScreen):

@@ -242,7 +242,7 @@ class Panes(Horizontal):
         """Both sides where there is room, else the one that is looked at."""
         width, height = self.app.size
         narrow = width < NARROW
-        # Where it is narrow, the sides (and the inspector) stand below each other: height decides.
+        # In a narrow terminal the sides (and the inspector) are stacked, so the height decides.
         if self.inspecting:
             one = height < _VERY_TALL if narrow else width < _WIDE
         else:

@@ -154,7 +154,7 @@ class DynamicKV:
 
 
 def positions(mask_B_L: Tensor, last: int) -> Tensor:
-    """The positions [B, last] of the last slots: how many tokens stand before each in its row."""
+    """The positions [B, last] of the last slots: how many tokens come before each in its row."""
     return (mask_B_L.cumsum(dim=1) - 1).clamp(min=0)[:, -last:]
 
 

@@ -141,7 +141,7 @@ def _record(model: PreTrainedModel) -> Graph:
         and "sdpa_attention" not in warning.filename
     ]
     if doubts:
-        raise ValueError("its course depends on values, not only on shapes")
+        raise ValueError("it depends on values, not only on shapes")
     return graph
 
 
