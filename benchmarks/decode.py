@@ -147,9 +147,9 @@ class Counting(speculative.AdaptiveLength):
         self.total_accepted = self.total_tested = self.rounds = 0
         self.lengths: Counter[int] = Counter()
 
-    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
-        super().record(rows, filled, length, accepted, tested, seconds)
+        super().record(rows, slots, length, accepted, tested, seconds)
         self.total_accepted += accepted
         self.total_tested += tested
         self.rounds += rows
@@ -163,7 +163,7 @@ class Fixed(Counting):
         super().__init__()
         self.length = length
 
-    def choose(self, rows: int, filled: int) -> int:
+    def choose(self, rows: int) -> int:
         """See ``Drafting``."""
         return self.length
 

@@ -404,7 +404,10 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed per prompt: the list itself, or seed, seed + 1, ...; None picks a random seed."""
     if seed is None:
         seed = secrets.randbelow(1 << 31)
-    return [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    for each in seeds:
+        Sampling(seed=each)  # checked as anywhere else
+    return seeds
 
 
 def _continued(steps: Iterator[Step], tokenizer: Any, prefix: Sequence[int]) -> Iterator[GuidedToken]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +56,7 @@ class Vocabulary:
 
     ids: dict[str, int]
     size: int
+    _unused_on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
@@ -80,8 +81,8 @@ class Vocabulary:
     def mask(self, logits: Tensor, start: int = 0) -> Tensor:
         """Logits over the ids in use, in float32 or better. All three stages normalise over these.
 
-        ``logits`` [..., R] are those of the ids from ``start`` on. Ids beyond the vocabulary are cut off:
-        [..., min(R, size - start)]. An unused id below ``size`` gets the lowest finite number instead of -inf, so that
+        ``logits`` [..., V] are those of the ids from ``start`` on. Ids beyond the vocabulary are cut off:
+        [..., min(V, size - start)]. An unused id below ``size`` gets the lowest finite number instead of -inf, so that
         0 times its log-prob is 0 and not NaN.
         """
         # Embeddings are often padded to a round number of rows, and the padding has logits too.
@@ -89,7 +90,9 @@ class Vocabulary:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._unused is None:
             return logits
-        unused = self._unused[start : start + logits.shape[-1]].to(logits.device)
+        if logits.device not in self._unused_on:  # copied once per device: this runs for every token
+            self._unused_on[logits.device] = self._unused.to(logits.device)
+        unused = self._unused_on[logits.device][start : start + logits.shape[-1]]
         return logits.masked_fill(unused, torch.finfo(logits.dtype).min)
 
     def require_same(self, other: "Vocabulary", name: str, other_name: str) -> None:

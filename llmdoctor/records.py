@@ -70,7 +70,7 @@ class SkippedRecord:
 class TokenScores:
     """Stage 1's result for one response: what the patient thinks of each token under every face.
 
-    ``prompt_ids`` [P] is the prompt without any face; ``response_ids`` [T] ends with the end-of-turn token.
+    ``prompt_ids`` [L] is the prompt without any face; ``response_ids`` [T] ends with the end-of-turn token.
     ``positive[name]`` and ``negative[name]`` [T] are log pi(y_t | face, x, y_<t). ``alternative_ids`` [T] is, for each
     position, the token other than y_t that the positive faces like best (mean log-prob over the face pairs), with its
     own log-probs: stage 2 may compare the value of y_t with that of this token after the same prefix.

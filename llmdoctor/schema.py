@@ -20,6 +20,10 @@ class Settings(BaseModel):
         """A copy with these changes, checked again. Raises UsageError for a key or value that is not allowed."""
         return checked(type(self), {**dict(self), **changes})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings are snapshots. Raises UsageError."""
+        raise UsageError(f"settings cannot be changed: expected a copy, settings.replace({name}=...)")
+
     __replace__ = replace  # what copy.replace calls (Python 3.13); pydantic's own checks nothing
 
 

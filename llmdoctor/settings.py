@@ -51,7 +51,8 @@ Direction = Literal["label", "gap", "agree", "fitted"]
 Mode = Literal["product", "ratio"]
 Dtype = Annotated[str, Field(description="auto, float32, bfloat16 or float16")]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps, ...")]
-Beta = Annotated[float, Field(ge=0, description="Weight of a doctor: its exponent in the product")]
+# beyond 1e4 everything is greedy, and near 1e38 float32 overflows
+Beta = Annotated[float, Field(ge=0, le=1e4, description="Weight of a doctor: its exponent in the product")]
 DeadZone = Annotated[
     float, Field(ge=0, description='Nats between a doctor and its base up to which it has no say; mode "ratio" only')
 ]
@@ -185,7 +186,7 @@ class DoctorSettings(Settings):
 class GuidanceFields(Settings):
     """How strongly each model speaks, except for what each doctor has of its own."""
 
-    alpha: float = Field(default=1.0, ge=0, description="Weight of the patient: its exponent in the product")
+    alpha: float = Field(default=1.0, ge=0, le=1e4, description="Weight of the patient: its exponent in the product")
     mode: Mode = Field(default="product", description="Multiply by the doctors, or by doctor over base")
     plausibility: float = Field(
         default=0.1,
@@ -207,7 +208,9 @@ class SamplingFields(Settings):
     top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the likeliest tokens that make up p")
     min_p: float = Field(default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest")
     max_new_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens")
-    stop: tuple[str, ...] = Field(default=(), description="Strings that end the answer and are cut from it")
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
+        default=(), description="Strings that end the answer and are cut from it"
+    )
 
 
 class _Snapshot(Settings):

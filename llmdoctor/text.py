@@ -30,7 +30,7 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids [P] of a conversation, up to where the assistant's next turn begins.
+    """Token ids [L] of a conversation, up to where the assistant's next turn begins.
 
     The chat template lays it out. If it refuses or drops the system role, the system prompt becomes the beginning of
     the first user turn.

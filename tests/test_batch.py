@@ -1,19 +1,23 @@
 """Rows that join and leave a running batch get the very tokens that they would have got alone."""
 
+import time
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmdoctor.decoding import caches
 from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.caches import static
-from llmdoctor.decoding.caches.dynamic import join_layers
+from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.drafting import FixedLength
+from llmdoctor.decoding.ensemble import Ensemble
+from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.rows import Request, Step
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.settings import Guidance, Sampling
-from tests.test_decode import SIZE, bigram, chain, doctor_of, ids_of, patient_of, text_of, tiny
+from tests.test_decode import EOS, SIZE, TINY, bigram, chain, doctor_of, ids_of, patient_of, text_of, tiny
 from tests.test_speculative import Erratic, recurrent, same
 
 SETTINGS = [
@@ -211,9 +215,172 @@ def test_what_may_not_join() -> None:
     assert len(steps) == 5
 
 
-def test_a_cache_whose_rows_cannot_be_moved_says_so() -> None:
-    class Odd:
-        """A layer of a kind that nobody knows."""
+def answered(batch: Batch) -> dict[int, list[Step]]:
+    """All steps until the batch is empty, by row."""
+    steps: dict[int, list[Step]] = {}
+    while batch:
+        for step in batch.round():
+            steps.setdefault(step.row, []).append(step)
+    return steps
 
-    with pytest.raises(LoadError, match="cannot join others in a Odd"):
-        join_layers([Odd()], [Odd()], 3)
+
+def test_a_prompt_whose_cache_cannot_join_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error comes at the end of its first round, before any of its tokens."""
+    patient, doctors = patient_of(tiny("llama", seed=3)), {"a": doctor_of(tiny("llama", seed=4), "a")}
+    request = Request(requests()[0].prompt, lambda: Guidance(1.0, {"a": 0.5}), Sampling(max_new_tokens=20))
+    monkeypatch.setattr(DynamicKV, "can_join", property(lambda _: False))
+    batch = Batch(patient, doctors, top=2)
+    batch.join([request])
+    steps = list(batch.round())
+    batch.join([Request([5, 6])])
+    shown = batch.round()
+    steps += [next(shown)]  # of the prompt that is there
+    with pytest.raises(LoadError, match="cannot join others in the KV cache of LlamaForCausalLM"):
+        next(shown)
+    steps += answered(batch)[0]
+    same([steps], [alone(patient, doctors, request)])
+
+
+@pytest.mark.parametrize("drafting", [None, FixedLength(4)], ids=["plain", "drafted"])
+@pytest.mark.parametrize("calls", [2, 3, 5])
+def test_a_row_whose_guidance_fails_leaves_and_the_others_go_on(drafting: Any, calls: int) -> None:
+    """In its first round, in a later one, within a draft: the error is raised at the end of that round."""
+    table = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    table[:, EOS] = -50
+    model = bigram(table)  # its own doctor: all drafts are accepted
+    patient, doctors = patient_of(model), {"a": doctor_of(model, "a"), "b": doctor_of(tiny("llama", seed=5), "b")}
+    good, asked = requests()[0], 0
+
+    def failing() -> Guidance:
+        nonlocal asked
+        asked += 1
+        return Guidance(1.0, {"nurse" if asked >= calls else "a": 1.0})
+
+    batch = Batch(patient, doctors, top=2, drafting=drafting)
+    batch.join([Request([3, 4, 5], failing, Sampling(max_new_tokens=20)), good])
+    steps: dict[int, list[Step]] = {0: [], 1: []}
+    failed = 0
+    while batch:
+        try:
+            for step in batch.round():
+                steps[step.row].append(step)
+        except UsageError as error:
+            failed += "nurse" in str(error)
+    assert failed == 1
+    assert len(steps[0]) == calls - 2  # it is asked once when it joins, and then before every token
+    same([steps[1]], [numbered(alone(patient, doctors, good), 1)])
+
+
+def test_a_row_may_leave_within_its_first_round_and_a_batch_gives_its_caches_back() -> None:
+    patient = patient_of(bigram(chain("abcdefgh")))
+    batch = Batch(patient, {})
+    batch.join([Request([1]), Request([1])])
+    shown: list[int] = []
+    for step in batch.round():
+        assert batch
+        shown.append(step.row)
+        batch.leave(0)
+    assert shown[0] == 0
+    assert set(shown[1:]) == {1}
+    answered(batch)
+    assert batch._models is None
+    batch.join([Request([1])])
+    next(batch.round())  # and leave the round there
+    with pytest.raises(UsageError, match="not run to its end"):
+        next(batch.round())
+
+
+def test_a_prefix_cache_takes_the_next_prompt_when_the_last_one_has_left() -> None:
+    patient = patient_of(bigram(chain("abcd")))
+    batch = Batch(patient, {}, prefix_cache=PrefixCache())
+    batch.join([Request([1])])
+    with pytest.raises(UsageError, match="one conversation"):
+        batch.join([Request([1])])
+    list(batch.round())
+    batch.leave(0)
+    batch.join([Request([1])])
+    assert text_of(answered(batch)[1]) == "bcd"
+
+
+def test_a_batch_with_bases_needs_every_base() -> None:
+    patient, doctor = patient_of(tiny("llama", seed=3)), doctor_of(tiny("llama", seed=4), "a")
+    with pytest.raises(UsageError, match="base model of doctor 'a'"):
+        Batch(patient, {"a": doctor}, with_bases=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8}),
+    ],
+)
+def test_what_counts_slots_is_not_drafted_for_in_a_batch(kind: str, more: dict[str, Any]) -> None:
+    """Convolutions, and windows over a cache of full attention: holes would move what they see."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY, **more})).double().eval()
+    patient, doctors = patient_of(model.requires_grad_(False)), {"a": doctor_of(tiny("llama", seed=4), "a")}
+    made = [
+        Request(torch.arange(1, 1 + n).tolist(), lambda: Guidance(1.0, {"a": 0.8}), Sampling(max_new_tokens=25), seed=n)
+        for n in (3, 14, 1, 6)
+    ]
+    batch = Batch(patient, doctors, top=2, drafting=FixedLength(4))
+    batch.join(made)
+    steps = answered(batch)
+    for i, request in enumerate(made):
+        expected = alone(patient, doctors, request)
+        assert ids_of(steps[i]) == ids_of(expected)
+        for mine, other in zip(steps[i], expected, strict=True):  # gpt_neo's attention is in float32
+            assert mine.token.logprob == pytest.approx(other.token.logprob, abs=1e-5)
+
+
+def test_rows_that_nobody_uses_have_no_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows take four of a static cache: the fourth must not run beyond a table of 128 positions."""
+    monkeypatch.setitem(caches.BACKENDS, "cpu", static.StaticKV)
+    monkeypatch.setattr(static, "_LEAST", 16)
+    torch.manual_seed(3)
+    config = AutoConfig.for_model("opt", **{**TINY, "ffn_dim": 24, "word_embed_proj_dim": 16})
+    patient = patient_of(AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False))
+    doctors = {"a": doctor_of(tiny("llama", seed=4), "a")}
+    made = [
+        Request([i + 1] * 90, lambda: Guidance(1.0, {"a": 0.8}), Sampling(max_new_tokens=38), seed=i) for i in range(3)
+    ]
+    for seed in range(6):
+        batch = Batch(patient, doctors, drafting=Erratic(seed))
+        batch.join(made)
+        assert len(answered(batch)) == 3
+
+
+def test_static_slots_are_given_back_when_rows_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(caches.BACKENDS, "cpu", static.StaticKV)
+    monkeypatch.setattr(static, "_LEAST", 16)
+    model = tiny("llama", seed=3)
+    batch = Batch(patient_of(model), {})
+    for i in range(12):
+        batch.join([Request([1 + i], sampling=Sampling(max_new_tokens=4), seed=i)])
+        list(batch.round())
+    held = [slots for slots in static._slots[model] if getattr(slots.owner(), "slots", None) is slots]
+    assert len(held) <= 1  # those of the batch
+
+
+def test_the_time_of_a_round_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of who looks at the tokens, nor, on a CPU, the time that the processor works for others."""
+
+    class Seconds(FixedLength):
+        total = 0.0
+
+        def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+            self.total += seconds
+
+    patient, drafting = patient_of(tiny("llama", seed=3)), Seconds(2)
+    propose = Ensemble.propose
+    monkeypatch.setattr(Ensemble, "propose", lambda *args: (time.sleep(0.05), propose(*args))[1])
+    batch = Batch(patient, {"a": doctor_of(tiny("llama", seed=4), "a")}, drafting=drafting)
+    batch.join([Request([1, 2, 3], lambda: Guidance(1.0, {"a": 1.0}), Sampling(max_new_tokens=12))])
+    began, rounds = time.perf_counter(), 0
+    while batch:
+        for _ in batch.round():
+            time.sleep(0.01)
+        rounds += 1
+    assert rounds > 3
+    assert 0 < drafting.total < (time.perf_counter() - began) / 3

@@ -46,7 +46,7 @@ def spent(
         done = [0] * rows
         while done:
             filled = 20 + max(done)
-            length = min(drafting.choose(len(done), filled), answer - min(done) - 1)
+            length = min(drafting.choose(len(done)), answer - min(done) - 1)
             accepted = [next((i for i in range(length) if dice.random() > acceptance), length) for _ in done]
             took = seconds(len(done), filled, length)
             tested = sum(min(a + 1, length) for a in accepted)
@@ -121,7 +121,7 @@ def simulated(acceptance: float, patient: float, verify: float, draft: float, ro
     """A controller after rounds of these costs (seconds of a patient's forward, a token more of it, a draft)."""
     lengths, dice = AdaptiveLength(), random.Random(0)
     for _ in range(rounds):
-        k = lengths.choose(1, 100)
+        k = lengths.choose(1)
         accepted = next((i for i in range(k) if dice.random() > acceptance), k)
         seconds = (patient + verify * k + draft * (k + 1)) * dice.choice(HICCUPS)
         lengths.record(1, 100, k, accepted, min(accepted + 1, k), seconds)
@@ -138,5 +138,5 @@ def test_the_length_follows_acceptance_and_cost(acceptance: float, draft: float)
 
     lengths = simulated(acceptance, 1.0, 0.02, draft)
     assert lengths.acceptance == pytest.approx(acceptance, abs=0.15)
-    chosen = [lengths.choose(1, 100) for _ in range(31)][-1]
+    chosen = [lengths.choose(1) for _ in range(31)][-1]
     assert rate(chosen) > 0.9 * max(map(rate, LENGTHS))

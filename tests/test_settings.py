@@ -112,7 +112,7 @@ def test_a_snapshot_cannot_change():
     ):
         with pytest.raises(UsageError, match=r"read-only: .* doctor\.beta = \{"):
             change()
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(UsageError, match=r"expected a copy, settings\.replace\(alpha=\.\.\.\)"):
         guidance.alpha = 2.0  # type: ignore[misc]
     assert (
         guidance == copy.deepcopy(guidance) == pickle.loads(pickle.dumps(guidance)) == Guidance(1.0, {"helpful": 0.8})

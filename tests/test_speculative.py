@@ -29,10 +29,10 @@ class Erratic(FixedLength):
     def __init__(self, seed: int = 0) -> None:
         self.random, self.accepted, self.tested, self.lengths = random.Random(seed), 0, 0, set()
 
-    def choose(self, rows: int, filled: int) -> int:
+    def choose(self, rows: int) -> int:
         return self.random.randrange(7)
 
-    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         assert 0 <= accepted <= tested <= rows * length
         assert seconds > 0
         self.accepted, self.tested = self.accepted + accepted, self.tested + tested

@@ -17,8 +17,8 @@ from llmdoctor.decoding.ensemble import Ensemble
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.round import Place, Round, draw_round
-from llmdoctor.decoding.rows import Read, Request, Row, Step
-from llmdoctor.errors import LLMDoctorWarning, UsageError
+from llmdoctor.decoding.rows import Request, Row, Step
+from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance
 from llmdoctor.training.folder import LoadedDoctor
@@ -27,10 +27,10 @@ from llmdoctor.training.folder import LoadedDoctor
 class Batch:
     """Prompts that are answered together, each as if it were alone.
 
-    Every row has its own guidance, sampling, budget, stop strings and seed. Every token comes with its ``top`` most
-    probable alternatives. ``drafting`` lets a doctor draft ahead; the tokens stay the same, up to the rounding of the
-    models' own arithmetic. ``with_bases`` is needed for mode "ratio". ``prefix_cache`` keeps the caches of one prompt
-    for the next; such a batch holds one row.
+    Every row has its own guidance, sampling, budget, stop strings and seed. ``top`` asks for that many alternatives to
+    every token. ``drafting`` lets a doctor draft ahead; the tokens stay the same, up to the rounding of the models' own
+    arithmetic. ``with_bases`` is needed for mode "ratio". ``prefix_cache`` keeps the caches of one prompt for the next;
+    such a batch holds one row at a time. Raises UsageError for ``with_bases`` where a doctor has no base.
 
         batch = Batch(patient, doctors)
         batch.join([Request(prompt, lambda: guidance, sampling, seed=1)])
@@ -49,6 +49,8 @@ class Batch:
         with_bases: bool = False,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
+        if with_bases and (lacking := [name for name, doctor in doctors.items() if doctor.base is None]):
+            raise UsageError(f'mode "ratio" needs the base model of doctor {lacking[0]!r}: load it with mode="ratio"')
         self.patient, self.doctors, self.top, self.drafting = patient, doctors, top, drafting
         self.with_bases, self.prefix_cache = with_bases, prefix_cache
         own = [getattr(d.model.config.get_text_config(), "max_position_embeddings", None) for d in doctors.values()]
@@ -57,22 +59,28 @@ class Batch:
         # programs take. Elsewhere the models run outside the thread, and on Windows its clock is too coarse.
         own_time = patient.model.device.type == "cpu" and sys.platform != "win32"
         self._now = time.thread_time if own_time else time.perf_counter
-        self._models: Ensemble | None = None
+        self._models: Ensemble | None = None  # of the rows that have had their first round
         self._rows: list[Row] = []
-        self._waiting: list[Row] = []
+        self._arriving: list[Row] = []  # in their first round now
+        self._waiting: list[Row] = []  # for their first round
         self._joined = 0
+        self._in_round = False
+        self._failure: Exception | None = None
         self._warned = False
 
     def __bool__(self) -> bool:
-        return any(not row.ended for row in (*self._rows, *self._waiting))
+        return bool(self._unfinished())
+
+    def _unfinished(self) -> list[Row]:
+        return [row for row in (*self._rows, *self._arriving, *self._waiting) if not row.ended]
 
     def join(self, requests: Sequence[Request]) -> list[int]:
-        """Add prompts, which start in the next round. Returns the numbers of their rows.
+        """Add prompts, which start with the next round; the numbers of their rows.
 
-        Raises UsageError for guidance that names no doctor of this batch or needs bases it has not, and for a prompt
-        that is empty or fills the context.
+        Raises UsageError, and adds none, for guidance that names no doctor of this batch or needs bases that it was
+        opened without, for a prompt that is empty or fills the context, and for a ``first`` that is no token.
         """
-        if self.prefix_cache is not None and len(requests) + len(self._rows) + len(self._waiting) > 1:
+        if self.prefix_cache is not None and len(requests) + len(self._unfinished()) > 1:
             raise UsageError("a prefix cache holds one conversation; got several prompts")
         rows: list[Row] = []
         for request in requests:
@@ -83,22 +91,71 @@ class Batch:
                     f"the prompt is {len(request.prompt)} tokens long and the models' context holds {self.context}: "
                     "shorten it, or reset the conversation"
                 )
+            if request.first is not None and not 0 <= request.first < self.patient.vocabulary.size:
+                raise UsageError(f"there is no token {request.first}: expected an id of the patient's vocabulary")
             rows.append(Row(self._joined + len(rows), request, self.patient, room))
-        self._guidances(rows)
+            self._guidance(rows[-1])
         self._joined += len(rows)
         self._waiting += rows
         return [row.number for row in rows]
 
     def leave(self, number: int) -> None:
-        """End a row early; no more of its tokens are yielded. If there is no such row, nothing happens."""
-        for row in (*self._rows, *self._waiting):
-            if row.number == number and not row.ended:
+        """End a row before its time; nothing more of it is yielded. No such row: nothing happens."""
+        for row in self._unfinished():
+            if row.number == number:
                 row.ended = "left"
+        if not self._in_round:
+            self._drop_ended()
 
     def round(self) -> Iterator[Step]:
-        """The next tokens of every row, as they are drawn, row after row. Run it to its end before the next round."""
-        self._drop_ended()
+        """The next tokens of every row, as they are drawn, row after row. Run it to its end before the next round.
+
+        A row whose guidance raises, or has become wrong, leaves; its error is raised at the end of the round, and the
+        others can go on. So does a prompt that cannot enter a running batch (LoadError, a cache of an unknown kind).
+        Raises LoadError at once for a model without a KV cache and for log-probs that are not numbers, and UsageError
+        when the last round was not run to its end.
+        """
+        if self._in_round:
+            raise UsageError("the last round of this batch was not run to its end: open a new batch")
+        self._in_round = True
         yield from self._first_round()
+        yield from self._next_round()
+        self._in_round = False
+        self._drop_ended()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _first_round(self) -> Iterator[Step]:
+        """Read the waiting prompts, draw the first token of each, and add them to the batch."""
+        self._arriving, self._waiting = self._waiting, []
+        rows = self._arriving
+        self._ask(rows)
+        rows[:] = [row for row in rows if not row.ended]
+        if not rows:
+            return
+        prompts = [row.request.prompt for row in rows]
+        models = Ensemble(
+            self.patient, self.doctors, prompts, with_bases=self.with_bases, prefix_cache=self.prefix_cache
+        )
+        round_ = models.prefill()
+        if self._models is not None and not models.can_join:
+            error = LoadError(f"a prompt cannot join others in the KV cache of {models.stuck}: wait until they end")
+            for row in rows:
+                self._fail(row, error)
+            rows.clear()
+            return
+        yield from self._emit(models, rows, round_, _Clock(self._now))
+        if rows and self._models is not None:
+            self._models.join(models)
+        elif rows:
+            self._models = models
+        self._rows += rows
+        self._arriving = []
+
+    def _next_round(self) -> Iterator[Step]:
+        """Draft, let every model read the drafts, draw, and take back what was rejected."""
+        self._ask(self._rows)
         self._drop_ended()
         if self._models is None:
             return
@@ -106,55 +163,34 @@ class Batch:
         drafting = self._drafting_now(models)
         length = self._draft_length(drafting, models) if drafting else 0
         count, slots = len(rows), models.slots
-        guidances = self._guidances(rows)
         with clock:
-            samplings = [row.sampling for row in rows]
+            guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
             round_ = models.propose(length, guidances, samplings, _uniforms(rows, length + 1))
-        accepted = yield from self._speak(models, rows, round_, guidances, clock)
+        accepted = yield from self._emit(models, rows, round_, clock)
         if drafting:
             tested = sum(min(own + 1, length) for own in accepted)
             drafting.record(count, slots, length, sum(accepted), tested, clock.seconds)
 
-    def _first_round(self) -> Iterator[Step]:
-        """Read the waiting prompts, draw the first token of each, and add them to the batch."""
-        rows = [row for row in self._waiting if not row.ended]
-        self._waiting = []
-        if not rows:
-            return
-        prompts = [row.request.prompt for row in rows]
-        models = Ensemble(
-            self.patient, self.doctors, prompts, with_bases=self.with_bases, prefix_cache=self.prefix_cache
-        )
-        guidances = self._guidances(rows)
-        round_ = models.prefill()
-        yield from self._speak(models, rows, round_, guidances, _Clock(self._now))
-        if rows and self._models is not None:
-            self._models.join(models)
-        elif rows:
-            self._models = models
-        self._rows += rows
-
-    def _speak(
-        self, models: Ensemble, rows: list[Row], round_: Round, guidances: list[Guidance], clock: "_Clock"
+    def _emit(
+        self, models: Ensemble, rows: list[Row], round_: Round, clock: "_Clock"
     ) -> Generator[Step, None, list[int]]:
-        """Draw and say the tokens of a round, and bring the models behind them. Rows that end leave ``rows``.
+        """Draw and yield the tokens of a round, and bring the models behind them. Rows that end are taken off ``rows``.
 
         Returns how many drafts of each row were accepted, before any guidance changed.
         """
         with clock:
-            drawn = self._draw(round_, rows, guidances)
+            drawn = self._draw(round_, rows)
         found = [len(places) - 1 for places in drawn]
         for i, row in enumerate(rows):
             place = 0
             while not row.ended:
-                now = self._guidance(row) if place else guidances[i]
-                if now is not guidances[i] and now != guidances[i]:
-                    # The guidance has changed since the last token was shown: draw the rest of the round again with it.
-                    guidances[i] = now
-                    drawn[i][place:] = self._draw(round_.of_row(i, place), [row], [now])[0]
-                if place == len(drawn[i]) - 1:
-                    break  # not drafted: the doctors have to read it first
-                yield from self._say(row, drawn[i][place], drawn[i][place].values, guidances[i])
+                used = row.guidance
+                if place and self._ask([row]) and row.guidance is not used and row.guidance != used:
+                    # it changed since the last token was shown: draw the rest of the round again under the new one
+                    drawn[i][place:] = self._draw(round_.of_row(i, place), [row])[0]
+                if row.ended or place == len(drawn[i]) - 1:
+                    break  # the last token was not drafted: the doctors have to read it before it is shown
+                yield from self._steps(row, drawn[i][place], drawn[i][place].values)
                 place += 1
         staying = [i for i, row in enumerate(rows) if not row.ended]
         if staying:
@@ -163,46 +199,64 @@ class Batch:
             with clock:
                 values = models.settle(round_, staying, accepted, last)
             for i, own in zip(staying, values, strict=True):
-                yield from self._say(rows[i], drawn[i][-1], own, guidances[i])
+                if not rows[i].ended:  # it may have left while the others' tokens were shown
+                    yield from self._steps(rows[i], drawn[i][-1], own)
             if left := [at for at, i in enumerate(staying) if not rows[i].ended]:
                 models.keep(left)
         rows[:] = [row for row in rows if not row.ended]
         return found
 
-    def _draw(self, round_: Round, rows: Sequence[Row], guidances: Sequence[Guidance]) -> list[list[Place]]:
+    def _draw(self, round_: Round, rows: Sequence[Row]) -> list[list[Place]]:
         forced = [row.request.first if row.position == 0 else None for row in rows]
         uniforms_B_J = _uniforms(rows, round_.length + 1)
-        samplings = [row.sampling for row in rows]
+        guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
         return draw_round(round_, guidances, samplings, uniforms_B_J, top=self.top, forced=forced)
 
-    def _say(self, row: Row, place: Place, values: Mapping[str, float], guidance: Guidance) -> Iterator[Step]:
+    def _steps(self, row: Row, place: Place, values: Mapping[str, float]) -> Iterator[Step]:
+        """Take a place's token: the steps that may be shown now."""
         if place.drawn.id in self.patient.eos_ids:
             # log V(s_T) = 0 is part of how an anchored doctor is trained, not something that its head has learnt
             values = {name: 0.0 if self.doctors[name].anchored else value for name, value in values.items()}
         if self.prefix_cache is not None:
             self.prefix_cache.ids.append(place.drawn.id)
-        for step in row.say(place, values, guidance):
+        for step in row.take(place, values):
             if row.ended != "left":
                 yield step
 
-    def _guidances(self, rows: Sequence[Row]) -> list[Guidance]:
-        """The guidance of every row for its next token. Rows that share a function share what it returns."""
-        now: dict[Read, Guidance] = {}
+    def _ask(self, rows: Sequence[Row]) -> bool:
+        """Ask for the guidance of every row's next token. A row whose guidance fails leaves; False when any did."""
+        now: dict[int, Guidance | Exception] = {}  # by function: rows that share one share what it returns
         for row in rows:
-            if row.request.guidance not in now:
-                now[row.request.guidance] = self._guidance(row)
-        return [now[row.request.guidance] for row in rows]
+            if row.ended:
+                continue
+            key = id(row.request.guidance)
+            if key not in now:
+                try:
+                    now[key] = self._guidance(row)
+                except Exception as error:  # the function is the caller's, and may raise anything
+                    now[key] = error
+            answer = now[key]
+            if isinstance(answer, Exception):
+                self._fail(row, answer)
+            else:
+                row.guidance = answer
+        return not any(isinstance(answer, Exception) for answer in now.values())
 
     def _guidance(self, row: Row) -> Guidance:
         guidance = row.request.guidance()
-        if guidance is not row.guidance:
+        if guidance is not row.checked:
             check_guidance(guidance, tuple(self.doctors))
             if guidance.mode == "ratio" and self.doctors and not self.with_bases:
                 raise UsageError(
-                    'the mode cannot become "ratio" in the middle of an answer: set it before the answer begins'
+                    'mode "ratio" needs the doctors\' bases from the start: set it before the answer begins '
+                    "(a Batch: with_bases=True)"
                 )
-            row.guidance = guidance
+            row.checked = guidance
         return guidance
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        row.ended = "left"
+        self._failure = self._failure or error
 
     def _drafting_now(self, models: Ensemble) -> Drafting | None:
         """What chooses the length of drafts, where the models can take drafts back. A warning where they never can."""
@@ -222,15 +276,15 @@ class Batch:
         # a row whose own budget ends within the draft simply ends there
         context = min(row.room - row.position for row in self._rows)
         room = min(context, max(row.budget - row.position for row in self._rows))
-        return min(drafting.choose(len(self._rows), models.slots), room - 1) if room > 1 else 0
+        return min(drafting.choose(len(self._rows)), room - 1) if room > 1 else 0
 
     def _drop_ended(self) -> None:
-        """Free the rows that ended, or left, since the last round."""
+        """Free the rows that have ended, and the models' caches with the last of them."""
         staying = [i for i, row in enumerate(self._rows) if not row.ended]
-        if self._models is not None and staying:
-            self._models.keep(staying)
-        elif not staying:
+        if not staying:
             self._models = None
+        elif self._models is not None:
+            self._models.keep(staying)
         self._rows = [self._rows[i] for i in staying]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.drafting import Drafting
 from llmdoctor.decoding.prefix import PrefixCache
-from llmdoctor.decoding.rows import Read, Request, Step
+from llmdoctor.decoding.rows import ReadGuidance, Request, Step
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Patient
 from llmdoctor.settings import Sampling
@@ -16,7 +16,7 @@ def decode(
     patient: Patient,
     doctors: Mapping[str, LoadedDoctor],
     prompts: Sequence[Sequence[int]],
-    guidance: Read | Sequence[Read],
+    guidance: ReadGuidance | Sequence[ReadGuidance],
     sampling: Sampling | Sequence[Sampling],
     *,
     seed: int | Sequence[int],
@@ -37,7 +37,9 @@ def decode(
     ``prefix_cache`` keeps the caches of a single prompt for the next one. ``first`` is the first token instead of a
     draw.
 
-    Raises UsageError for settings out of range and for a prompt that is empty or fills the context.
+    Raises UsageError for guidance that names no doctor or lacks its bases, for a prompt that is empty or fills the
+    context, and for lists of another length than ``prompts``. While it runs: UsageError when guidance becomes wrong,
+    LoadError for a model without a KV cache and for log-probs that are not numbers.
     """
     count = len(prompts)
     reads = [guidance] * count if callable(guidance) else list(guidance)

@@ -28,17 +28,14 @@ _MARGIN = (1.02, 1.15)
 class Drafting(Protocol):
     """Chooses the length of every draft."""
 
-    def choose(self, rows: int, filled: int) -> int:
-        """Tokens to draft in the next round of ``rows`` rows; 0 is the reference path.
+    def choose(self, rows: int) -> int:
+        """Tokens to draft in the next round of ``rows`` rows; 0 is the plain path."""
 
-        ``filled`` is the number of cache slots in use before the round, those of rejected drafts included.
-        """
-
-    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """Learn from a round: of ``tested`` drafted tokens, over all rows, ``accepted`` agreed with the draw.
 
-        ``rows`` and ``filled`` are those of ``choose``; ``length`` may be smaller than what was chosen (0 too, near the
-        end of an answer). Tokens behind the first disagreement are not tested.
+        ``slots`` is the number of cache slots in use before the round, holes included. ``length`` may be smaller than
+        what was chosen (0 too, near the end of an answer). Tokens behind the first disagreement are not tested.
         """
 
 
@@ -48,18 +45,18 @@ class FixedLength:
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def choose(self, rows: int, filled: int) -> int:
+    def choose(self, rows: int) -> int:
         """See ``Drafting``."""
-        del rows, filled
+        del rows
         return self.length
 
-    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
 
 
-class _Round(NamedTuple):
+class _Timed(NamedTuple):
     rows: int
-    filled: int
+    slots: int
     length: int
     seconds: float
 
@@ -71,7 +68,7 @@ class _Size:
     ratios: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RATIOS))  # (length, cost of a round)
     base: float = 1.0  # the line through them: a round with a draft costs base + slope * length
     slope: float = 0.0
-    recent: deque[_Round] = field(default_factory=lambda: deque(maxlen=32))
+    recent: deque[_Timed] = field(default_factory=lambda: deque(maxlen=32))
     timed: set[int] = field(default_factory=set)  # lengths that have run before
     trial: list[int] = field(default_factory=list)  # rounds that are left of the trial under way, last first
     credit: float = _CREDIT  # what trials may still waste
@@ -81,10 +78,10 @@ class _Size:
         """Time of a round in plain rounds."""
         return self.base + self.slope * length if length else 1.0
 
-    def compare(self, this: _Round) -> None:
+    def compare(self, this: _Timed) -> None:
         """Compare a round with those just before it, if they were mostly of another length."""
         near = [r for r in list(self.recent)[-6:] if abs(r.rows - this.rows) <= this.rows // 8]
-        near = [r for r in near if abs(r.filled - this.filled) <= 48 + this.filled // 8]
+        near = [r for r in near if abs(r.slots - this.slots) <= 48 + this.slots // 8]
         self.recent.append(this)
         drafted = this.length or next((r.length for r in reversed(near) if r.length), 0)
         if not near or not drafted or sum(r.length == this.length for r in near) > 2:
@@ -92,11 +89,11 @@ class _Size:
         # how times grow with the caches: a line again, through what a plain round took at each of the recent rounds
         start, growth = 1.0, 0.0
         if len(self.recent) >= 16:
-            start, growth = _line([(r.filled, r.seconds / self.cost(r.length)) for r in self.recent])
-        now = start + growth * this.filled
+            start, growth = _line([(r.slots, r.seconds / self.cost(r.length)) for r in self.recent])
+        now = start + growth * this.slots
         # What a plain round takes at this moment, by each of the others: the median, and of two the smaller, for
         # hiccups only ever make a round longer.
-        by_others = [r.seconds / self.cost(r.length) * now / (start + growth * r.filled) for r in near]
+        by_others = [r.seconds / self.cost(r.length) * now / (start + growth * r.slots) for r in near]
         plain = sorted(by_others)[(len(near) - 1) // 2]
         ratio = this.seconds / plain if this.length else self.cost(drafted) * plain / this.seconds
         if ratio > 0.9:  # a round with a draft does all that a plain one does: quicker, and the plain one had a hiccup
@@ -135,9 +132,8 @@ class AdaptiveLength:
         """The share of drafted tokens accepted, recent rounds counting most."""
         return self._accepted / self._tested
 
-    def choose(self, rows: int, filled: int) -> int:
+    def choose(self, rows: int) -> int:
         """See ``Drafting``."""
-        del filled
         size = self._size(rows)
         if size.trial:
             return size.trial.pop()
@@ -162,7 +158,7 @@ class AdaptiveLength:
         size.trial = [0, other] if other in size.timed else [0, other, other]
         return size.trial.pop()
 
-    def record(self, rows: int, filled: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+    def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
         if tested:
             self.tested += tested
@@ -173,7 +169,7 @@ class AdaptiveLength:
             self._tested = keep * self._tested + tested
         size = self._size(rows)
         if length in size.timed and seconds > 0:
-            size.compare(_Round(rows, filled, length, seconds))
+            size.compare(_Timed(rows, slots, length, seconds))
         size.timed.add(length)
 
     def _size(self, rows: int) -> _Size:

@@ -8,7 +8,6 @@ from torch import Tensor
 from llmdoctor.decoding.caches import Read, open_cache
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.round import Round, draw_rows
-from llmdoctor.errors import UsageError
 from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.training.folder import LoadedDoctor
@@ -38,8 +37,7 @@ class Ensemble:
         self._base_of: dict[str, str] = {}  # doctor -> role of its base; one that several doctors share is read once
         if with_bases:
             for name, doctor in doctors.items():
-                if doctor.base is None:
-                    raise UsageError(f'mode "ratio" needs the base model of doctor {name!r}: load it with mode="ratio"')
+                assert doctor.base is not None
                 held = (role for role, model in models.items() if role.startswith("base ") and model is doctor.base)
                 self._base_of[name] = next(held, f"base {name}")
                 models[self._base_of[name]] = doctor.base
@@ -77,7 +75,17 @@ class Ensemble:
         if not self._readers or self.rigid:
             return False
         # rows accept drafts of different length; what some of them reject stays behind as holes
-        return len(self._filled) == 1 or all(cache.may_have_holes for cache in self._caches.values())
+        return len(self._filled) == 1 or all(cache.can_have_holes for cache in self._caches.values())
+
+    @property
+    def stuck(self) -> str | None:
+        """The name of a model whose cache cannot take further rows; None where all can. Known after `prefill`."""
+        return next((type(c.model).__name__ for c in self._caches.values() if not c.can_join), None)
+
+    @property
+    def can_join(self) -> bool:
+        """Whether these rows can join others."""
+        return self.stuck is None
 
     @torch.inference_mode()
     def prefill(self) -> Round:
@@ -156,7 +164,7 @@ class Ensemble:
         Takes back what was rejected and lets the doctors read the last token: log V after it, by doctor, of each row.
         """
         self.keep(staying)
-        # Whatever all rows reject is cut off; what only some of them reject becomes a hole in the others' company.
+        # What all rows reject is cut off. What only some of them reject stays in their rows as empty slots, holes.
         rejected = [round_.length - count for count in accepted]
         common = min(rejected)
         for cache in self._caches.values():
@@ -194,7 +202,7 @@ class Ensemble:
 
     @torch.inference_mode()
     def join(self, other: "Ensemble") -> None:
-        """Add the rows of another ensemble of the same models, both between two rounds. ``other`` is used up."""
+        """Add the rows of another ensemble of the same models, both between two rounds. ``other`` is then of no use."""
         masks = [own._mask() for own in (self, other)]
         for role, cache in self._caches.items():
             cache.join(other._caches[role])
@@ -219,7 +227,7 @@ class Ensemble:
         needed = max(self._filled)
         if self._patient.length - needed <= max(_FEW_HOLES, needed // 8):
             return
-        if not all(cache.can_pack for cache in self._caches.values()):
+        if not all(cache.can_have_holes for cache in self._caches.values()):
             return
         assert self._mask_B_L is not None
         held_B_L, last_B_1 = self._mask_B_L[:, :-1], self._mask_B_L[:, -1:]

@@ -143,9 +143,9 @@ def _products(round_: Round, guidances: Sequence[Guidance]) -> Tensor:
 def _draws(logprobs_B_J_V: Tensor, samplings: Sequence[Sampling], uniforms_B_J: Tensor) -> Tensor:
     """Token ids [B, J]."""
     places, size = logprobs_B_J_V.shape[1:]
-    flat_N_V = logprobs_B_J_V.reshape(-1, size)
+    flat_M_V = logprobs_B_J_V.reshape(-1, size)
     each = [sampling for sampling in samplings for _ in range(places)]
-    return draw_rows(flat_N_V, each, uniforms_B_J.flatten()).view(-1, places)
+    return draw_rows(flat_M_V, each, uniforms_B_J.flatten()).view(-1, places)
 
 
 def draw_rows(logprobs_B_V: Tensor, samplings: Sequence[Sampling], uniforms_B: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.text import TextStream, token_texts
 
 Finish = Literal["eos", "stop", "length"]
-Read = Callable[[], Guidance]
+ReadGuidance = Callable[[], Guidance]
 
 
 _ALONE = Guidance()
@@ -43,7 +43,7 @@ class Request:
     """
 
     prompt: Sequence[int]
-    guidance: Read = patient_alone
+    guidance: ReadGuidance = patient_alone
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     first: int | None = None
@@ -58,7 +58,8 @@ class Row:
         self.budget = min(self.sampling.max_new_tokens, room)
         self.position = 0
         self.ended: Finish | Literal["left"] | None = None
-        self.guidance: Guidance | None = None  # the latest that was checked
+        self.guidance = _ALONE  # of the next token
+        self.checked: Guidance | None = None  # the latest that was checked
         self._patient = patient
         self._texts = TextStream(patient.tokenizer)
         self._generator = torch.Generator().manual_seed(request.seed)
@@ -67,17 +68,17 @@ class Row:
         self._held: list[GuidedToken] = []  # their text may be the beginning of a stop string
 
     def ahead(self, count: int) -> list[float]:
-        """The uniform numbers of the next ``count`` positions; the same numbers until tokens are said."""
+        """The uniform numbers of the next ``count`` positions; the same numbers until tokens are taken."""
         while len(self._uniforms) < count:
             self._uniforms.append(torch.rand((), generator=self._generator, dtype=torch.float64).item())
         return self._uniforms[:count]
 
-    def say(self, place: Place, values: Mapping[str, float], guidance: Guidance) -> list[Step]:
+    def take(self, place: Place, values: Mapping[str, float]) -> list[Step]:
         """Take the token of a place: the steps that may be shown now, and perhaps the end of the row.
 
         Raises LoadError when its log-prob is not a number.
         """
-        token = self._token(place, values, guidance)
+        token = self._token(place, values)
         self.position += 1
         self._last = token.id
         del self._uniforms[0]
@@ -87,7 +88,7 @@ class Row:
             self.ended = "length"
         return self._release(token)
 
-    def _token(self, place: Place, values: Mapping[str, float], guidance: Guidance) -> GuidedToken:
+    def _token(self, place: Place, values: Mapping[str, float]) -> GuidedToken:
         drawn = place.drawn
         if math.isnan(drawn.logprob):
             raise LoadError(not_numbers("the models' log-probs"))
@@ -101,8 +102,8 @@ class Row:
             values=values,
             flip=place.flip,
             kl=place.kl,
-            alpha=guidance.alpha,
-            betas=dict(guidance.betas),
+            alpha=self.guidance.alpha,
+            betas=dict(self.guidance.betas),
             top=tuple(
                 Alternative(
                     id=choice.id,

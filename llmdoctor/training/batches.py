@@ -26,7 +26,7 @@ _MIN_ADVANTAGE = 0.5  # two tokens after the same prefix are compared when their
 class ScoredResponse:
     """One response with its token rewards, as stage 2 uses it.
 
-    ``prompt`` [P] and ``response`` [T] are token ids; ``rewards`` [T] are the token rewards r_t. ``others`` lists the
+    ``prompt`` [L] and ``response`` [T] are token ids; ``rewards`` [T] are the token rewards r_t. ``others`` lists the
     tokens that may be compared with the response's own after the same prefix: (position t, the other token's id,
     whether the other is better). ``reference`` [T] are the response's log-probs (nats) under the doctor's base; None
     until the trainer has computed them.

@@ -29,6 +29,11 @@ class DynamicKV:
         self._takes_positions = "position_ids" in accepted
         self._takes_last = "logits_to_keep" in accepted
         self._head = model.get_output_embeddings()
+        if self._head is None:
+            raise LoadError(f"{type(model).__name__} has no output head that llmdoctor can find; choose another one")
+        config = model.config.get_text_config()
+        # gpt_neo's local layers count slots in a cache of full attention
+        self._local = "local" in (getattr(config, "attention_layers", None) or ())
         self._in_forward = False
         self._plain = False
         # Layers with a window or a short convolution forget what they have passed. To go back they record it until
@@ -67,7 +72,7 @@ class DynamicKV:
                 f"layers, got {type(cache).__name__}; choose another model"
             )
         self.cache = cache
-        self._plain = plain(cache.layers) and self._takes_positions
+        self._plain = plain(cache.layers) and self._takes_positions and not self._local
         self._records = self.can_roll_back and not plain(cache.layers)
         if self._records:
             cache.activate_past_recording()
@@ -80,14 +85,17 @@ class DynamicKV:
         return bool(getattr(self.cache, "is_croppable", False))
 
     @property
-    def may_have_holes(self) -> bool:
+    def can_have_holes(self) -> bool:
         """See `KVCache`."""
-        return self._takes_positions and not any(getattr(self.cache, "is_sliding", ()))
+        return self._plain
 
     @property
-    def can_pack(self) -> bool:
-        """See `KVCache`. Plain layers only, and only where tokens are given their positions."""
-        return self._plain
+    def can_join(self) -> bool:
+        """See `KVCache`."""
+        return all(
+            isinstance(layer, LinearAttentionLayer) or (isinstance(layer, DynamicLayer) and layer.keys is not None)
+            for layer in self.cache.layers
+        )
 
     def take_back(self, tokens: int) -> None:
         """See `KVCache`."""
@@ -164,14 +172,8 @@ def plain(layers: Sequence[Any]) -> bool:
 
 
 def join_layers(layers: Sequence[Any], others: Sequence[Any], length: int) -> None:
-    """Add the rows of ``others`` to ``layers``, for ``length`` slots. Raises LoadError for an unknown kind."""
+    """Add the rows of ``others`` to ``layers``, for ``length`` slots."""
     for mine, theirs in zip(layers, others, strict=True):
-        known = isinstance(mine, DynamicLayer | LinearAttentionLayer) and type(mine) is type(theirs)
-        if not known or (isinstance(mine, DynamicLayer) and mine.keys is None):
-            raise LoadError(
-                f"a row cannot join others in a {type(mine).__name__}: answer the prompts of this model one after "
-                "another, or together from the start"
-            )
         if isinstance(mine, DynamicLayer):
             mine.keys = stacked(mine.keys, theirs.keys)
             mine.values = stacked(mine.values, theirs.values)

@@ -46,8 +46,8 @@ class KVCache(Protocol):
     def join(self, other: "KVCache") -> None:
         """Add the rows of another cache of the same model below the own ones.
 
-        The shorter of the two gets empty slots on the left. ``other`` must not be used afterwards. Raises LoadError
-        for a kind of cache whose rows cannot be moved.
+        The shorter of the two gets empty slots on the left. ``other`` must not be used afterwards. Only where
+        ``can_join`` holds for both.
         """
         ...
 
@@ -57,11 +57,14 @@ class KVCache(Protocol):
         ...
 
     @property
-    def may_have_holes(self) -> bool:
-        """Whether empty slots may lie between tokens: not in a window, nor where a model counts slots as positions."""
+    def can_have_holes(self) -> bool:
+        """Whether empty slots may lie between tokens, and tokens be moved together (`pack`).
+
+        Not where a window or a convolution counts slots, nor where a model takes slots for positions.
+        """
         ...
 
     @property
-    def can_pack(self) -> bool:
-        """Whether slots can be moved."""
+    def can_join(self) -> bool:
+        """Whether further rows can be added. Known once something has been fed."""
         ...

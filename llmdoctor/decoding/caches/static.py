@@ -58,6 +58,11 @@ class StaticKV(DynamicKV):
         """See `KVCache`."""
         return self.slots is not None or super().can_roll_back
 
+    @property
+    def can_join(self) -> bool:
+        """See `KVCache`."""
+        return self.slots is not None or super().can_join
+
     def take_back(self, tokens: int) -> None:
         """See `KVCache`."""
         if self.slots is None:
@@ -107,7 +112,6 @@ class StaticKV(DynamicKV):
             for mine, theirs in zip(self._filled(), other._filled(), strict=True)
         ]
         self.length, self.cache = max(self.length, other.length), None
-        other._forget()  # its slots are free again
         self._move(layers, slice(None), len(layers[0].keys), 0)
 
     def _filled(self) -> list[Any]:
@@ -167,6 +171,8 @@ class StaticSlots:
         self._start.fill_(length)
         if mask_B_L is not None:
             self._holds_R_C[:rows, : mask_B_L.shape[1]] = mask_B_L.bool()
+            # the rows that nobody uses hold nothing: else their positions could run beyond the model's table
+            self._holds_R_C[rows:] = False
         elif self._masked:
             self._holds_R_C.fill_(True)
         self._masked = mask_B_L is not None
