@@ -7,9 +7,10 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 # torch 2.11 is only to be had with CUDA, 4 GB: OLDEST_TORCH=2.13.0 takes the version of constraints.txt instead.
 OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
-# What calls torch, transformers and peft. Two processes on one machine are the same code, and slow.
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch round caches recorded static guidance models doctor \
-	losses train extract assistant versions)) --deselect tests/test_train.py::test_two_processes_take_the_steps_of_one
+# What calls torch, transformers, peft, Typer or Textual. Training in two processes is left out: it is slow.
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch round caches recorded static \
+	guidance models doctor losses train extract assistant versions)) tests/cli tests/tui \
+	--deselect tests/test_train.py::test_two_processes_take_the_steps_of_one
 
 .PHONY: demo test test-oldest check format clinic clean
 
