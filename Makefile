@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 OLDEST := .venv-oldest
-# torch 2.11 is only to be had with CUDA, 4 GB: OLDEST_TORCH=2.13.0 takes the version of constraints.txt instead.
+# torch 2.11 comes only with CUDA (4 GB). OLDEST_TORCH=2.13.0 uses the version of constraints.txt instead.
 OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
-# What calls torch, transformers and peft. Two processes on one machine are the same code, and slow.
+# The tests that call torch, transformers and peft. The test with two processes runs the same code, and is slow.
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch round caches recorded static guidance models doctor \
 	losses train extract assistant versions)) --deselect tests/test_train.py::test_two_processes_take_the_steps_of_one
 
