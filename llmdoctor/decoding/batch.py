@@ -192,6 +192,7 @@ class Batch:
                     break  # the last token was not drafted: the doctors have to read it before it is shown
                 yield from self._steps(row, drawn[i][place], drawn[i][place].values)
                 place += 1
+        # The token behind the accepted drafts is shown only after the doctors have read it, with their log V.
         staying = [i for i, row in enumerate(rows) if not row.ended]
         if staying:
             accepted = [len(drawn[i]) - 1 for i in staying]

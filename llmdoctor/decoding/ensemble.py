@@ -33,6 +33,7 @@ class Ensemble:
     ) -> None:
         self._vocabulary, self._device = patient.vocabulary, patient.model.device
         self._doctors = doctors
+        # By role, not by name: a doctor may be called "patient", and a model may have two roles.
         models = {"patient": patient.model, **{f"doctor {name}": doctor.model for name, doctor in doctors.items()}}
         self._base_of: dict[str, str] = {}  # doctor -> role of its base; one that several doctors share is read once
         if with_bases:
@@ -163,6 +164,7 @@ class Ensemble:
 
         Takes back what was rejected and lets the doctors read the last token: log V after it, by doctor, of each row.
         """
+        # rows that ended need no cache: drop them before the models read another token
         self.keep(staying)
         # What all rows reject is cut off. What only some of them reject stays in their rows as empty slots, holes.
         rejected = [round_.length - count for count in accepted]
@@ -170,6 +172,7 @@ class Ensemble:
         for cache in self._caches.values():
             cache.take_back(common)
         fresh = round_.length - common
+        # without holes and padding no mask is needed, and without one attention is faster
         if self._mask_B_L is not None or max(rejected) > common:
             mask_B_L = self._mask_B_L
             if mask_B_L is None:
@@ -203,6 +206,7 @@ class Ensemble:
     @torch.inference_mode()
     def join(self, other: "Ensemble") -> None:
         """Add the rows of another ensemble of the same models, both between two rounds. ``other`` is then of no use."""
+        # taken before the caches grow, for an unwritten mask is as long as they are
         masks = [own._mask() for own in (self, other)]
         for role, cache in self._caches.items():
             cache.join(other._caches[role])
@@ -230,6 +234,8 @@ class Ensemble:
         if not all(cache.can_have_holes for cache in self._caches.values()):
             return
         assert self._mask_B_L is not None
+        # The mask already holds the pending token, which the caches do not. A stable sort puts a row's empty slots
+        # first and leaves its tokens in their order; the last ``needed`` slots hold all tokens of the longest row.
         held_B_L, last_B_1 = self._mask_B_L[:, :-1], self._mask_B_L[:, -1:]
         kept_B_L = held_B_L.argsort(dim=1, stable=True)[:, -needed:]
         self._mask_B_L = torch.cat([held_B_L.gather(1, kept_B_L), last_B_1], dim=1)

@@ -30,6 +30,7 @@ class PrefixCache:
 
         Caches of other models are dropped: they will not see this answer, so ``ids`` would be wrong for them.
         """
+        # ``ids`` may be longer than a cache: an answer that was left had shown tokens that not every model had read
         shared, held = self.shared(prompt), self.caches
         self.caches = {}
         for role, model in models.items():

@@ -97,6 +97,7 @@ def draw_round(
     for row, token in enumerate(forced):
         if token is not None:
             ids_B_J[row, 0] = token
+    # everything is worked out on the device first, for all places: it costs less than a look at each token
     numbers = _Numbers.of(round_, product_B_J_V, ids_B_J)
     best = _tops(round_, product_B_J_V, top) if top else None
     rows = []

@@ -61,6 +61,7 @@ class Row:
         self.guidance = _ALONE  # of the next token
         self.checked: Guidance | None = None  # the latest that was checked
         self._patient = patient
+        # a row's own stream: a character may be spread over several tokens
         self._texts = TextStream(patient.tokenizer)
         self._generator = torch.Generator().manual_seed(request.seed)
         self._uniforms: list[float] = []  # of the next positions, drawn ahead
@@ -69,6 +70,7 @@ class Row:
 
     def ahead(self, count: int) -> list[float]:
         """The uniform numbers of the next ``count`` positions; the same numbers until tokens are taken."""
+        # one draw at a time: the numbers must not depend on how many are asked for at once
         while len(self._uniforms) < count:
             self._uniforms.append(torch.rand((), generator=self._generator, dtype=torch.float64).item())
         return self._uniforms[:count]

@@ -67,6 +67,8 @@ class FaceHead:
             other_S_M = torch.where(better_M, _at(logits_S_M_V, where_M), other_S_M)
 
             higher_S_M = torch.maximum(peak_S_M, logits_S_M_V.amax(dim=-1))
+            # a running log-sum-exp: sums so far are rescaled to the new peak. The logits are overwritten here, after
+            # everything else has been read from them.
             total_S_M *= (peak_S_M - higher_S_M).exp()
             total_S_M += logits_S_M_V.sub_(higher_S_M[..., None]).exp_().sum(dim=-1)
             peak_S_M = higher_S_M

@@ -38,6 +38,7 @@ class StaticKV(DynamicKV):
     def feed(self, ids_B_T: Tensor, mask_B_L: Tensor | None = None, last: int = 1) -> Read:
         """See `KVCache`."""
         rows, tokens = ids_B_T.shape
+        # a step wants the logits of all its tokens, a prompt only the last: a prompt is read once and stays dynamic
         if self.slots is None and self._plain and tokens == last and possible(self.model):
             self._move(self.cache.layers, slice(rows), rows, tokens)
             self.cache = None
@@ -244,6 +245,7 @@ def static_slots(
     model: PreTrainedModel = owner.model
     shape = 1 << (count - 1).bit_length(), max(_LEAST, 1 << (length + room - 1).bit_length())
     kept = _slots.setdefault(model, [])
+    # slots are in use as long as a living cache says that they are its own; the owner's may be filled again in place
     users = [slots.owner() for slots in kept]
     unused = [
         slots
