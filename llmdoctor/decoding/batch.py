@@ -58,7 +58,9 @@ class Batch:
         # On a CPU, this thread's own time: it holds the busy waiting for torch's threads, but not the time that other
         # programs take. Elsewhere the models run outside the thread, and on Windows its clock is too coarse.
         own_time = patient.model.device.type == "cpu" and sys.platform != "win32"
-        self._now = time.thread_time if own_time else time.perf_counter
+        self._now: Callable[[], float] = time.thread_time if own_time else time.perf_counter
+        if drafting is None:  # nobody asks how long a round takes
+            self._now = float
         self._models: Ensemble | None = None  # of the rows that have had their first round
         self._rows: list[Row] = []
         self._arriving: list[Row] = []  # in their first round now
