@@ -59,7 +59,7 @@ class Batch:
         # programs take. Elsewhere the models run outside the thread, and on Windows its clock is too coarse.
         own_time = patient.model.device.type == "cpu" and sys.platform != "win32"
         self._now: Callable[[], float] = time.thread_time if own_time else time.perf_counter
-        if drafting is None:  # nobody asks how long a round takes
+        if drafting is None:  # nobody asks how long a round takes: float() is 0.0
             self._now = float
         self._models: Ensemble | None = None  # of the rows that have had their first round
         self._rows: list[Row] = []
