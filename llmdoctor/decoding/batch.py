@@ -147,7 +147,7 @@ class Batch:
                 self._fail(row, error)
             rows.clear()
             return
-        yield from self._emit(models, rows, round_, _Clock(self._now))
+        yield from self._emit(models, rows, round_, _uniforms(rows, 1), _Clock(self._now))
         if rows and self._models is not None:
             self._models.join(models)
         elif rows:
@@ -167,21 +167,22 @@ class Batch:
         count, slots = len(rows), models.slots
         with clock:
             guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
-            round_ = models.propose(length, guidances, samplings, _uniforms(rows, length + 1))
-        accepted = yield from self._emit(models, rows, round_, clock)
+            uniforms_B_J = _uniforms(rows, length + 1)
+            round_ = models.propose(length, guidances, samplings, uniforms_B_J)
+        accepted = yield from self._emit(models, rows, round_, uniforms_B_J, clock)
         if drafting:
             tested = sum(min(own + 1, length) for own in accepted)
             drafting.record(count, slots, length, sum(accepted), tested, clock.seconds)
 
     def _emit(
-        self, models: Ensemble, rows: list[Row], round_: Round, clock: "_Clock"
+        self, models: Ensemble, rows: list[Row], round_: Round, uniforms_B_J: torch.Tensor, clock: "_Clock"
     ) -> Generator[Step, None, list[int]]:
         """Draw and yield the tokens of a round, and bring the models behind them. Rows that end are taken off ``rows``.
 
         Returns how many drafts of each row were accepted, before any guidance changed.
         """
         with clock:
-            drawn = self._draw(round_, rows)
+            drawn = self._draw(round_, rows, uniforms_B_J)
         found = [len(places) - 1 for places in drawn]
         for i, row in enumerate(rows):
             place = 0
@@ -189,7 +190,8 @@ class Batch:
                 used = row.guidance
                 if place and self._ask([row]) and row.guidance is not used and row.guidance != used:
                     # it changed since the last token was shown: draw the rest of the round again under the new one
-                    drawn[i][place:] = self._draw(round_.of_row(i, place), [row])[0]
+                    rest = round_.of_row(i, place)
+                    drawn[i][place:] = self._draw(rest, [row], _uniforms([row], rest.length + 1))[0]
                 if row.ended or place == len(drawn[i]) - 1:
                     break  # the last token was not drafted: the doctors have to read it before it is shown
                 yield from self._steps(row, drawn[i][place], drawn[i][place].values)
@@ -204,14 +206,14 @@ class Batch:
             for i, own in zip(staying, values, strict=True):
                 if not rows[i].ended:  # it may have left while the others' tokens were shown
                     yield from self._steps(rows[i], drawn[i][-1], own)
-            if left := [at for at, i in enumerate(staying) if not rows[i].ended]:
+            left = [at for at, i in enumerate(staying) if not rows[i].ended]
+            if 0 < len(left) < len(staying):
                 models.keep(left)
         rows[:] = [row for row in rows if not row.ended]
         return found
 
-    def _draw(self, round_: Round, rows: Sequence[Row]) -> list[list[Place]]:
+    def _draw(self, round_: Round, rows: Sequence[Row], uniforms_B_J: torch.Tensor) -> list[list[Place]]:
         forced = [row.request.first if row.position == 0 else None for row in rows]
-        uniforms_B_J = _uniforms(rows, round_.length + 1)
         guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
         return draw_round(round_, guidances, samplings, uniforms_B_J, top=self.top, forced=forced)
 
@@ -284,6 +286,8 @@ class Batch:
     def _drop_ended(self) -> None:
         """Free the rows that have ended, and the models' caches with the last of them."""
         staying = [i for i, row in enumerate(self._rows) if not row.ended]
+        if len(staying) == len(self._rows) and staying:
+            return
         if not staying:
             self._models = None
         elif self._models is not None:

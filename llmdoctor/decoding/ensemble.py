@@ -119,7 +119,7 @@ class Ensemble:
                 read = drafted if name == drafter else cache.feed(drafts_B_K, mask_B_L, length)
                 logprobs_B_K_V, values[name] = self._opinion(name, read)
                 doctors[name] = torch.cat([doctors[name], logprobs_B_K_V], dim=1)
-        ids_B_J = torch.cat([self._pending_B_T, drafts_B_K], dim=1)
+        ids_B_J = torch.cat([self._pending_B_T, drafts_B_K], dim=1) if length else self._pending_B_T
         said = {
             role: self._log_probs(cache.feed(ids_B_J, mask_B_L, length + 1))
             for role, cache in (("patient", self._patient), *self._bases.items())
@@ -165,7 +165,8 @@ class Ensemble:
         Takes back what was rejected and lets the doctors read the last token: log V after it, by doctor, of each row.
         """
         # rows that ended need no cache: drop them before the models read another token
-        self.keep(staying)
+        if len(staying) < len(self._filled):
+            self.keep(staying)
         # What all rows reject is cut off. What only some of them reject stays in their rows as empty slots, holes.
         rejected = [round_.length - count for count in accepted]
         common = min(rejected)
@@ -193,8 +194,6 @@ class Ensemble:
     @torch.inference_mode()
     def keep(self, staying: Sequence[int]) -> None:
         """Drop all other rows."""
-        if len(staying) == len(self._filled):
-            return
         rows_B = torch.tensor(staying, device=self._device)
         for cache in self._caches.values():
             cache.keep(rows_B)
