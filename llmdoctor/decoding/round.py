@@ -77,6 +77,7 @@ class Place:
     top: tuple[Choice, ...] = ()
 
 
+@torch.inference_mode()  # thirty small operations, each cheaper without autograd's bookkeeping
 def draw_round(
     round_: Round,
     guidances: Sequence[Guidance],
