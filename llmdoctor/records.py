@@ -9,7 +9,8 @@ A tensor's name ends with the letters of its axes: ``logits_B_T_V`` is [rows, to
     L  positions of a row, slots of a cache  F  face pairs
     K  drafted tokens; the last K of a feed  P  pairs: of responses, or of states to compare
     J  places of a round, K + 1              S  system prompts, 2F: the positive faces, then the negative ones
-    N  states of a response, T + 1           R  rows of a forward, where B of them are scored or in use
+    N  states of a response, T + 1           D  layers whose states are kept
+                                             R  rows of a forward, where B of them are scored or in use
     M  positions of all rows, one behind     C  slots of a static cache
        the other                             Q  refits of a bootstrap
 
@@ -73,7 +74,8 @@ class TokenScores:
     ``prompt_ids`` [L] is the prompt without any face; ``response_ids`` [T] ends with the end-of-turn token.
     ``positive[name]`` and ``negative[name]`` [T] are log pi(y_t | face, x, y_<t). ``alternative_ids`` [T] is, for each
     position, the token other than y_t that the positive faces like best (mean log-prob over the face pairs), with its
-    own log-probs: stage 2 may compare the value of y_t with that of this token after the same prefix.
+    own log-probs: stage 2 may compare the value of y_t with that of this token after the same prefix. ``probe`` [T] is
+    r_t under the probe of the patient's states (`llmdoctor.token_rewards.probe`), where the folder has one.
 
     "Yes, it is." under one face pair; the last token is the end of turn:
 
@@ -97,6 +99,7 @@ class TokenScores:
     alternative_ids: Ints
     alternative_positive: Mapping[str, Floats]
     alternative_negative: Mapping[str, Floats]
+    probe: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.files import locked
@@ -16,13 +16,13 @@ from llmdoctor.token_rewards.encode import PairEncoder
 from llmdoctor.token_rewards.folder import shard_path, shard_paths
 from llmdoctor.token_rewards.pairs import read_pairs, shuffled
 from llmdoctor.token_rewards.processes import team
+from llmdoctor.token_rewards.rows import chunks
 from llmdoctor.token_rewards.scoring import Scorer, fitting_batch_tokens
 from llmdoctor.token_rewards.sources import fingerprint
 from llmdoctor.token_rewards.writer import RewardsWriter
 
 SHARD_PAIRS = 256
 _WINDOW_PAIRS = 64  # pairs whose responses are sorted by length and scored together
-_Item = TypeVar("_Item")
 
 
 def extract(
@@ -74,11 +74,11 @@ def extract(
                 pairs = shuffled(pairs, shuffle)
             # Every process encodes every pair, so that all agree on which pairs a shard holds.
             encoded = islice(filter(None, (encoder.encode(pair, skips) for pair in pairs)), limit)
-            for index, shard in enumerate(_chunks(encoded, SHARD_PAIRS)):
+            for index, shard in enumerate(chunks(encoded, SHARD_PAIRS)):
                 if index % processes.size != processes.rank or shard_path(output, index).name in done:
                     continue
                 scored: list[PairScores] = []
-                for window in _chunks(iter(shard), _WINDOW_PAIRS):
+                for window in chunks(iter(shard), _WINDOW_PAIRS):
                     scored += (results := scorer.score(window))
                     yield from results
                 writer.write(index, scored)
@@ -144,8 +144,3 @@ class _Skips:
             raise DataError(f"{self.source} line {record.line}: {record.reason} (--strict)")
         if self.on_skip:
             self.on_skip(record)
-
-
-def _chunks(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
-    while chunk := list(islice(items, size)):
-        yield chunk

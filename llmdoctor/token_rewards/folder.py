@@ -1,12 +1,14 @@
 """The rewards folder: what stage 1 writes and stage 2 reads.
 
-It holds ``meta.json`` (written last), ``rewards-00000.parquet``, ... and ``tokenizer/``. A shard has two rows per
+It holds ``meta.json`` (written last), ``rewards-00000.parquet``, ... and ``tokenizer/``; with a probe also what
+`llmdoctor.token_rewards.states` describes, ``probe.json`` last. A shard has two rows per
 preference pair, chosen then rejected, with the two log-probs of every token under every face pair. ``meta.json`` holds
 the sha256 of every shard; until it is written, ``rewards-00000.sha256``, ... do.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from llmdoctor.errors import LoadError
 from llmdoctor.files import atomic_path, file_checksum, read_json
-from llmdoctor.records import PairScores, Side, TokenScores
+from llmdoctor.records import Floats, PairScores, Side, TokenScores
 
 SCHEMA_VERSION = 1
+PROBE = "probe.json"
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 _ROWS_AT_A_TIME = 64
 
@@ -32,6 +37,11 @@ def shard_paths(folder: Path) -> list[Path]:
 def shard_path(folder: Path, index: int) -> Path:
     """The path of shard number ``index`` of a rewards folder."""
     return folder / f"rewards-{index:05d}.parquet"
+
+
+def credit_path(folder: Path, index: int) -> Path:
+    """The path of the probe's token rewards for shard number ``index``."""
+    return folder / f"probe-{index:05d}.safetensors"
 
 
 def require_checksum(path: Path, checksum: str) -> None:
@@ -118,25 +128,61 @@ class RewardsFolder:
     path: Path
     meta: dict[str, Any]
     faces: tuple[str, ...]
+    probe: dict[str, Any] | None  # what probe.json says; None for a folder without a probe
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.meta = _read_meta(self.path)
         self.faces = tuple(self.meta["faces"])
+        self.probe = read_json(self.path / PROBE) if (self.path / PROBE).is_file() else None
+        if self.probe is not None and not isinstance(self.probe.get("files"), dict):
+            raise LoadError(f"{self.path / PROBE}: expected a key 'files': delete it and run extract again")
         shards = self.meta["shards"]
         self._shards = [self.path / name for name in shards]
         self._unchecked = {self.path / name: sum for name, sum in shards.items()} if isinstance(shards, dict) else {}
+        self._checked: set[Path] = set()
         self._pairs = sum(_count_rows(shard, self.faces) for shard in self._shards) // 2
 
     def __len__(self) -> int:
         return self._pairs
 
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """What rewards can be drawn from: the face pairs, and ``"probe"`` if there is one."""
+        return (*self.faces, "probe") if self.probe is not None else self.faces
+
     def __iter__(self) -> Iterator[PairScores]:
-        for shard in self._shards:
+        for index, shard in enumerate(self._shards):
             if checksum := self._unchecked.get(shard):
                 require_checksum(shard, checksum)
                 del self._unchecked[shard]  # training reads it many times: checking it once is enough
-            yield from read_shard(shard, self.faces)
+            pairs = read_shard(shard, self.faces)
+            yield from pairs if self.probe is None else _with_probe(pairs, self._credits(index))
+
+    def _credits(self, index: int) -> Floats:
+        """The probe's rewards of all tokens of one shard, response after response."""
+        path = credit_path(self.path, index)
+        assert self.probe is not None
+        if path not in self._checked:
+            require_checksum(path, str(self.probe["files"].get(path.name)))
+            self._checked.add(path)
+        try:
+            rewards: Floats = load_file(path)["rewards"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise _damaged(path, error) from error
+        return rewards
+
+
+def _with_probe(pairs: Iterator[PairScores], rewards: Floats) -> Iterator[PairScores]:
+    """The pairs, each response with its part of ``rewards``."""
+    start = 0
+    for pair in pairs:
+        parts = []
+        for side in (pair.chosen, pair.rejected):
+            stop = start + len(side.response_ids)
+            parts.append(replace(side, probe=rewards[start:stop].copy()))
+            start = stop
+        yield PairScores(*parts)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

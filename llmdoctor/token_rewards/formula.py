@@ -6,7 +6,8 @@
 
 Departures from the paper: ``direction`` may be the sign of the gap itself, and is by default, where the paper takes the
 label of the whole response; the README shows what that changes. Several face pairs are averaged, or weighted by the fit
-(`llmdoctor.token_rewards.fit`).
+(`llmdoctor.token_rewards.fit`). The reward may also come from a probe of the patient's states
+(`llmdoctor.token_rewards.probe`), which is used as it is, without S_t and its threshold.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +19,23 @@ from llmdoctor.errors import UsageError
 from llmdoctor.records import Floats, TokenRewards, TokenScores
 from llmdoctor.settings import RewardSettings
 
+PROBE = "probe"
+"""The name of the probe's reward where it stands beside those of the face pairs."""
+
 
 def gap(scores: TokenScores, face: str) -> Floats:
-    """Log pi_pos - log pi_neg of every response token under one face pair [T], nats."""
+    """Log pi_pos - log pi_neg of every response token under one face pair [T], nats; r_t for the probe, log-odds.
+
+    Raises UsageError where the probe is asked for and there is none.
+    """
+    if face == PROBE:
+        if scores.probe is None:
+            raise UsageError(NO_PROBE)
+        return scores.probe
     return scores.positive[face] - scores.negative[face]
+
+
+NO_PROBE = "these rewards have no probe: run extract again with --probe, which adds one to the same folder"
 
 
 def importance(gaps_T: Floats, scale: float | Floats, tau: float) -> Floats:
@@ -35,6 +49,8 @@ def face_signal(scores: TokenScores, face: str, settings: RewardSettings, *, alt
     With ``alternative`` it is that of the alternative token at each position, on the scale of the response itself.
     """
     gaps_T = gap(scores, face)
+    if face == PROBE:
+        return gaps_T
     scale = _scale(gaps_T, settings)
     if alternative:
         gaps_T = scores.alternative_positive[face] - scores.alternative_negative[face]
@@ -52,6 +68,10 @@ def _signed(gaps: Floats, strength: Floats, theta: float) -> Floats:
 
 def face_sums(scores: TokenScores, faces: Sequence[str], settings: RewardSettings) -> NDArray[np.float64]:
     """Sum_t g_t under every face pair [F], all at once; nan for one whose log-probs are not all finite."""
+    if PROBE in faces:
+        others = [face for face in faces if face != PROBE]
+        sums = dict(zip(others, face_sums(scores, others, settings) if others else (), strict=True))
+        return np.array([sums[f] if f != PROBE else gap(scores, f).sum(dtype=np.float64) for f in faces])
     gaps_F_T = np.stack([gap(scores, face) for face in faces])
     scale_F_1 = np.abs(gaps_F_T).mean(axis=1, keepdims=True) + np.float32(settings.eps)
     with np.errstate(invalid="ignore"):  # infinity / infinity: the nan below
@@ -61,9 +81,23 @@ def face_sums(scores: TokenScores, faces: Sequence[str], settings: RewardSetting
 
 
 def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...]:
-    """The face pairs in use: those of ``settings``, or all of ``faces``. Raises UsageError for an unknown one."""
+    """What the rewards are drawn from: the face pairs of ``settings``, or all of ``faces``, or the probe.
+
+    ``faces`` are those that the rewards hold, ``PROBE`` among them if they have a probe. Unless named, it counts only
+    in direction "probe", alone, and in direction "fitted", beside the face pairs. Raises UsageError for a name that is
+    not there.
+    """
     known = tuple(faces)
-    names = settings.faces or known
+    if settings.direction == "probe":
+        names: tuple[str, ...] = (PROBE,)
+    elif settings.faces:
+        names = settings.faces
+    else:
+        names = tuple(name for name in known if name != PROBE or settings.direction == "fitted")
+    if PROBE in names and PROBE not in known:
+        raise UsageError(NO_PROBE)
+    if not names:
+        raise UsageError("these rewards hold no face pair, only a probe: choose direction probe or fitted")
     if missing := [name for name in names if name not in known]:
         raise UsageError(f"no face pair {missing[0]!r} in these rewards: they hold {', '.join(known)}")
     return names
@@ -91,9 +125,10 @@ def token_rewards(scores: TokenScores, settings: RewardSettings, weights: Mappin
 def alternative_rewards(scores: TokenScores, settings: RewardSettings, weights: Mapping[str, float]) -> Floats | None:
     """The reward that the alternative token of each position would have had [T].
 
-    None for directions "label" and "agree", where a token that is in neither response has no label.
+    None for directions "label" and "agree", where a token that is in neither response has no label, and for a probe,
+    which reads a token's state and has none of what was not said.
     """
-    if settings.direction in {"label", "agree"}:
+    if settings.direction in {"label", "agree"} or PROBE in weights:
         return None
     signals_F_T = [np.float32(w) * face_signal(scores, f, settings, alternative=True) for f, w in weights.items()]
     rewards_T: Floats = np.sum(signals_F_T, axis=0, dtype=np.float32)

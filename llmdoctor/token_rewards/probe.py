@@ -1,0 +1,188 @@
+"""A linear probe of the patient's hidden states that predicts which answers people prefer, and its reward per token.
+
+    P(a is preferred to b) = sigmoid(R(a) - R(b)),   R(y) = 1/T sum_t v_t,   v_t = sum_d w_d . (h_{d,t} - m_d)
+
+with h_{d,t} the state of kept layer d behind token y_t, divided by its root mean square, m_d its mean, and w the
+Bradley-Terry fit with a ridge penalty. Nothing in the paper (arXiv 2601.10416) is like it. It draws the rewards from
+the frozen patient all the same: on real instruct models its states say more of what people prefer than its faces do.
+
+The token reward of direction "probe" is r_t = v_t / (mean T): over an answer of usual length it adds up to the log-odds
+of that answer, so that rho is the inverse KL coefficient of RLHF.
+
+Every pair is scored by a probe that has not seen its prompt: the pairs are split by prompt into ``FOLDS`` parts, and
+the rewards of each come from a fit on the others. All kept layers are fitted together, so that none has to be chosen.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llmdoctor.errors import DataError, LoadError
+from llmdoctor.files import atomic_path
+from llmdoctor.records import Floats
+from llmdoctor.token_rewards.fit import Doubles
+
+FOLDS = 10
+RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0)
+_RANK = 256  # principal coordinates in which the fit is made: with fewer pairs than that it loses nothing
+_INNER = 3  # parts of the other folds, by which a fold's ridge is chosen
+_LEAST = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Directions on the states of ``layers`` (0 is the embedding), and how well they predict held-out pairs.
+
+    ``whole_D_H`` is fitted on all pairs, ``without_D_H[k]`` on all but those of fold k; ``centre_D_H`` is the mean
+    state. ``tokens`` is the mean length of a response, ``ridges`` are the penalties chosen: of all pairs, then by fold.
+    """
+
+    layers: tuple[int, ...]
+    centre_D_H: Floats
+    whole_D_H: Floats
+    without_D_H: tuple[Floats, ...]
+    tokens: float
+    ridges: tuple[float, ...]
+
+    def rewards(self, states_D_T_H: Floats, fold: int | None = None) -> Floats:
+        """r_t of the tokens behind which these states are [T]; by the fit without ``fold``, or the whole one."""
+        direction_D_H = self.whole_D_H if fold is None else self.without_D_H[fold]
+        values_T = np.einsum("dth,dh->t", states_D_T_H - self.centre_D_H[:, None], direction_D_H)
+        return np.asarray(values_T / self.tokens, dtype=np.float32)
+
+    def save(self, path: Path) -> None:
+        """Write it as a safetensors file, atomically. Raises StorageError."""
+        tensors = {
+            "centre": self.centre_D_H,
+            "whole": self.whole_D_H,
+            "without": np.stack(self.without_D_H),
+            "layers": np.array(self.layers, dtype=np.int64),
+            "tokens": np.array([self.tokens]),
+            "ridges": np.array(self.ridges),
+        }
+        with atomic_path(path) as temporary:
+            save_file({name: torch.from_numpy(np.ascontiguousarray(t)) for name, t in tensors.items()}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> "Probe":
+        """Read what `save` wrote. Raises LoadError."""
+        try:
+            held = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+            return cls(
+                tuple(held["layers"].tolist()),
+                held["centre"],
+                held["whole"],
+                tuple(held["without"]),
+                float(held["tokens"][0]),
+                tuple(held["ridges"].tolist()),
+            )
+        except (OSError, SafetensorError, KeyError) as error:
+            raise LoadError(f"cannot read the probe {path}: {error}. Delete it and run extract again") from error
+
+
+def fold_of(prompts: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
+    """The fold of every pair [P], from 0 to ``FOLDS`` - 1, all pairs of a prompt in one.
+
+    It depends on the prompts alone, whatever their order. With fewer prompts than folds every pair is its own.
+    """
+    keys = [prompt.tobytes() for prompt in prompts]
+    distinct = sorted(set(keys), key=lambda key: hashlib.sha256(key).digest())
+    if len(distinct) < FOLDS:
+        return np.arange(len(keys)) % FOLDS
+    fold = {key: i % FOLDS for i, key in enumerate(distinct)}
+    return np.array([fold[key] for key in keys])
+
+
+def fit(
+    chosen_P_D_H: NDArray[Any],
+    rejected_P_D_H: NDArray[Any],
+    fold_P: NDArray[np.int64],
+    layers: Sequence[int],
+    tokens: float,
+) -> tuple[Probe, Doubles]:
+    """The probe of these mean states, and its margin R(chosen) - R(rejected) for every pair, seen by no fit of it [P].
+
+    Margins are in log-odds. Raises DataError for fewer than 20 pairs, or states that are not finite.
+    """
+    pairs, depth, width = chosen_P_D_H.shape
+    if pairs < _LEAST:
+        raise DataError(
+            f"a probe needs at least {_LEAST} pairs (some hundreds to be of use), got {pairs}: extract more"
+        )
+    centre_D_H = (chosen_P_D_H.mean(axis=0, dtype=np.float64) + rejected_P_D_H.mean(axis=0, dtype=np.float64)) / 2
+    difference_P_D_H = chosen_P_D_H.astype(np.float32) - rejected_P_D_H.astype(np.float32)
+    if not np.isfinite(difference_P_D_H).all():
+        raise DataError("the patient's states are not finite numbers: run extract again, in float32 or bfloat16")
+    # every layer with the same weight: later states are no larger than others, but differ more
+    scale_D = np.sqrt(np.square(difference_P_D_H).sum(axis=2).mean(axis=0)) * np.sqrt(depth)
+    scale_D[scale_D == 0] = 1
+    x_P_X = (difference_P_D_H / scale_D[:, None]).reshape(pairs, depth * width)
+    z_P_Z, basis_X_Z = _principal(x_P_X)
+
+    def direction(weights_Z: Doubles) -> Floats:
+        return np.asarray((basis_X_Z @ weights_Z).reshape(depth, width) / scale_D[:, None], dtype=np.float32)
+
+    margins_P, without, ridges = np.zeros(pairs), [], []
+    for fold in range(FOLDS):
+        other_P = fold_P != fold
+        ridge = _best_ridge(z_P_Z[other_P], fold_P[other_P])
+        weights_Z = bradley_terry_ridge(z_P_Z[other_P], ridge)
+        margins_P[~other_P] = z_P_Z[~other_P] @ weights_Z
+        without.append(direction(weights_Z))
+        ridges.append(ridge)
+    ridge = _best_ridge(z_P_Z, fold_P)
+    whole_D_H = direction(bradley_terry_ridge(z_P_Z, ridge))
+    probe = Probe(tuple(layers), centre_D_H.astype(np.float32), whole_D_H, tuple(without), tokens, (ridge, *ridges))
+    return probe, margins_P
+
+
+def _principal(x_P_X: Floats) -> tuple[Doubles, Doubles]:
+    """Principal coordinates of the rows about zero [P, Z], and the basis [X, Z] that gives them.
+
+    The fit with a ridge is the same in any orthonormal basis that spans the rows. With more than ``_RANK`` pairs the
+    directions of least spread, which a ridge shrinks most, are left out.
+    """
+    # a generator of its own: the draws of svd_lowrank must neither vary nor move the caller's
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, basis = torch.svd_lowrank(torch.from_numpy(x_P_X).double(), q=min(_RANK, *x_P_X.shape), niter=4)
+    basis_X_Z: Doubles = basis.numpy()
+    return x_P_X @ basis_X_Z, basis_X_Z
+
+
+def bradley_terry_ridge(z_P_Z: Doubles, ridge: float) -> Doubles:
+    """Weights [Z] that maximise sum_p log sigmoid(z_p . w) - ridge/2 |w|^2, by Newton's method."""
+    weights_Z = np.zeros(z_P_Z.shape[1])
+    for _ in range(50):
+        wrong_P = 0.5 * (1 - np.tanh(z_P_Z @ weights_Z / 2))
+        gradient_Z = z_P_Z.T @ wrong_P - ridge * weights_Z
+        curvature_Z_Z = (z_P_Z * (wrong_P * (1 - wrong_P))[:, None]).T @ z_P_Z
+        curvature_Z_Z[np.diag_indices_from(curvature_Z_Z)] += ridge
+        step_Z = np.linalg.solve(curvature_Z_Z, gradient_Z)
+        # the margins of no pair move by more than 5 at once: a full step may overshoot on separable labels
+        weights_Z += step_Z / max(1.0, np.abs(z_P_Z @ step_Z).max(initial=0.0) / 5)
+        if np.abs(z_P_Z @ step_Z).max(initial=0.0) < 1e-5:
+            break
+    return weights_Z
+
+
+def _best_ridge(z_P_Z: Doubles, fold_P: NDArray[np.int64]) -> float:
+    """The ridge of the greatest held-out log-likelihood; the parts held out are made of whole folds."""
+    part_P = fold_P % _INNER
+    gained = []
+    for ridge in RIDGES:
+        total = 0.0
+        for part in range(_INNER):
+            own_P = part_P == part
+            margins_P = z_P_Z[own_P] @ bradley_terry_ridge(z_P_Z[~own_P], ridge)
+            total -= float(np.logaddexp(0, -margins_P).sum())
+        gained.append(total)
+    return RIDGES[int(np.argmax(gained))]

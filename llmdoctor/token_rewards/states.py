@@ -1,0 +1,204 @@
+"""Adds the probe's rewards to a finished rewards folder: two passes of the patient, and the fit between them.
+
+    rewards-00000.parquet --patient--> states-00000.safetensors --fit--> probe.safetensors --patient--> probe-00000...
+
+The first pass keeps the mean state of every response in a few layers, in float16: 2 x layers x width x 2 bytes per
+pair, 23 kB for 10 layers of a model 576 wide and 143 kB for one 3584 wide. The second pass reads the states of every
+token and keeps one number for each. Both see the prompt without a face. ``probe.json`` is written last.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from llmdoctor.errors import LoadError, UsageError
+from llmdoctor.files import atomic_path, file_checksum, locked, write_json
+from llmdoctor.models import Patient, not_numbers
+from llmdoctor.records import Floats, Message, PairScores, Side, TokenScores
+from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids
+from llmdoctor.token_rewards.encode import EncodedPair, EncodedResponse
+from llmdoctor.token_rewards.folder import PROBE, RewardsFolder, credit_path, read_shard, shard_paths
+from llmdoctor.token_rewards.probe import Probe, fit, fold_of
+from llmdoctor.token_rewards.processes import team
+from llmdoctor.token_rewards.rows import PatientRows, Unit, chunks
+from llmdoctor.token_rewards.scoring import fitting_batch_tokens
+
+_LAYERS = 10
+_WINDOW_PAIRS = 64  # pairs whose responses are sorted by length and read together
+_PROBE = "probe.safetensors"
+
+
+def kept_layers(count: int) -> tuple[int, ...]:
+    """Up to ten of a model's layers, evenly from the first quarter to the last; the embedding would be 0."""
+    return tuple(sorted({round(layer) for layer in np.linspace(max(1, count / 4), count, min(_LAYERS, count))}))
+
+
+class StateReader:
+    """Reads the patient's states behind every token of responses, each divided by its root mean square.
+
+    Without their size the states of all layers and models are alike and fit into float16; every layer of a transformer
+    reads them that way too. Raises LoadError for a patient that gives no states.
+    """
+
+    def __init__(self, patient: Patient, layers: Sequence[int] = (), batch_tokens: int | None = None) -> None:
+        count = getattr(patient.model.config.get_text_config(), "num_hidden_layers", None)
+        if not count:
+            raise LoadError(f"the patient {patient.name} does not say how many layers it has: a probe needs its states")
+        self.layers = tuple(layers) or kept_layers(count)
+        self._patient = patient
+        self._rows = PatientRows(patient, batch_tokens or fitting_batch_tokens(patient))
+
+    def means(self, pairs: Sequence[PairScores]) -> NDArray[np.float16]:
+        """The mean state of every response, chosen and rejected in turn [2P, D, H]."""
+        found = self._read(pairs, lambda states_D_T_H, _: states_D_T_H.mean(dim=1).half().cpu().numpy())
+        return np.stack(found)
+
+    def rewards(self, pairs: Sequence[PairScores], probe: Probe, folds: Sequence[int | None]) -> list[Floats]:
+        """r_t of every response, chosen and rejected in turn; each pair's by the fit without its fold."""
+
+        def of(states_D_T_H: Tensor, pair: int) -> Floats:
+            return probe.rewards(states_D_T_H.cpu().numpy(), folds[pair])
+
+        return self._read(pairs, of)
+
+    def _read(self, pairs: Sequence[PairScores], use: Any) -> list[Any]:
+        """``use(states [D, T, H], index of the pair)`` of every response, in the order of the pairs."""
+        encoded = [_encoded(pair, str(number)) for number, pair in enumerate(pairs)]
+
+        @torch.inference_mode()
+        def run(batch: Sequence[Unit]) -> list[tuple[str, Side, Any]]:
+            out = self._rows.forward([(unit[0].prompt, unit) for unit in batch], output_hidden_states=True)
+            if out.hidden_states is None or len(out.hidden_states) <= max(self.layers):
+                raise LoadError(
+                    f"the patient {self._patient.name} gives no hidden states, which a probe needs: train on faces "
+                    "(direction gap or fitted)"
+                )
+            results: list[tuple[str, Side, Any]] = []
+            for row, unit in enumerate(batch):
+                start = len(unit[0].prompt)
+                for response in unit:
+                    stop = start + len(response.response)
+                    states_D_T_H = torch.stack([out.hidden_states[d][row, start:stop] for d in self.layers]).float()
+                    states_D_T_H *= states_D_T_H.square().mean(dim=-1, keepdim=True).rsqrt()
+                    if states_D_T_H.isnan().any():
+                        raise LoadError(not_numbers(f"the states of the patient {self._patient.name}"))
+                    results.append((response.pair_id, response.side, use(states_D_T_H, int(response.pair_id))))
+                    start = stop
+            return results
+
+        found = {(pair, side): value for pair, side, value in self._rows.in_batches(encoded, 1, run)}
+        return [found[response.pair_id, response.side] for pair in encoded for response in pair]
+
+
+def _encoded(pair: PairScores, number: str) -> EncodedPair:
+    def side(scores: TokenScores) -> EncodedResponse:
+        prompt = scores.prompt_ids.tolist()
+        return EncodedResponse(number, scores.side, prompt, [prompt], scores.response_ids.tolist())
+
+    return side(pair.chosen), side(pair.rejected)
+
+
+def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None) -> Iterator[None]:
+    """Fit a probe to the pairs of the rewards folder ``folder`` and store every token's reward under it.
+
+    Yields once for each pair of each of the two passes, and must be run to its end; run again after a stop it goes on
+    from the last finished shard. Several processes share the shards, as in `extract`. A folder that has its probe is
+    left as it is.
+
+    Raises LoadError (no finished rewards folder, another patient, a patient without states, states that are not
+    numbers), DataError (fewer than 20 pairs), UsageError (another run writes there), StorageError.
+    """
+    rewards = RewardsFolder(folder)
+    if rewards.meta["patient"]["fingerprint"] != patient.fingerprint:
+        raise LoadError(
+            f"the rewards in {folder} were drawn from the patient {rewards.meta['patient']['model']}, not from "
+            f"{patient.name}: a probe of another patient's states would not fit them"
+        )
+    if rewards.probe is not None:
+        return
+    reader = StateReader(patient, batch_tokens=batch_tokens)
+    shards = shard_paths(folder)
+    with team() as processes, locked(folder) if processes.first else nullcontext():
+        own = [index for index in range(len(shards)) if index % processes.size == processes.rank]
+        for index in own:
+            if not _states_path(folder, index).is_file():
+                means = []
+                for window in chunks(read_shard(shards[index], rewards.faces), _WINDOW_PAIRS):
+                    means.append(reader.means(window))
+                    yield from (None for _ in window)
+                with atomic_path(_states_path(folder, index)) as temporary:
+                    save_file({"means": np.concatenate(means)}, temporary)
+        processes.wait()
+        found = processes.from_first(lambda: _fit(folder, rewards, reader.layers))
+        probe = Probe.load(folder / _PROBE)
+        for index in own:
+            if not credit_path(folder, index).is_file():
+                values = []
+                for window in chunks(read_shard(shards[index], rewards.faces), _WINDOW_PAIRS):
+                    folds = [found["folds"][pair.chosen.pair_id] for pair in window]
+                    values += reader.rewards(window, probe, folds)
+                    yield from (None for _ in window)
+                with atomic_path(credit_path(folder, index)) as temporary:
+                    save_file({"rewards": np.concatenate(values)}, temporary)
+        processes.wait()
+        if processes.first:
+            report = {key: value for key, value in found.items() if key != "folds"}
+            files = [_states_path(folder, i) for i in range(len(shards))]
+            files += [folder / _PROBE, *(credit_path(folder, i) for i in range(len(shards)))]
+            write_json(folder / PROBE, {**report, "files": {path.name: file_checksum(path) for path in files}})
+        processes.wait()
+
+
+def _states_path(folder: Path, index: int) -> Path:
+    return folder / f"states-{index:05d}.safetensors"
+
+
+def _fit(folder: Path, rewards: RewardsFolder, layers: Sequence[int]) -> dict[str, Any]:
+    """Fit the probe and write it. What probe.json says of it, and the fold of every pair by id."""
+    ids, prompts, lengths = [], [], []
+    for pair in rewards:
+        ids.append(pair.chosen.pair_id)
+        prompts.append(pair.chosen.prompt_ids)
+        lengths += [len(pair.chosen.response_ids), len(pair.rejected.response_ids)]
+    try:
+        means = np.concatenate([load_file(_states_path(folder, i))["means"] for i in range(len(shard_paths(folder)))])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise LoadError(
+            f"cannot read the states in {folder}: {error}. Delete states-*.safetensors and run again"
+        ) from error
+    fold_P = fold_of(prompts)
+    probe, margins_P = fit(means[0::2], means[1::2], fold_P, layers, float(np.mean(lengths)))
+    probe.save(folder / _PROBE)
+    return {
+        "layers": list(layers),
+        "ridge": probe.ridges[0],
+        "held_out_accuracy": round(float((1 + np.sign(margins_P)).mean() / 2), 6),
+        "bytes_per_pair": int(2 * means[0].nbytes),
+        "folds": dict(zip(ids, fold_P.tolist(), strict=True)),
+    }
+
+
+def probe_answer(patient: Patient, probe: Probe, prompt: str | Sequence[Message], answer: str) -> Floats:
+    """r_t of every token of ``answer`` to ``prompt`` under the probe of all pairs [T], the end of turn included.
+
+    Their sum times ``probe.tokens`` / T is R(answer). Raises UsageError (an empty answer), DataError (a chat template
+    that refuses), LoadError.
+    """
+    if not answer:
+        raise UsageError("expected an answer to look at, got an empty text")
+    tokenizer = patient.tokenizer
+    asked = np.array(prompt_ids(tokenizer, conversation(prompt)), dtype=np.int32)
+    ids = np.array(response_ids(tokenizer, answer, end_of_turn(tokenizer, patient.eos_ids)), dtype=np.int32)
+    scores = TokenScores("", "chosen", asked, ids, {}, {}, ids, {}, {})
+    pair = PairScores(scores, replace(scores, side="rejected"))
+    reward: Floats = StateReader(patient, probe.layers).rewards([pair], probe, [None])[0]
+    return reward
