@@ -31,16 +31,18 @@ def plain_diagnosis(diagnosis: "Diagnosis") -> str:
     """The picture in plain letters, at most 80 columns wide where names are short."""
     rows = _sorted(diagnosis)
     limit = _limit(rows)
-    width = max(len(clean(face.name)) for face in rows)
-    head = f"{'':<{width}}  {'punished   0   rewarded':^{_PLAIN_BAR}}  per sd (95% interval)"
-    lines = [*textwrap.wrap(clean(diagnosis.verdict), 80), "", head.rstrip()]
-    for face in rows:
-        bar = "".join(cell for cell, _ in _bar(face.standardised, limit, _PLAIN_BAR, _ASCII))
-        lines.append(f"{clean(face.name):<{width}}  {bar}  {_interval(face.standardised)}")
-    lines += ["", f"{'':<{width}}  {'weight (95% interval)':<28}{'share':>7}{'agreement':>11}"]
-    for face in rows:
-        weight = f"{_interval(face.weight):<28}{_share(face, diagnosis):>7}{face.agreement:>11.1%}"
-        lines.append(f"{clean(face.name):<{width}}  {weight}")
+    width = max((len(clean(face.name)) for face in rows), default=0)
+    lines = textwrap.wrap(clean(diagnosis.verdict), 80)
+    if rows:
+        head = f"{'':<{width}}  {'punished   0   rewarded':^{_PLAIN_BAR}}  per sd (95% interval)"
+        lines += ["", head.rstrip()]
+        for face in rows:
+            bar = "".join(cell for cell, _ in _bar(face.standardised, limit, _PLAIN_BAR, _ASCII))
+            lines.append(f"{clean(face.name):<{width}}  {bar}  {_interval(face.standardised)}")
+        lines += ["", f"{'':<{width}}  {'weight (95% interval)':<28}{'share':>7}{'agreement':>11}"]
+        for face in rows:
+            weight = f"{_interval(face.weight):<28}{_share(face, diagnosis):>7}{face.agreement:>11.1%}"
+            lines.append(f"{clean(face.name):<{width}}  {weight}")
     lines += ["", "held-out pairs predicted (95% interval), chance 50%"]
     lines += [*(f"{name:<18} {_percents(part)}" for name, part in _accuracies(diagnosis)), ""]
     return "\n".join([*lines, *(f"{clean(face.name)}: {_examples(face)}" for face in rows), _settings(diagnosis)])
@@ -54,7 +56,7 @@ def rich_diagnosis(diagnosis: "Diagnosis", width: int) -> "RenderableType":
 
     rows = _sorted(diagnosis)
     limit = _limit(rows)
-    name_width = min(max(len(clean(face.name)) for face in rows), 16)
+    name_width = min(max((len(clean(face.name)) for face in rows), default=0), 16)
     bar_width = max(21, min(61, width - name_width - 45))
     bar_width -= 1 - bar_width % 2  # odd, so that zero has a column of its own
     bars = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
@@ -83,7 +85,8 @@ def rich_diagnosis(diagnosis: "Diagnosis", width: int) -> "RenderableType":
         predicted.add_row(name, line, _percents(part))
     examples = [Text.assemble((clean(face.name), "bold"), f": {_examples(face)}") for face in rows]
     verdict = Text(clean(diagnosis.verdict), style="bold")
-    return Group(verdict, Text(), bars, Text(), predicted, Text(), *examples, Text(_settings(diagnosis), style="dim"))
+    shown = (bars, Text()) if rows else ()
+    return Group(verdict, Text(), *shown, predicted, Text(), *examples, Text(_settings(diagnosis), style="dim"))
 
 
 def svg_diagnosis(diagnosis: "Diagnosis") -> str:
@@ -116,7 +119,8 @@ def _sorted(diagnosis: "Diagnosis") -> list["FaceDiagnosis"]:
 
 def _limit(faces: Sequence["FaceDiagnosis"]) -> float:
     """The end of the scale: the farthest end of an interval or bar, 1 where there is none."""
-    return max(max(abs(e.low), abs(e.high), abs(e.value)) for e in (face.standardised for face in faces)) or 1.0
+    ends = (max(abs(e.low), abs(e.high), abs(e.value)) for e in (face.standardised for face in faces))
+    return max(ends, default=1.0) or 1.0
 
 
 def _colour(face: "FaceDiagnosis", limit: float) -> str:
@@ -125,11 +129,14 @@ def _colour(face: "FaceDiagnosis", limit: float) -> str:
 
 
 def _accuracies(diagnosis: "Diagnosis") -> list[tuple[str, "Estimate"]]:
-    return [
-        ("these faces", diagnosis.accuracy),
-        ("length alone", diagnosis.length_accuracy),
-        ("faces and length", diagnosis.combined_accuracy),
-    ]
+    found = [("length alone", diagnosis.length_accuracy)]
+    if diagnosis.faces:
+        found = [("these faces", diagnosis.accuracy), *found, ("faces and length", diagnosis.combined_accuracy)]
+    if diagnosis.probe_accuracy is not None:
+        found.append(("the probe", diagnosis.probe_accuracy))
+    if diagnosis.joint_accuracy is not None and diagnosis.faces:
+        found.append(("faces and probe", diagnosis.joint_accuracy))
+    return found
 
 
 def _interval(estimate: "Estimate") -> str:
@@ -211,8 +218,9 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
     limit = _limit(faces)
     verdict = textwrap.wrap(clean(diagnosis.verdict), 135) if alone else []
     top = _MARGIN + (len(verdict) * _LINE + _MARGIN if alone else 0)
-    middle = top + _HEAD + len(faces) * _ROW + _TICKS
-    height = middle + _HEAD + 3 * _ROW + _TICKS + (_LINE if alone else 0) + _MARGIN / 2
+    parts = _accuracies(diagnosis)
+    middle = top + (_HEAD + len(faces) * _ROW + _TICKS if faces else 0)
+    height = middle + _HEAD + len(parts) * _ROW + _TICKS + (_LINE if alone else 0) + _MARGIN / 2
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height), facecolor=_PAPER if alone else "none")
         left = _MARGIN / _WIDTH
@@ -222,10 +230,10 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
             figure.text(left, _MARGIN / 2 / height, _settings(diagnosis), va="bottom", alpha=0.7)
         rows = [(face.name, face.standardised, _colour(face, limit), _numbers(face, diagnosis)) for face in faces]
         columns = [("per sd (95%)", 1.95), ("weight (95%)", 3.75), ("share", 4.4), ("agreement", 5.3)]
-        axes = _panel(figure, "face", top, rows, columns, 0.0, limit)
-        axes.set_title("← punished   rewarded →", fontsize=9.5)
-        axes.locator_params(axis="x", nbins=6)
-        parts = _accuracies(diagnosis)
+        if faces:
+            axes = _panel(figure, "face", top, rows, columns, 0.0, limit)
+            axes.set_title("← punished   rewarded →", fontsize=9.5)
+            axes.locator_params(axis="x", nbins=6)
         rows = [(name, part, scale_colour(part.value - 0.5, 0.5), (_percents(part),)) for name, part in parts]
         axes = _panel(figure, "held-out", middle, rows, [("predicted (95%)", 1.95)], 0.5, 0.5)
         axes.set_title("held-out pairs", fontsize=9.5)

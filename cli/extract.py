@@ -36,6 +36,10 @@ def extract(
     seed: Annotated[
         int, option("--seed", "Seed of --shuffle (default: 0).", min=0, max=options.GREATEST_SEED, metavar="N")
     ] = 0,
+    probe: Annotated[
+        bool,
+        option("--probe/--no-probe", "Also fit a probe of the patient's states to the pairs, for --direction probe."),
+    ] = False,
     strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
     batch_tokens: Annotated[
         int | None, option("--batch-tokens", "Tokens per forward (default: what fits).", metavar="N", min=1)
@@ -45,16 +49,18 @@ def extract(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score every answer's tokens with the patient's own two faces.
+    """Score every answer's tokens with the patient's own two faces, or by a probe of its hidden states.
 
-    A run that was stopped continues where it was.
+    A run that was stopped continues where it was. The probe reads the answers twice more, without a face; it can be
+    added to a finished folder by the same command with --probe.
     """
     from llmdoctor.profile import override
 
     settings = options.load(profile)
     model = override(settings.patient, model=patient, device=device, dtype=dtype)
     source = _data(settings, data, split, label)
-    faces = chosen_faces(settings, face)
+    probe = probe or settings.rewards.direction == "probe"
+    faces = chosen_faces(settings, face, needed=not probe)
     _require_usable(source)
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -62,6 +68,7 @@ def extract(
         from llmdoctor.models import load_patient
         from llmdoctor.token_rewards.extract import extract as scored_pairs
         from llmdoctor.token_rewards.folder import RewardsFolder
+        from llmdoctor.token_rewards.states import add_probe
 
         if processes > 1 and model.device in {"auto", "cuda"}:  # one device per process
             import torch
@@ -86,7 +93,13 @@ def extract(
         for _ in pairs:
             advance()
     skips.close(output)
-    report = _report(output, RewardsFolder(output).meta, time.monotonic() - began)
+    if probe:
+        total = 2 * len(RewardsFolder(output)) if processes == 1 else None
+        with progress("Fitting a probe", total, "pairs") as advance:
+            for _ in add_probe(loaded, output, batch_tokens=batch_tokens):
+                advance()
+    folder = RewardsFolder(output)
+    report = {**_report(output, folder.meta, time.monotonic() - began), "probe": folder.probe and _told(folder.probe)}
     found = findings.after_extraction(output, options.fitting(settings, profile, loaded.fingerprint).rewards)
     if as_json:
         put_json({**report, **found.as_dict()})
@@ -106,14 +119,17 @@ def _data(profile: "Profile", source: str | None, split: str | None, label: str 
     return override(named, split=split, label=label)
 
 
-def chosen_faces(profile: "Profile", names: Sequence[str] | None) -> "dict[str, FacePair]":
-    """The face pairs named, from the profile or the library; else those that the profile uses."""
+def chosen_faces(profile: "Profile", names: Sequence[str] | None, *, needed: bool = True) -> "dict[str, FacePair]":
+    """The face pairs named, from the profile or the library; else those that the profile uses.
+
+    Raises UsageError for an unknown one, and for none at all where they are ``needed``.
+    """
     from llmdoctor.profile import library_faces
 
     known = {**library_faces(), **profile.faces}
     ready = ", ".join(name for name in library_faces() if name not in profile.faces)
     chosen = names or profile.rewards.faces or tuple(profile.faces)
-    if not chosen:
+    if not chosen and needed:
         raise UsageError(f"profile {profile.name} has no faces: add a 'faces' section, or --face with one of {ready}")
     if unknown := [name for name in chosen if name not in known]:
         own = f"it has: {', '.join(profile.faces)}; " if profile.faces else ""
@@ -161,6 +177,11 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> dict[str, Any
     }
 
 
+def _told(probe: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a probe: all but its files."""
+    return {key: value for key, value in probe.items() if key != "files"}
+
+
 def _summary(report: dict[str, Any]) -> str:
     cut = report["truncated_prompts"]
     lines = [
@@ -170,5 +191,6 @@ def _summary(report: dict[str, Any]) -> str:
         f"wrote {report['written']} pairs, {report['tokens']} tokens, to {report['output']}"
         f" in {report['seconds']:.1f} s",
         *flat_lines(report["statistics"]),
+        *(flat_lines({"probe": report["probe"]}) if report["probe"] else ()),
     ]
     return "\n".join(lines)

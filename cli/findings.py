@@ -55,8 +55,8 @@ def find(rewards: "RewardsFolder", settings: "RewardSettings", faces: Sequence[s
 
     if os.environ.get("RANK", "0") != "0":
         return Findings((), None)
-    names = tuple(faces) if faces else rewards.faces
-    counted = FaceDifferences(names)
+    names = tuple(faces) if faces else rewards.signals
+    counted = FaceDifferences([name for name in names if name in rewards.faces])
     diagnosis = None
     with progress("Diagnosing", len(rewards), "pairs") as advance:
 

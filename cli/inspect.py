@@ -102,7 +102,7 @@ def inspect(
 
         rewards = RewardsFolder(folder)
         own = options.fitting(options.load(profile), profile, rewards.meta["patient"]["fingerprint"])
-        settings = options.reward_settings(own, available=rewards.faces, faces=face, **rewarding)
+        settings = options.reward_settings(own, available=rewards.signals, faces=face, **rewarding)
     if diagnose:
         _diagnose(rewards, settings, face, as_json=as_json, svg=svg, page=html)
         return
@@ -111,7 +111,7 @@ def inspect(
         from llmdoctor.token_rewards.fit import face_weights
 
         tokenizer = load_tokenizer(folder / "tokenizer")
-        weights = face_weights(rewards, rewards.faces, settings)
+        weights = face_weights(rewards, rewards.signals, settings)
     look = RewardReader(rewards, settings, weights, tokenizer)
     if tui:
         raise typer.Exit(_browse(look, look.pick(pair, contains, limit or worst or _BROWSED)))
@@ -212,8 +212,10 @@ def _look_at(
     from llmdoctor.profile import override
 
     settings = override(profile.rewards, **given)
-    if settings.direction == "fitted":
-        raise UsageError("--direction fitted needs labelled pairs: give a rewards folder, or another direction")
+    if settings.direction in {"fitted", "probe"}:
+        raise UsageError(
+            f"--direction {settings.direction} needs labelled pairs: give a rewards folder, or another one"
+        )
     faces = chosen_faces(profile, settings.faces)
     with waiting(f"Loading {short_name(model.model)} ..."):
         from llmdoctor.models import load_patient

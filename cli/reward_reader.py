@@ -33,7 +33,7 @@ class RewardReader:
         ids = range(max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1))
         special = [i for i in self.tokenizer.all_special_ids if i in ids]
         counter = RewardCounter(self.tokenizer.convert_ids_to_tokens(list(ids)), self.text, special)
-        differences = FaceDifferences(tuple(self.weights))
+        differences = FaceDifferences([name for name in self.weights if name in self.rewards.faces])
         first: list[tuple[TokenRewards, TokenRewards]] = []
         least: list[tuple[float, int, tuple[TokenRewards, TokenRewards]]] = []  # a heap, the least contradictory first
         with progress("Counting", len(self.rewards), "pairs") as advance:

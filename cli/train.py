@@ -48,16 +48,17 @@ def train(
     override(settings.rewards, **rewarding)
     with waiting("Reading the rewards ..."):
         from llmdoctor.token_rewards.folder import RewardsFolder
+        from llmdoctor.token_rewards.formula import face_names
 
         folder = RewardsFolder(rewards)
         settings = options.fitting(settings, profile, folder.meta["patient"]["fingerprint"])
         chosen = override(settings.train, **training)
-        reward_settings = options.reward_settings(settings, available=folder.faces, faces=face, **rewarding)
+        reward_settings = options.reward_settings(settings, available=folder.signals, faces=face, **rewarding)
     if chosen.doctor is None:
         held = short_name(folder.meta["patient"]["model"])
         raise UsageError(f"profile {settings.name} names no base model for a doctor of {held}: give --doctor MODEL")
-    used = ", ".join(reward_settings.faces or folder.faces)
-    say(f"training {short_name(chosen.doctor)} on {len(folder)} pairs of {rewards} (faces: {used})")
+    used = ", ".join(face_names(folder.signals, reward_settings))
+    say(f"training {short_name(chosen.doctor)} on {len(folder)} pairs of {rewards} (rewards from: {used})")
 
     with waiting(f"Loading {short_name(chosen.doctor)} ..."):
         from llmdoctor.training.train import train as train_doctor

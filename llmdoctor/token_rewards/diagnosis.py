@@ -1,7 +1,8 @@
 """Which behaviours the preferences reward, how surely, and whether that predicts pairs the fit has not seen.
 
 The fit is that of direction "fitted" (`llmdoctor.token_rewards.fit`); the paper (arXiv 2601.10416) has one face pair
-and nothing like it. It costs no training: only the log-probs that extract has stored.
+and nothing like it. It costs no training: only the log-probs that extract has stored. Where the folder has a probe
+(`llmdoctor.token_rewards.probe`), it stands beside the faces, and the diagnosis says which of them to train on.
 """
 
 import math
@@ -16,7 +17,7 @@ from llmdoctor.errors import DataError, UsageError
 from llmdoctor.records import PairScores
 from llmdoctor.settings import RewardSettings
 from llmdoctor.token_rewards.fit import Doubles, bradley_terry, deviations, features, newton, shares
-from llmdoctor.token_rewards.formula import face_names
+from llmdoctor.token_rewards.formula import PROBE, face_names
 
 _Z = 1.959963984540054  # half the width of a 95% interval, in standard errors
 _EXAMPLES = 3
@@ -75,6 +76,11 @@ class Diagnosis:
     ``beyond_length`` is ``accuracy`` - ``length_accuracy``, ``added_to_length`` ``combined_accuracy`` -
     ``length_accuracy``; ``longer_preferred`` is the part of the pairs whose preferred answer has more tokens.
     ``explains`` says whether the face pairs explain anything; ``verdict`` sums it all up in words.
+
+    With a probe, ``probe_accuracy`` is the part of the pairs that the sum of its rewards predicts, each by a fit that
+    has not seen its prompt, and ``joint_accuracy`` that of a fit over faces and probe; ``probe_beyond_faces`` and
+    ``probe_beyond_length`` are differences, as above. ``train_on`` is the direction to choose for these pairs: "probe",
+    "fitted" (of the faces, and of the probe where it is one of them), or "" where nothing predicts them.
     """
 
     pairs: int
@@ -89,6 +95,11 @@ class Diagnosis:
     explains: bool
     verdict: str
     settings: dict[str, Any]
+    probe_accuracy: Estimate | None = None
+    joint_accuracy: Estimate | None = None
+    probe_beyond_faces: Estimate | None = None
+    probe_beyond_length: Estimate | None = None
+    train_on: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -120,14 +131,19 @@ def diagnose(
     Raises DataError (fewer than 2 pairs, log-probs that are not finite) and UsageError (an unknown face pair, more than
     16 of them, a setting out of range).
     """
-    names = face_names(faces, settings)
+    given = tuple(faces)
+    names = tuple(name for name in settings.faces or given if name != PROBE)
+    if names:
+        names = face_names(given, settings.model_copy(update={"faces": names, "direction": "fitted"}))
     if len(names) > _MAX_FACES:
         raise UsageError(f"expected at most {_MAX_FACES} face pairs to diagnose, got {len(names)}: choose some of them")
     if resamples < 1 or folds < 2 or seed < 0:
         raise UsageError(
             f"expected resamples >= 1, folds >= 2 and seed >= 0, got {resamples}, {folds} and {seed}: change them"
         )
-    x_P_F, lengths_P_2, ids = features(pairs, names, settings)
+    signals = (*names, PROBE) if PROBE in given else names
+    x_P_S, lengths_P_2, ids = features(pairs, signals, settings)
+    x_P_F = x_P_S[:, : len(names)]
     if len(ids) < 2:
         raise DataError(f"a diagnosis needs at least 2 pairs (some hundreds to say much), got {len(ids)}: extract more")
     diagnosed = _face_diagnoses(x_P_F, names, ids, seed, resamples)
@@ -153,13 +169,40 @@ def diagnose(
         verdict="",
         settings=used,
     )
+    if PROBE in given:
+        by_probe_P = _correct(x_P_S[:, -1])
+        by_all_P = _held_out(x_P_S, fold_P)
+        found = replace(
+            found,
+            probe_accuracy=_wilson(by_probe_P),
+            joint_accuracy=_wilson(by_all_P),
+            probe_beyond_faces=_paired(by_probe_P - by_faces_P),
+            probe_beyond_length=_paired(by_probe_P - by_length_P),
+        )
+        found = replace(found, train_on=_choice(found, _paired(by_all_P - by_probe_P)))
+    elif found.explains:
+        found = replace(found, train_on="fitted")
     return replace(found, verdict=_verdict(found))
+
+
+def _choice(found: Diagnosis, joint_beyond_probe: Estimate) -> str:
+    """The direction to train on, where there is a probe: the simplest that nothing surely beats."""
+    assert found.probe_accuracy is not None
+    assert found.probe_beyond_faces is not None
+    if found.faces and joint_beyond_probe.low > 0:
+        return "fitted"
+    if found.probe_accuracy.low > found.chance:
+        # where both predict equally well the faces are the surer signal: they say what is meant, and prune tokens
+        return "fitted" if found.explains and found.probe_beyond_faces.value <= 0 else "probe"
+    return "fitted" if found.explains else ""
 
 
 def _face_diagnoses(
     x_P_F: Doubles, names: Sequence[str], ids: Sequence[str], seed: int, resamples: int
 ) -> tuple[FaceDiagnosis, ...]:
     """The weight of every face pair with its bootstrap interval, share, agreement and examples."""
+    if not names:
+        return ()
     scale_F = deviations(x_P_F)
     z_P_F = x_P_F / scale_F
     weights_F = bradley_terry(x_P_F)
@@ -227,7 +270,9 @@ def _verdict(found: Diagnosis) -> str:
     longer = "longer" if found.longer_preferred > 0.5 else "shorter"
     length = f"Length alone predicts {_percent(length_accuracy)} ({longer} answers are preferred)"
     said = []
-    if not clear and accuracy.low > chance:
+    if not found.faces:
+        pass
+    elif not clear and accuracy.low > chance:
         said.append(
             f"No single face is sure to explain the preferences: every weight's interval covers zero, though together "
             f"they predict {_percent(accuracy)} of held-out pairs, where chance is 50%. They may overlap: try fewer."
@@ -256,9 +301,28 @@ def _verdict(found: Diagnosis) -> str:
             said.append(f"Length alone predicts {_percent(length_accuracy)}, no better than chance.")
     if length_speaks and not found.explains:
         said.append(f"{length}.")
+    said += _verdict_on_probe(found)
     if found.pairs < _FEW_PAIRS:
         said.append(f"With only {found.pairs} pairs all of this is rough.")
     return " ".join(said)
+
+
+def _verdict_on_probe(found: Diagnosis) -> list[str]:
+    """What the probe adds, and which signal to train on."""
+    if found.probe_accuracy is None or found.probe_beyond_length is None:
+        return []
+    said = [f"The probe of the patient's states predicts {_percent(found.probe_accuracy)} of held-out pairs."]
+    if found.train_on == "probe":
+        said.append("Train on the probe (--direction probe).")
+    elif found.train_on == "fitted":
+        said.append(
+            "Train on the faces (--direction fitted)." if found.explains else "Train on both (--direction fitted)."
+        )
+    else:
+        said.append("Nothing here predicts these preferences: more pairs, or other faces, before any training.")
+    if found.train_on == "probe" and found.probe_beyond_length.low <= 0:
+        said.append("It does not surely say more than the length of the answers does: watch their length.")
+    return said
 
 
 def _percent(part: Estimate) -> str:

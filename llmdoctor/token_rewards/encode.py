@@ -45,7 +45,6 @@ class PairEncoder:
         room = self._patient.context - max(len(chosen), len(rejected))
         try:
             fitting = self._fitting(list(pair.prompt), room)
-            prompt = prompt_ids(self._tokenizer, fitting[0]) if fitting else []
         except DataError as error:  # the chat template refuses this conversation
             on_skip(SkippedRecord(int(pair.id), str(error)))
             return None
@@ -53,23 +52,27 @@ class PairEncoder:
             reason = f"no room for its answers and a prompt in the patient's context of {self._patient.context} tokens"
             on_skip(SkippedRecord(int(pair.id), reason))
             return None
-        messages, faced = fitting
+        messages, prompt, faced = fitting
         self.truncated += messages != list(pair.prompt)
         return (
             EncodedResponse(pair.id, "chosen", prompt, faced, chosen),
             EncodedResponse(pair.id, "rejected", prompt, faced, rejected),
         )
 
-    def _fitting(self, messages: list[Message] | None, room: int) -> tuple[list[Message], list[list[int]]] | None:
-        """The end of the conversation that takes at most ``room`` tokens, and its ids under every face.
+    def _fitting(
+        self, messages: list[Message] | None, room: int
+    ) -> tuple[list[Message], list[int], list[list[int]]] | None:
+        """The end of the conversation that takes at most ``room`` tokens, and its ids without and under every face.
 
         Whole turns go first, the oldest first; then the beginning of the last turn. None when nothing is left.
         """
         while messages:
-            faced = [prompt_ids(self._tokenizer, with_system(messages, system)) for system in self._systems]
-            excess = max(map(len, faced)) - room
+            prompt, *faced = (
+                prompt_ids(self._tokenizer, with_system(messages, system)) for system in (None, *self._systems)
+            )
+            excess = max(map(len, (prompt, *faced))) - room
             if excess <= 0:
-                return messages, faced
+                return messages, prompt, faced
             messages = _without_oldest_turn(messages) or self._without_first_tokens(messages, excess)
         return None
 

@@ -14,6 +14,7 @@ from llmdoctor.records import FacePair, PairScores, SkippedRecord
 from llmdoctor.settings import DataSettings
 from llmdoctor.token_rewards.encode import PairEncoder
 from llmdoctor.token_rewards.folder import shard_path, shard_paths
+from llmdoctor.token_rewards.formula import PROBE
 from llmdoctor.token_rewards.pairs import read_pairs, shuffled
 from llmdoctor.token_rewards.processes import team
 from llmdoctor.token_rewards.rows import chunks
@@ -55,10 +56,12 @@ def extract(
     (meta.json counts these). A response is never cut: a pair whose responses leave no room for a prompt is skipped.
     Skipped records go to ``on_skip``; with ``strict`` the first one ends the run.
 
-    Raises UsageError (no faces, a bad limit, a folder that is not a rewards folder or that another run writes to),
-    DataError (nothing usable), LoadError (``output`` holds the rewards of another patient, of other faces or of other
-    data, or a damaged shard; a tokenizer without an end-of-sequence token; log-probs that are not numbers),
-    StorageError.
+    Without ``faces`` nothing is scored: the folder holds token ids, for `llmdoctor.token_rewards.states.add_probe`.
+
+    Raises UsageError (a face pair called "probe", a bad limit, a folder that is not a rewards folder or that another
+    run writes to), DataError (nothing usable), LoadError (``output`` holds the rewards of another patient, of other
+    faces or of other data, or a damaged shard; a tokenizer without an end-of-sequence token; log-probs that are not
+    numbers), StorageError.
     """
     _check(faces, limit=limit, batch_tokens=batch_tokens)
     writer = RewardsWriter(output, _identity(patient, data, faces, limit, shuffle))
@@ -93,8 +96,8 @@ def extract(
 
 
 def _check(faces: Mapping[str, FacePair], **counts: int | None) -> None:
-    if not faces:
-        raise UsageError("extract needs at least one face pair; the profile's 'faces' section is empty")
+    if PROBE in faces:
+        raise UsageError(f"no face pair may be called {PROBE!r}, which is the reward of the probe: choose another name")
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UsageError(f"{name} must be 1 or more; got {value}")

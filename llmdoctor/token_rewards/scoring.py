@@ -40,13 +40,16 @@ class Scorer:
     def __init__(self, patient: Patient, faces: Mapping[str, FacePair], batch_tokens: int) -> None:
         self._patient, self._names = patient, tuple(faces)
         self._rows = PatientRows(patient, batch_tokens)
-        self._head = FaceHead(patient, self._rows.lm, len(faces))
+        self._head = FaceHead(patient, self._rows.lm, max(1, len(faces)))
 
     def score(self, pairs: Sequence[EncodedPair]) -> list[PairScores]:
         """Score a window of pairs, in batches of similar length; the result is in the order given.
 
         Raises LoadError when the log-probs are not numbers.
         """
+        if not self._names:  # nothing to score: the folder is for a probe
+            none_0_0, no_ids = np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int32)
+            return [PairScores(*self._split(pair, none_0_0, none_0_0, no_ids)) for pair in pairs]
         found = self._rows.in_batches(pairs, 2 * len(self._names), self._score_batch)
         scores = {(result.pair_id, result.side): result for result in found}
         return [PairScores(*(scores[response.pair_id, response.side] for response in pair)) for pair in pairs]

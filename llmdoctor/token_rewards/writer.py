@@ -23,7 +23,7 @@ from llmdoctor.token_rewards.folder import (
     shard_paths,
     write_shard,
 )
-from llmdoctor.token_rewards.summary import face_differences
+from llmdoctor.token_rewards.summary import FaceDifferences
 
 _META, _UNFINISHED = "meta.json", "unfinished.json"
 _CHECKSUM = ".sha256"
@@ -87,7 +87,12 @@ class RewardsWriter:
         if not shards:
             source = self.identity["dataset"]["source"]
             raise DataError(f"{source}: no pair can be used; the first was skipped: {skips[0].reason}")
-        counted = face_differences((pair for shard in shards for pair in read_shard(shard, self.faces)), self.faces)
+        counted = FaceDifferences(self.faces)
+        pairs = tokens = 0
+        for pair in (pair for shard in shards for pair in read_shard(shard, self.faces)):
+            counted.add(pair)
+            pairs += 1
+            tokens += len(pair.chosen.response_ids) + len(pair.rejected.response_ids)
         skipped_lines: dict[str, list[int]] = {}
         for record in skips:
             skipped_lines.setdefault(record.reason, []).append(record.line)
@@ -96,14 +101,14 @@ class RewardsWriter:
             "batch_tokens": batch_tokens,
             "llmdoctor_version": __version__,
             "counts": {
-                "pairs": counted[0].pairs,
-                "tokens": counted[0].tokens,
+                "pairs": pairs,
+                "tokens": tokens,
                 "skipped": len(skips),
                 "truncated_prompts": truncated,
             },
             "skipped": dict(Counter(record.reason for record in skips)),
             "skipped_lines": skipped_lines,
-            "statistics": {"faces": {face.name: face.statistics() for face in counted}},
+            "statistics": {"faces": {face.name: face.statistics() for face in counted.result()}},
             "shards": {
                 shard.name: checksums.get(shard.name) or read_json(shard.with_suffix(_CHECKSUM)) for shard in shards
             },

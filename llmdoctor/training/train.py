@@ -63,7 +63,7 @@ def train(
     _require_patient(folder, patient)
     doctor, tokenizer = new_doctor(base_model, settings, trust_remote_code=trust_remote_code)
     _require_tokenizer(folder, doctor.vocabulary, base_model)
-    weights = face_weights(folder, folder.faces, reward_settings)
+    weights = face_weights(folder, folder.signals, reward_settings)
     pairs = _fitting_pairs(folder, doctor, reward_settings, weights, settings.ceiling)
     training, held_out = hold_out(pairs, settings.holdout, settings.seed)
 
