@@ -77,7 +77,7 @@ def bradley_terry(features_P_F: Doubles) -> Doubles:
 
     Raises DataError for features that are not finite numbers.
     """
-    if features_P_F.ndim != 2 or len(features_P_F) == 0:
+    if features_P_F.ndim != 2 or features_P_F.size == 0:
         return np.zeros(features_P_F.shape[-1] if features_P_F.ndim == 2 else 0)
     if not np.isfinite(features_P_F).all():
         raise DataError("the features of the Bradley-Terry fit must be finite numbers: some are nan or infinite")

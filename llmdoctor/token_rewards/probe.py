@@ -31,7 +31,7 @@ from llmdoctor.records import Floats
 from llmdoctor.token_rewards.fit import Doubles
 
 FOLDS = 10
-RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0)
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _RANK = 256  # principal coordinates in which the fit is made: with fewer pairs than that it loses nothing
 _INNER = 3  # parts of the other folds, by which a fold's ridge is chosen
 _LEAST = 20
