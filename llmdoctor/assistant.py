@@ -20,7 +20,7 @@ from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
 from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
-from llmdoctor.training.folder import LoadedDoctor, load_doctor
+from llmdoctor.training.folder import LoadedDoctor, base_key, load_doctor
 
 _BATCH_ROWS = 32
 _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}
@@ -81,8 +81,8 @@ class LLMdoctor:
             named.update(doctor_checkpoint)
         elif doctor_checkpoint is not None:
             named[None] = doctor_checkpoint
-        # Doctors on the same base share one copy of it; `load_doctor` adds to this.
-        bases: dict[str, PreTrainedModel] = {}
+        # Doctors on the same base share one copy of it; `load_doctor` adds to this. The base may be the patient.
+        bases: dict[str, PreTrainedModel] = {base_key(patient_model): self.patient.model}
         for name, checkpoint in named.items():
             doctor = load_doctor(
                 checkpoint,

@@ -262,6 +262,12 @@ class SplitLM:
         name = type(model).__name__
         raise LoadError(f"{name} does something after its LM head that llmdoctor does not know; please report it")
 
+    @property
+    def tail_scale(self) -> float | None:
+        """What a linear tail multiplies by; None for one that is not linear (gemma 2's soft cap)."""
+        one, two = self.tail(torch.tensor([1.0, 2.0], dtype=torch.float64)).tolist()
+        return float(one) if abs(two - 2 * one) < 1e-9 else None
+
     def logits_of(self, head: nn.Linear, start: int, stop: int, hidden: Tensor) -> Tensor:
         """Logits of the ids ``start`` to ``stop`` - 1; ``head`` must be the model's own head, a plain linear layer."""
         bias = None if head.bias is None else head.bias[start:stop]

@@ -104,8 +104,10 @@ class TrainSettings(Settings):
     """Stage 2: how a doctor is trained on token rewards."""
 
     doctor: Location | None = Field(default=None, description="Base model of the doctor: folder or hub name")
-    method: Literal["lora", "full"] = Field(
-        default="lora", description="Train a LoRA adapter, or every weight of the base"
+    method: Literal["lora", "head", "full"] = Field(
+        default="lora",
+        description="Train a LoRA adapter; one on the head alone, which costs no forward if the base is the patient; "
+        "or every weight of the base",
     )
     flow: Literal["relative", "absolute"] = Field(
         default="relative", description="Flow relative to the doctor's base, or absolute as in the paper"

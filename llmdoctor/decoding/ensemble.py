@@ -20,6 +20,9 @@ class Ensemble:
 
     All caches give a token the same slot, so one mask serves them all. Between two rounds the doctors have read every
     token of every row, the patient and the bases all but the last, ``pending``: they read it with the next draft.
+
+    A doctor that is a head on the patient's own states (`llmdoctor.training.folder.HeadAdapter`) has no cache of its
+    own: what it says comes out of the patient's forward. Then the patient too reads every token at once.
     """
 
     def __init__(
@@ -34,11 +37,16 @@ class Ensemble:
         self._vocabulary, self._device = patient.vocabulary, patient.model.device
         self._doctors = doctors
         # By role, not by name: a doctor may be called "patient", and a model may have two roles.
-        models = {"patient": patient.model, **{f"doctor {name}": doctor.model for name, doctor in doctors.items()}}
+        models = {"patient": patient.model}
+        models |= {f"doctor {n}": doctor.model for n, doctor in doctors.items() if doctor.model is not patient.model}
+        self._on_patient = tuple(name for name, doctor in doctors.items() if doctor.model is patient.model)
         self._base_of: dict[str, str] = {}  # doctor -> role of its base; one that several doctors share is read once
         if with_bases:
             for name, doctor in doctors.items():
                 assert doctor.base is not None
+                if doctor.base is patient.model:
+                    self._base_of[name] = "patient"
+                    continue
                 held = (role for role, model in models.items() if role.startswith("base ") and model is doctor.base)
                 self._base_of[name] = next(held, f"base {name}")
                 models[self._base_of[name]] = doctor.base
@@ -48,8 +56,8 @@ class Ensemble:
             caches = prefix_cache.begin(list(prompts[0]), models)
         self._caches = caches
         self._patient = caches["patient"]
-        self._readers = {name: caches[f"doctor {name}"] for name in doctors}
-        self._bases = {role: caches[role] for role in dict.fromkeys(self._base_of.values())}
+        self._readers = {name: caches[f"doctor {name}"] for name in doctors if name not in self._on_patient}
+        self._bases = {role: cache for role, cache in caches.items() if role.startswith("base ")}
         self._filled = [len(prompt) for prompt in prompts]  # slots of each row that hold a token
         longest = max(self._filled)
         ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -58,12 +66,13 @@ class Ensemble:
         if min(self._filled) < longest:
             lengths_B_1 = torch.tensor(self._filled, device=self._device)[:, None]
             self._mask_B_L = (torch.arange(longest, device=self._device) >= longest - lengths_B_1).long()
-        self._next_B_1_V: dict[str, Tensor] = {}  # the doctors' log-probs of the token after the last
+        # the log-probs of the token after the last, by role: the doctors', and the patient's where it has read it
+        self._next_B_1_V: dict[str, Tensor] = {}
 
     @property
     def slots(self) -> int:
         """The slots that the next round reads, the pending token's included."""
-        return self._patient.length + 1
+        return self._patient.length + (0 if self._on_patient else 1)
 
     @property
     def rigid(self) -> str | None:
@@ -92,8 +101,9 @@ class Ensemble:
     def prefill(self) -> Round:
         """Read the prompts: the round of nothing drafted, with the log-probs of every row's first token."""
         ids_B_L, mask_B_L = self._pending_B_T, self._mask_B_L
-        said = {role: self._log_probs(c.feed(ids_B_L[:, c.length :], mask_B_L)) for role, c in self._caches.items()}
-        doctors = {name: said[f"doctor {name}"] for name in self._readers}
+        reads = {role: cache.feed(ids_B_L[:, cache.length :], mask_B_L) for role, cache in self._caches.items()}
+        said = {role: self._log_probs(read) for role, read in reads.items() if not role.startswith("doctor ")}
+        doctors = {name: self._opinion(name, reads[self._role(name)])[0] for name in self._doctors}
         bases = {name: said[role] for name, role in self._base_of.items()}
         return Round(ids_B_L[:, :0], said["patient"], doctors, bases)
 
@@ -107,7 +117,8 @@ class Ensemble:
     ) -> Round:
         """Draft ``length`` tokens for every row with one doctor, and let all models read them."""
         drafts_B_K = self._pending_B_T[:, :0]
-        doctors, values = dict(self._next_B_1_V), dict[str, Tensor]()
+        said = dict(self._next_B_1_V)
+        values: dict[str, Tensor] = {}
         mask_B_L = self._mask_B_L
         if length:
             if mask_B_L is not None:
@@ -117,15 +128,23 @@ class Ensemble:
             drafts_B_K, drafted = self._draft(drafter, length, guidances, samplings, uniforms_B_J, mask_B_L)
             for name, cache in self._readers.items():
                 read = drafted if name == drafter else cache.feed(drafts_B_K, mask_B_L, length)
-                logprobs_B_K_V, values[name] = self._opinion(name, read)
-                doctors[name] = torch.cat([doctors[name], logprobs_B_K_V], dim=1)
+                self._add_opinion(said, values, name, read)
+            if self._on_patient:
+                read = self._patient.feed(drafts_B_K, mask_B_L, length)
+                said["patient"] = torch.cat([said["patient"], self._log_probs(read)], dim=1)
+                for name in self._on_patient:
+                    self._add_opinion(said, values, name, read)
         ids_B_J = torch.cat([self._pending_B_T, drafts_B_K], dim=1) if length else self._pending_B_T
-        said = {
-            role: self._log_probs(cache.feed(ids_B_J, mask_B_L, length + 1))
-            for role, cache in (("patient", self._patient), *self._bases.items())
-        }
+        late = self._bases if self._on_patient else {"patient": self._patient, **self._bases}
+        said |= {role: self._log_probs(cache.feed(ids_B_J, mask_B_L, length + 1)) for role, cache in late.items()}
+        doctors = {name: said[f"doctor {name}"] for name in self._doctors}
         bases = {name: said[role] for name, role in self._base_of.items()}
         return Round(drafts_B_K, said["patient"], doctors, bases, values)
+
+    def _add_opinion(self, said: dict[str, Tensor], values: dict[str, Tensor], name: str, read: Read) -> None:
+        """Put what a doctor says of the drafts behind what it said of the token before them."""
+        logprobs_B_K_V, values[name] = self._opinion(name, read)
+        said[f"doctor {name}"] = torch.cat([said[f"doctor {name}"], logprobs_B_K_V], dim=1)
 
     def _draft(
         self,
@@ -141,7 +160,7 @@ class Ensemble:
         Each draw uses the uniform number of its place, as the draw from the product will. Where patient and doctor
         agree, the product is about doctor^(alpha + beta), and both draws then give the same token.
         """
-        cache, logits_B_V = self._readers[drafter], self._next_B_1_V[drafter][:, 0]
+        cache, logits_B_V = self._readers[drafter], self._next_B_1_V[f"doctor {drafter}"][:, 0]
         powers_B_1 = logits_B_V.new_tensor([g.alpha + g.betas.get(drafter, 0.0) for g in guidances])[:, None]
         drafts: list[Tensor] = []
         reads: list[Read] = []
@@ -152,7 +171,7 @@ class Ensemble:
             drafts.append(ids_B_1)
             reads.append(read)
             # without the softmax, which changes no draw: it is done for all places at once
-            logits_B_V = self._vocabulary.mask(read.logits_B_K_V[:, 0]).to(logits_B_V)
+            logits_B_V = self._vocabulary.mask(self._doctors[drafter].logits(*read)[:, 0]).to(logits_B_V)
         logits, hidden = zip(*reads, strict=True)
         return torch.cat(drafts, dim=1), Read(torch.cat(logits, dim=1), torch.cat(hidden, dim=1))
 
@@ -185,10 +204,14 @@ class Ensemble:
         self._filled = [filled + 1 for filled in self._filled]
         self._pending_B_T = torch.tensor(last, device=self._device)[:, None]
         values: dict[str, list[float]] = {}
-        for name, cache in self._readers.items():
-            read = cache.feed(self._pending_B_T, self._mask_B_L)
-            self._next_B_1_V[name], values_B_1 = self._opinion(name, read)
+        eager = {"patient": self._patient} if self._on_patient else {}
+        eager |= {self._role(name): cache for name, cache in self._readers.items()}
+        reads = {role: cache.feed(self._pending_B_T, self._mask_B_L) for role, cache in eager.items()}
+        for name in self._doctors:
+            self._next_B_1_V[f"doctor {name}"], values_B_1 = self._opinion(name, reads[self._role(name)])
             values[name] = values_B_1[:, 0].tolist()
+        if "patient" in reads:
+            self._next_B_1_V["patient"] = self._log_probs(reads["patient"])
         return [{name: column[row] for name, column in values.items()} for row in range(len(last))]
 
     @torch.inference_mode()
@@ -200,7 +223,7 @@ class Ensemble:
         self._filled = [self._filled[row] for row in staying]
         self._pending_B_T = self._pending_B_T[rows_B]
         self._mask_B_L = None if self._mask_B_L is None else self._mask_B_L[rows_B]
-        self._next_B_1_V = {name: logprobs[rows_B] for name, logprobs in self._next_B_1_V.items()}
+        self._next_B_1_V = {role: logprobs[rows_B] for role, logprobs in self._next_B_1_V.items()}
 
     @torch.inference_mode()
     def join(self, other: "Ensemble") -> None:
@@ -216,7 +239,7 @@ class Ensemble:
         self._filled += other._filled
         self._pending_B_T = torch.cat([self._pending_B_T, other._pending_B_T])
         self._next_B_1_V = {
-            name: torch.cat([logprobs, other._next_B_1_V[name]]) for name, logprobs in self._next_B_1_V.items()
+            role: torch.cat([logprobs, other._next_B_1_V[role]]) for role, logprobs in self._next_B_1_V.items()
         }
 
     def _mask(self) -> Tensor:
@@ -243,7 +266,13 @@ class Ensemble:
 
     def _opinion(self, name: str, read: Read) -> tuple[Tensor, Tensor]:
         """A doctor's log-probs [B, K, V] and log V [B, K]."""
-        return self._log_probs(read), self._doctors[name].log_value(read.hidden_B_K_H).to(self._device)
+        doctor = self._doctors[name]
+        logprobs_B_K_V = self._log_probs(Read(doctor.logits(*read), read.hidden_B_K_H))
+        return logprobs_B_K_V, doctor.log_value(read.hidden_B_K_H).to(self._device)
+
+    def _role(self, name: str) -> str:
+        """The role of the model that a doctor's opinion is read from."""
+        return "patient" if name in self._on_patient else f"doctor {name}"
 
     def _log_probs(self, read: Read) -> Tensor:
         return self._vocabulary.mask(read.logits_B_K_V.to(self._device)).log_softmax(dim=-1)

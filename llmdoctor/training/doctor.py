@@ -1,5 +1,6 @@
 """The doctor in training form: a small causal LM, with LoRA or whole, and a value head for log V(s)."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -9,8 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmdoctor.errors import UsageError
 from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer, token_log_probs
 from llmdoctor.settings import TrainSettings
+
+NO_HEAD = "its logits are capped after the head, so nothing can be added to them: train with method lora"
 
 
 class DoctorOutput(NamedTuple):
@@ -77,13 +81,22 @@ class Doctor(nn.Module):
 def new_doctor(
     base_model: str | Path, settings: TrainSettings, *, trust_remote_code: bool = False
 ) -> tuple[Doctor, PreTrainedTokenizerBase]:
-    """A doctor that still equals ``base_model``: LoRA (unless whole) and value head are zero. Raises LoadError."""
+    """A doctor that still equals ``base_model``: LoRA (unless whole) and value head are zero.
+
+    Method "head" puts LoRA on the head alone: the doctor reads the base's own states, and the frozen layers below it
+    need no backward pass. Raises LoadError, and UsageError for method "head" on a base whose logits are capped.
+    """
     tokenizer = load_tokenizer(base_model, trust_remote_code=trust_remote_code)
     full = settings.method == "full"
     # small updates of a bfloat16 weight are rounded away; LoRA's own weights are float32 anyway
     dtype = "float32" if full and settings.dtype == "auto" else settings.dtype
     base = load_lm(base_model, dtype=dtype, device=settings.device, trust_remote_code=trust_remote_code)
     targets = settings.lora_targets
+    if settings.method == "head":
+        head = base.get_output_embeddings()
+        if SplitLM.of(base).tail_scale is None:
+            raise UsageError(f"{base_model}: {NO_HEAD}")
+        targets = tuple(name for name, module in base.named_modules() if module is head)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_rank,
@@ -95,5 +108,10 @@ def new_doctor(
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()  # a frozen embedding's output has no gradient for the checkpoints to carry
     torch.manual_seed(settings.seed)
-    lm = base.requires_grad_() if full else cast("PeftModel", get_peft_model(base, config))
+    if full:
+        return Doctor(base.requires_grad_(), Vocabulary.of(tokenizer), settings.rho), tokenizer
+    with warnings.catch_warnings():
+        # PEFT warns that an adapter on a head that is tied to the embeddings must not be merged: it never is
+        warnings.filterwarnings("ignore", message=".*tied layer is part of the adapter")
+        lm = cast("PeftModel", get_peft_model(base, config))
     return Doctor(lm, Vocabulary.of(tokenizer), settings.rho), tokenizer

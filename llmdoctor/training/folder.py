@@ -1,5 +1,6 @@
 """The doctor folder, as ``train`` writes it, and the doctor in decoding form, as it is loaded from there."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdoctor.errors import LoadError
 from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
-from llmdoctor.models import Vocabulary, load_lm, load_tokenizer
-from llmdoctor.training.doctor import Doctor
+from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer
+from llmdoctor.training.doctor import NO_HEAD, Doctor
 
 MARKER = "doctor.json"
 
@@ -49,8 +50,27 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
+class HeadAdapter:
+    """What method "head" trains: a low-rank addition to the base's head, logits + up (down h).
+
+    ``down_R_H`` and ``up_V_R`` (scaled) are LoRA's A and B, R its rank. It is never merged: the base's head is often
+    tied to its embeddings, and the base goes on being the patient.
+    """
+
+    down_R_H: Tensor
+    up_V_R: Tensor
+
+    def __call__(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """The doctor's logits [..., V] from the base's and from what its head reads [..., H]."""
+        return logits + linear(linear(hidden, self.down_R_H), self.up_V_R)
+
+
+@dataclass(frozen=True, eq=False)
 class LoadedDoctor:
     """A doctor in decoding form: LoRA is merged into its base, so that a step costs no more than one of the base.
+
+    A doctor that only adds to the head of its base (``head``) leaves ``model``, the base, as it is; where that is the
+    patient, the doctor costs no forward of its own.
 
     ``value_weight`` [1, H] and ``value_bias`` [1] give log V from what the LM head reads. ``base`` is the base before
     training, loaded only on request (mode "ratio" needs it). ``anchored``: training defined log V(s_T) as 0.
@@ -64,6 +84,11 @@ class LoadedDoctor:
     vocabulary: Vocabulary
     base: PreTrainedModel | None
     meta: Mapping[str, Any]
+    head: HeadAdapter | None = None
+
+    def logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """The doctor's logits [..., V], from what its ``model`` says and what that model's head reads [..., H]."""
+        return logits if self.head is None else self.head(logits, hidden)
 
     def log_value(self, hidden_B_H: Tensor) -> Tensor:
         """Log V [...] from what the LM head reads [..., H]."""
@@ -84,7 +109,8 @@ def load_doctor(
     """Load a doctor folder for decoding. ``base`` overrides the base model that doctor.json names. Raises LoadError.
 
     ``with_base`` also loads the base as it was before training. Doctors that share a base load it once when they are
-    given the same ``bases``; their ``dtype`` and ``device`` must then be the same too.
+    given the same ``bases``; their ``dtype`` and ``device`` must then be the same too. A patient that is one of
+    ``bases`` is shared in the same way by the doctors trained on itself.
     """
     folder = Path(checkpoint).expanduser()
     if not (folder / MARKER).is_file():
@@ -98,14 +124,23 @@ def load_doctor(
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(folder)
     plain, bases = None, {} if bases is None else bases
-    if with_base:
-        key = str(Path(source).resolve()) if Path(source).is_dir() else source
+    only_head = (meta.get("settings") or {}).get("train", {}).get("method") == "head"
+    if with_base or only_head:
+        key = base_key(source)
         plain = bases[key] = bases.get(key) or load_lm(source, **options)  # type: ignore[arg-type]
     whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
     # never the shared plain base: merging an adapter changes the model's weights in place
-    lm = load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
+    adapter = None
+    if only_head:
+        assert plain is not None
+        lm = plain
+    else:
+        lm = load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
     try:
-        merged = lm if whole else PeftModel.from_pretrained(lm, str(folder)).merge_and_unload()  # type: ignore[operator]
+        if only_head:
+            adapter = _head_adapter(folder, lm)
+        elif not whole:
+            lm = PeftModel.from_pretrained(lm, str(folder)).merge_and_unload().eval().requires_grad_(False)  # type: ignore[operator]
         head = load_file(folder / "value_head.safetensors", device=str(lm.device))
         weight, bias = head["weight"], head["bias"]
         if weight.shape != (1, width := lm.get_output_embeddings().in_features) or bias.shape != (1,):
@@ -115,14 +150,35 @@ def load_doctor(
         raise LoadError(f"cannot load the doctor {folder}: {reason}") from error
     return LoadedDoctor(
         name or str(meta.get("name") or "doctor"),
-        merged.eval().requires_grad_(False),
+        lm,
         weight,
         bias,
         bool(meta.get("settings", {}).get("train", {}).get("anchor", False)),
         Vocabulary.of(tokenizer),
         plain,
         meta,
+        adapter,
     )
+
+
+def base_key(source: str | Path) -> str:
+    """The key of a model in ``bases``: its folder, or its hub name."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
+
+
+def _head_adapter(folder: Path, lm: PreTrainedModel) -> HeadAdapter:
+    """The adapter of method "head". Raises OSError, SafetensorError, KeyError or ValueError for one that is none."""
+    config = read_json(folder / "adapter_config.json")
+    held = load_file(folder / "adapter_model.safetensors", device=str(lm.device))
+    (down_name,) = [name for name in held if name.endswith(".lora_A.weight")]
+    down, up = held[down_name], held[down_name.replace(".lora_A.", ".lora_B.")]
+    if (tail := SplitLM.of(lm).tail_scale) is None:
+        raise ValueError(NO_HEAD)
+    scale = tail * config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    rows, width = lm.get_output_embeddings().weight.shape
+    if down.shape != (config["r"], width) or up.shape != (rows, config["r"]):
+        raise ValueError(f"its adapter is for a head of {up.shape[0]} x {down.shape[1]}, its base has {rows} x {width}")
+    return HeadAdapter(down.to(lm.dtype), (scale * up).to(lm.dtype))
 
 
 def _card(base: str, meta: Mapping[str, Any]) -> str:
@@ -130,6 +186,8 @@ def _card(base: str, meta: Mapping[str, Any]) -> str:
     rewards, metrics = meta.get("rewards", {}), meta.get("metrics", {})
     full = meta.get("settings", {}).get("train", {}).get("method") == "full"
     what = "All weights and a value head" if full else "A LoRA adapter and a value head"
+    if meta.get("settings", {}).get("train", {}).get("method") == "head":
+        what = "A low-rank addition to the head, and a value head,"
     return (
         f"---\nlibrary_name: {'transformers' if full else 'peft'}\nbase_model: {base}\n"
         f"tags: [llmdoctor, {'full' if full else 'lora'}]\n---\n\n"
