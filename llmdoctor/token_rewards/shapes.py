@@ -15,7 +15,15 @@ from typing import Any
 
 from llmdoctor.records import Message, PairShape, PreferencePair
 from llmdoctor.token_rewards.sources import Unusable
-from llmdoctor.token_rewards.turns import ends_with_user, from_cells, parsed, prompt_messages, refuse_unread, split
+from llmdoctor.token_rewards.turns import (
+    NOTHING,
+    ends_with_user,
+    from_cells,
+    parsed,
+    prompt_messages,
+    refuse_unread,
+    split,
+)
 
 Columns = dict[str, Any]
 
@@ -184,8 +192,10 @@ def _helpsteer(columns: Columns) -> tuple[object, object]:
 
 
 def _turn_by_turn(columns: Columns, answer: str) -> object:
-    """Of the Arena: prompts and answers, one for each turn, as lists or as lists in JSON."""
+    """Of the Arena: prompts and answers, one for each turn, as lists or as lists in JSON; or messages and an answer."""
     prompts, answers = (_texts(columns[name]) for name in ("prompt", answer))
+    if all(isinstance(prompt, dict) for prompt in prompts):
+        return [*prompts, {"role": "assistant", "content": columns[answer]}]
     if len(prompts) != len(answers):
         raise Unusable("not as many answers as prompts")
     return [
@@ -307,7 +317,8 @@ def to_pair(id: str, record: object, known: tuple[Shape, ...]) -> tuple[Preferen
     """The pair that a record holds, and how it was found; raises `Unusable` where it holds none."""
     columns, all_names = _columns(record), set(record) if isinstance(record, dict) else set()
     shape = _recognised(columns, known)
-    refuse_unread(columns)
+    if shape.prompt is None:
+        refuse_unread(columns)
     chosen, rejected = shape.read(columns)
     prompt_names, prompt = _prompt(columns, shape)
     system_names, system = _system(columns, shape)
@@ -350,7 +361,7 @@ def _recognised(columns: Columns, known: tuple[Shape, ...]) -> Shape:
         return fitting[0]
     for shape in known:
         missing = [name for name in shape.columns if name not in columns]
-        if len(missing) == 1 < len(shape.columns) or len(known) == 1:
+        if (len(missing) == 1 and (shape in CHOSEN or len(shape.columns) > 2)) or len(known) == 1:
             raise Unusable(f"missing column {missing[0]!r} (found {_found(columns)})")
     raise Unusable(f"no preference pair in the columns found: {_found(columns)}")
 
@@ -366,10 +377,10 @@ def _prompt(columns: Columns, shape: Shape) -> tuple[list[str], object]:
         if missing := [name for name in names if name not in columns]:
             raise Unusable(f"missing column {missing[0]!r} (found {_found(columns)})")
     else:
-        names = [name for name in (*_PROMPTS, *_MORE_PROMPTS) if columns.get(name) not in (None, "", [])]
+        names = [name for name in (*_PROMPTS, *_MORE_PROMPTS) if columns.get(name) not in NOTHING]
         if "prompt" in columns:
             names = ["prompt", *(name for name in names if name in _MORE_PROMPTS)]
-    if names == ["instruction", "input"]:  # Alpaca
+    if names == ["instruction", "input"] and all(isinstance(columns[name], str) for name in names):  # Alpaca
         return names, f"{columns['instruction']}\n\n{columns['input']}"
     if len(names) > 1:
         raise Unusable(f"{names[0]!r} and {names[1]!r} may both be the prompt (found {_found(columns)}): {NAME_THEM}")

@@ -22,6 +22,7 @@ _ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "Assistant"), "assistant"),
     "observation": "tool",
 }
+NOTHING: tuple[Any, ...] = (None, "", "[]", [], {})
 _OPENING = ("system", "developer", "user")  # an answer that begins with one of these holds its own prompt
 _ANSWERED = ("user", "tool", "function")
 
@@ -85,7 +86,7 @@ def prompt_messages(prompt: object) -> list[Message]:
 def refuse_unread(columns: dict[str, Any]) -> None:
     """Raise `Unusable` where something stands beside the prompt that it needs and that a pair cannot hold."""
     for name in ("tools", "functions", "image", "images"):
-        if columns.get(name) not in (None, "", "[]", [], {}):
+        if columns.get(name) not in NOTHING:
             raise Unusable(f"{name!r} cannot be kept: only texts are read")
 
 
