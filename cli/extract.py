@@ -50,10 +50,19 @@ def extract(
 
     A run that was stopped continues where it was.
 
-    How the data hold their pairs is recognised by their columns: chosen and rejected (texts, messages, ShareGPT turns
-    or HH-RLHF transcripts; the prompt beside or inside them), Argilla responses, OpenAI preferences, PKU-SafeRLHF,
-    UltraFeedback, HelpSteer2, HelpSteer2 preferences, HelpSteer3, SHP, Nectar, distilabel, AlpacaEval, Chatbot Arena
-    conversations and Chatbot Arena responses. Ties are skipped. For all others use --columns.
+    How the data hold their pairs is recognised by their columns:
+
+    - chosen and rejected: texts, messages, ShareGPT turns or HH-RLHF transcripts
+
+    - UltraFeedback, Nectar, distilabel: the best against the worst answer
+
+    - HelpSteer2 (rows), HelpSteer2 preferences, HelpSteer3, SHP, PKU-SafeRLHF
+
+    - AlpacaEval, Chatbot Arena conversations, Chatbot Arena responses
+
+    - Argilla responses, OpenAI preferences
+
+    Ties are skipped. Name the columns of all others with --columns.
     """
     from llmdoctor.profile import override
 

@@ -106,7 +106,7 @@ class DataSettings(Settings):
     split: str = Field(default="train", description="Split of a hub data set")
     label: str | None = Field(default=None, description="Column that says which of two answers is better")
     columns: Annotated[dict[str, str] | None, BeforeValidator(_column_names)] = Field(
-        default=None, description="Columns of the pairs, where they have other names than those known"
+        default=None, description="Columns of pairs in no known shape: chosen=A,rejected=B[,prompt=C,system=D]"
     )
 
 

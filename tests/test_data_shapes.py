@@ -572,6 +572,15 @@ def test_turns_that_the_chat_template_drops_skip_the_record(write, tiny_model, c
         assert dropped in skipped[0].reason
 
 
+def test_cutting_old_turns_keeps_the_developers(write, tiny_model, tmp_path):
+    patient = load_patient(tiny_model())
+    long = [{"role": "user", "content": "x " * 200}, BAD, USER]
+    data = DataSettings(source=str(write({"prompt": [TOOLED[0], *long]} | LISTS)))
+    (pair,) = extract(patient, data, FACES, tmp_path / "out")
+    said = patient.tokenizer.decode(pair.chosen.prompt_ids)
+    assert said == "<|developer|>Use tools.<|end|><|user|>Why?<|end|><|assistant|>"
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real inputs are not at {REAL}")
 def test_a_real_template_that_drops_such_turns_is_found_out():
     tokenizer = AutoTokenizer.from_pretrained(REAL / "qwen2-tokenizer")  # it knows system, user and assistant alone
@@ -652,6 +661,8 @@ def test_named_columns_are_read_and_no_others(write):
     assert shape.columns == ("ask", "sys", "good", "bad")
     inside = {"good": INSIDE["chosen"], "bad": INSIDE["rejected"], "prompt": "not this one"}
     assert read(write(inside), columns={"chosen": "good", "rejected": "bad"})[0] == [PAIR]
+    tied = BINARIZED | {"score_chosen": 6.0, "tools": [CALL]}
+    assert read(write(tied), columns={"chosen": "chosen", "rejected": "rejected"})[0] == [PAIR]
 
 
 @pytest.mark.parametrize("key", ["chosen", "rejected", "prompt", "system"])

@@ -301,9 +301,9 @@ RATED = (
 def shapes(label: str | None, columns: Mapping[str, str] | None) -> tuple[Shape, ...]:
     """The shapes to look for: all that are known or, with ``columns``, the one that they describe."""
     if columns:
-        names = (columns["chosen"], columns["rejected"])
+        names = chosen, rejected = (columns["chosen"], columns["rejected"])
         prompt, system = (tuple(filter(None, [columns.get(key)])) for key in ("prompt", "system"))
-        return (Shape("named columns", names, "as --columns says", _chosen(*names), prompt, system),)
+        return (Shape("named columns", names, "as --columns says", lambda c: (c[chosen], c[rejected]), prompt, system),)
     label = label or DEFAULT_LABEL
     safe = ("response_0", "response_1", label)
     verdict = _binary(label, 0)
