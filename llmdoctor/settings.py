@@ -84,11 +84,11 @@ def _column_names(value: Any) -> dict[str, str] | None:
     """``chosen=a,rejected=b``, or the same as a mapping."""
     if value is None:
         return None
-    parts = dict(part.split("=", 1) for part in value.split(",") if "=" in part) if isinstance(value, str) else value
-    whole = not isinstance(value, str) or value.count(",") + 1 == len(parts)
+    listed = [part.strip().split("=", 1) for part in value.split(",")] if isinstance(value, str) else []
+    parts = dict(part for part in listed if len(part) == 2) if listed else value
     if not (
-        whole
-        and isinstance(parts, Mapping)
+        isinstance(parts, Mapping)
+        and len(parts) == (len(listed) or len(parts))
         and {"chosen", "rejected"} <= parts.keys() <= {"chosen", "rejected", "prompt", "system"}
         and all(isinstance(name, str) and name for name in parts.values())
     ):
@@ -106,7 +106,7 @@ class DataSettings(Settings):
     split: str = Field(default="train", description="Split of a hub data set")
     label: str | None = Field(default=None, description="Column that says which of two answers is better")
     columns: Annotated[dict[str, str] | None, BeforeValidator(_column_names)] = Field(
-        default=None, description="Columns of pairs in no known shape: chosen=A,rejected=B[,prompt=C,system=D]"
+        default=None, description="Columns of pairs in no known shape: chosen=A,rejected=B (and prompt=C, system=D)"
     )
 
 
