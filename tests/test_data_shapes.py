@@ -472,6 +472,10 @@ DIFFERS = "the prompt beside the answers differs from the one inside them"
             "a message with a part of type 'image': only texts are read",
         ),
         (
+            {"prompt": [{"role": "user", "content": [{"type": "reasoning", "text": "Hm."}]}]} | LISTS,
+            "a message with a part of type 'reasoning': only texts are read",
+        ),
+        (
             {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"tool_calls": [CALL]}]},
             "an answer calls a tool, and is no text",
         ),
