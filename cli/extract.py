@@ -14,7 +14,7 @@ from llmdoctor.show.formats import short_name
 
 if TYPE_CHECKING:
     from llmdoctor.profile import Profile
-    from llmdoctor.records import FacePair, SkippedRecord
+    from llmdoctor.records import FacePair, PairShape, SkippedRecord
     from llmdoctor.settings import DataSettings
 
 _SKIPS_SHOWN = 20
@@ -27,6 +27,7 @@ def extract(
     data: options.Data = None,
     split: options.Split = None,
     label: options.Label = None,
+    columns: options.Columns = None,
     face: options.FaceNames = None,
     output: Annotated[
         Path, option("--output", "Rewards folder (default: outputs/rewards).", short="-o", env="EXTRACT_OUTPUT")
@@ -53,15 +54,30 @@ def extract(
 
     A run that was stopped continues where it was. The probe reads the answers twice more, without a face; it can be
     added to a finished folder by the same command with --probe.
+
+    How the data hold their pairs is recognised by their columns:
+
+    - chosen and rejected: texts, messages, ShareGPT turns or HH-RLHF transcripts
+
+    - UltraFeedback, Nectar, distilabel: the best against the worst answer
+
+    - HelpSteer2 (rows), HelpSteer2 preferences, HelpSteer3, SHP, PKU-SafeRLHF
+
+    - AlpacaEval, Chatbot Arena conversations, Chatbot Arena responses
+
+    - Argilla responses, OpenAI preferences
+
+    Ties are skipped. Name the columns of all others with --columns.
     """
     from llmdoctor.profile import override
 
     settings = options.load(profile)
     model = override(settings.patient, model=patient, device=device, dtype=dtype)
-    source = _data(settings, data, split, label)
+    source = _data(settings, data, split=split, label=label, columns=columns)
     probe = probe or settings.rewards.direction == "probe"
     faces = chosen_faces(settings, face, needed=not probe)
-    _require_usable(source)
+    shapes = _Shapes()
+    _require_usable(source, shapes)
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with waiting(f"Loading {short_name(model.model)} ..."):
@@ -89,6 +105,7 @@ def extract(
             strict=strict,
             batch_tokens=batch_tokens,
             on_skip=skips,
+            on_shape=shapes,
         )
         for _ in pairs:
             advance()
@@ -108,15 +125,15 @@ def extract(
         found.show()
 
 
-def _data(profile: "Profile", source: str | None, split: str | None, label: str | None) -> "DataSettings":
-    """The profile's data set, or the one named: it does not inherit the split and label of the other."""
+def _data(profile: "Profile", source: str | None, **how: str | None) -> "DataSettings":
+    """The profile's data set, or the one named: it does not inherit the split, label and columns of the other."""
     from llmdoctor.profile import override
     from llmdoctor.settings import DataSettings
 
     named = DataSettings(source=source) if source else profile.data
     if named is None:
         raise UsageError(f"profile {profile.name} names no preference pairs: give --data FILE")
-    return override(named, split=split, label=label)
+    return override(named, **how)
 
 
 def chosen_faces(profile: "Profile", names: Sequence[str] | None, *, needed: bool = True) -> "dict[str, FacePair]":
@@ -137,11 +154,23 @@ def chosen_faces(profile: "Profile", names: Sequence[str] | None, *, needed: boo
     return {name: known[name].pair() for name in chosen}
 
 
-def _require_usable(data: "DataSettings") -> None:
-    """Say what is wrong with the data before a large patient is loaded for it."""
+def _require_usable(data: "DataSettings", shapes: "_Shapes") -> None:
+    """Say how the data are read, or what is wrong with them, before a large patient is loaded for them."""
     from llmdoctor.token_rewards.pairs import read_pairs
 
-    next(iter(read_pairs(data.source, split=data.split, label=data.label, limit=1)), None)
+    next(iter(read_pairs(**data.model_dump(), limit=1, on_shape=shapes)), None)
+
+
+class _Shapes:
+    """Says once for each shape of pairs how it is read."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def __call__(self, shape: "PairShape") -> None:
+        if shape.name not in self.said:
+            say(str(shape))
+        self.said.add(shape.name)
 
 
 class _Skips:

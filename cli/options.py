@@ -121,6 +121,7 @@ TrustRemoteCode = Annotated[bool, option("--trust-remote-code", "Run code that a
 Data = Annotated[str | None, field_option(DataSettings, "source", "--data")]
 Split = Annotated[str | None, field_option(DataSettings, "split")]
 Label = Annotated[str | None, field_option(DataSettings, "label")]
+Columns = Annotated[str | None, field_option(DataSettings, "columns", metavar="NAMES")]
 Seed = Annotated[
     int | None,
     option("--seed", f"{Sampling.model_fields['seed'].description}.", min=0, max=GREATEST_SEED, metavar="N"),

@@ -19,12 +19,12 @@ All log-probabilities are natural logarithms.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Side = Literal["chosen", "rejected"]
 Speaker = Literal["patient", "guided"]
 Ints = NDArray[np.int32]
@@ -32,10 +32,17 @@ Floats = NDArray[np.float32]
 
 
 class Message(TypedDict):
-    """One turn of a conversation, in the shape chat templates take."""
+    """One turn of a conversation, in the shape chat templates take.
+
+    ``tool_calls`` are an assistant's, {"type": "function", "function": {"name", "arguments": {...}}} each, and
+    ``tool_call_id`` and ``name`` say what a tool's turn answers.
+    """
 
     role: Role
     content: str
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,9 @@ class FacePair:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A conversation that ends with a user turn, and two answers of which people preferred the first.
+    """A conversation that ends with a user turn (or a tool's), and two answers of which people preferred the first.
+
+    ``id`` is the line of its record; where several rows gave the pair, of the first.
 
     >>> PreferencePair("7", ({"role": "user", "content": "Is tea good?"},), chosen="Yes, it is.", rejected="No.")
     """
@@ -57,6 +66,18 @@ class PreferencePair:
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class PairShape:
+    """How pairs were found: the data set whose shape it is, the columns that were read, and what decided."""
+
+    name: str
+    columns: tuple[str, ...]
+    rule: str
+
+    def __str__(self) -> str:
+        return f"pairs read as {self.name} ({', '.join(self.columns)}): {self.rule}"
 
 
 @dataclass(frozen=True, slots=True)

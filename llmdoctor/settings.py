@@ -80,12 +80,34 @@ class FaceSettings(Settings):
         return FacePair(self.positive, self.negative)
 
 
+def _column_names(value: Any) -> dict[str, str] | None:
+    """``chosen=a,rejected=b``, or the same as a mapping."""
+    if value is None:
+        return None
+    listed = [part.strip().split("=", 1) for part in value.split(",")] if isinstance(value, str) else []
+    parts = dict(part for part in listed if len(part) == 2) if listed else value
+    if not (
+        isinstance(parts, Mapping)
+        and len(parts) == (len(listed) or len(parts))
+        and {"chosen", "rejected"} <= parts.keys() <= {"chosen", "rejected", "prompt", "system"}
+        and all(isinstance(name, str) and name for name in parts.values())
+    ):
+        expected = "chosen=A,rejected=B[,prompt=C,system=D] with names of columns"
+        raise ValueError(f"columns: expected {expected}, got {value!r}")
+    return dict(parts)
+
+
 class DataSettings(Settings):
     """Preference pairs: a file or a hub data set."""
 
-    source: Location = Field(description="Preference pairs: .jsonl, .json, .parquet (or .gz), or a hub data set")
+    source: Location = Field(
+        description="Preference pairs: .jsonl, .json, .parquet, .csv, .tsv (or .gz), or a hub data set"
+    )
     split: str = Field(default="train", description="Split of a hub data set")
     label: str | None = Field(default=None, description="Column that says which of two answers is better")
+    columns: Annotated[dict[str, str] | None, BeforeValidator(_column_names)] = Field(
+        default=None, description="Columns of pairs in no known shape: chosen=A,rejected=B (and prompt=C, system=D)"
+    )
 
 
 class RewardSettings(Settings):

@@ -3,6 +3,7 @@
 A prompt and its response are tokenised separately and their ids joined, so that no token spans the boundary.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 
 from jinja2.exceptions import TemplateError
@@ -39,7 +40,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     system prompt and an empty line if there is one. Several turns become paragraphs "Human: …" and "Assistant: …", and
     the last one is "Assistant:".
 
-    Raises DataError if the template refuses the conversation (some require that user and assistant alternate).
+    Raises DataError if the template refuses the conversation (some require that user and assistant alternate) or drops
+    a turn of a developer or tool, or if there is no template for such a turn.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer(_plain_layout(messages)).input_ids)
@@ -96,12 +98,15 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     # Without a system role: its prompt as the beginning of the next turn.
     if messages[0]["role"] == "system" and len(messages) > 1:
         opening = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        tries.append([Message(role=messages[1]["role"], content=opening), *messages[2:]])
+        tries.append([{**messages[1], "content": opening}, *messages[2:]])
     for attempt in tries:
         try:
             text = str(tokenizer.apply_chat_template(attempt, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # the last two from a template that expects other keys
             refusal = str(error)
+            continue
+        if dropped := _dropped(messages, text):
+            refusal = f"it drops the {dropped} turn"
             continue
         # Some templates silently drop a system turn. Both faces would then give the same prompt.
         if attempt is tries[-1] or attempt[0]["content"].strip() in text:
@@ -109,7 +114,21 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     raise DataError(f"the model's chat template refuses this conversation: {refusal}")
 
 
+def _dropped(messages: Sequence[Message], text: str) -> str | None:
+    """The role of a turn, of those that not every template knows, that is not in the rendered ``text``."""
+    for message in messages:
+        said = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        if message["role"] not in ("system", "user", "assistant"):
+            said.append(message["content"].strip())
+        # some templates write a tool's result as JSON
+        if not all(part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in said):
+            return message["role"] if message["role"] != "assistant" else "tool-calling"
+    return None
+
+
 def _plain_layout(messages: Sequence[Message]) -> str:
+    if unknown := [m["role"] for m in messages if m["role"] not in ("system", *_SPEAKERS) or "tool_calls" in m]:
+        raise DataError(f"no chat template, and without one there is no layout for turns of {unknown[0]!r} with tools")
     system = [m["content"] for m in messages if m["role"] == "system"]
     turns = [m for m in messages if m["role"] != "system"]
     if len(turns) == 1:

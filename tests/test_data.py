@@ -227,7 +227,7 @@ def test_every_order_is_as_likely(write, chi_square_p):
         ({"chosen": TRANSCRIPT, "rejected": TRANSCRIPT + " b"}, "empty answer"),
         ({"chosen": [USER, USER], "rejected": [USER, said("b")]}, "the conversation does not end with an answer"),
         ({"chosen": [USER, {"role": "assistant"}], "rejected": []}, "a message without role and content"),
-        ({"chosen": [USER, said("a") | {"role": "gpt"}], "rejected": []}, "unknown role 'gpt'"),
+        ({"chosen": [USER, said("a") | {"role": "jury"}], "rejected": []}, "unknown role 'jury'"),
         (
             {"prompt": [USER, said("x")], "chosen": [said("a")], "rejected": [said("b")]},
             "the prompt does not end with a user turn",
@@ -274,9 +274,11 @@ def test_a_file_without_one_usable_record_quotes_its_reasons(write):
     message = complaint(write("hello", {"text": "x", "label": 1}, {"text": "y", "label": 0}))
     assert "none of its first 3 records is usable" in message
     assert (
-        "line 1: not JSON: Expecting value at column 1; line 2: missing column 'chosen' (found text, label)" in message
+        "line 1: not JSON: Expecting value at column 1; line 2: no preference pair in the columns found: text, label)"
+        in message
     )
-    assert "Expected prompt + chosen + rejected, chosen + rejected, or prompt + response_0" in message
+    assert "Expected prompt + chosen + rejected, or the columns of a data set" in message
+    assert message.endswith("for other columns, name them with --columns chosen=A,rejected=B[,prompt=C,system=D]")
 
 
 def test_a_wrong_data_set_is_not_read_to_its_end(write):

@@ -84,12 +84,12 @@ class PairEncoder:
         kept = content[offsets[count][0] :] if count < len(offsets) else ""
         # A character may be several tokens, all of one offset. Then nothing was cut yet: drop the whole character.
         kept = kept if len(kept) < len(content) else kept[1:]
-        return [*before, Message(role=last["role"], content=kept)] if kept.strip() else None
+        return [*before, {**last, "content": kept}] if kept.strip() else None
 
 
 def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
     """The conversation from its second user turn on, its system prompt kept; None when there is only one."""
-    system = [m for m in messages if m["role"] == "system"]
-    turns = [m for m in messages if m["role"] != "system"]
+    system = [m for m in messages if m["role"] in ("system", "developer")]
+    turns = [m for m in messages if m["role"] not in ("system", "developer")]
     later = [i for i, m in enumerate(turns) if m["role"] == "user" and i > 0]
     return [*system, *turns[later[0] :]] if later else None

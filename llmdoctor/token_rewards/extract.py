@@ -10,7 +10,7 @@ from typing import Any
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.files import locked
 from llmdoctor.models import Patient
-from llmdoctor.records import FacePair, PairScores, SkippedRecord
+from llmdoctor.records import FacePair, PairScores, PairShape, SkippedRecord
 from llmdoctor.settings import DataSettings
 from llmdoctor.token_rewards.encode import PairEncoder
 from llmdoctor.token_rewards.folder import shard_path, shard_paths
@@ -37,6 +37,7 @@ def extract(
     strict: bool = False,
     batch_tokens: int | None = None,
     on_skip: Callable[[SkippedRecord], None] | None = None,
+    on_shape: Callable[[PairShape], None] | None = None,
 ) -> Iterator[PairScores]:
     """Score the pairs of ``data`` and store them in the rewards folder ``output``, yielding each pair as it is scored.
 
@@ -54,7 +55,8 @@ def extract(
     ``limit`` counts the pairs that are scored; with a seed in ``shuffle`` they come in an order that it decides. A
     prompt longer than the context is cut from the left, its oldest turns first, then the beginning of the last one
     (meta.json counts these). A response is never cut: a pair whose responses leave no room for a prompt is skipped.
-    Skipped records go to ``on_skip``; with ``strict`` the first one ends the run.
+    Skipped records go to ``on_skip``; with ``strict`` the first one ends the run. How the data hold their pairs goes to
+    ``on_shape``.
 
     Without ``faces`` nothing is scored: the folder holds token ids, for `llmdoctor.token_rewards.states.add_probe`.
 
@@ -72,7 +74,7 @@ def extract(
             if done is None:  # finished by an earlier run
                 return
             encoder, scorer = PairEncoder(patient, faces), Scorer(patient, faces, tokens)
-            pairs = read_pairs(data.source, split=data.split, label=data.label, strict=strict, on_skip=skips)
+            pairs = read_pairs(**data.model_dump(), strict=strict, on_skip=skips, on_shape=on_shape)
             if shuffle is not None:
                 pairs = shuffled(pairs, shuffle)
             # Every process encodes every pair, so that all agree on which pairs a shard holds.
@@ -123,6 +125,8 @@ def _identity(
     }
     if shuffle is not None:
         dataset["shuffle"] = shuffle
+    if data.columns is None:  # as in folders that were made before there was such a setting
+        del dataset["columns"]
     return {
         "patient": {"model": patient.name, "fingerprint": patient.fingerprint},
         "dtype": str(patient.model.dtype).removeprefix("torch."),

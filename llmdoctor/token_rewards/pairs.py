@@ -4,12 +4,12 @@ import json
 import random
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from llmdoctor.errors import DataError
-from llmdoctor.records import Message, PreferencePair, SkippedRecord
-from llmdoctor.token_rewards.shapes import NEEDED, to_pair, to_prompt
+from llmdoctor.records import Message, PairShape, PreferencePair, SkippedRecord
+from llmdoctor.token_rewards.shapes import NAME_THEM, NEEDED, merged, shapes, to_pair, to_prompt
 from llmdoctor.token_rewards.sources import SUFFIXES, Unusable, local_path, records, suffix, text_lines
 
 _GIVE_UP_AFTER = 1000  # unusable records at the start: a wrong data set should not be read to its end
@@ -20,25 +20,33 @@ def read_pairs(
     *,
     split: str = "train",
     label: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     strict: bool = False,
     on_skip: Callable[[SkippedRecord], None] | None = None,
+    on_shape: Callable[[PairShape], None] | None = None,
 ) -> Iterator[PreferencePair]:
-    """Stream the preference pairs of a file (``.jsonl``, ``.json``, ``.parquet``, plain or ``.gz``) or a hub data set.
+    """Stream the preference pairs of a file or a hub data set.
 
+    Files are ``.jsonl``, ``.json``, ``.parquet``, ``.csv`` or ``.tsv`` (these two with a header row), plain or ``.gz``.
+    How a record holds a pair is recognised by its columns, and each such shape goes to ``on_shape`` before its first
+    pair. ``columns`` maps chosen, rejected and, where they are, prompt and system to the names of columns instead.
     ``label`` names the column that holds 0 or 1, the better of response_0 and response_1 (other shapes ignore it);
-    ``limit`` counts usable pairs. A record that cannot be used goes to ``on_skip``. A pair's id is its line number.
+    ``limit`` counts usable pairs. A record that cannot be used goes to ``on_skip``. A pair's id is the line of its
+    record; consecutive rows that are one pair (HelpSteer2) count as one record, whose line is that of the first.
 
     Raises DataError for a source that cannot be read, that holds nothing usable or, when ``strict``, one record that
     cannot be used.
     """
     skipped: list[SkippedRecord] = []
     usable = 0
-    for line, record in records(source, split):
+    known = shapes(label, columns)
+    met: set[str] = set()
+    for line, record in merged(records(source, split), known):
         if usable == limit:
             return
         try:
-            pair = to_pair(str(line), record, label)
+            pair, shape = to_pair(str(line), record, known)
         except Unusable as reason:
             skip = SkippedRecord(line, str(reason))
             if strict:
@@ -54,6 +62,9 @@ def read_pairs(
         if usable == 0 and on_skip:
             for skip in skipped:
                 on_skip(skip)
+        if on_shape and shape.name not in met:
+            on_shape(shape)
+        met.add(shape.name)
         usable += 1
         yield pair
     if usable == 0:
@@ -83,11 +94,14 @@ def _nothing_usable(source: str | Path, skipped: list[SkippedRecord]) -> DataErr
     reasons = {skip.reason: skip.line for skip in reversed(skipped)}
     first = sorted((line, reason) for reason, line in reasons.items())[:3]
     quoted = "; ".join(f"line {line}: {reason}" for line, reason in first)
-    return DataError(f"{source}: none of its first {len(skipped)} records is usable ({quoted}). Expected {NEEDED}.")
+    return DataError(
+        f"{source}: none of its first {len(skipped)} records is usable ({quoted}). Expected {NEEDED}: for other "
+        f"columns, {NAME_THEM}"
+    )
 
 
 def read_prompts(path: str | Path) -> list[str | list[Message]]:
-    """Prompts from a text file, one per line, or from JSON: texts, {"prompt": text or messages}, {"turns": [text]}.
+    """Prompts from a text file, one per line, or from records: texts, {"prompt": text or messages}, {"turns": [text]}.
 
     Of several turns (MT-Bench) the first is taken. Raises DataError for a file that is absent, empty or damaged.
     """

@@ -1,139 +1,449 @@
 """What one record says: a preference pair or a prompt, in whichever common shape it comes.
 
-The shapes are recognised by their columns:
-
-- prompt, chosen, rejected: texts, or message lists;
-- chosen, rejected with the prompt inside: HH-RLHF transcripts, or message lists that share all but the last message;
-- prompt, response_0, response_1 and a label column that holds the number of the better response (PKU-SafeRLHF).
+A shape is recognised by its columns. `CHOSEN` name the better answer outright and come first; `RATED` need a look at a
+label or at scores. The prompt is in a column beside the answers (`_PROMPTS`) or inside them.
 """
 
+import json
+import math
 import re
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
-from llmdoctor.records import Message, PreferencePair, Role
+from llmdoctor.records import Message, PairShape, PreferencePair
 from llmdoctor.token_rewards.sources import Unusable
+from llmdoctor.token_rewards.turns import (
+    NOTHING,
+    ends_with_user,
+    from_cells,
+    parsed,
+    prompt_messages,
+    refuse_unread,
+    split,
+)
+
+Columns = dict[str, Any]
 
 DEFAULT_LABEL = "better_response_id"
-NEEDED = f"prompt + chosen + rejected, chosen + rejected, or prompt + response_0 + response_1 + {DEFAULT_LABEL}"
-_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
-_TRANSCRIPT_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+NEEDED = "prompt + chosen + rejected, or the columns of a data set that `llmdoctor extract --help` lists"
+NAME_THEM = "name them with --columns chosen=A,rejected=B[,prompt=C,system=D]"
+_PROMPTS = ("prompt", "conversations", "messages", "trajectory", "instruction", "question", "query")
+_MORE_PROMPTS = ("input", "context", "history")  # beside another one these add to it
+_SYSTEMS = ("system", "system_prompt")
+_SCORES = (
+    *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected")),
+    *(("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating")),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)
+_WINNERS = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0, "bothbad": 0}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, tokenizers cannot read it
 
 
-def to_pair(id: str, record: object, label: str | None) -> PreferencePair:
-    """The pair that a record holds; raises `Unusable` where it holds none. For ``label`` see ``read_pairs``."""
-    columns = _columns(record)
-    chosen, rejected = _answers(columns, label)
-    prompt = columns.get("prompt")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt_chosen, chosen_text = _split_text(prompt, chosen)
-        prompt_rejected, rejected_text = _split_text(prompt, rejected)
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        prompt_chosen, chosen_text = _split_messages(prompt, chosen)
-        prompt_rejected, rejected_text = _split_messages(prompt, rejected)
-    else:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One way to write a pair: ``read`` finds the better and the worse answer where a record has all ``columns``.
+
+    ``prompt`` and ``system`` are the columns that hold them; None looks for the usual names. Of a shape with ``rows``,
+    consecutive records with one prompt are one pair: `merged` has put their best and worst answer into a list.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    rule: str
+    read: Callable[[Columns], tuple[object, object]]
+    prompt: tuple[str, ...] | None = None
+    system: tuple[str, ...] | None = None
+    rows: bool = False
+
+
+# --- which answer is better ------------------------------------------------------------------------------------------
+
+
+def _number(value: object) -> float | None:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return None if math.isnan(number) else number
+
+
+def _label(columns: Columns, name: str, low: float, high: float) -> float:
+    number = _number(columns[name])
+    if number is None or not low <= number <= high:
+        raise Unusable(f"{name} is no number from {low:g} to {high:g}")
+    return number
+
+
+def _chosen(chosen: str, rejected: str) -> Callable[[Columns], tuple[object, object]]:
+    """The two columns as they are named, unless their scores say that neither answer is better."""
+
+    def read(columns: Columns) -> tuple[object, object]:
+        for better, worse in _SCORES:
+            scores = _number(columns.get(better)), _number(columns.get(worse))
+            if None not in scores and scores[0] == scores[1]:
+                raise Unusable(f"a tie: {better} equals {worse}")
+        if columns.get("status") == "tie":  # distilabel-intel-orca-dpo-pairs
+            raise Unusable("a tie: status says so")
+        return columns[chosen], columns[rejected]
+
+    return read
+
+
+def _either(
+    first: str, second: str, verdict: Callable[[Columns], float], answer: Callable[[Columns, str], object] | None = None
+) -> Callable[[Columns], tuple[object, object]]:
+    """The first column is the better answer where ``verdict`` is positive, the second where it is negative."""
+
+    def read(columns: Columns) -> tuple[object, object]:
+        better = verdict(columns)
+        if not better:
+            raise Unusable("a tie")
+        names = (first, second) if better > 0 else (second, first)
+        chosen, rejected = (answer(columns, name) if answer else columns[name] for name in names)
+        return chosen, rejected
+
+    return read
+
+
+def _binary(name: str, better_first: int) -> Callable[[Columns], float]:
+    def verdict(columns: Columns) -> float:
+        if (number := _number(columns[name])) not in (0, 1):
+            raise Unusable(f"{name} is neither 0 nor 1")
+        return 1 if number == better_first else -1
+
+    return verdict
+
+
+def _alpaca_preference(columns: Columns) -> float:
+    preference = _label(columns, "preference", 0, 2)
+    return 1.5 - preference if preference else 0  # 0 was once written for a tie
+
+
+def _winner(columns: Columns) -> float:
+    winner = _WINNERS.get(str(columns["winner"]))
+    if winner is None:
+        raise Unusable("winner is neither model_a, model_b nor a tie")
+    return winner
+
+
+def _winner_flags(columns: Columns) -> float:
+    return _label(columns, "winner_model_a", 0, 1) - _label(columns, "winner_model_b", 0, 1)
+
+
+def _best_and_worst(answers: Iterable[object], scores: Iterable[object]) -> tuple[object, object]:
+    """The first of the best and the first of the worst of the answers that have a score."""
+    numbered = [(_number(score), answer) for answer, score in zip(answers, scores, strict=False)]
+    rated = [(number, answer) for number, answer in numbered if number is not None]
+    if len(rated) < 2:
+        raise Unusable("fewer than two rated answers to this prompt")
+    best, worst = max(rated, key=lambda one: one[0]), min(rated, key=lambda one: one[0])
+    if best[0] == worst[0]:
+        raise Unusable("a tie: all answers are rated alike")
+    return best[1], worst[1]
+
+
+def _list(columns: Columns, name: str, kind: type | tuple[type, ...] = object) -> list[Any]:
+    items = parsed(columns[name])
+    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+        raise Unusable(f"{name} is not the list that was expected")
+    return items
+
+
+def _ultrafeedback(columns: Columns) -> tuple[object, object]:
+    completions = _list(columns, "completions", dict)
+    answers = [one.get("response") for one in completions]
+    measures = [[one.get(name) for one in completions] for name in ("overall_score", "fine-grained_score")]
+    measures.append([_mean_rating(one.get("annotations")) for one in completions])
+    known = (scores for scores in measures if sum(_number(score) is not None for score in scores) > 1)
+    return _best_and_worst(answers, next(known, ()))
+
+
+def _mean_rating(annotations: object) -> float | None:
+    aspects = annotations.values() if isinstance(annotations, dict) else ()
+    ratings = [_number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]
+    given = [rating for rating in ratings if rating is not None]
+    return sum(given) / len(given) if given else None
+
+
+def _nectar(columns: Columns) -> tuple[object, object]:
+    answers = _list(columns, "answers", dict)
+    ranks = [_number(one.get("rank")) for one in answers]
+    scores = [None if rank is None else -rank for rank in ranks]
+    return _best_and_worst([one.get("answer") for one in answers], scores)
+
+
+def _generations(ratings: str) -> Callable[[Columns], tuple[object, object]]:
+    def read(columns: Columns) -> tuple[object, object]:
+        answers, scores = _list(columns, "generations"), _list(columns, ratings)
+        if len(answers) != len(scores):
+            raise Unusable(f"{len(answers)} generations, but {len(scores)} {ratings}")
+        return _best_and_worst(answers, scores)
+
+    return read
+
+
+def _helpsteer(columns: Columns) -> tuple[object, object]:
+    if not isinstance(columns["response"], list):  # `merged` leaves a row without a number alone
+        raise Unusable("helpfulness is not a number")
+    return _best_and_worst(columns["response"], columns["helpfulness"])
+
+
+def _turn_by_turn(columns: Columns, answer: str) -> object:
+    """Of the Arena: prompts and answers, one for each turn, as lists or as lists in JSON; or messages and an answer."""
+    prompts, answers = (_texts(columns[name]) for name in ("prompt", answer))
+    if all(isinstance(prompt, dict) for prompt in prompts):
+        return [*prompts, {"role": "assistant", "content": columns[answer]}]
+    if len(prompts) != len(answers):
+        raise Unusable("not as many answers as prompts")
+    return [
+        {"role": role, "content": text}
+        for turn in zip(prompts, answers, strict=True)
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _texts(value: object) -> list[object]:
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return [value]
+    return value if isinstance(value, list) else [value]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+CHOSEN = (
+    Shape("chosen and rejected", ("chosen", "rejected"), "equal scores are ties", _chosen("chosen", "rejected")),
+    Shape(
+        "Argilla responses",
+        ("chosen_response", "rejected_response"),
+        "equal ratings are ties",
+        _chosen("chosen_response", "rejected_response"),
+    ),
+    Shape(
+        "OpenAI preferences",
+        ("input", "preferred_output", "non_preferred_output"),
+        "the preferred output is chosen",
+        _chosen("preferred_output", "non_preferred_output"),
+        prompt=("input",),
+    ),
+)
+_WITH_WINNER = ("prompt", "response_a", "response_b")
+RATED = (
+    Shape(
+        "HelpSteer2 preferences",
+        ("response_1", "response_2", "preference_strength"),
+        "a strength below 0 prefers response_1",
+        _either("response_1", "response_2", lambda c: -_label(c, "preference_strength", -3, 3)),
+    ),
+    Shape(
+        "HelpSteer3",
+        ("response1", "response2", "overall_preference"),
+        "a preference below 0 is for response1",
+        _either("response1", "response2", lambda c: -_label(c, "overall_preference", -3, 3)),
+    ),
+    Shape(
+        "SHP",
+        ("human_ref_A", "human_ref_B", "labels"),
+        "label 1 prefers A",
+        _either("human_ref_A", "human_ref_B", _binary("labels", 1)),
+    ),
+    Shape(
+        "AlpacaEval",
+        ("output_1", "output_2", "preference"),
+        "a preference below 1.5 is for output_1",
+        _either("output_1", "output_2", _alpaca_preference),
+    ),
+    Shape(
+        "Chatbot Arena conversations",
+        ("conversation_a", "conversation_b", "winner"),
+        "last answers where all before them is the same",
+        _either("conversation_a", "conversation_b", _winner, lambda c, name: parsed(c[name])),
+    ),
+    Shape(
+        "Chatbot Arena responses",
+        (*_WITH_WINNER, "winner"),
+        "last answers where all before them is the same",
+        _either("response_a", "response_b", _winner, _turn_by_turn),
+        prompt=(),
+    ),
+    Shape(
+        "Chatbot Arena responses",
+        (*_WITH_WINNER, "winner_model_a", "winner_model_b"),
+        "last answers where all before them is the same",
+        _either("response_a", "response_b", _winner_flags, _turn_by_turn),
+        prompt=(),
+    ),
+    Shape(
+        "UltraFeedback",
+        ("completions",),
+        "best against worst by overall_score (else fine-grained_score, else mean rating), without the completions' own "
+        "system prompts",
+        _ultrafeedback,
+    ),
+    Shape("Nectar", ("answers",), "best against worst rank", _nectar),
+    Shape("distilabel", ("generations", "ratings"), "best against worst rating", _generations("ratings")),
+    Shape("distilabel", ("generations", "rating"), "best against worst rating", _generations("rating")),
+    Shape(
+        "HelpSteer2",
+        ("response", "helpfulness"),
+        "of consecutive rows with one prompt, most against least helpful; the pair's id is the first row's line",
+        _helpsteer,
+        rows=True,
+    ),
+)
+
+
+def shapes(label: str | None, columns: Mapping[str, str] | None) -> tuple[Shape, ...]:
+    """The shapes to look for: all that are known or, with ``columns``, the one that they describe."""
+    if columns:
+        names = chosen, rejected = (columns["chosen"], columns["rejected"])
+        prompt, system = (tuple(filter(None, [columns.get(key)])) for key in ("prompt", "system"))
+        return (Shape("named columns", names, "as --columns says", lambda c: (c[chosen], c[rejected]), prompt, system),)
+    label = label or DEFAULT_LABEL
+    safe = ("response_0", "response_1", label)
+    verdict = _binary(label, 0)
+    return (*CHOSEN, Shape("PKU-SafeRLHF", safe, f"{label} is the better one", _either(*safe[:2], verdict)), *RATED)
+
+
+# --- from a record to a pair -----------------------------------------------------------------------------------------
+
+
+def to_pair(id: str, record: object, known: tuple[Shape, ...]) -> tuple[PreferencePair, PairShape]:
+    """The pair that a record holds, and how it was found; raises `Unusable` where it holds none."""
+    columns, all_names = _columns(record), set(record) if isinstance(record, dict) else set()
+    shape = _recognised(columns, known)
+    if shape.prompt is None:
+        refuse_unread(columns)
+    chosen, rejected = shape.read(columns)
+    prompt_names, prompt = _prompt(columns, shape)
+    system_names, system = _system(columns, shape)
+    if missing := [name for name in shape.system or () if name not in all_names]:  # null is no system prompt
+        raise Unusable(f"missing column {missing[0]!r} (found {_found(columns)})")
+    if isinstance(chosen, str) != isinstance(rejected, str) or not all(
+        isinstance(answer, str | list | dict) for answer in (chosen, rejected)
+    ):
         raise Unusable("answers are neither two texts nor two message lists")
-    if prompt_chosen != prompt_rejected:
+    messages, chosen_text = split(prompt, chosen)
+    others, rejected_text = split(prompt, rejected)
+    if messages != others:
         raise Unusable("prompts differ")
     if not chosen_text.strip() or not rejected_text.strip():
         raise Unusable("empty answer")
     if chosen_text == rejected_text:
         raise Unusable("both answers are the same")
-    if any(_LONE_SURROGATE.search(text) for text in (chosen_text, rejected_text, *_contents(prompt_chosen))):
+    messages = ends_with_user(_opened(messages, system))
+    if _LONE_SURROGATE.search(json.dumps([messages, chosen_text, rejected_text], ensure_ascii=False)):
         raise Unusable("not Unicode: half of a surrogate pair")
-    return PreferencePair(id, tuple(_ends_with_user(prompt_chosen)), chosen_text, rejected_text)
+    pair = PreferencePair(id, tuple(messages), chosen_text, rejected_text)
+    read = dict.fromkeys((*prompt_names, *system_names, *shape.columns))
+    return pair, PairShape(shape.name, tuple(read), shape.rule)
 
 
-def _contents(messages: list[Message]) -> Iterator[str]:
-    return (message["content"] for message in messages)
-
-
-def _columns(record: object) -> dict[str, Any]:
+def _columns(record: object) -> Columns:
     """The columns of a record that hold something."""
     if isinstance(record, Unusable):
         raise record
     if not isinstance(record, dict):
         raise Unusable("not a JSON object")
-    return {key: value for key, value in record.items() if value is not None}
+    return {key: value for key, value in from_cells(record).items() if value is not None}
 
 
-def _answers(columns: dict[str, Any], label: str | None) -> tuple[object, object]:
-    """The preferred answer and the other one, in whichever columns they are."""
-    label = label or DEFAULT_LABEL
-    if {"prompt", "response_0", "response_1", label} <= columns.keys():
-        better = columns[label]
-        if better not in (0, 1):
-            raise Unusable(f"{label} is neither 0 nor 1")
-        return columns[f"response_{int(better)}"], columns[f"response_{1 - int(better)}"]
-    if {"chosen", "rejected"} <= columns.keys():
-        return columns["chosen"], columns["rejected"]
-    needed = ("prompt", "response_0", "response_1", label) if "response_0" in columns else ("chosen", "rejected")
-    missing = next(column for column in needed if column not in columns)
-    raise Unusable(f"missing column {missing!r} (found {', '.join(map(str, columns)) or 'none'})")
+def _recognised(columns: Columns, known: tuple[Shape, ...]) -> Shape:
+    fitting = [shape for shape in known if columns.keys() >= set(shape.columns)]
+    if len(fitting) > 1 and fitting[0] not in CHOSEN:
+        raise Unusable(f"columns of {fitting[0].name} and of {fitting[1].name} (found {_found(columns)}): {NAME_THEM}")
+    if fitting:
+        return fitting[0]
+    for shape in known:
+        missing = [name for name in shape.columns if name not in columns]
+        if (len(missing) == 1 and (shape in CHOSEN or len(shape.columns) > 2)) or len(known) == 1:
+            raise Unusable(f"missing column {missing[0]!r} (found {_found(columns)})")
+    raise Unusable(f"no preference pair in the columns found: {_found(columns)}")
 
 
-def _split_text(prompt: object, answer: str) -> tuple[list[Message], str]:
-    """Prompt and answer, from two columns or from an HH-RLHF transcript that holds both."""
-    if prompt is None or _is_transcript(answer):
-        return _split_messages(None, _transcript(answer))
-    if isinstance(prompt, str) and not _is_transcript(prompt):
-        return [{"role": "user", "content": prompt}], answer
-    # The prompt is a transcript or a message list; the answer continues it.
-    messages = _prompt_messages(prompt)
-    return messages, answer.removeprefix(" ").rstrip() if isinstance(prompt, str) else answer
+def _found(columns: Columns) -> str:
+    return ", ".join(str(name)[:40] for name in columns) or "none"
 
 
-def _split_messages(prompt: object, answer: list[Any]) -> tuple[list[Message], str]:
-    """Prompt and answer, from two columns or from a conversation that holds both."""
-    messages = _messages(answer)
-    if prompt is not None and [message["role"] for message in messages] == ["assistant"]:
-        messages = [*_prompt_messages(prompt), *messages]
-    if len(messages) == 1:
-        raise Unusable("missing column 'prompt', and no prompt inside the answers")
-    if messages[-1]["role"] != "assistant":
-        raise Unusable("the conversation does not end with an answer")
-    return messages[:-1], messages[-1]["content"]
+def _prompt(columns: Columns, shape: Shape) -> tuple[list[str], object]:
+    """The columns that hold the prompt, and what they say: None where it has to be inside the answers."""
+    if shape.prompt is not None:
+        names = list(shape.prompt)
+        if missing := [name for name in names if name not in columns]:
+            raise Unusable(f"missing column {missing[0]!r} (found {_found(columns)})")
+    else:
+        names = [name for name in (*_PROMPTS, *_MORE_PROMPTS) if columns.get(name) not in NOTHING]
+        if "prompt" in columns:
+            names = ["prompt", *(name for name in names if name in _MORE_PROMPTS)]
+    if names == ["instruction", "input"] and all(isinstance(columns[name], str) for name in names):  # Alpaca
+        return names, f"{columns['instruction']}\n\n{columns['input']}"
+    if len(names) > 1:
+        raise Unusable(f"{names[0]!r} and {names[1]!r} may both be the prompt (found {_found(columns)}): {NAME_THEM}")
+    return names, columns[names[0]] if names else None
 
 
-def _is_transcript(text: str) -> bool:
-    return text.lstrip("\n").startswith("Human:") and "\n\nAssistant:" in text
+def _system(columns: Columns, shape: Shape) -> tuple[list[str], str | None]:
+    names = [name for name in (_SYSTEMS if shape.system is None else shape.system) if columns.get(name)]
+    texts = {columns[name] if isinstance(columns[name], str) else None for name in names}
+    if len(texts) > 1 or None in texts:
+        raise Unusable(f"{' and '.join(map(repr, names))} do not hold one system prompt")
+    return names, texts.pop() if texts else None
 
 
-def _transcript(text: str) -> list[Message]:
-    if not _is_transcript(text):
-        raise Unusable("missing column 'prompt', and no prompt inside the answers")
-    _, *pieces = _TRANSCRIPT_TURN.split("\n\n" + text.lstrip("\n"))
-    turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": _TRANSCRIPT_ROLES[who], "content": said.removeprefix(" ").rstrip()} for who, said in turns]
+def _opened(messages: list[Message], system: str | None) -> list[Message]:
+    """The conversation with the system prompt of a column of its own."""
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if not system or own == [system]:
+        return messages
+    if own:
+        raise Unusable("the system prompt beside the conversation differs from the one inside it")
+    return [{"role": "system", "content": system}, *messages]
 
 
-def _prompt_messages(prompt: object) -> list[Message]:
-    if isinstance(prompt, str):
-        if not _is_transcript(prompt):
-            return [{"role": "user", "content": prompt}]
-        messages = _transcript(prompt)
-        return messages if messages[-1]["content"] or messages[-1]["role"] == "user" else messages[:-1]
-    return _messages(prompt)
+# --- several records for one pair ------------------------------------------------------------------------------------
 
 
-def _messages(value: object) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise Unusable("neither a text nor a list of messages")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise Unusable("a message without role and content")
-        if message.get("role") not in get_args(Role):
-            raise Unusable(f"unknown role {message.get('role')!r}")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+def merged(records: Iterable[tuple[int, object]], known: tuple[Shape, ...]) -> Iterator[tuple[int, object]]:
+    """The records; consecutive ones with the same prompt, in a shape with ``rows``, as one with the first one's line.
 
+    Of such a run only the first of the best rows and the first of the worst are kept at any time.
+    """
+    by_rows = next((shape for shape in known if shape.rows), None)
+    answer, score = by_rows.columns if by_rows else ("", "")
 
-def _ends_with_user(messages: list[Message]) -> list[Message]:
-    if messages[-1]["role"] != "user":
-        raise Unusable("the prompt does not end with a user turn")
-    if not messages[-1]["content"].strip():
-        raise Unusable("empty prompt")
-    return messages
+    def helpfulness(row: dict[str, Any]) -> float:
+        return float(row[score])
+
+    def run(numbered: tuple[int, object]) -> object:
+        line, record = numbered
+        if by_rows is None or not isinstance(record, dict) or _number(record.get(score)) is None:
+            return line
+        try:
+            columns = _columns(record)
+            shape = _recognised(columns, known)
+            return (_prompt(columns, shape)[1], _system(columns, shape)[1]) if shape is by_rows else line
+        except Unusable:
+            return line
+
+    for key, rows in groupby(records, run):
+        if by_rows is None or isinstance(key, int):
+            yield from rows
+            continue
+        kept: list[dict[str, Any]] = []
+        for line, row in rows:
+            assert isinstance(row, dict)
+            if kept:
+                kept = [max(kept[0], row, key=helpfulness), min(kept[-1], row, key=helpfulness)]
+            else:
+                first, kept = line, [row]
+        whole = copy(kept[0])
+        whole.update({name: [row[name] for row in kept] for name in (answer, score)})
+        yield first, whole
 
 
 def to_prompt(record: object) -> str | list[Message]:
@@ -142,9 +452,10 @@ def to_prompt(record: object) -> str | list[Message]:
         raise record
     prompt = record
     if isinstance(record, dict):
-        turns = record.get("turns")
+        record = from_cells(record)
+        turns = parsed(record.get("turns"))
         prompt = record.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
         if prompt is None:
             raise Unusable(f"expected a text, 'prompt' or 'turns', found {', '.join(map(str, record)) or 'nothing'}")
-    messages = _ends_with_user(_prompt_messages(prompt))
+    messages = ends_with_user(prompt_messages(prompt))
     return prompt if isinstance(prompt, str) else messages

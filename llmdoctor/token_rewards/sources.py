@@ -1,5 +1,6 @@
 """Records from files and hub data sets, one at a time, and a fingerprint that changes with the data."""
 
+import csv
 import gzip
 import hashlib
 import io
@@ -19,12 +20,17 @@ import pyarrow.parquet as pq
 
 from llmdoctor.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Unusable(Exception):
     """Why one record cannot be used."""
+
+
+class Cells(dict[str, Any]):
+    """A row of a table of texts: lists and numbers come as texts that spell them."""
 
 
 def fingerprint(source: str | Path, *, split: str = "train", label: str | None = None) -> str:
@@ -74,7 +80,9 @@ def suffix(path: Path) -> str:
 
 
 def records(source: str | Path, split: str) -> Iterator[tuple[int, object]]:
-    """Number (from 1) and content of every record; a line that is not JSON comes as an `Unusable` that says why.
+    """Line (or row) from 1 and content of every record; a line that is not JSON comes as an `Unusable` that says why.
+
+    Of a .csv or .tsv file, whose first line names the columns, it is the line on which the record begins.
 
     Raises DataError for a source that is absent, damaged, or in no known format.
     """
@@ -86,6 +94,8 @@ def records(source: str | Path, split: str) -> Iterator[tuple[int, object]]:
         head = stream.peek(512)
         if suffix(path) == ".parquet" or head.startswith(b"PAR1"):
             yield from _parquet_records(stream)
+        elif suffix(path) in _DELIMITERS:
+            yield from _table_records(stream, _DELIMITERS[suffix(path)])
         elif suffix(path) != ".jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from enumerate(_array_records(stream), start=1)
         else:
@@ -109,6 +119,8 @@ def _reading(source: str | Path) -> Iterator[None]:
         raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
     except pa.ArrowException as error:
         raise DataError(f"{source}: not a Parquet file ({str(error).splitlines()[0]})") from error
+    except csv.Error as error:
+        raise DataError(f"{source}: not a table with a header row ({error})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:
@@ -174,6 +186,25 @@ def _array_element(buffer: str, opening: str) -> tuple[object, int | None]:
     if following is None:  # the element may go on beyond the buffer, as the number 12 may be the start of 123
         raise json.JSONDecodeError("Expecting ',' delimiter", buffer, stop)
     return element, stop
+
+
+def _table_records(stream: gzip.GzipFile | io.BufferedReader, delimiter: str) -> Iterator[tuple[int, object]]:
+    csv.field_size_limit(1 << 30)  # its default of 128 KiB is less than a long conversation
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    try:
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        header = next(rows, [])
+        if repeated := [name for name in header if header.count(name) > 1]:
+            raise csv.Error(f"two columns are named {repeated[0][:40]!r}")
+        line = rows.line_num + 1
+        for row in rows:
+            if row and len(row) != len(header):
+                yield line, Unusable(f"{len(row)} cells, but the header has {len(header)}")
+            elif row:
+                yield line, Cells(zip(header, row, strict=True))
+            line = rows.line_num + 1
+    finally:
+        text.detach()
 
 
 def _parquet_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[tuple[int, object]]:

@@ -49,7 +49,9 @@ def test_a_bad_record_is_skipped_and_said_and_with_strict_it_is_fatal(line, word
     source = data(PAIR, line, {**PAIR, "chosen": "It is."})
     result = run("extract", "--data", source, "-o", tmp_path / "rewards")
     assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("line 2: ")
+    taken, skipped = result.stderr.splitlines()[:2]
+    assert taken.startswith("pairs read as chosen and rejected (prompt, chosen, rejected)")
+    assert skipped.startswith("line 2: ")
     assert word in result.stderr
     fails(2, ["2", word], "extract", "--data", source, "--strict")
 
