@@ -73,6 +73,9 @@ class _Size:
     trial: list[int] = field(default_factory=list)  # rounds that are left of the trial under way, last first
     credit: float = _CREDIT  # what trials may still waste
     longer: bool = False  # whether the latest trial was of a longer draft than the one in use
+    # The best length, the other to try, and what a trial of it would waste; None when something new was learnt. Where
+    # drafting does not pay, hardly a round teaches anything, and each would be a percent slower for working it out.
+    plan: tuple[int, int, float] | None = None
 
     def cost(self, length: int) -> float:
         """Time of a round in plain rounds."""
@@ -100,6 +103,7 @@ class _Size:
             self.ratios.append((drafted, ratio))
             # a draft of no tokens at the cost of a plain round: while only one length is measured, it gives the slope
             self.base, self.slope = _line([(0, 1.0), *self.ratios])
+            self.plan = None
 
     @property
     def reach(self) -> int:
@@ -137,6 +141,18 @@ class AdaptiveLength:
         size = self._size(rows)
         if size.trial:
             return size.trial.pop()
+        best, other, waste = size.plan = size.plan or self._plan(rows, size)
+        size.credit += _BUDGET[rows > 1]
+        if size.credit < waste:
+            return best
+        size.credit -= waste
+        size.longer = other > best
+        size.plan = None
+        # the first round of a length also sets up buffers and kernels and is not timed: run it twice
+        size.trial = [0, other] if other in size.timed else [0, other, other]
+        return size.trial.pop()
+
+    def _plan(self, rows: int, size: _Size) -> tuple[int, int, float]:
         # tokens that a round of each length is expected to give a row; those of drafts count less in a batch
         a, margin = min(self.acceptance, 0.999), _MARGIN[rows > 1]
         tokens = {k: (1 - a ** (k + 1)) / (1 - a) / margin if k else 1.0 for k in LENGTHS}
@@ -148,15 +164,7 @@ class AdaptiveLength:
         waste = sum(size.cost(k) / size.cost(best) - tokens[k] / tokens[best] for k in (other, 0))
         # Few ratios may be far off: neither may a bad one end all trials, nor a good one start them at no price.
         known = len(size.ratios) / _RATIOS
-        waste = min(max(waste, 0.1 * known), 0.1 + 0.9 * known)
-        size.credit += _BUDGET[rows > 1]
-        if size.credit < waste:
-            return best
-        size.credit -= waste
-        size.longer = other > best
-        # the first round of a length also sets up buffers and kernels and is not timed: run it twice
-        size.trial = [0, other] if other in size.timed else [0, other, other]
-        return size.trial.pop()
+        return best, other, min(max(waste, 0.1 * known), 0.1 + 0.9 * known)
 
     def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         """See ``Drafting``."""
@@ -167,6 +175,8 @@ class AdaptiveLength:
             keep = 0.995 ** max(tested, 6)
             self._accepted = keep * self._accepted + accepted
             self._tested = keep * self._tested + tested
+            for known in self._sizes.values():
+                known.plan = None
         size = self._size(rows)
         if length in size.timed and seconds > 0:
             size.compare(_Timed(rows, slots, length, seconds))
