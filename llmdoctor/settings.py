@@ -145,7 +145,11 @@ class TrainSettings(Settings):
     subtb_weight: float = Field(
         default=0.2, gt=0, le=1, description="Lambda of SubTB; 1 weighs every sub-trajectory alike"
     )
+    subtb: Literal["mean", "sum"] = Field(
+        default="mean", description="Average SubTB over the sub-trajectories of an answer, or add them up"
+    )
     value_weight: float = Field(default=0.1, ge=0, description="Weight of the value loss")
+    hinge: Literal["log", "value"] = Field(default="log", description="Whether the value loss compares log V, or V")
     gamma: float = Field(default=1.0, ge=0, description="Margin of the value loss")
     alternatives: int = Field(
         default=0,

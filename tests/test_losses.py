@@ -19,14 +19,14 @@ def ragged(lengths: list[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def subtb_by_pairs(flow_N: Tensor, weight: float) -> Tensor:
+def subtb_by_pairs(flow_N: Tensor, weight: float, *, summed: bool = False) -> Tensor:
     """The definition: every pair m < n by itself."""
     total, norm = flow_N.new_zeros(()), 0.0
     for n in range(len(flow_N)):
         for m in range(n):
             total = total + weight ** (n - m - 1) * (flow_N[n] - flow_N[m]) ** 2
             norm += weight ** (n - m - 1)
-    return total / max(norm, 1e-300)
+    return total if summed else total / max(norm, 1e-300)
 
 
 @pytest.mark.parametrize(("weight", "expected"), [(1.0, 14 / 3), (1 - 1e-5, 14 / 3), (1 - 1e-9, 14 / 3), (0.5, 3.8)])
@@ -39,16 +39,18 @@ def test_subtb_golden(weight: float, expected: float):
     assert subtb(flow, mask, weight).item() == pytest.approx(expected, rel=2e-5)
 
 
+@pytest.mark.parametrize("summed", [False, True], ids=["mean", "sum"])
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_subtb_is_the_double_sum_whatever_the_padding_holds(weight: float):
+def test_subtb_is_the_double_sum_whatever_the_padding_holds(weight: float, summed: bool):
     lengths = [9, 1, 0, 5, 16, 2]  # tokens; a row of no tokens has one state and no pair
     mask = state_mask(ragged(lengths))
     generator = torch.Generator().manual_seed(0)
     flow = (3 * torch.randn(mask.shape, generator=generator, dtype=torch.float64)).masked_fill(~mask, 1e6)
     flow.requires_grad_()
-    fast = subtb(flow, mask, weight)
+    fast = subtb(flow, mask, weight, total=summed)
     (fast_grad,) = torch.autograd.grad((fast * torch.arange(1, 7)).sum(), flow)
-    slow = torch.stack([subtb_by_pairs(row[: length + 1], weight) for row, length in zip(flow, lengths, strict=True)])
+    rows = zip(flow, lengths, strict=True)
+    slow = torch.stack([subtb_by_pairs(row[: length + 1], weight, summed=summed) for row, length in rows])
     (slow_grad,) = torch.autograd.grad((slow * torch.arange(1, 7)).sum(), flow)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=0)
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-9, atol=1e-10)
@@ -101,6 +103,16 @@ def test_value_discrimination_golden():
     loss.backward()
     assert loss.item() == pytest.approx(0.9)
     assert preferred.grad.tolist() == pytest.approx([-1 / 3, 0, -1 / 3])
+
+
+def test_the_hinge_on_v_itself():
+    """gamma 1: V 2 against 1.5 gives 1 - .5, V e^2 against 1 is beyond the margin, and nothing overflows at log V 500."""
+    preferred = torch.tensor([2.0, math.exp(2)]).log().requires_grad_()
+    loss = value_discrimination(preferred, torch.tensor([1.5, 1.0]).log(), 1.0, log=False)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25)
+    assert preferred.grad.tolist() == pytest.approx([-1.0, 0])  # half of dV / d log V = V
+    assert value_discrimination(torch.tensor([-500.0]), torch.tensor([500.0]), 1.0, log=False).isfinite()
 
 
 def test_value_discrimination_without_pairs_is_a_zero_that_trains():

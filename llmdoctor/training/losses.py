@@ -45,8 +45,11 @@ def log_flow(
     return total + log_value_B_N
 
 
-def subtb(flow_B_N: Tensor, mask_B_N: Tensor, weight: float = 1.0) -> Tensor:
+def subtb(flow_B_N: Tensor, mask_B_N: Tensor, weight: float = 1.0, *, total: bool = False) -> Tensor:
     """Sub-trajectory balance of every row: the weighted mean over state pairs m < n of (f_n - f_m)^2 [B].
+
+    With ``total`` it is their weighted sum, as second-hand accounts of the paper have it: an answer then weighs more
+    the longer it is, at weight 1 by the square of its length. The mean is ours.
 
     Pair (m, n) weighs ``weight`` ** (n - m - 1), 0 < weight <= 1. With weight 1 all pairs count alike (the paper's
     L_SubTB) and the double sum is 2 / (N - 1) * sum_t (f_t - mean f)^2, exact in O(N) time and memory. Below 1, with
@@ -60,14 +63,16 @@ def subtb(flow_B_N: Tensor, mask_B_N: Tensor, weight: float = 1.0) -> Tensor:
     count = mask.sum(dim=1)
     if weight == 1.0:
         mean = (flow_B_N * mask).sum(dim=1, keepdim=True) / count[:, None]
-        return 2.0 / (count - 1).clamp(min=1) * (((flow_B_N - mean) * mask) ** 2).sum(dim=1)
+        squares = (((flow_B_N - mean) * mask) ** 2).sum(dim=1)
+        return count * squares if total else 2.0 / (count - 1).clamp(min=1) * squares
     ones = torch.ones_like(flow_B_N[:1])
     pairs = torch.nn.functional.pad(_decaying_sum(ones, weight)[:, :-1], (1, 0))  # A_n; its closed form cancels near 1
     steps = torch.nn.functional.pad(flow_B_N.diff(dim=1) * mask[:, 1:], (1, 0))
     first = _decaying_sum(pairs * steps, weight)  # E_n
     before = torch.nn.functional.pad(first[:, :-1], (1, 0))
     second = _decaying_sum(2 * weight * steps * before + pairs * steps**2, weight)  # D_n
-    return (second * mask).sum(dim=1) / (pairs * mask).sum(dim=1).clamp(min=1)
+    summed = (second * mask).sum(dim=1)
+    return summed if total else summed / (pairs * mask).sum(dim=1).clamp(min=1)
 
 
 def _decaying_sum(x_B_N: Tensor, weight: float) -> Tensor:
@@ -79,8 +84,19 @@ def _decaying_sum(x_B_N: Tensor, weight: float) -> Tensor:
     return x_B_N
 
 
-def value_discrimination(log_value_preferred_P: Tensor, log_value_other_P: Tensor, gamma: float) -> Tensor:
-    """L_value = mean over pairs of max(0, gamma - (log V(s, y_preferred) - log V(s, y_other))); 0 without pairs."""
+_GREATEST_LOG_V = 20.0  # V itself grows as the exponential: beyond this it only stands for "much"
+
+
+def value_discrimination(
+    log_value_preferred_P: Tensor, log_value_other_P: Tensor, gamma: float, *, log: bool = True
+) -> Tensor:
+    """L_value = mean over pairs of max(0, gamma - (log V(s, y_preferred) - log V(s, y_other))); 0 without pairs.
+
+    Without ``log`` it compares V itself, as second-hand accounts of the paper have it; log V above 20 counts as 20.
+    """
     if log_value_preferred_P.numel() == 0:
         return log_value_preferred_P.sum()
-    return (gamma - (log_value_preferred_P - log_value_other_P)).clamp(min=0).mean()
+    preferred_P, other_P = log_value_preferred_P, log_value_other_P
+    if not log:
+        preferred_P, other_P = (x_P.clamp(max=_GREATEST_LOG_V).exp() for x_P in (preferred_P, other_P))
+    return (gamma - (preferred_P - other_P)).clamp(min=0).mean()

@@ -131,9 +131,11 @@ class TFPOTrainer(Trainer):
         flow_B_N = log_flow(
             out.logprobs_B_T, rewards_B_T, values_R_N[:scored], mask_B_T, rho=s.rho, ref_logprobs_B_T=relative
         )
-        flow_loss = subtb(flow_B_N, state_mask(mask_B_T), s.subtb_weight).mean()
+        flow_loss = subtb(flow_B_N, state_mask(mask_B_T), s.subtb_weight, total=s.subtb == "sum").mean()
         row, state, other_row, other_state = value_pairs_P_4.unbind(dim=1)
-        value_loss = value_discrimination(values_R_N[row, state], values_R_N[other_row, other_state], s.gamma)
+        value_loss = value_discrimination(
+            values_R_N[row, state], values_R_N[other_row, other_state], s.gamma, log=s.hinge == "log"
+        )
         ratio_B_T = torch.zeros_like(out.logprobs_B_T)
         if reference_B_T is not None:
             ratio_B_T = out.logprobs_B_T.detach() - reference_B_T
