@@ -49,8 +49,7 @@ def chat(
     resume: Annotated[
         str | None, option("--resume", "Continue this saved conversation (full screen).", metavar="ID")
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -67,7 +66,7 @@ def chat(
     settings = options.guided_profile(
         options.load(profile) if session is None or profile else _profile_of(session),
         named=profile is not None,
-        patient={"model": patient, "device": device, "dtype": dtype},
+        patient={"model": patient, **loading},
         doctors=doctor,
         doctor_base=doctor_base,
         betas=beta,

@@ -115,8 +115,6 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
 ProfileName = Annotated[str | None, option("--profile", "Profile name or YAML file (default: clinic).", metavar="NAME")]
 Json = Annotated[bool, option("--json", "JSON on stdout and nothing else.")]
 Patient = Annotated[str | None, field_option(PatientSettings, "model", "--patient", metavar="MODEL")]
-Device = Annotated[str | None, field_option(PatientSettings, "device")]
-Dtype = Annotated[str | None, field_option(PatientSettings, "dtype")]
 TrustRemoteCode = Annotated[bool, option("--trust-remote-code", "Run code that a model repository ships.")]
 Data = Annotated[str | None, field_option(DataSettings, "source", "--data")]
 Split = Annotated[str | None, field_option(DataSettings, "split")]
@@ -137,6 +135,7 @@ Betas = Annotated[
 ]
 
 Given = dict[str, Any]
+HowLoaded = Annotated[Given, FieldOptions(PatientSettings, without=("model", "system_prompt"))]
 Decode = Annotated[Given, FieldOptions(DecodeSettings)]
 Rewards = Annotated[Given, FieldOptions(RewardSettings, without=("faces",))]
 Train = Annotated[

@@ -121,7 +121,11 @@ def _identity(
     if shuffle is not None:
         dataset["shuffle"] = shuffle
     return {
-        "patient": {"model": patient.name, "fingerprint": patient.fingerprint},
+        "patient": {
+            "model": patient.name,
+            "fingerprint": patient.fingerprint,
+            **({"quantization": patient.quantization} if patient.quantization else {}),
+        },
         "dtype": str(patient.model.dtype).removeprefix("torch."),
         "tokenizer": {"fingerprint": patient.vocabulary.fingerprint, "size": patient.vocabulary.size},
         "faces": {name: {"positive": face.positive, "negative": face.negative} for name, face in faces.items()},

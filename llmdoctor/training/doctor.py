@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer, token_log_probs
+from llmdoctor.errors import UsageError
+from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer, pick_device, token_log_probs
 from llmdoctor.settings import TrainSettings
 
 
@@ -77,12 +78,19 @@ class Doctor(nn.Module):
 def new_doctor(
     base_model: str | Path, settings: TrainSettings, *, trust_remote_code: bool = False
 ) -> tuple[Doctor, PreTrainedTokenizerBase]:
-    """A doctor that still equals ``base_model``: LoRA (unless whole) and value head are zero. Raises LoadError."""
+    """A doctor that still equals ``base_model``: LoRA (unless whole) and value head are zero.
+
+    Raises LoadError; UsageError if every weight of a quantised base is to be trained.
+    """
     tokenizer = load_tokenizer(base_model, trust_remote_code=trust_remote_code)
     full = settings.method == "full"
-    # small updates of a bfloat16 weight are rounded away; LoRA's own weights are float32 anyway
-    dtype = "float32" if full and settings.dtype == "auto" else settings.dtype
+    # Small updates of a bfloat16 weight are rounded away; LoRA's own weights are float32 anyway. On a CPU gradients
+    # through bfloat16 gain little.
+    exact = full or pick_device(settings.device).type == "cpu"
+    dtype = "float32" if exact and settings.dtype == "auto" else settings.dtype
     base = load_lm(base_model, dtype=dtype, device=settings.device, trust_remote_code=trust_remote_code)
+    if full and getattr(base, "hf_quantizer", None) is not None:
+        raise UsageError(f"the weights of {base_model} are quantised and cannot be trained: expected method lora")
     targets = settings.lora_targets
     config = LoraConfig(
         task_type="CAUSAL_LM",
