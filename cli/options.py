@@ -6,13 +6,14 @@ others, and checks them.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
@@ -35,6 +36,9 @@ from llmdoctor.show.formats import short_name
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
+
+
+_T = TypeVar("_T")
 
 
 def option(name: str, help: str, *, short: str | None = None, env: str | None = None, **more: Any) -> Any:
@@ -295,7 +299,17 @@ def reward_settings(
 
 
 def fresh_seed() -> int:
-    """A seed short enough to type again."""
+    """A seed short enough to type again, the same in all processes."""
     import secrets
 
-    return secrets.randbelow(100_000)
+    return of_first_process(lambda: secrets.randbelow(100_000))
+
+
+def of_first_process(make: Callable[[], _T]) -> _T:
+    """What ``make`` returns in the first process of `torchrun`, in all of them: they must take the same steps."""
+    if "RANK" not in os.environ:
+        return make()
+    from llmdoctor.token_rewards.processes import team
+
+    with team() as processes:
+        return processes.from_first(make)

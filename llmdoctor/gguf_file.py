@@ -31,18 +31,25 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF says of itself. ``file_type`` is llama.cpp's name, like Q4_1; ``parameters`` their number."""
+    """What a GGUF says of itself: llama.cpp's name of its type, like Q4_1; the number of parameters and of tokens."""
 
-    architecture: str
     file_type: str
     parameters: int
+    tokens: int
 
 
-@lru_cache(maxsize=8)
 def read_header(path: Path) -> GGUFHeader:
     """Read the header and check that the file is whole. Raises LoadError, also if the package gguf is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise LoadError(f"cannot read {path}: GGUF files need the package gguf (pip install gguf)")
+    try:
+        return _read_header(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=8)
+def _read_header(path: Path, _changed: int) -> GGUFHeader:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
     try:
@@ -55,8 +62,6 @@ def read_header(path: Path) -> GGUFHeader:
             needed = max(needed, end + offset + prod(shape) // block * width)
         if needed > size:
             raise EOFError(f"its tensors end at byte {needed:,} and the file at {size:,}")
-    except OSError as error:
-        raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
     except (EOFError, struct.error) as error:
         raise LoadError(f"{path} is cut short ({error}): fetch it again") from error
     except (ValueError, KeyError) as error:
@@ -66,7 +71,8 @@ def read_header(path: Path) -> GGUFHeader:
         file_type = LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         file_type = str(number)
-    return GGUFHeader(str(values.get("general.architecture")), file_type, sum(prod(shape) for shape, _, _ in tensors))
+    parameters = sum(prod(shape) for shape, _, _ in tensors)
+    return GGUFHeader(file_type, parameters, int(values.get("tokenizer.ggml.tokens", 0)))
 
 
 class _Cursor:
@@ -95,7 +101,7 @@ class _Cursor:
 
 
 def _parse(cursor: _Cursor) -> tuple[dict[str, Any], list[tuple[tuple[int, ...], int, int]], int]:
-    """The single values; shape, type and offset of every tensor; where the tensors begin. Arrays are passed over."""
+    """The values, of arrays only the length; shape, type and offset of every tensor; where the tensors begin."""
     if cursor.data[:4] != b"GGUF":
         raise ValueError("not a GGUF file: it does not begin with GGUF")
     cursor.skip(4)
@@ -105,9 +111,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], list[tuple[tuple[int, ...],
     values: dict[str, Any] = {}
     for _ in range(keys):
         key, kind = cursor.text(), cursor.take("I")
-        value = _value(cursor, kind)
-        if value is not None:
-            values[key] = value
+        values[key] = _value(cursor, kind)
     tensors = []
     for _ in range(count):
         cursor.text()
@@ -128,7 +132,7 @@ def _value(cursor: _Cursor, kind: int) -> Any:
     else:
         for _ in range(length):
             _value(cursor, inner)
-    return None
+    return length
 
 
 def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | None:

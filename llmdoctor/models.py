@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -218,38 +219,43 @@ def _loaded(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
     """``kind.from_pretrained``; a GGUF from its copy if one can be kept. Raises LoadError."""
     if where.gguf is None:
         return _from_pretrained(where, kind, what, where.place, **options)
-    path = where.gguf_path()
-    header = read_header(path)
-    if copy := cached_copy(where.fingerprint(), lambda folder: _convert(where, path, header.parameters, folder)):
+    read_header(where.gguf_path())  # says what is wrong with the file
+    for _ in range(2):
+        copy = cached_copy(where.fingerprint(), partial(_convert, where))
+        if copy is None:
+            break
         try:
             return _from_pretrained(where, kind, what, str(copy), **options)
-        except LoadError:  # damaged in a way that its sizes and times do not show
+        except LoadError:  # perhaps damaged in a way that sizes and times do not show: it is made again
             discard_copy(copy)
-            copy = cached_copy(where.fingerprint(), lambda folder: _convert(where, path, header.parameters, folder))
-            if copy:
-                return _from_pretrained(where, kind, what, str(copy), **options)
-    loaded = _from_pretrained(where, kind, what, str(path.parent), gguf_file=path.name, **options)
-    if isinstance(loaded, tuple):
-        _forget_gguf(loaded[0])
-    return loaded
+    return _from_gguf(where, kind, what, **options)
 
 
-def _convert(where: ModelSource, path: Path, parameters: int, folder: Path) -> None:
+def _convert(where: ModelSource, folder: Path) -> None:
     """Write a GGUF's tokenizer and weights to ``folder``, as transformers reads them."""
-    place, file = str(path.parent), path.name
-    tokenizer = _from_pretrained(where, AutoTokenizer, "the tokenizer of", place, gguf_file=file)
-    dtype = torch.float32 if parameters <= _COPIED_EXACTLY else torch.bfloat16
-    model = _from_pretrained(where, AutoModelForCausalLM, "the model", place, gguf_file=file, dtype=dtype)
-    _forget_gguf(model)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    exact = read_header(where.gguf_path()).parameters <= _COPIED_EXACTLY
+    _from_gguf(where, AutoTokenizer, "the tokenizer of").save_pretrained(folder)
+    dtype = torch.float32 if exact else torch.bfloat16
+    _from_gguf(where, AutoModelForCausalLM, "the model", dtype=dtype).save_pretrained(folder)
 
 
-def _forget_gguf(model: Any) -> None:
-    """Make a model that was loaded from a GGUF one like any other: its weights are no longer quantised."""
+def _from_gguf(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
+    """What transformers reads from a GGUF, without what it adds."""
+    path = where.gguf_path()
+    loaded = _from_pretrained(where, kind, what, str(path.parent), gguf_file=path.name, **options)
+    if kind is AutoTokenizer:
+        # The class that it takes has an unknown token of its own: with that in the map no doctor's tokenizer would fit.
+        state = json.loads(loaded.backend_tokenizer.to_str())
+        known = [token for token in state["added_tokens"] if token["id"] < read_header(path).tokens]
+        if len(known) < len(state["added_tokens"]):
+            loaded._tokenizer = Tokenizer.from_str(json.dumps({**state, "added_tokens": known}))
+        return loaded
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    # its weights are no longer quantised: else it could not be saved
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    return loaded
 
 
 def _from_pretrained(where: ModelSource, kind: Any, what: str, place: str, **options: Any) -> Any:

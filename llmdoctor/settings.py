@@ -83,8 +83,8 @@ class PatientSettings(Settings):
     device_map: Annotated[str | dict[str, str | int] | None, BeforeValidator(_mapping)] = Field(
         default=None, description='Which device holds which weights: auto, balanced, ..., or {"model.layers.0": 1, ...}'
     )
-    tp_plan: str | None = Field(
-        default=None, description="Split every weight over the processes of torchrun: auto; by default none is split"
+    tp_plan: Literal["auto"] | None = Field(
+        default=None, description="Split the weights over the processes of torchrun; by default they are not split"
     )
     system_prompt: str | None = Field(default=None, description="What opens every conversation")
 
