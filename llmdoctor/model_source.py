@@ -163,8 +163,9 @@ def model_fingerprint(source: str | Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of a library's message that says something, with the next one if it ends in a colon."""
+    first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
+    return f"{first} {second}" if first.endswith(":") else first or type(error).__name__
 
 
 def _in_package(name: str) -> Path:

@@ -30,7 +30,7 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
     are hints of where the base may be. Raises StorageError; UsageError if the base lies in ``folder``.
     """
     ensure_replaceable(folder, MARKER)
-    base = _base_record(str(meta["base_model"]), folder)
+    base = base_record(str(meta["base_model"]), folder)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         if isinstance(doctor.lm, PeftModel):
@@ -54,7 +54,7 @@ def require_base_outside(base: str | Path, folder: Path) -> None:
         raise UsageError(f"the base {base} lies in the doctor folder {folder}, which would replace it: choose another")
 
 
-def _base_record(base: str, folder: Path) -> dict[str, str]:
+def base_record(base: str, folder: Path) -> dict[str, str]:
     """What doctor.json says of the base."""
     require_base_outside(base, folder)
     where = ModelSource.of(base)

@@ -21,7 +21,7 @@ from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.training.batches import ScoredPair, hold_out, sides
 from llmdoctor.training.checkpoints import checkpoint_step, finishing_the_step, last_checkpoint, resume_point
 from llmdoctor.training.doctor import Doctor, new_doctor
-from llmdoctor.training.folder import MARKER, require_base_outside, save_doctor
+from llmdoctor.training.folder import MARKER, base_record, require_base_outside, save_doctor
 from llmdoctor.training.progress import draw_losses
 from llmdoctor.training.trainer import TFPOTrainer, require_finite
 
@@ -79,7 +79,7 @@ def train(
     meta = {
         "llmdoctor_version": __version__,
         "name": name or output.name,
-        "base_model": base_model,
+        **base_record(base_model, output),
         "tokenizer": {"fingerprint": doctor.vocabulary.fingerprint, "size": doctor.vocabulary.size},
         "settings": {
             "rewards": reward_settings.model_dump(),
