@@ -182,6 +182,8 @@ def load_lm(
     model = _load_lm(where, weights, trust_remote_code, placed)
     if dtype == "auto" and weights == torch.bfloat16 and model.num_parameters() <= _SMALL:
         model = _load_lm(where, torch.float32, trust_remote_code, placed)
+    if tp_plan is not None:
+        _require_shares(where, model)
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
 
 
@@ -292,6 +294,17 @@ def _placement(device: str, device_map: str | Mapping[str, str | int] | None, tp
     if device == "auto" and torch.cuda.device_count() > 1 and "RANK" not in os.environ:
         return {"device_map": "auto"}
     return {"device_map": {"": pick_device(device)}}
+
+
+def _require_shares(where: ModelSource, model: PreTrainedModel) -> None:
+    """Raise LoadError if the processes cannot have equal shares of the attention, which transformers does not check."""
+    config, processes = model.config.get_text_config(), torch.distributed.get_world_size()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % processes:
+        raise LoadError(
+            f"cannot split the model {where.name} over {processes} processes: expected a number that divides its "
+            f"{heads} key-value heads"
+        )
 
 
 def _device_of(device_map: str | Mapping[str, str | int]) -> str:
