@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from llmdoctor.errors import LLMDoctorError, LoadError, StorageError
+from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, StorageError
 from llmdoctor.files import atomic_path, read_json, write_json
 
 _MARKER = "copy.json"
@@ -139,8 +140,8 @@ def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | Non
     """The folder with the copy of the GGUF of this fingerprint, which ``convert(folder)`` writes if there is none.
 
     Copies are in ``$LLMDOCTOR_CACHE``, by default the user's cache folder (XDG_CACHE_HOME). A copy whose files are not
-    those that were written is made again. Another process that makes the same copy is waited for. None if no copy can
-    be written.
+    those that were written is made again. Another process that makes the same copy is waited for. None, with a warning,
+    if no copy can be written.
     """
     root = Path(os.environ.get("LLMDOCTOR_CACHE") or user_cache_path("llmdoctor")).expanduser() / "gguf"
     folder = root / fingerprint[:32]
@@ -157,7 +158,18 @@ def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | Non
                     temporary.mkdir()
                     convert(temporary)
                     write_json(temporary / _MARKER, {"version": _VERSION, "files": _stamps(temporary)})
-    except (OSError, NotImplementedError, StorageError):  # no room, no permission, no locks on this file system
+    except (
+        OSError,
+        NotImplementedError,
+        StorageError,
+    ) as error:  # no room, no permission, no locks on this file system
+        reason = " ".join(str(error).split()).rstrip(".")
+        warnings.warn(
+            f"no copy of the GGUF can be kept in {root}, so that it loads slowly every time: {reason}. "
+            "LLMDOCTOR_CACHE names another folder",
+            LLMDoctorWarning,
+            stacklevel=2,
+        )
         return None
     return folder
 

@@ -129,7 +129,7 @@ class RewardSettings(Settings):
 class TrainSettings(Settings):
     """Stage 2: how a doctor is trained on token rewards."""
 
-    doctor: Location | None = Field(default=None, description="Base model of the doctor: folder or hub name")
+    doctor: Location | None = Field(default=None, description="Base model of the doctor, named like a patient")
     method: Literal["lora", "full"] = Field(
         default="lora", description="Train a LoRA adapter, or every weight of the base"
     )

@@ -12,7 +12,7 @@ import torch
 
 import llmdoctor.models as loading
 from llmdoctor.cli.main import run as command_line
-from llmdoctor.errors import LoadError
+from llmdoctor.errors import LLMDoctorWarning, LoadError
 from llmdoctor.gguf_file import read_header
 from llmdoctor.models import SplitLM, load_lm, load_patient, load_tokenizer, model_fingerprint
 
@@ -102,7 +102,8 @@ def test_without_a_cache_it_loads_all_the_same(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("LLMDOCTOR_CACHE", str(tmp_path / "file"))
-    patient = load_patient(tiny_gguf())
+    with pytest.warns(LLMDoctorWarning, match="LLMDOCTOR_CACHE names another folder"):
+        patient = load_patient(tiny_gguf())
     with torch.inference_mode():
         assert torch.equal(patient.model(input_ids=IDS).logits, logits(tiny_model("llama")))
     patient.model.save_pretrained(tmp_path / "saved")
