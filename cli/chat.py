@@ -1,9 +1,11 @@
 """``llmdoctor chat``: the full-screen app, or a plain streaming conversation with the guided patient."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,8 +51,7 @@ def chat(
     resume: Annotated[
         str | None, option("--resume", "Continue this saved conversation (full screen).", metavar="ID")
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -58,7 +59,9 @@ def chat(
 
     In a terminal this is a full-screen app; without one, or with --plain, a conversation line by line.
     """
-    screen = not plain and not as_json and _full_screen()
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one talks
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the end of the process)
+    screen = not plain and not as_json and "RANK" not in os.environ and _full_screen()
     session = None
     if go_on or resume is not None:
         if not screen:
@@ -67,7 +70,7 @@ def chat(
     settings = options.guided_profile(
         options.load(profile) if session is None or profile else _profile_of(session),
         named=profile is not None,
-        patient={"model": patient, "device": device, "dtype": dtype},
+        patient={"model": patient, **loading},
         doctors=doctor,
         doctor_base=doctor_base,
         betas=beta,
@@ -83,7 +86,8 @@ def chat(
     interactive = sys.stdin.isatty()
     if interactive:
         say(f"{short_name(settings.patient.model)}, {conversation.describe()}. /help for help.")
-    for line in _typed() if interactive else sys.stdin:
+    lines = iter(_typed() if interactive else sys.stdin)
+    while (line := options.of_first_process(lambda: next(lines, None))) is not None:
         if line.strip() and not conversation.take(line.strip()):
             break
     if interactive:

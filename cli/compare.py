@@ -48,8 +48,7 @@ def compare(
     lens_doctor: Annotated[
         str | None, option("--lens-doctor", "Doctor whose opinion colours the tokens.", metavar="NAME")
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     html: Annotated[Path | None, option("--html", "Write a web page instead.", metavar="FILE")] = None,
@@ -66,7 +65,7 @@ def compare(
     settings = options.guided_profile(
         options.load(profile),
         named=profile is not None,
-        patient={"model": patient, "device": device, "dtype": dtype},
+        patient={"model": patient, **loading},
         doctors=doctor,
         doctor_base=doctor_base,
         betas=beta,

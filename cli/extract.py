@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _SKIPS_SHOWN = 20
 
 
+@options.derived
 def extract(
     *,
     profile: options.ProfileName = None,
@@ -45,8 +46,7 @@ def extract(
     batch_tokens: Annotated[
         int | None, option("--batch-tokens", "Tokens per forward (default: what fits).", metavar="N", min=1)
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -72,7 +72,7 @@ def extract(
     from llmdoctor.profile import override
 
     settings = options.load(profile)
-    model = override(settings.patient, model=patient, device=device, dtype=dtype)
+    model = override(settings.patient, model=patient, **loading)
     source = _data(settings, data, split=split, label=label, columns=columns)
     probe = probe or settings.rewards.direction == "probe"
     faces = chosen_faces(settings, face, needed=not probe)
@@ -86,12 +86,13 @@ def extract(
         from llmdoctor.token_rewards.folder import RewardsFolder
         from llmdoctor.token_rewards.states import add_probe
 
-        if processes > 1 and model.device in {"auto", "cuda"}:  # one device per process
+        alone = model.device_map is None and model.tp_plan is None
+        if processes > 1 and alone and model.device in {"auto", "cuda"}:  # one device per process
             import torch
 
             if torch.cuda.is_available():
                 model = override(model, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
+        loaded = load_patient(model.model, trust_remote_code=trust_remote_code, **model.loading())
     skips = _Skips()
     began = time.monotonic()
     with progress("Scoring", limit if processes == 1 else None, "pairs") as advance:

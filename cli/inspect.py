@@ -64,8 +64,7 @@ def inspect(
     ] = False,
     profile: options.ProfileName = None,
     patient: options.Patient = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     face: options.FaceNames = None,
     rewarding: options.Rewards,
@@ -85,7 +84,7 @@ def inspect(
         if folder is not None or tui or diagnose or any(given is not None for given in (pair, contains, worst)):
             raise UsageError("--text looks at one answer: leave out DIR, its filters, --diagnose and --tui")
         chosen = options.load(profile)
-        model = override(chosen.patient, model=patient, device=device, dtype=dtype)
+        model = override(chosen.patient, model=patient, **loading)
         given = {**rewarding, "faces": tuple(face) if face else None}
         _look_at(
             text, prompt or "", chosen, profile, model, given, trust_remote_code, as_json=as_json, svg=svg, page=html
@@ -223,7 +222,7 @@ def _look_at(
         from llmdoctor.token_rewards.fit import face_weights
         from llmdoctor.token_rewards.formula import token_rewards
 
-        loaded = load_patient(model.model, dtype=model.dtype, device=model.device, trust_remote_code=trust_remote_code)
+        loaded = load_patient(model.model, trust_remote_code=trust_remote_code, **model.loading())
         scores = score_answer(loaded, faces, prompt, text)
     settings = override(options.fitting(profile, named, loaded.fingerprint).rewards, **given)
     weights = face_weights((), faces, settings)

@@ -6,13 +6,14 @@ others, and checks them.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
@@ -35,6 +36,9 @@ from llmdoctor.show.formats import short_name
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
+
+
+_T = TypeVar("_T")
 
 
 def option(name: str, help: str, *, short: str | None = None, env: str | None = None, **more: Any) -> Any:
@@ -115,8 +119,6 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
 ProfileName = Annotated[str | None, option("--profile", "Profile name or YAML file (default: clinic).", metavar="NAME")]
 Json = Annotated[bool, option("--json", "JSON on stdout and nothing else.")]
 Patient = Annotated[str | None, field_option(PatientSettings, "model", "--patient", metavar="MODEL")]
-Device = Annotated[str | None, field_option(PatientSettings, "device")]
-Dtype = Annotated[str | None, field_option(PatientSettings, "dtype")]
 TrustRemoteCode = Annotated[bool, option("--trust-remote-code", "Run code that a model repository ships.")]
 Data = Annotated[str | None, field_option(DataSettings, "source", "--data")]
 Split = Annotated[str | None, field_option(DataSettings, "split")]
@@ -138,6 +140,7 @@ Betas = Annotated[
 ]
 
 Given = dict[str, Any]
+HowLoaded = Annotated[Given, FieldOptions(PatientSettings, without=("model", "system_prompt"))]
 Decode = Annotated[Given, FieldOptions(DecodeSettings)]
 Rewards = Annotated[Given, FieldOptions(RewardSettings, without=("faces",))]
 Train = Annotated[
@@ -297,7 +300,17 @@ def reward_settings(
 
 
 def fresh_seed() -> int:
-    """A seed short enough to type again."""
+    """A seed short enough to type again, the same in all processes."""
     import secrets
 
-    return secrets.randbelow(100_000)
+    return of_first_process(lambda: secrets.randbelow(100_000))
+
+
+def of_first_process(make: Callable[[], _T]) -> _T:
+    """What ``make`` returns in the first process of `torchrun`, in all of them: they must take the same steps."""
+    if "RANK" not in os.environ:
+        return make()
+    from llmdoctor.token_rewards.processes import team
+
+    with team() as processes:
+        return processes.from_first(make)

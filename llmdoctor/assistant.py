@@ -15,12 +15,12 @@ from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.rows import Step, patient_alone
 from llmdoctor.errors import UsageError
-from llmdoctor.models import Patient, load_patient
+from llmdoctor.models import Patient, load_patient, shared_by_processes
 from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
 from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
-from llmdoctor.training.folder import LoadedDoctor, base_key, load_doctor
+from llmdoctor.training.folder import LoadedDoctor, load_doctor
 
 _BATCH_ROWS = 32
 _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}
@@ -41,6 +41,10 @@ class LLMdoctor:
     half precision the results for one token and for several are rounded differently, so now and then a different token
     is drawn.
 
+    ``device`` and ``dtype`` are those of all models; ``attn_implementation``, ``device_map`` and ``tp_plan`` the
+    patient's alone (see `load_lm`). With ``tp_plan`` every process of `torchrun` must do the same calls with the same
+    seeds; it turns ``speculation`` off.
+
     Raises LoadError (a model or doctor cannot be loaded), VocabularyError (a doctor with a different tokenizer),
     UsageError (a setting out of range).
     """
@@ -58,6 +62,9 @@ class LLMdoctor:
         speculation: bool = True,
         dtype: str = "auto",
         device: str = "auto",
+        attn_implementation: str | None = None,
+        device_map: str | Mapping[str, str | int] | None = None,
+        tp_plan: str | None = None,
         trust_remote_code: bool = False,
         **guidance: Any,
     ) -> None:
@@ -73,8 +80,17 @@ class LLMdoctor:
             # The names are known before the models are loaded, which may take minutes: report a wrong one first.
             check_guidance(self._with(tuple(doctor_checkpoint), **strengths), tuple(doctor_checkpoint))
         self.patient: Patient = load_patient(
-            patient_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            patient_model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            tp_plan=tp_plan,
         )
+        if shared_by_processes(self.patient.model):
+            # the length of drafts follows measured times, so the processes would no longer take the same steps
+            self.speculation = False
         # A single folder has no name yet: the doctor in it says what it is called.
         named: dict[str | None, str | Path] = {}
         if isinstance(doctor_checkpoint, Mapping):
@@ -82,7 +98,7 @@ class LLMdoctor:
         elif doctor_checkpoint is not None:
             named[None] = doctor_checkpoint
         # Doctors on the same base share one copy of it; `load_doctor` adds to this. The base may be the patient.
-        bases: dict[str, PreTrainedModel] = {base_key(patient_model): self.patient.model}
+        bases: dict[str, PreTrainedModel] = {self.patient.fingerprint: self.patient.model}
         for name, checkpoint in named.items():
             doctor = load_doctor(
                 checkpoint,
@@ -119,8 +135,7 @@ class LLMdoctor:
             "beta": {name: doctor.beta for name, doctor in p.doctors.items()},
             "dead_zone": {name: doctor.dead_zone for name, doctor in p.doctors.items()},
             "system_prompt": p.patient.system_prompt,
-            "dtype": p.patient.dtype,
-            "device": p.patient.device,
+            **p.patient.loading(),
             "sampling": p.decode.sampling(),
             "speculation": p.decode.speculation,
             **p.decode.model_dump(include=set(GuidanceFields.model_fields)),

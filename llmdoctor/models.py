@@ -3,25 +3,48 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
-from llmdoctor.errors import LoadError, UsageError, VocabularyError
+from llmdoctor.errors import LLMDoctorError, LoadError, UsageError, VocabularyError
+from llmdoctor.gguf_file import cached_copy, discard_copy, read_header
+from llmdoctor.model_source import ModelSource, first_line, model_fingerprint
 
-_SMALL = 20_000_000  # models with fewer parameters decode fastest on one CPU thread
+__all__ = [
+    "Patient",
+    "SplitLM",
+    "Vocabulary",
+    "load_lm",
+    "load_patient",
+    "load_tokenizer",
+    "model_fingerprint",
+    "not_numbers",
+    "pick_device",
+    "pick_dtype",
+    "shared_by_processes",
+    "spare_threads",
+    "token_log_probs",
+]
+
+_SMALL = 20_000_000  # models with fewer parameters decode fastest on one CPU thread, and in float32
+_COPIED_EXACTLY = 1_000_000_000  # parameters up to which the copy of a GGUF is in float32; beyond, in bfloat16
+# what loads the checkpoints of a method of quantisation, where the package has another name or is not the only one
+_LOADED_BY = {"awq": "gptqmodel", "gptq": "gptqmodel optimum", "quanto": "optimum-quanto"}
 
 
 @dataclass(frozen=True, eq=False)
 class Patient:
-    """The frozen model that is steered, and its tokenizer. ``name`` is the folder or hub name it was loaded from."""
+    """The frozen model that is steered, and its tokenizer. ``name`` is what the user wrote to name it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -41,8 +64,13 @@ class Patient:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for the same weights and config, wherever they are stored (see ``model_fingerprint``)."""
+        """Equal for the same weights and config, wherever they are stored (see ``ModelSource.fingerprint``)."""
         return model_fingerprint(self.name)
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the checkpoint is quantised; None if it is not (see ``ModelSource.quantization``)."""
+        return ModelSource.of(self.name).quantization()
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
@@ -114,12 +142,11 @@ class Vocabulary:
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or on the hub. Raises LoadError."""
-    _require_folder(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise LoadError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
+    """The tokenizer of a model, wherever it is (see `ModelSource.of`). Raises LoadError."""
+    where = ModelSource.of(source)
+    if not where.gguf and not where.file("tokenizer_config.json") and where.base:  # an adapter without one of its own
+        return load_tokenizer(where.base.name, trust_remote_code=trust_remote_code)
+    tokenizer = _loaded(where, AutoTokenizer, "the tokenizer of", trust_remote_code=trust_remote_code)
     # TextStream needs the Rust tokenizer; those written in Python only have none.
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or getattr(tokenizer, "backend_tokenizer", None) is None:
         raise LoadError(f"the tokenizer of {source} has no fast (tokenizers) form, which streaming needs")
@@ -127,40 +154,177 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
 
 
 def load_lm(
-    source: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    tp_plan: str | None = None,
 ) -> PreTrainedModel:
-    """A frozen causal LM from a folder or the hub, in eval mode.
+    """A frozen causal LM, in eval mode, wherever it is (see `ModelSource.of`). An adapter is merged into its base.
 
-    ``dtype`` "auto" is the checkpoint's own on an accelerator, and float32 on a CPU, where half precision is slow.
-    ``device`` "auto" is CUDA (spread over all GPUs) if available, else MPS, else the CPU. Raises LoadError; UsageError
-    for a dtype or device that does not exist here.
+    ``dtype`` "auto" is the checkpoint's own on an accelerator. On a CPU it is float32, or bfloat16 if the CPU has
+    instructions for it and the model more than 20 million parameters. ``device`` "auto" is CUDA (spread over all GPUs)
+    if available, else MPS, else the CPU. ``attn_implementation``, ``device_map`` and ``tp_plan`` are those of
+    transformers; with ``tp_plan`` the processes of `torchrun` hold a part of every weight each. At most one of
+    ``device``, ``device_map`` and ``tp_plan`` may be given.
+
+    Raises LoadError; UsageError for a dtype or device that does not exist here, and a ``tp_plan`` without `torchrun`.
     """
-    _require_folder(source)
-    target = pick_device(device)
+    where = ModelSource.of(source)
+    placed = _placement(device, device_map, tp_plan)
+    if attn_implementation:
+        placed["attn_implementation"] = attn_implementation
+    target = pick_device(device if device_map is None else _device_of(device_map))
     weights = pick_dtype(dtype, target)
-    spread = {"device_map": "auto"} if device == "auto" and torch.cuda.device_count() > 1 else {}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=weights, trust_remote_code=trust_remote_code, output_loading_info=True, **spread
-        )
-    except Exception as error:
-        raise LoadError(f"cannot load the model {source}: {_first_line(error)}") from error
-    model, report = loaded
-    # transformers only warns about these, and initialises them at random.
-    if missing := sorted(report["missing_keys"]):
-        raise LoadError(f"cannot load the model {source}: it lacks {len(missing)} weights, the first is {missing[0]}")
-    # A model spread over several GPUs is already in place and must not be moved.
-    if not spread:
-        model = model.to(target)
+    model = _load_lm(where, weights, trust_remote_code, placed)
+    if dtype == "auto" and weights == torch.bfloat16 and model.num_parameters() <= _SMALL:
+        model = _load_lm(where, torch.float32, trust_remote_code, placed)
+    if tp_plan is not None:
+        _require_shares(where, model)
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
 
 
-def load_patient(
-    model: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> Patient:
+def _load_lm(
+    where: ModelSource, dtype: str | torch.dtype, trust_remote_code: bool, placed: dict[str, Any]
+) -> PreTrainedModel:
+    if where.base:
+        base = _load_lm(where.base, dtype, trust_remote_code, placed)
+        try:
+            adapted: Any = PeftModel.from_pretrained(base, where.place)  # type: ignore[arg-type]
+            return cast("PreTrainedModel", adapted.merge_and_unload())
+        except Exception as error:
+            raise LoadError(
+                f"cannot load the adapter {where.name} on {where.base.name}: {first_line(error)}"
+            ) from error
+    loaded = _loaded(
+        where,
+        AutoModelForCausalLM,
+        "the model",
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **placed,
+    )
+    model, report = loaded
+    # transformers only warns about these, and initialises them at random.
+    if missing := sorted(report["missing_keys"]):
+        raise LoadError(
+            f"cannot load the model {where.name}: it lacks {len(missing)} weights, the first is {missing[0]}"
+        )
+    return cast("PreTrainedModel", model)
+
+
+def _loaded(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
+    """``kind.from_pretrained``; a GGUF from its copy if one can be kept. Raises LoadError."""
+    if where.gguf is None:
+        return _from_pretrained(where, kind, what, where.place, **options)
+    read_header(where.gguf_path())  # says what is wrong with the file
+    for _ in range(2):
+        copy = cached_copy(where.fingerprint(), partial(_convert, where))
+        if copy is None:
+            break
+        try:
+            return _from_pretrained(where, kind, what, str(copy), **options)
+        except LoadError:  # perhaps damaged in a way that sizes and times do not show: it is made again
+            discard_copy(copy)
+    return _from_gguf(where, kind, what, **options)
+
+
+def _convert(where: ModelSource, folder: Path) -> None:
+    """Write a GGUF's tokenizer and weights to ``folder``, as transformers reads them."""
+    exact = read_header(where.gguf_path()).parameters <= _COPIED_EXACTLY
+    _from_gguf(where, AutoTokenizer, "the tokenizer of").save_pretrained(folder)
+    dtype = torch.float32 if exact else torch.bfloat16
+    _from_gguf(where, AutoModelForCausalLM, "the model", dtype=dtype).save_pretrained(folder)
+
+
+def _from_gguf(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
+    """What transformers reads from a GGUF, without what it adds."""
+    path = where.gguf_path()
+    loaded = _from_pretrained(where, kind, what, str(path.parent), gguf_file=path.name, **options)
+    if kind is AutoTokenizer:
+        # The class that it takes has an unknown token of its own: with that in the map no doctor's tokenizer would fit.
+        state = json.loads(loaded.backend_tokenizer.to_str())
+        known = [token for token in state["added_tokens"] if token["id"] < read_header(path).tokens]
+        if len(known) < len(state["added_tokens"]):
+            loaded._tokenizer = Tokenizer.from_str(json.dumps({**state, "added_tokens": known}))
+        return loaded
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    # its weights are no longer quantised: else it could not be saved
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return loaded
+
+
+def _from_pretrained(where: ModelSource, kind: Any, what: str, place: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(place, **options)
+    except LLMDoctorError:
+        raise
+    except ImportError as error:
+        if how := where.quantization():
+            method = how["method"]
+            package = _LOADED_BY.get(method, method)
+            raise LoadError(
+                f"cannot load {what} {where.name}: it is quantised by {method}, whose package is not installed or "
+                f"too old: pip install {package} ({first_line(error)})"
+            ) from error
+        raise LoadError(f"cannot load {what} {where.name}: {first_line(error)}") from error
+    except Exception as error:
+        raise LoadError(f"cannot load {what} {where.name}: {first_line(error)}") from error
+
+
+def _placement(device: str, device_map: str | Mapping[str, str | int] | None, tp_plan: str | None) -> dict[str, Any]:
+    """Where transformers puts the weights. Nothing is moved afterwards: quantised or spread weights must not be."""
+    if (device != "auto") + (device_map is not None) + (tp_plan is not None) > 1:
+        raise UsageError("device, device_map and tp_plan each say where the weights go: give one of them")
+    if tp_plan is not None:
+        if "RANK" not in os.environ:
+            raise UsageError("tp_plan needs several processes: torchrun --nproc-per-node N -m llmdoctor ...")
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}  # type: ignore[arg-type]
+    if device_map is not None:
+        return {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
+    # one of several processes takes one GPU
+    if device == "auto" and torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+        return {"device_map": "auto"}
+    return {"device_map": {"": pick_device(device)}}
+
+
+def _require_shares(where: ModelSource, model: PreTrainedModel) -> None:
+    """Raise LoadError if the processes cannot have equal shares of the attention, which transformers does not check."""
+    config, processes = model.config.get_text_config(), torch.distributed.get_world_size()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % processes:
+        raise LoadError(
+            f"cannot split the model {where.name} over {processes} processes: expected a number that divides its "
+            f"{heads} key-value heads"
+        )
+
+
+def _device_of(device_map: str | Mapping[str, str | int]) -> str:
+    """A device that the map puts weights on, which decides their dtype."""
+    if isinstance(device_map, str):
+        return "auto" if device_map in {"auto", "balanced", "balanced_low_0", "sequential"} else device_map
+    places = {f"cuda:{place}" if isinstance(place, int) else place for place in device_map.values()}
+    return min(places - {"cpu", "disk"}, default="cpu")
+
+
+def shared_by_processes(model: nn.Module) -> bool:
+    """Whether the processes of `torchrun` hold a part of every weight each (``tp_plan``)."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def load_patient(model: str | Path, *, trust_remote_code: bool = False, **how: Any) -> Patient:
     """Load the patient and its tokenizer; arguments and errors as in `load_lm`."""
+    ModelSource.of(model).require_config()
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    lm = load_lm(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    lm = load_lm(model, trust_remote_code=trust_remote_code, **how)
     return Patient(lm, tokenizer, str(model))
 
 
@@ -171,10 +335,15 @@ def pick_device(device: str) -> torch.device:
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+            raise UsageError(f"device {device!r} cannot be used here: {first_line(error)}") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by instructions of its own: without them it is slower than float32."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def spare_threads(model: PreTrainedModel) -> None:
@@ -190,35 +359,13 @@ def spare_threads(model: PreTrainedModel) -> None:
 def pick_dtype(dtype: str, device: torch.device) -> str | torch.dtype:
     """The dtype to pass to ``from_pretrained``. Raises UsageError for a name that is not a floating-point dtype."""
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
+        if device.type != "cpu":
+            return "auto"
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UsageError(f"dtype must be auto, float32, bfloat16, float16 or float64; got {dtype!r}")
     return found
-
-
-def model_fingerprint(source: str | Path) -> str:
-    """Sha-256 over config.json and, for every weight file, its name, size, first MiB and last MiB.
-
-    That is enough to tell checkpoints apart without reading all their weights. Raises LoadError if the model is neither
-    a folder nor in the hub's cache.
-    """
-    _require_folder(source)
-    try:
-        config = cached_file(str(source), "config.json", local_files_only=not Path(source).is_dir())
-    except OSError as error:
-        raise LoadError(f"{source} is not here: expected a folder with a config.json or a downloaded model") from error
-    digest = hashlib.sha256()
-    folder = Path(config or source).parent
-    for file in sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".bin"} or p.name == "config.json"):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            # max: a file shorter than 1 MiB is simply read twice.
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,26 +447,12 @@ def token_log_probs(lm: SplitLM, hidden_M_H: Tensor, ids_M: Tensor, vocabulary: 
     return torch.cat(pieces) if pieces else hidden_M_H.new_zeros(0)
 
 
-def _require_folder(source: str | Path) -> None:
-    """Raise LoadError for a path that does not exist. Otherwise the hub would be asked for it, with retries."""
-    text = str(source)
-    # "outputs/docter" looks like a hub name, but if there is a folder "outputs" it is a misspelt path.
-    looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir()
-    if not Path(text).exists() and looks_local:
-        raise LoadError(f"there is no model at {text}: expected a folder with config.json, or a hub name like org/name")
-
-
 def not_numbers(what: str) -> str:
     """The error message for NaN in place of logits or log-probs."""
     return (
         f"{what} are not numbers: float16 may be too narrow, load the model as bfloat16 or float32 (dtype), or "
         "its weights are damaged"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of a library's message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _head_then(head: nn.Module, tail: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

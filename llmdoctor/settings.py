@@ -4,6 +4,7 @@ The profile, the command's options, ``/set``, the app, saved conversations and w
 these classes: a field added here is known to all of them.
 """
 
+import json
 import os.path
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
@@ -45,6 +46,16 @@ def _all_linear(value: Any) -> Any:
     return "all-linear" if value in (["all-linear"], ("all-linear",)) else value
 
 
+def _mapping(value: Any) -> Any:
+    """Turn the JSON text of a mapping, as an option gives it, into the mapping."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"'device_map' expected a name or a JSON object, got {value!r}") from error
+    return value
+
+
 Location = Annotated[str, StringConstraints(min_length=1), AfterValidator(_resolve_location)]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
 Direction = Literal["label", "gap", "agree", "fitted", "probe"]
@@ -61,10 +72,25 @@ DeadZone = Annotated[
 class PatientSettings(Settings):
     """The large model that is steered and never changed."""
 
-    model: Location = Field(description="Patient: model folder or hub name")
+    model: Location = Field(
+        description="Patient: folder, hub name, .gguf file (org/name:file.gguf on the hub), or package:module/file.gguf"
+    )
     dtype: Dtype = "auto"
     device: Device = "auto"
+    attn_implementation: str | None = Field(
+        default=None, description="Attention: sdpa, eager, flash_attention_2, ...; by default transformers chooses"
+    )
+    device_map: Annotated[str | dict[str, str | int] | None, BeforeValidator(_mapping)] = Field(
+        default=None, description='Which device holds which weights: auto, balanced, ..., or {"model.layers.0": 1, ...}'
+    )
+    tp_plan: Literal["auto"] | None = Field(
+        default=None, description="Split the weights over the processes of torchrun; by default they are not split"
+    )
     system_prompt: str | None = Field(default=None, description="What opens every conversation")
+
+    def loading(self) -> dict[str, Any]:
+        """The keywords of `load_patient` beside the model."""
+        return self.model_dump(exclude={"model", "system_prompt"})
 
 
 class FaceSettings(Settings):
@@ -125,7 +151,7 @@ class RewardSettings(Settings):
 class TrainSettings(Settings):
     """Stage 2: how a doctor is trained on token rewards."""
 
-    doctor: Location | None = Field(default=None, description="Base model of the doctor: folder or hub name")
+    doctor: Location | None = Field(default=None, description="Base model of the doctor, named like a patient")
     method: Literal["lora", "head", "full"] = Field(
         default="lora",
         description="Train a LoRA adapter; one on the head alone, which costs no forward if the base is the patient; "

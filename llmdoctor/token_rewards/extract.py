@@ -9,7 +9,7 @@ from typing import Any
 
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.files import locked
-from llmdoctor.models import Patient
+from llmdoctor.models import Patient, shared_by_processes
 from llmdoctor.records import FacePair, PairScores, PairShape, SkippedRecord
 from llmdoctor.settings import DataSettings
 from llmdoctor.token_rewards.encode import PairEncoder
@@ -50,7 +50,8 @@ def extract(
     halved until it does, and so are those after it.
 
     Started in several processes by ``accelerate launch`` or ``torchrun``, each scores (and yields) its share of the
-    shards of 256 pairs. All of them must see the folder, which is then that of one process with as many threads.
+    shards of 256 pairs. All of them must see the folder, which is then that of one process with as many threads. If
+    they share one patient (``tp_plan``), they score all pairs together, and the first writes them.
 
     ``limit`` counts the pairs that are scored; with a seed in ``shuffle`` they come in an order that it decides. A
     prompt longer than the context is cut from the left, its oldest turns first, then the beginning of the last one
@@ -68,6 +69,7 @@ def extract(
     _check(faces, limit=limit, batch_tokens=batch_tokens)
     writer = RewardsWriter(output, _identity(patient, data, faces, limit, shuffle))
     skips = _Skips(data.source, strict, on_skip)
+    together = shared_by_processes(patient.model)
     with team() as processes, locked(output) if processes.first else nullcontext():
         try:
             done, tokens = processes.from_first(lambda: _open(writer, patient, batch_tokens))
@@ -80,13 +82,15 @@ def extract(
             # Every process encodes every pair, so that all agree on which pairs a shard holds.
             encoded = islice(filter(None, (encoder.encode(pair, skips) for pair in pairs)), limit)
             for index, shard in enumerate(chunks(encoded, SHARD_PAIRS)):
-                if index % processes.size != processes.rank or shard_path(output, index).name in done:
+                mine = together or index % processes.size == processes.rank
+                if not mine or shard_path(output, index).name in done:
                     continue
                 scored: list[PairScores] = []
                 for window in chunks(iter(shard), _WINDOW_PAIRS):
                     scored += (results := scorer.score(window))
                     yield from results
-                writer.write(index, scored)
+                if processes.first or not together:
+                    writer.write(index, scored)
             processes.wait()
             if processes.first:
                 writer.finish(tokens, done, skips.records, encoder.truncated)
@@ -128,7 +132,11 @@ def _identity(
     if data.columns is None:  # as in folders that were made before there was such a setting
         del dataset["columns"]
     return {
-        "patient": {"model": patient.name, "fingerprint": patient.fingerprint},
+        "patient": {
+            "model": patient.name,
+            "fingerprint": patient.fingerprint,
+            **({"quantization": patient.quantization} if patient.quantization else {}),
+        },
         "dtype": str(patient.model.dtype).removeprefix("torch."),
         "tokenizer": {"fingerprint": patient.vocabulary.fingerprint, "size": patient.vocabulary.size},
         "faces": {name: {"positive": face.positive, "negative": face.negative} for name, face in faces.items()},

@@ -27,8 +27,9 @@ class FaceHead:
     def __init__(self, patient: Patient, lm: SplitLM, faces: int) -> None:
         self._faces, self._vocabulary = faces, patient.vocabulary
         size, head = patient.vocabulary.size, patient.model.get_output_embeddings()
-        # A quantised, adapted or offloaded head (accelerate's hook) can only be called as a whole.
-        plain = type(head) is nn.Linear and not hasattr(head, "_hf_hook")
+        # A head that is quantised, adapted, offloaded (accelerate's hook) or shared by processes is only called as a
+        # whole.
+        plain = type(head) is nn.Linear and not hasattr(head, "_hf_hook") and type(head.weight.data) is Tensor
         self._blocks: list[tuple[int, int, Callable[[Tensor], Tensor]]]  # first id, last id + 1, their logits
         if plain and head.weight.device.type == "cpu":
             spans = [(start, min(start + _CPU_BLOCK, size)) for start in range(0, size, _CPU_BLOCK)]

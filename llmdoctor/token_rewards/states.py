@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.files import atomic_path, file_checksum, locked, write_json
-from llmdoctor.models import Patient, not_numbers
+from llmdoctor.models import Patient, not_numbers, shared_by_processes
 from llmdoctor.records import Floats, Message, PairScores, Side, TokenScores
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids
 from llmdoctor.token_rewards.encode import EncodedPair, EncodedResponse
@@ -128,15 +128,18 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
     reader = StateReader(patient, batch_tokens=batch_tokens)
     shards = shard_paths(folder)
     with team() as processes, locked(folder) if processes.first else nullcontext():
-        own = [index for index in range(len(shards)) if index % processes.size == processes.rank]
+        together = shared_by_processes(patient.model)  # then all read every shard, and the first writes
+        own = [index for index in range(len(shards)) if together or index % processes.size == processes.rank]
+        writes = processes.first or not together
         for index in own:
             if not _states_path(folder, index).is_file():
                 means = []
                 for window in chunks(read_shard(shards[index], rewards.faces), _WINDOW_PAIRS):
                     means.append(reader.means(window))
                     yield from (None for _ in window)
-                with atomic_path(_states_path(folder, index)) as temporary:
-                    save_file({"means": np.concatenate(means)}, temporary)
+                if writes:
+                    with atomic_path(_states_path(folder, index)) as temporary:
+                        save_file({"means": np.concatenate(means)}, temporary)
         processes.wait()
         found = processes.from_first(lambda: _fit(folder, rewards, reader.layers))
         probe = Probe.load(folder / _PROBE)
@@ -147,8 +150,9 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
                     folds = [found["folds"][pair.chosen.pair_id] for pair in window]
                     values += reader.rewards(window, probe, folds)
                     yield from (None for _ in window)
-                with atomic_path(credit_path(folder, index)) as temporary:
-                    save_file({"rewards": np.concatenate(values)}, temporary)
+                if writes:
+                    with atomic_path(credit_path(folder, index)) as temporary:
+                        save_file({"rewards": np.concatenate(values)}, temporary)
         processes.wait()
         if processes.first:
             report = {key: value for key, value in found.items() if key != "folds"}

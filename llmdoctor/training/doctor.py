@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdoctor.errors import UsageError
-from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer, token_log_probs
+from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer, pick_device, token_log_probs
 from llmdoctor.settings import TrainSettings
 
 NO_HEAD = "its logits are capped after the head, so nothing can be added to them: train with method lora"
@@ -84,13 +84,20 @@ def new_doctor(
     """A doctor that still equals ``base_model``: LoRA (unless whole) and value head are zero.
 
     Method "head" puts LoRA on the head alone: the doctor reads the base's own states, and the frozen layers below it
-    need no backward pass. Raises LoadError, and UsageError for method "head" on a base whose logits are capped.
+    need no backward pass.
+
+    Raises LoadError; UsageError if every weight of a quantised base is to be trained, and for method "head" on a base
+    whose logits are capped.
     """
     tokenizer = load_tokenizer(base_model, trust_remote_code=trust_remote_code)
     full = settings.method == "full"
-    # small updates of a bfloat16 weight are rounded away; LoRA's own weights are float32 anyway
-    dtype = "float32" if full and settings.dtype == "auto" else settings.dtype
+    # Small updates of a bfloat16 weight are rounded away; LoRA's own weights are float32 anyway. On a CPU gradients
+    # through bfloat16 gain little.
+    exact = full or pick_device(settings.device).type == "cpu"
+    dtype = "float32" if exact and settings.dtype == "auto" else settings.dtype
     base = load_lm(base_model, dtype=dtype, device=settings.device, trust_remote_code=trust_remote_code)
+    if full and getattr(base, "hf_quantizer", None) is not None:
+        raise UsageError(f"the weights of {base_model} are quantised and cannot be trained: expected method lora")
     targets = settings.lora_targets
     if settings.method == "head":
         head = base.get_output_embeddings()

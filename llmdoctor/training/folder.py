@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdoctor.errors import LoadError
+from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
+from llmdoctor.model_source import ModelSource, first_line
 from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer
 from llmdoctor.training.doctor import NO_HEAD, Doctor
 
@@ -25,18 +26,16 @@ MARKER = "doctor.json"
 def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase, meta: Mapping[str, Any]) -> None:
     """Write the doctor folder, all or nothing: PEFT adapter (or whole model), value head, tokenizer, doctor.json, card.
 
-    When ``meta["base_model"]`` is a folder it is stored relative to the doctor folder, so that both can be moved
-    together. Raises StorageError.
+    ``meta["base_model"]`` is the base, whose fingerprint doctor.json states. A hub name and a file of a package stay as
+    they are. Of a path, doctor.json has the absolute form and, as ``base_beside``, the one relative to the folder: they
+    are hints of where the base may be. Raises StorageError; UsageError if the base lies in ``folder``.
     """
     ensure_replaceable(folder, MARKER)
-    base = str(meta["base_model"])
-    if Path(base).is_dir():
-        base = os.path.relpath(Path(base).resolve(), folder.resolve())
-        base = base if base.startswith(".") else f"./{base}"
+    base = base_record(str(meta["base_model"]), folder)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         if isinstance(doctor.lm, PeftModel):
-            doctor.lm.peft_config["default"].base_model_name_or_path = base
+            doctor.lm.peft_config["default"].base_model_name_or_path = base["base_model"]
             # the embeddings are the base's own; unless told so, PEFT asks the hub for the base's config to find out
             doctor.lm.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
         else:
@@ -45,8 +44,26 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
         head = {name: (doctor.scale * p.detach()).float().cpu() for name, p in doctor.value_head.named_parameters()}
         save_file(head, temporary / "value_head.safetensors")
         tokenizer.save_pretrained(str(temporary))
-        write_json(temporary / MARKER, {**meta, "base_model": base})
-        (temporary / "README.md").write_text(_card(base, meta), encoding="utf-8")
+        write_json(temporary / MARKER, {**meta, **base})
+        (temporary / "README.md").write_text(_card(base["base_model"], meta), encoding="utf-8")
+
+
+def require_base_outside(base: str | Path, folder: Path) -> None:
+    """Raise UsageError if the base lies in the doctor folder, which is replaced as a whole."""
+    where = ModelSource.of(base)
+    if where.is_local and Path(where.place).resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"the base {base} lies in the doctor folder {folder}, which would replace it: choose another")
+
+
+def base_record(base: str, folder: Path) -> dict[str, str]:
+    """What doctor.json says of the base."""
+    require_base_outside(base, folder)
+    where = ModelSource.of(base)
+    record = {"base_model": base, "base_fingerprint": where.fingerprint()}
+    if base.startswith("package:") or not where.is_local:
+        return record
+    path = str(Path(where.place, where.gguf or "").resolve())
+    return {**record, "base_model": path, "base_beside": os.path.relpath(path, folder.resolve())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +123,10 @@ def load_doctor(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> LoadedDoctor:
-    """Load a doctor folder for decoding. ``base`` overrides the base model that doctor.json names. Raises LoadError.
+    """Load a doctor folder for decoding. Raises LoadError.
+
+    ``base`` is where its base model is, if not where doctor.json says. Either must have the fingerprint that
+    doctor.json states (folders of version 0.1.0 state none).
 
     ``with_base`` also loads the base as it was before training. Doctors that share a base load it once when they are
     given the same ``bases``; their ``dtype`` and ``device`` must then be the same too. A patient that is one of
@@ -116,19 +136,17 @@ def load_doctor(
     if not (folder / MARKER).is_file():
         raise LoadError(f"there is no doctor at {folder}: expected a folder with {MARKER}, as `llmdoctor train` writes")
     meta = read_json(folder / MARKER)
-    if not isinstance(meta, dict) or "base_model" not in meta:
-        raise LoadError(f"{folder / MARKER}: expected an object with base_model; train the doctor again")
-    source = str(base or meta["base_model"])
-    if base is None and source.startswith("."):  # as save_doctor stores a folder
-        source = str((folder / source).resolve())
+    if not isinstance(meta, dict) or "base_model" not in meta or not isinstance(meta.get("settings", {}), dict):
+        raise LoadError(f"{folder / MARKER}: expected an object with base_model and settings; train the doctor again")
+    whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
+    source = _find_base(folder, meta, base) if with_base or not whole else ""
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(folder)
     plain, bases = None, {} if bases is None else bases
     only_head = (meta.get("settings") or {}).get("train", {}).get("method") == "head"
     if with_base or only_head:
-        key = base_key(source)
+        key = _fingerprint(source)
         plain = bases[key] = bases.get(key) or load_lm(source, **options)  # type: ignore[arg-type]
-    whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
     # never the shared plain base: merging an adapter changes the model's weights in place
     adapter = None
     if only_head:
@@ -136,6 +154,8 @@ def load_doctor(
         lm = plain
     else:
         lm = load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
+    if source:  # once more: before it was loaded, a base from the hub may not have been here
+        _require_base(folder, meta, source)
     try:
         if only_head:
             adapter = _head_adapter(folder, lm)
@@ -146,8 +166,7 @@ def load_doctor(
         if weight.shape != (1, width := lm.get_output_embeddings().in_features) or bias.shape != (1,):
             raise ValueError(f"its value head has the shape {list(weight.shape)}; its base needs [1, {width}]")
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoadError(f"cannot load the doctor {folder}: {reason}") from error
+        raise LoadError(f"cannot load the doctor {folder}: {first_line(error)}") from error
     return LoadedDoctor(
         name or str(meta.get("name") or "doctor"),
         lm,
@@ -161,9 +180,12 @@ def load_doctor(
     )
 
 
-def base_key(source: str | Path) -> str:
-    """The key of a model in ``bases``: its folder, or its hub name."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
+def _fingerprint(source: str) -> str:
+    """The key of a model in ``bases``: its fingerprint, so that one model is loaded once whatever it is called."""
+    try:
+        return ModelSource.of(source).fingerprint()
+    except LoadError:
+        return source  # not downloaded yet
 
 
 def _head_adapter(folder: Path, lm: PreTrainedModel) -> HeadAdapter:
@@ -181,6 +203,54 @@ def _head_adapter(folder: Path, lm: PreTrainedModel) -> HeadAdapter:
     return HeadAdapter(down.to(lm.dtype), (scale * up).to(lm.dtype))
 
 
+def _find_base(folder: Path, meta: Mapping[str, Any], given: str | Path | None) -> str:
+    """The base ``given``, or the one that doctor.json names, where it still is. Raises LoadError."""
+    if given is not None:
+        _require_base(folder, meta, str(given))
+        return str(given)
+    named = str(meta["base_model"])
+    places = [str((folder / named).resolve()) if named.startswith(".") else named]
+    if beside := meta.get("base_beside"):
+        places.append(str((folder / str(beside)).resolve()))
+    for place in places:
+        try:
+            if _is_base(meta, place) is not False:
+                return place
+        except LoadError as error:
+            missing = error
+    if "base_fingerprint" not in meta:
+        raise missing
+    raise LoadError(
+        f"the base of the doctor {folder} is not here: expected {_base_name(meta)}; give that model as --doctor-base, "
+        "or as `base` of the doctor in the profile"
+    )
+
+
+def _require_base(folder: Path, meta: Mapping[str, Any], source: str) -> None:
+    if _is_base(meta, source) is False:
+        found = ModelSource.of(source).fingerprint()[:12]
+        raise LoadError(
+            f"{source} (fingerprint {found}) is not the base of the doctor {folder}: expected {_base_name(meta)}"
+        )
+
+
+def _is_base(meta: Mapping[str, Any], source: str) -> bool | None:
+    """Whether the model has the fingerprint of the base; None if that cannot be told yet. Raises LoadError."""
+    where = ModelSource.of(source)
+    if "base_fingerprint" not in meta:
+        return None
+    try:
+        return where.fingerprint() == str(meta["base_fingerprint"])
+    except LoadError:
+        if where.is_local:
+            raise
+        return None  # not downloaded yet
+
+
+def _base_name(meta: Mapping[str, Any]) -> str:
+    return f"{meta['base_model']} (fingerprint {str(meta['base_fingerprint'])[:12]})"
+
+
 def _card(base: str, meta: Mapping[str, Any]) -> str:
     """The model card, README.md."""
     rewards, metrics = meta.get("rewards", {}), meta.get("metrics", {})
@@ -188,8 +258,10 @@ def _card(base: str, meta: Mapping[str, Any]) -> str:
     what = "All weights and a value head" if full else "A LoRA adapter and a value head"
     if meta.get("settings", {}).get("train", {}).get("method") == "head":
         what = "A low-rank addition to the head, and a value head,"
+    on_hub = "" if base.startswith(("/", ".", "package:")) else f"base_model: {base}\n"  # the hub knows no others
+    base = Path(base).name
     return (
-        f"---\nlibrary_name: {'transformers' if full else 'peft'}\nbase_model: {base}\n"
+        f"---\nlibrary_name: {'transformers' if full else 'peft'}\n{on_hub}"
         f"tags: [llmdoctor, {'full' if full else 'lora'}]\n---\n\n"
         f"# {meta.get('name', 'doctor')}: an llmdoctor doctor\n\n"
         f"{what} on `{base}`, trained with TFPO (arXiv 2601.10416) to steer the patient "

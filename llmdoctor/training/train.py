@@ -21,7 +21,7 @@ from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.training.batches import ScoredPair, hold_out, sides
 from llmdoctor.training.checkpoints import checkpoint_step, finishing_the_step, last_checkpoint, resume_point
 from llmdoctor.training.doctor import Doctor, new_doctor
-from llmdoctor.training.folder import MARKER, save_doctor
+from llmdoctor.training.folder import MARKER, base_record, require_base_outside, save_doctor
 from llmdoctor.training.progress import draw_losses
 from llmdoctor.training.trainer import TFPOTrainer, require_finite
 
@@ -58,6 +58,7 @@ def train(
     """
     output = Path(output)
     ensure_replaceable(output, MARKER)
+    require_base_outside(base_model, output)
     _require_reporters(settings.report_to)
     folder = RewardsFolder(rewards)
     _require_patient(folder, patient)
@@ -78,7 +79,7 @@ def train(
     meta = {
         "llmdoctor_version": __version__,
         "name": name or output.name,
-        "base_model": base_model,
+        **base_record(base_model, output),
         "tokenizer": {"fingerprint": doctor.vocabulary.fingerprint, "size": doctor.vocabulary.size},
         "settings": {
             "rewards": reward_settings.model_dump(),
@@ -88,6 +89,7 @@ def train(
         "rewards": {
             "patient": folder.meta["patient"]["model"],
             "patient_fingerprint": folder.meta["patient"]["fingerprint"],
+            "patient_quantization": folder.meta["patient"].get("quantization"),
             "dataset_fingerprint": folder.meta["dataset"]["fingerprint"],
             "pairs": len(folder),
         },

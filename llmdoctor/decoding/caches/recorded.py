@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from llmdoctor.decoding.caches.dynamic import DynamicKV, positions
 from llmdoctor.decoding.caches.protocol import Read
 from llmdoctor.errors import LLMDoctorWarning
+from llmdoctor.models import shared_by_processes
 
 Graph = Callable[..., tuple[Tensor, ...]]
 _STEPS_BEFORE_RECORDING = 4  # recording costs about as much
@@ -53,7 +54,8 @@ def step_graph(model: PreTrainedModel, layers: Sequence[Any]) -> Graph | None:
         _steps[model] = _steps.get(model, 0) + 1
         if _steps[model] <= _STEPS_BEFORE_RECORDING:
             return None
-        _graphs[model] = _tried(model) if model.device.type == "cpu" and layers else None
+        possible = model.device.type == "cpu" and layers and not shared_by_processes(model)
+        _graphs[model] = _tried(model) if possible else None
     return _graphs[model]
 
 

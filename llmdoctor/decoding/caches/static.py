@@ -22,6 +22,7 @@ from llmdoctor.decoding.caches.dynamic import DynamicKV, stacked
 from llmdoctor.decoding.caches.protocol import KVCache, Read
 from llmdoctor.decoding.caches.recorded import close, holds
 from llmdoctor.errors import LLMDoctorWarning
+from llmdoctor.models import shared_by_processes
 
 LONGEST = 32  # tokens of a recorded step; longer ones are prompts, whose launches do not count
 _LEAST = 256  # slots of the smallest cache
@@ -227,8 +228,9 @@ _possible: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def possible(model: PreTrainedModel) -> bool:
     """Whether the model's steps over a static cache do as the model does. Tried once; a failure is a warning."""
     if model not in _possible:
-        # layers on several devices cannot be one graph
-        _possible[model] = len({*getattr(model, "hf_device_map", {"": 0}).values()}) == 1
+        # layers on several devices or in several processes cannot be one graph
+        devices = {*getattr(model, "hf_device_map", {"": 0}).values()}
+        _possible[model] = len(devices) == 1 and not shared_by_processes(model)
         if _possible[model]:
             try:
                 if not holds(model, lambda *step: _tried(model, *step)):

@@ -1,0 +1,232 @@
+"""Where a model's files are: a folder, the hub, a GGUF, a file of an installed package, or an adapter and its base."""
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+from llmdoctor.errors import LoadError
+from llmdoctor.gguf_file import read_header
+
+_PACKAGE = "package:"
+_HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.IGNORECASE)
+_EDGE = 1 << 20  # bytes of a weight file, at either end, that its fingerprint covers
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are.
+
+    ``name`` is what the user wrote. ``place`` is a folder or hub name, ``gguf`` the GGUF file in it, or None for a
+    model in the form of transformers.
+    """
+
+    name: str
+    place: str
+    gguf: str | None = None
+
+    @classmethod
+    def of(cls, source: "str | Path | ModelSource") -> "ModelSource":
+        """What a user may write for a model.
+
+        A folder, a hub name ``org/name``, a GGUF ``folder/file.gguf`` or, on the hub, ``org/name:file.gguf``, or a file
+        or folder of an installed Python package, ``package:module/file.gguf``; the package is not imported. A folder or
+        hub name may hold a PEFT adapter. Raises LoadError if there is no such file, folder or package.
+        """
+        if isinstance(source, ModelSource):
+            return source
+        name = str(source)
+        if name.startswith(_PACKAGE):
+            return cls._at(name, _in_package(name))
+        path = Path(name).expanduser() if name.startswith("~") else Path(name)
+        if path.exists():
+            return cls._at(name, path)
+        if on_hub := _HUB_GGUF.fullmatch(name):
+            return cls(name, on_hub[1], on_hub[2])
+        # "outputs/docter" looks like a hub name, but if there is a folder "outputs" it is a misspelt path. The hub
+        # would be asked for a path, with retries.
+        if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir():
+            what = "no such file" if path.suffix.lower() == ".gguf" else "expected a folder with config.json"
+            raise LoadError(f"there is no model at {name}: {what}, or a hub name like org/name")
+        return cls(name, name)
+
+    @classmethod
+    def _at(cls, name: str, path: Path) -> "ModelSource":
+        if path.is_dir():
+            return cls(name, str(path))
+        if path.suffix.lower() != ".gguf":
+            raise LoadError(f"cannot load the model {name}: expected a folder with config.json, or a .gguf file")
+        return cls(name, str(path.parent), path.name)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are in a folder, not on the hub."""
+        return Path(self.place).is_dir()
+
+    @cached_property
+    def base(self) -> "ModelSource | None":
+        """The base of a PEFT adapter; None for a whole model. Raises LoadError if the adapter names none."""
+        if self.gguf or self.file("config.json") or not (config := self.file("adapter_config.json")):
+            return None
+        base = _read_json(config, self).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise LoadError(f"cannot load the model {self.name}: its adapter_config.json names no base model")
+        if base.startswith("."):  # relative to the adapter, as `save_doctor` writes it, or to the working folder
+            base = str(beside) if (beside := Path(self.place) / base).exists() else base
+        found = ModelSource.of(base)
+        if found.is_local and Path(found.place).resolve() == Path(self.place).resolve():
+            raise LoadError(f"cannot load the model {self.name}: its adapter_config.json names itself as the base")
+        return found
+
+    def file(self, name: str, *, download: bool = True) -> Path | None:
+        """One of the model's files, from the hub if need be; None if it has none of that name or cannot be reached."""
+        if self.is_local:
+            return path if (path := Path(self.place) / name).is_file() else None
+        try:
+            found = cached_file(self.place, name, local_files_only=not download)
+        except OSError:
+            return None
+        return Path(found) if found else None
+
+    def gguf_path(self) -> Path:
+        """The GGUF, downloaded if need be. Raises LoadError if it cannot be had."""
+        assert self.gguf is not None
+        if self.is_local:
+            return Path(self.place) / self.gguf
+        try:
+            return Path(str(cached_file(self.place, self.gguf)))
+        except OSError as error:
+            raise LoadError(f"cannot load the model {self.name}: {first_line(error)}") from error
+
+    def fingerprint(self) -> str:
+        """Sha-256 of what is loaded: of the GGUF, of an adapter and its base, or of config.json and the weight files.
+
+        Of every weight file it covers the name, the size, the first MiB and the last MiB (of a GGUF not the name). That
+        is enough to tell checkpoints apart without reading all their weights. Raises LoadError if the model is neither
+        a folder nor in the hub's cache.
+        """
+        if self.gguf:
+            file = Path(self.place) / self.gguf if self.is_local else self.file(self.gguf, download=False)
+            if file is None:
+                raise LoadError(f"{self.name} is not here: expected a GGUF file or a downloaded one")
+            return _digest([file], named=False)
+        if config := self.file("config.json", download=False):
+            files = (
+                f for f in config.parent.iterdir() if f.suffix in {".safetensors", ".bin"} or f.name == config.name
+            )
+            return _digest(files)
+        if (config := self.file("adapter_config.json", download=False)) and self.base:
+            files = (f for f in config.parent.iterdir() if f.stem.startswith("adapter_"))
+            return hashlib.sha256((_digest(files) + self.base.fingerprint()).encode()).hexdigest()
+        raise LoadError(
+            f"{self.name} is not here: expected a folder with a config.json{self._hint()}, or a downloaded model"
+        )
+
+    def quantization(self) -> dict[str, Any] | None:
+        """How the weights are quantised: ``method``, and ``bits`` where the config states them; None if they are not.
+
+        Of a GGUF, ``method`` is "gguf" and ``type`` llama.cpp's name of the file's type, like Q4_1. Raises LoadError.
+        """
+        if self.gguf:
+            return {"method": "gguf", "type": read_header(self.gguf_path()).file_type}
+        if self.base:
+            return self.base.quantization()
+        config = self.file("config.json")
+        how = _read_json(config, self).get("quantization_config") if config else None
+        if not isinstance(how, dict):
+            return None
+        bits = _bits(how)
+        method = how.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in how else "unknown")
+        return {"method": str(method), **({"bits": bits} if bits else {})}
+
+    def _hint(self) -> str:
+        """Names a GGUF that lies in the folder."""
+        found = sorted(Path(self.place).glob("*.gguf")) if self.is_local else []
+        return f" (it holds a GGUF: name the file, {found[0]})" if found else ""
+
+    def require_config(self) -> None:
+        """Raise LoadError for a folder that holds no model, naming the GGUF in it if there is one."""
+        if self.is_local and not (self.gguf or self.file("config.json") or self.file("adapter_config.json")):
+            raise LoadError(f"cannot load the model {self.name}: the folder has no config.json{self._hint()}")
+
+
+def model_fingerprint(source: str | Path) -> str:
+    """Equal for the same weights and config, wherever they are stored: see `ModelSource.fingerprint`."""
+    return ModelSource.of(source).fingerprint()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says something, with the next one if it ends in a colon."""
+    first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
+    return f"{first} {second}" if first.endswith(":") else first or type(error).__name__
+
+
+def _in_package(name: str) -> Path:
+    """The file or folder that ``package:module/path`` names."""
+    module, _, inside = name.removeprefix(_PACKAGE).partition("/")
+    top, *below = module.split(".")
+    try:
+        # of the top-level package only: to find a module inside of it would import it
+        spec = importlib.util.find_spec(top) if top else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not inside:
+        missing = f"the package {top} is not installed (try: pip install {top.replace('_', '-')})"
+        raise LoadError(
+            f"cannot load the model {name}: {missing if top and inside else 'expected package:module/file'}"
+        )
+    folders = [Path(folder, *below) for folder in spec.submodule_search_locations or ()]
+    for folder in folders:
+        if (path := folder / inside).exists():
+            return path
+    held = sorted(f.name for folder in folders if folder.is_dir() for f in folder.glob("*.gguf"))
+    holds = f"it holds {', '.join(held)}" if held else "it holds no .gguf file there"
+    raise LoadError(f"cannot load the model {name}: the package {module} has no {inside} ({holds})")
+
+
+def _digest(files: Iterable[Path], *, named: bool = True) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name if named else ''}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_EDGE))
+            stream.seek(max(0, size - _EDGE))  # a file shorter than 1 MiB is simply read twice
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def _read_json(path: Path, source: ModelSource) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"cannot load the model {source.name}: {path.name} is not JSON ({first_line(error)})"
+        ) from error
+    if not isinstance(data, dict):
+        raise LoadError(f"cannot load the model {source.name}: {path.name} holds no JSON object")
+    return data
+
+
+def _bits(how: Any) -> int | None:
+    """Bits per weight, wherever a quantization config states them."""
+    if isinstance(how, dict):
+        for flag, bits in (("load_in_4bit", 4), ("load_in_8bit", 8), ("_load_in_4bit", 4), ("_load_in_8bit", 8)):
+            if how.get(flag) is True:
+                return bits
+        for key in ("bits", "num_bits", "w_bit"):
+            if isinstance(how.get(key), int):
+                return int(how[key])
+        # torchao names its kinds, like Int4WeightOnlyConfig or int8_weight_only
+        kind = how.get("_type") or how.get("quant_type")
+        if isinstance(kind, str) and (digits := re.search(r"(\d+)_?weight", kind, re.IGNORECASE)):
+            return int(digits[1])
+        return next((found for value in how.values() if (found := _bits(value))), None)
+    return None
