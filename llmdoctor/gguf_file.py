@@ -17,11 +17,12 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
+import transformers
 from filelock import FileLock
 from platformdirs import user_cache_path
 
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, StorageError
-from llmdoctor.files import atomic_path, read_json, write_json
+from llmdoctor.files import atomic_path, file_checksum, read_json, write_json
 
 _MARKER = "copy.json"
 _VERSION = 1  # of the copies: raise it when their content changes
@@ -140,8 +141,8 @@ def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | Non
     """The folder with the copy of the GGUF of this fingerprint, which ``convert(folder)`` writes if there is none.
 
     Copies are in ``$LLMDOCTOR_CACHE``, by default the user's cache folder (XDG_CACHE_HOME). A copy whose files are not
-    those that were written is made again. Another process that makes the same copy is waited for. None, with a warning,
-    if no copy can be written.
+    those that were written, or that another version of transformers made, is made again. Another process that makes
+    the same copy is waited for. None, with a warning, if no copy can be written.
     """
     root = Path(os.environ.get("LLMDOCTOR_CACHE") or user_cache_path("llmdoctor")).expanduser() / "gguf"
     folder = root / fingerprint[:32]
@@ -157,12 +158,10 @@ def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | Non
                 with atomic_path(folder) as temporary:
                     temporary.mkdir()
                     convert(temporary)
-                    write_json(temporary / _MARKER, {"version": _VERSION, "files": _stamps(temporary)})
-    except (
-        OSError,
-        NotImplementedError,
-        StorageError,
-    ) as error:  # no room, no permission, no locks on this file system
+                    sums = {file.name: file_checksum(file) for file in temporary.iterdir()}
+                    write_json(temporary / _MARKER, {**_marker(temporary), "checksums": sums})
+    # no room, no permission, no locks on this file system
+    except (OSError, NotImplementedError, StorageError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         warnings.warn(
             f"no copy of the GGUF can be kept in {root}, so that it loads slowly every time: {reason}. "
@@ -174,21 +173,29 @@ def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | Non
     return folder
 
 
-def discard_copy(folder: Path) -> None:
-    """Have the copy made again when it is asked for next."""
-    with suppress(OSError):
-        (folder / _MARKER).unlink()
+def discard_if_damaged(folder: Path) -> bool:
+    """Whether the copy's bytes are not those that were written; it is then made again when it is asked for next."""
+    try:
+        sums = read_json(folder / _MARKER)["checksums"]
+        damaged = any(file_checksum(folder / name) != checksum for name, checksum in sums.items())
+    except (LLMDoctorError, KeyError):
+        damaged = True
+    if damaged:
+        with suppress(OSError):
+            (folder / _MARKER).unlink()
+    return damaged
 
 
 def _is_whole(folder: Path) -> bool:
     try:
         marker = read_json(folder / _MARKER)
-        return marker == {"version": _VERSION, "files": _stamps(folder)}  # type: ignore[no-any-return]
-    except (LLMDoctorError, OSError):
+        return bool({**marker, **_marker(folder)} == marker)
+    except (LLMDoctorError, OSError, TypeError):
         return False
 
 
-def _stamps(folder: Path) -> dict[str, list[int]]:
-    """Size and time of the last change of every file: enough to notice damage without reading the weights."""
+def _marker(folder: Path) -> dict[str, Any]:
+    """What made the copy, and every file's size and last change: enough to notice damage without reading weights."""
     files = sorted(file for file in folder.iterdir() if file.name != _MARKER)
-    return {file.name: [(found := file.stat()).st_size, found.st_mtime_ns] for file in files}
+    stamps = {file.name: [(found := file.stat()).st_size, found.st_mtime_ns] for file in files}
+    return {"version": _VERSION, "transformers": transformers.__version__, "files": stamps}

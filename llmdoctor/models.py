@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError, VocabularyError
-from llmdoctor.gguf_file import cached_copy, discard_copy, read_header
+from llmdoctor.gguf_file import cached_copy, discard_if_damaged, read_header
 from llmdoctor.model_source import ModelSource, first_line, model_fingerprint
 
 __all__ = [
@@ -228,8 +228,9 @@ def _loaded(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
             break
         try:
             return _from_pretrained(where, kind, what, str(copy), **options)
-        except LoadError:  # perhaps damaged in a way that sizes and times do not show: it is made again
-            discard_copy(copy)
+        except LoadError:  # damaged in a way that sizes and times do not show, or it cannot be loaded as asked
+            if not discard_if_damaged(copy):
+                raise
     return _from_gguf(where, kind, what, **options)
 
 

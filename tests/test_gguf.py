@@ -110,6 +110,16 @@ def test_without_a_cache_it_loads_all_the_same(
     assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "saved"]
 
 
+def test_a_copy_that_cannot_be_loaded_as_asked_is_kept(
+    tiny_gguf: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_lm(tiny_gguf())
+    no_conversion(monkeypatch)
+    with pytest.raises(LoadError, match="no_such_attention"):
+        load_lm(tiny_gguf(), attn_implementation="no_such_attention")
+    load_lm(tiny_gguf())
+
+
 def test_a_killed_conversion_leaves_nothing(tiny_gguf: Callable[..., Path], cache: Path) -> None:
     left = cache / "gguf" / f".{model_fingerprint(tiny_gguf())[:32]}.12345678.partial"
     left.mkdir(parents=True)
