@@ -11,7 +11,7 @@ from llmdoctor.profile import Profile, library_faces, load_profile, override, pr
 from llmdoctor.profiles.clinic_world import FACES
 from llmdoctor.settings import RewardSettings, TrainSettings
 
-SHIPPED = {"clinic", "qwen2.5-7b", "paper", "weak-to-strong", "safe-and-helpful"}
+SHIPPED = {"clinic", "smollm2", "qwen2.5-7b", "paper", "weak-to-strong", "safe-and-helpful"}
 
 
 @pytest.fixture
@@ -150,7 +150,10 @@ def test_what_a_profile_shows_can_be_loaded_again(write):
         ("doctors: {a: {checkpoint: x, beta: .inf}}", "'doctors.a.beta' should be a finite number, got inf"),
         ("decode: {temperature: -0.5}", "'decode.temperature' should be greater than or equal to 0, got -0.5"),
         ("rewards: {theta: 1}", "'rewards.theta' should be less than 1, got 1"),
-        ("rewards: {direction: up}", "'rewards.direction' should be 'label', 'gap', 'agree' or 'fitted', got 'up'"),
+        (
+            "rewards: {direction: up}",
+            "'rewards.direction' should be 'label', 'gap', 'agree', 'fitted' or 'probe', got 'up'",
+        ),
         ("rewards: {faces: [b]}\nfaces: {a: {positive: x, negative: y}}", "'rewards.faces' names 'b', but 'faces' has"),
         ("train: 3", "'train' expected `key: value` lines under it, got 3"),
         ("doctors: {a=b: {checkpoint: x}}", "name 'doctors.a=b' may hold only letters, digits"),
