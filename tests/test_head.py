@@ -41,9 +41,16 @@ def twins(model: Any, rank: int = 3, seed: int = 2) -> tuple[Any, Any]:
     return shared, doctor_of(whole.eval().requires_grad_(False), "kind", base=copy.deepcopy(model))
 
 
-@pytest.mark.parametrize("mode", ["product", "ratio"])
-@pytest.mark.parametrize("drafting", [None, FixedLength(3), Erratic()], ids=["plain", "3", "erratic"])
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "batch"])
+@pytest.mark.parametrize(
+    ("mode", "drafting", "prompts"),
+    [
+        ("product", None, PROMPTS[:1]),
+        ("ratio", FixedLength(3), PROMPTS[:1]),
+        ("ratio", None, PROMPTS),
+        ("product", Erratic(), PROMPTS),
+    ],
+    ids=["one, plain", "one, drafted", "batch, plain", "batch, drafted"],
+)
 def test_a_head_is_the_doctor_with_these_weights(mode: Any, drafting: Any, prompts: list[list[int]]) -> None:
     """Token for token in float64, values and log-probs too; alone, and beside a doctor that drafts."""
     model, other = tiny("llama"), doctor_of(tiny("llama", seed=1), "safe", base=tiny("llama", seed=4))

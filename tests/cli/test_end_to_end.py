@@ -195,3 +195,37 @@ def test_profiles_list_show_path(run, tmp_path):
     saved.write_text(run("profiles", "show", "clinic").stdout)
     assert load_profile(saved) == load_profile("clinic")
     assert json.loads(run("profiles", "show", "clinic", "--json").stdout)["name"] == "clinic"
+
+
+def test_from_pairs_to_a_head_on_the_patient_by_its_own_states(run, tmp_path):
+    """Without faces: extract fits a probe, train makes a head on the patient itself, compare is guided by it."""
+    profile = tmp_path / "bare.yaml"
+    clinic = load_profile("clinic")
+    profile.write_text(f"patient: {{model: {clinic.patient.model}}}\ndata: {{source: {clinic.data.source}}}\n")
+    made = run("extract", "--profile", profile, "--limit", 20, "--probe", "--json", "-o", "rewards")
+    assert made.exit_code == 0, made.output + repr(made.exception)
+    found = json.loads(made.stdout)
+    assert found["faces"] == []
+    assert 0 <= found["probe"]["held_out_accuracy"] <= 1
+    assert found["diagnosis"]["probe_accuracy"] is not None
+    shown = run("inspect", "rewards", "--diagnose")
+    assert shown.exit_code == 0, shown.output + repr(shown.exception)
+    assert "the probe" in shown.stdout
+    picture = run("inspect", "rewards", "--diagnose", "--svg", "d.svg")
+    assert picture.exit_code == 0, picture.output + repr(picture.exception)
+    one = run("inspect", "rewards", "--direction", "probe", "--limit", 1)
+    assert one.exit_code == 0, one.output + repr(one.exception)
+    options = ("--direction", "probe", "--method", "head", "--max-steps", 2, "--lora-rank", 2)
+    trained = run("train", "--profile", profile, "--rewards", "rewards", *options, "-o", "kind", "--json")
+    assert trained.exit_code == 0, trained.output + repr(trained.exception)
+    assert json.loads(trained.stdout)["doctor"]["settings"]["face_weights"] == {"probe": 1.0}
+    how = ("--mode", "ratio", "--beta", "5", "--json", "--max-new-tokens", 10, "--seed", 1)
+    compared = run("compare", QUESTION, "--profile", profile, "--doctor", "kind", *how)
+    assert compared.exit_code == 0, compared.output + repr(compared.exception)
+    assert json.loads(compared.stdout)["metrics"]["kl"] > 0
+
+
+def test_a_probe_asked_of_a_folder_without_one(fails, clinic_rewards):
+    rewards = ("--rewards", clinic_rewards)
+    fails(2, ["no probe", "--probe"], "train", *rewards, "--direction", "probe", "-o", "doctor")
+    fails(2, ["no probe", "--probe"], "inspect", clinic_rewards, "--direction", "probe")
