@@ -377,8 +377,6 @@ def test_nothing_usable_leaves_nothing(short: Patient, tmp_path: Path) -> None:
         with pytest.raises(DataError):
             list(extract(short, data, faces, out))
     data = write(tmp_path / "pairs.jsonl", ten())
-    with pytest.raises(UsageError, match="face"):
-        list(extract(short, data, {}, out))
     with pytest.raises(UsageError, match="limit"):
         list(extract(short, data, faces, out, limit=0))
     assert not out.exists()

@@ -1,6 +1,7 @@
 """Doctors that are a head on the patient's own states: in training, in their folder, and in decoding."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,12 @@ def test_the_patient_is_loaded_once(base: Path, tmp_path: Path) -> None:
 def test_heads_that_do_not_fit_are_refused(base: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     trained_head(base, tmp_path / "d")
     wider = tiny_model("llama", hidden_size=24)
+    with pytest.raises(LoadError, match="is not the base of the doctor"):
+        load_doctor(tmp_path / "d", base=wider)
+    marker = tmp_path / "d" / "doctor.json"
+    known = json.loads(marker.read_text())
+    del known["base_fingerprint"]  # as in folders of version 0.1.0
+    marker.write_text(json.dumps(known))
     with pytest.raises(LoadError, match="its adapter is for a head of"):
         load_doctor(tmp_path / "d", base=wider)
     tensors = load_file(tmp_path / "d" / "adapter_model.safetensors")

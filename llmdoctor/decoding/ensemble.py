@@ -38,8 +38,9 @@ class Ensemble:
         self._doctors = doctors
         # By role, not by name: a doctor may be called "patient", and a model may have two roles.
         models = {"patient": patient.model}
-        models |= {f"doctor {n}": doctor.model for n, doctor in doctors.items() if doctor.model is not patient.model}
-        self._on_patient = tuple(name for name, doctor in doctors.items() if doctor.model is patient.model)
+        on_patient = (name for name, doctor in doctors.items() if doctor.head and doctor.model is patient.model)
+        self._on_patient = tuple(on_patient)
+        models |= {f"doctor {name}": doctors[name].model for name in doctors if name not in self._on_patient}
         self._base_of: dict[str, str] = {}  # doctor -> role of its base; one that several doctors share is read once
         if with_bases:
             for name, doctor in doctors.items():

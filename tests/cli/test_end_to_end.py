@@ -130,7 +130,8 @@ def test_extract_ends_with_one_object(run, tmp_path):
     assert (report["read"], report["written"], sum(report["skipped"].values())) == (6, 4, 2)
     assert set(report["faces"]) == {"safe", "helpful"}
     assert {"seconds", "statistics", "tokens", "output"} <= set(report)
-    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["line 5", "line 6"]
+    told = [line.partition(":")[0] for line in result.stderr.splitlines()]
+    assert told == ["pairs read as chosen and rejected (prompt, chosen, rejected)", "line 5", "line 6"]
     again = run("extract", "--data", data, "-o", tmp_path / "rewards", "--face", "safe", "--face", "helpful", "--json")
     assert json.loads(again.stdout)["written"] == 4
 
