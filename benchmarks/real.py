@@ -242,7 +242,14 @@ def doctor_of(patient: Patient, name: str, pairs: Path, kept: Path) -> tuple[Pat
 
 
 TRAIN = TrainSettings(
-    method="head", rho=20.0, learning_rate=5e-3, batch_size=8, epochs=1.0, subtb_weight=0.8, checkpoint_every=10
+    method="head",
+    rho=20.0,
+    learning_rate=5e-3,
+    value_learning_rate=5e-5,
+    batch_size=8,
+    epochs=1.0,
+    subtb_weight=0.2,
+    checkpoint_every=10,
 )
 
 
