@@ -21,8 +21,9 @@ OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch
 demo: $(READY)
 	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 3
 
+# Two processes, a test file in each: on two cores the suite takes half the time.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
