@@ -68,7 +68,7 @@ def _read_header(path: Path, _changed: int) -> GGUFHeader:
         raise LoadError(f"{path} is cut short ({error}): fetch it again") from error
     except (ValueError, KeyError) as error:
         raise LoadError(f"cannot read {path}: {error or 'an unknown kind of value'}") from error
-    number = values.get("general.file_type")
+    number: Any = values.get("general.file_type")
     try:
         file_type = LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:

@@ -59,14 +59,14 @@ class StateReader:
 
     def means(self, pairs: Sequence[PairScores]) -> NDArray[np.float16]:
         """The mean state of every response, chosen and rejected in turn [2P, D, H]."""
-        found = self._read(pairs, lambda states_D_T_H, _: states_D_T_H.mean(dim=1).half().cpu().numpy())
+        found = self._read(pairs, lambda states_D_T_H, _: states_D_T_H.mean(dim=1).half().numpy())
         return np.stack(found)
 
     def rewards(self, pairs: Sequence[PairScores], probe: Probe, folds: Sequence[int | None]) -> list[Floats]:
         """r_t of every response, chosen and rejected in turn; each pair's by the fit without its fold."""
 
         def of(states_D_T_H: Tensor, pair: int) -> Floats:
-            return probe.rewards(states_D_T_H.cpu().numpy(), folds[pair])
+            return probe.rewards(states_D_T_H.numpy(), folds[pair])
 
         return self._read(pairs, of)
 
@@ -87,7 +87,9 @@ class StateReader:
                 start = len(unit[0].prompt)
                 for response in unit:
                     stop = start + len(response.response)
-                    states_D_T_H = torch.stack([out.hidden_states[d][row, start:stop] for d in self.layers]).float()
+                    # the layers of a model that is spread over several GPUs have their states where they are
+                    held = [out.hidden_states[d][row, start:stop].float().cpu() for d in self.layers]
+                    states_D_T_H = torch.stack(held)
                     states_D_T_H *= states_D_T_H.square().mean(dim=-1, keepdim=True).rsqrt()
                     if states_D_T_H.isnan().any():
                         raise LoadError(not_numbers(f"the states of the patient {self._patient.name}"))
