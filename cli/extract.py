@@ -39,9 +39,9 @@ def extract(
         int, option("--seed", "Seed of --shuffle (default: 0).", min=0, max=options.GREATEST_SEED, metavar="N")
     ] = 0,
     probe: Annotated[
-        bool,
+        bool | None,
         option("--probe/--no-probe", "Also fit a probe of the patient's states to the pairs, for --direction probe."),
-    ] = False,
+    ] = None,
     strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
     batch_tokens: Annotated[
         int | None, option("--batch-tokens", "Tokens per forward (default: what fits).", metavar="N", min=1)
@@ -74,7 +74,7 @@ def extract(
     settings = options.load(profile)
     model = override(settings.patient, model=patient, **loading)
     source = _data(settings, data, split=split, label=label, columns=columns)
-    probe = probe or settings.rewards.direction == "probe"
+    probe = settings.rewards.direction == "probe" if probe is None else probe
     faces = chosen_faces(settings, face, needed=not probe)
     shapes = _Shapes()
     _require_usable(source, shapes)

@@ -18,7 +18,10 @@ from safetensors import SafetensorError
 from llmdoctor.errors import LoadError, StorageError, UsageError
 
 LOCK = ".lock"
-_LEFTOVER = re.compile(r"\.(meta\.json|unfinished\.json|tokenizer|rewards-\d+\.\w+)\.[0-9a-f]{8}\.(partial|retired)")
+_LEFTOVER = re.compile(
+    r"\.(meta\.json|unfinished\.json|tokenizer|(rewards|states|probe)-\d+\.\w+|probe\.\w+)"
+    r"\.[0-9a-f]{8}\.(partial|retired)"
+)
 
 
 @contextmanager

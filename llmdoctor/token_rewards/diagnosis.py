@@ -189,7 +189,8 @@ def _choice(found: Diagnosis, joint_beyond_probe: Estimate) -> str:
     """The direction to train on, where there is a probe: the simplest that nothing surely beats."""
     assert found.probe_accuracy is not None
     assert found.probe_beyond_faces is not None
-    if found.faces and joint_beyond_probe.low > 0:
+    assert found.joint_accuracy is not None
+    if found.faces and joint_beyond_probe.low > 0 and found.joint_accuracy.low > found.chance:
         return "fitted"
     if found.probe_accuracy.low > found.chance:
         # where both predict equally well the faces are the surer signal: they say what is meant, and prune tokens
@@ -315,9 +316,7 @@ def _verdict_on_probe(found: Diagnosis) -> list[str]:
     if found.train_on == "probe":
         said.append("Train on the probe (--direction probe).")
     elif found.train_on == "fitted":
-        said.append(
-            "Train on the faces (--direction fitted)." if found.explains else "Train on both (--direction fitted)."
-        )
+        said.append("Train on faces and probe together (--direction fitted), or on the faces alone (add --face NAME).")
     else:
         said.append("Nothing here predicts these preferences: more pairs, or other faces, before any training.")
     if found.train_on == "probe" and found.probe_beyond_length.low <= 0:

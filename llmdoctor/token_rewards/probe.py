@@ -4,7 +4,7 @@
 
 with h_{d,t} the state of kept layer d behind token y_t, divided by its root mean square, m_d its mean, and w the
 Bradley-Terry fit with a ridge penalty. Nothing in the paper (arXiv 2601.10416) is like it. It draws the rewards from
-the frozen patient all the same: on real instruct models its states say more of what people prefer than its faces do.
+the frozen patient all the same.
 
 The token reward of direction "probe" is r_t = v_t / (mean T): over an answer of usual length it adds up to the log-odds
 of that answer, so that rho is the inverse KL coefficient of RLHF.
@@ -88,10 +88,19 @@ class Probe:
             raise LoadError(f"cannot read the probe {path}: {error}. Delete it and run extract again") from error
 
 
+def require_pairs(count: int) -> None:
+    """Raise DataError for too few pairs to fit a probe to."""
+    if count < _LEAST:
+        raise DataError(
+            f"a probe needs at least {_LEAST} pairs (some hundreds to be of use), got {count}: extract more"
+        )
+
+
 def fold_of(prompts: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
     """The fold of every pair [P], from 0 to ``FOLDS`` - 1, all pairs of a prompt in one.
 
-    It depends on the prompts alone, whatever their order. With fewer prompts than folds every pair is its own.
+    It depends on the prompts alone, whatever their order. Fewer prompts than folds cannot be kept apart: then the pairs
+    go to the folds in turn, and the held-out accuracy is too high.
     """
     keys = [prompt.tobytes() for prompt in prompts]
     distinct = sorted(set(keys), key=lambda key: hashlib.sha256(key).digest())
@@ -113,10 +122,7 @@ def fit(
     Margins are in log-odds. Raises DataError for fewer than 20 pairs, or states that are not finite.
     """
     pairs, depth, width = chosen_P_D_H.shape
-    if pairs < _LEAST:
-        raise DataError(
-            f"a probe needs at least {_LEAST} pairs (some hundreds to be of use), got {pairs}: extract more"
-        )
+    require_pairs(pairs)
     centre_D_H = (chosen_P_D_H.mean(axis=0, dtype=np.float64) + rejected_P_D_H.mean(axis=0, dtype=np.float64)) / 2
     difference_P_D_H = chosen_P_D_H.astype(np.float32) - rejected_P_D_H.astype(np.float32)
     if not np.isfinite(difference_P_D_H).all():

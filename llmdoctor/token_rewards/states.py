@@ -27,7 +27,7 @@ from llmdoctor.records import Floats, Message, PairScores, Side, TokenScores
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids
 from llmdoctor.token_rewards.encode import EncodedPair, EncodedResponse
 from llmdoctor.token_rewards.folder import PROBE, RewardsFolder, credit_path, read_shard, shard_paths
-from llmdoctor.token_rewards.probe import Probe, fit, fold_of
+from llmdoctor.token_rewards.probe import Probe, fit, fold_of, require_pairs
 from llmdoctor.token_rewards.processes import team
 from llmdoctor.token_rewards.rows import PatientRows, Unit, chunks
 from llmdoctor.token_rewards.scoring import fitting_batch_tokens
@@ -127,6 +127,7 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
         )
     if rewards.probe is not None:
         return
+    require_pairs(len(rewards))
     reader = StateReader(patient, batch_tokens=batch_tokens)
     shards = shard_paths(folder)
     with team() as processes, locked(folder) if processes.first else nullcontext():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -78,8 +79,11 @@ class HeadAdapter:
     up_V_R: Tensor
 
     def __call__(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """The doctor's logits [..., V] from the base's and from what its head reads [..., H]."""
-        return logits + linear(linear(hidden, self.down_R_H), self.up_V_R)
+        """The doctor's logits [..., V] from the base's and from what its head reads [..., H], in float32 or better."""
+        # in bfloat16 most of the change would be lost: it is smaller than the steps between the base's logits
+        down = linear(hidden.to(self.down_R_H), self.down_R_H)
+        change = linear(down, self.up_V_R)
+        return logits.to(change) + change
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +169,7 @@ def load_doctor(
         weight, bias = head["weight"], head["bias"]
         if weight.shape != (1, width := lm.get_output_embeddings().in_features) or bias.shape != (1,):
             raise ValueError(f"its value head has the shape {list(weight.shape)}; its base needs [1, {width}]")
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, AttributeError) as error:
         raise LoadError(f"cannot load the doctor {folder}: {first_line(error)}") from error
     return LoadedDoctor(
         name or str(meta.get("name") or "doctor"),
@@ -197,10 +201,12 @@ def _head_adapter(folder: Path, lm: PreTrainedModel) -> HeadAdapter:
     if (tail := SplitLM.of(lm).tail_scale) is None:
         raise ValueError(NO_HEAD)
     scale = tail * config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    rows, width = lm.get_output_embeddings().weight.shape
+    head = lm.get_output_embeddings()
+    rows, width = head.out_features, head.in_features
     if down.shape != (config["r"], width) or up.shape != (rows, config["r"]):
         raise ValueError(f"its adapter is for a head of {up.shape[0]} x {down.shape[1]}, its base has {rows} x {width}")
-    return HeadAdapter(down.to(lm.dtype), (scale * up).to(lm.dtype))
+    exact = torch.promote_types(lm.dtype, torch.float32)
+    return HeadAdapter(down.to(exact), (scale * up).to(exact))
 
 
 def _find_base(folder: Path, meta: Mapping[str, Any], given: str | Path | None) -> str:
