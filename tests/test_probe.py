@@ -306,6 +306,10 @@ def test_what_cannot_be(tiny_model: Any, pairs_file: Path, tmp_path: Path) -> No
     credit.write_bytes(damaged)
     with pytest.raises(LoadError, match="damaged"):
         list(RewardsFolder(path))
+    list(add_probe(patient, path))  # the same command makes it again
+    damaged[-1] ^= 1
+    assert credit.read_bytes() == damaged
+    assert len(list(RewardsFolder(path))) == PAIRS
 
 
 def test_a_patient_without_states_is_told(tiny_model: Any, pairs_file: Path, tmp_path: Path, monkeypatch: Any) -> None:

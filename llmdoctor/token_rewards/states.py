@@ -114,7 +114,7 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
 
     Yields once for each pair of each of the two passes, and must be run to its end; run again after a stop it goes on
     from the last finished shard. Several processes share the shards, as in `extract`. A folder that has its probe is
-    left as it is.
+    left as it is, unless a file of it is damaged or missing: that is made again.
 
     Raises LoadError (no finished rewards folder, another patient, a patient without states, states that are not
     numbers), DataError (fewer than 20 pairs), UsageError (another run writes there), StorageError.
@@ -126,7 +126,13 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
             f"{patient.name}: a probe of another patient's states would not fit them"
         )
     if rewards.probe is not None:
-        return
+        wanted = rewards.probe["files"].items()
+        damaged = [folder / name for name, checksum in wanted if not _holds(folder / name, checksum)]
+        if not damaged:
+            return
+        for path in (folder / PROBE, *damaged):  # what is missing is made again
+            path.unlink(missing_ok=True)
+        rewards = RewardsFolder(folder)
     require_pairs(len(rewards))
     reader = StateReader(patient, batch_tokens=batch_tokens)
     shards = shard_paths(folder)
@@ -163,6 +169,10 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
             files += [folder / _PROBE, *(credit_path(folder, i) for i in range(len(shards)))]
             write_json(folder / PROBE, {**report, "files": {path.name: file_checksum(path) for path in files}})
         processes.wait()
+
+
+def _holds(path: Path, checksum: str) -> bool:
+    return path.is_file() and file_checksum(path) == checksum
 
 
 def _states_path(folder: Path, index: int) -> Path:
