@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("outputs/bench-models"), help="where trained models are")
     parser.add_argument("--output", type=Path, help="write the table there too")
     args = parser.parse_args()
+    if args.turns < 3:
+        parser.error("--turns: quartiles of the noise need at least 3 turns")
     lines = [
         f"`python {' '.join(sys.argv)}`",
         "",

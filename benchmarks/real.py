@@ -24,7 +24,7 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from llmdoctor.models import Patient, load_patient
+from llmdoctor.profiles.clinic_world import distinct_n
 from llmdoctor.settings import DataSettings, RewardSettings, TrainSettings
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, with_system
 from llmdoctor.token_rewards.extract import extract
@@ -276,15 +277,6 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def distinct_4(texts: Sequence[str]) -> float:
-    """Different sequences of four words over all of them."""
-    grams: Counter[tuple[str, ...]] = Counter()
-    for text in texts:
-        words = text.split()
-        grams.update(zip(words, words[1:], words[2:], words[3:], strict=False))
-    return len(grams) / max(grams.total(), 1)
-
-
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown: one table per wish; means over answers with their 95% intervals."""
     cells: dict[tuple[str, str, float | None], list[dict[str, Any]]] = defaultdict(list)
@@ -304,7 +296,7 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
             kl = interval([row["kl"] / max(row["tokens"], 1) for row in own])
             words = interval([float(len(row["text"].split())) for row in own])
             speed = sum(row["tokens"] for row in own) / sum(row["seconds"] for row in own)
-            variety = distinct_4([row["text"] for row in own])
+            variety = distinct_n([row["text"] for row in own], 4)
             shown = "" if strength is None else f"{strength:g}"
             lines.append(f"| {method} | {shown} | {len(own)} | {gold} | {kl} | {variety:.3f} | {words} | {speed:.0f} |")
     return lines

@@ -54,7 +54,7 @@ def train(
         settings = options.fitting(settings, profile, folder.meta["patient"]["fingerprint"])
         chosen = override(settings.train, **training)
         reward_settings = options.reward_settings(settings, available=folder.signals, faces=face, **rewarding)
-    if chosen.doctor is None and chosen.method == "head":  # it is one on the patient's own states
+    if chosen.method == "head" and not training["doctor"]:  # it is one on the patient's own states
         chosen = override(chosen, doctor=folder.meta["patient"]["model"])
     if chosen.doctor is None:
         held = short_name(folder.meta["patient"]["model"])

@@ -145,6 +145,13 @@ def extracted(patient: Patient, data: Path, output: Path, faces: dict[str, FaceP
     return output
 
 
+def probed(patient: Patient, data: Path, output: Path) -> RewardsFolder:
+    """The rewards of one face pair and of a probe."""
+    extracted(patient, data, output, {"f": FacePair("Be kind.", "Be rude.")})
+    list(add_probe(patient, output))
+    return RewardsFolder(output)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text"])
 def test_states_are_those_of_each_response_alone(kind: str, tiny_model: Any, pairs_file: Path, tmp_path: Path) -> None:
     """In float64, each the layer's output behind the token, over its root mean square; shared rows change nothing."""
@@ -203,9 +210,7 @@ def test_the_folder_gives_every_response_its_own_rewards(
     tiny_model: Any, pairs_file: Path, tmp_path: Path, small_shards: None
 ) -> None:
     patient = load_patient(tiny_model("llama"), device="cpu")
-    path = extracted(patient, pairs_file, tmp_path / "r", {"f": FacePair("Be kind.", "Be rude.")})
-    list(add_probe(patient, path))
-    folder = RewardsFolder(path)
+    folder = probed(patient, pairs_file, path := tmp_path / "r")
     assert folder.signals == ("f", "probe")
     probe = Probe.load(path / "probe.safetensors")
     pairs = list(folder)
@@ -250,10 +255,7 @@ def test_direction_probe_takes_the_rewards_as_they_are(
 def test_the_diagnosis_says_which_signal_to_train_on(
     tiny_model: Any, pairs_file: Path, tmp_path: Path, small_shards: None
 ) -> None:
-    patient = load_patient(tiny_model("llama"), device="cpu")
-    path = extracted(patient, pairs_file, tmp_path / "r", {"f": FacePair("Be kind.", "Be rude.")})
-    list(add_probe(patient, path))
-    folder = RewardsFolder(path)
+    folder = probed(load_patient(tiny_model("llama"), device="cpu"), pairs_file, tmp_path / "r")
     found = diagnose(folder, folder.signals, RewardSettings(), resamples=50)
     assert [face.name for face in found.faces] == ["f"]
     assert found.probe_accuracy is not None

@@ -22,9 +22,10 @@ from safetensors.numpy import load_file
 from llmdoctor.errors import LoadError
 from llmdoctor.files import atomic_path, file_checksum, read_json
 from llmdoctor.records import Floats, PairScores, Side, TokenScores
+from llmdoctor.token_rewards.formula import PROBE
 
 SCHEMA_VERSION = 1
-PROBE = "probe.json"
+PROBE_META = "probe.json"
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 _ROWS_AT_A_TIME = 64
 
@@ -134,9 +135,9 @@ class RewardsFolder:
         self.path = Path(path).expanduser()
         self.meta = _read_meta(self.path)
         self.faces = tuple(self.meta["faces"])
-        self.probe = read_json(self.path / PROBE) if (self.path / PROBE).is_file() else None
+        self.probe = read_json(self.path / PROBE_META) if (self.path / PROBE_META).is_file() else None
         if self.probe is not None and not isinstance(self.probe.get("files"), dict):
-            raise LoadError(f"{self.path / PROBE}: expected a key 'files': delete it and run extract again")
+            raise LoadError(f"{self.path / PROBE_META}: expected a key 'files': delete it and run extract again")
         shards = self.meta["shards"]
         self._shards = [self.path / name for name in shards]
         self._unchecked = {self.path / name: sum for name, sum in shards.items()} if isinstance(shards, dict) else {}
@@ -148,8 +149,8 @@ class RewardsFolder:
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """What rewards can be drawn from: the face pairs, and ``"probe"`` if there is one."""
-        return (*self.faces, "probe") if self.probe is not None else self.faces
+        """What rewards can be drawn from: the face pairs, and the probe if there is one."""
+        return (*self.faces, PROBE) if self.probe is not None else self.faces
 
     def __iter__(self) -> Iterator[PairScores]:
         for index, shard in enumerate(self._shards):

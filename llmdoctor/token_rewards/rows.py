@@ -26,7 +26,7 @@ class PatientRows:
 
     The two responses of a pair share a row, [prompt, chosen, rejected]. The rejected response sees the prompt and
     itself only, at the positions that it would have without the chosen one. So a prompt is computed once. A model that
-    does not accept such a mask (a probe finds out) gets a row for each response.
+    does not accept such a mask (a trial finds out) gets a row for each response.
     """
 
     def __init__(self, patient: Patient, batch_tokens: int) -> None:

@@ -26,7 +26,7 @@ from llmdoctor.models import Patient, not_numbers, shared_by_processes
 from llmdoctor.records import Floats, Message, PairScores, Side, TokenScores
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids
 from llmdoctor.token_rewards.encode import EncodedPair, EncodedResponse
-from llmdoctor.token_rewards.folder import PROBE, RewardsFolder, credit_path, read_shard, shard_paths
+from llmdoctor.token_rewards.folder import PROBE_META, RewardsFolder, credit_path, read_shard, shard_paths
 from llmdoctor.token_rewards.probe import Probe, fit, fold_of, require_pairs
 from llmdoctor.token_rewards.processes import team
 from llmdoctor.token_rewards.rows import PatientRows, Unit, chunks
@@ -34,7 +34,7 @@ from llmdoctor.token_rewards.scoring import fitting_batch_tokens
 
 _LAYERS = 10
 _WINDOW_PAIRS = 64  # pairs whose responses are sorted by length and read together
-_PROBE = "probe.safetensors"
+_DIRECTIONS = "probe.safetensors"
 
 
 def kept_layers(count: int) -> tuple[int, ...]:
@@ -45,8 +45,8 @@ def kept_layers(count: int) -> tuple[int, ...]:
 class StateReader:
     """Reads the patient's states behind every token of responses, each divided by its root mean square.
 
-    Without their size the states of all layers and models are alike and fit into float16; every layer of a transformer
-    reads them that way too. Raises LoadError for a patient that gives no states.
+    Without their size the states of all layers and models are alike and fit into float16. Raises LoadError for a
+    patient that gives no states.
     """
 
     def __init__(self, patient: Patient, layers: Sequence[int] = (), batch_tokens: int | None = None) -> None:
@@ -130,13 +130,15 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
         damaged = [folder / name for name, checksum in wanted if not _holds(folder / name, checksum)]
         if not damaged:
             return
-        for path in (folder / PROBE, *damaged):  # what is missing is made again
+        for path in (folder / PROBE_META, *damaged):  # what is missing is made again
             path.unlink(missing_ok=True)
         rewards = RewardsFolder(folder)
     require_pairs(len(rewards))
-    reader = StateReader(patient, batch_tokens=batch_tokens)
     shards = shard_paths(folder)
     with team() as processes, locked(folder) if processes.first else nullcontext():
+        # one number for all: processes that share a patient must make the same batches
+        tokens = processes.from_first(lambda: batch_tokens or fitting_batch_tokens(patient))
+        reader = StateReader(patient, batch_tokens=tokens)
         together = shared_by_processes(patient.model)  # then all read every shard, and the first writes
         own = [index for index in range(len(shards)) if together or index % processes.size == processes.rank]
         writes = processes.first or not together
@@ -151,7 +153,7 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
                         save_file({"means": np.concatenate(means)}, temporary)
         processes.wait()
         found = processes.from_first(lambda: _fit(folder, rewards, reader.layers))
-        probe = Probe.load(folder / _PROBE)
+        probe = Probe.load(folder / _DIRECTIONS)
         for index in own:
             if not credit_path(folder, index).is_file():
                 values = []
@@ -166,8 +168,8 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
         if processes.first:
             report = {key: value for key, value in found.items() if key != "folds"}
             files = [_states_path(folder, i) for i in range(len(shards))]
-            files += [folder / _PROBE, *(credit_path(folder, i) for i in range(len(shards)))]
-            write_json(folder / PROBE, {**report, "files": {path.name: file_checksum(path) for path in files}})
+            files += [folder / _DIRECTIONS, *(credit_path(folder, i) for i in range(len(shards)))]
+            write_json(folder / PROBE_META, {**report, "files": {path.name: file_checksum(path) for path in files}})
         processes.wait()
 
 
@@ -194,7 +196,7 @@ def _fit(folder: Path, rewards: RewardsFolder, layers: Sequence[int]) -> dict[st
         ) from error
     fold_P = fold_of(prompts)
     probe, margins_P = fit(means[0::2], means[1::2], fold_P, layers, float(np.mean(lengths)))
-    probe.save(folder / _PROBE)
+    probe.save(folder / _DIRECTIONS)
     return {
         "layers": list(layers),
         "ridge": probe.ridges[0],

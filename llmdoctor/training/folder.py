@@ -143,23 +143,23 @@ def load_doctor(
     if not isinstance(meta, dict) or "base_model" not in meta or not isinstance(meta.get("settings", {}), dict):
         raise LoadError(f"{folder / MARKER}: expected an object with base_model and settings; train the doctor again")
     whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
-    source = _find_base(folder, meta, base) if with_base or not whole else ""
+    only_head = meta.get("settings", {}).get("train", {}).get("method") == "head"
+    bases = {} if bases is None else bases
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(folder)
-    plain, bases = None, {} if bases is None else bases
-    only_head = (meta.get("settings") or {}).get("train", {}).get("method") == "head"
-    if with_base or only_head:
+    # a base that is loaded already, as the patient may be, need not be found again
+    plain = bases.get(str(meta.get("base_fingerprint"))) if base is None and (with_base or only_head) else None
+    source = ""
+    if (not whole and not (only_head and plain)) or (with_base and plain is None):
+        source = _find_base(folder, meta, base)
+    if plain is None and (with_base or only_head):
         key = _fingerprint(source)
         plain = bases[key] = bases.get(key) or load_lm(source, **options)  # type: ignore[arg-type]
-    # never the shared plain base: merging an adapter changes the model's weights in place
-    adapter = None
-    if only_head:
-        assert plain is not None
-        lm = plain
-    else:
-        lm = load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
+    # otherwise never the shared plain base: merging an adapter changes the model's weights in place
+    lm = plain if only_head and plain is not None else load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
     if source:  # once more: before it was loaded, a base from the hub may not have been here
         _require_base(folder, meta, source)
+    adapter = None
     try:
         if only_head:
             adapter = _head_adapter(folder, lm)

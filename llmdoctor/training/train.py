@@ -73,7 +73,7 @@ def train(
     started = time.monotonic()
     trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
     _log_beside(output, trainer)
-    identity = _identity(folder, len(pairs), base_model, reward_settings, settings)
+    identity = _identity(folder, len(pairs), base_model, reward_settings, settings, weights)
     _run(trainer, doctor, work, identity, fresh=fresh, new_folders=new_folders)
 
     meta = {
@@ -170,7 +170,12 @@ def _log_beside(output: Path, trainer: TFPOTrainer) -> None:
 
 
 def _identity(
-    folder: RewardsFolder, pairs: int, base_model: str, reward_settings: RewardSettings, settings: TrainSettings
+    folder: RewardsFolder,
+    pairs: int,
+    base_model: str,
+    reward_settings: RewardSettings,
+    settings: TrainSettings,
+    weights: dict[str, float],
 ) -> dict[str, Any]:
     """What must be equal for a stopped run to be continued."""
     return {
@@ -178,6 +183,7 @@ def _identity(
         "rewards": folder.meta["dataset"]["fingerprint"],
         "patient": folder.meta["patient"]["fingerprint"],
         "pairs": pairs,
+        "face_weights": weights,  # of direction "fitted": a probe that is added to the folder changes them
         "reward_settings": reward_settings.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude=_NOT_RECORDED),
     }
