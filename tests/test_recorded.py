@@ -42,6 +42,14 @@ def test_a_recorded_step_is_the_models_own(arch: str) -> None:
             assert torch.allclose(mine.values, other.values, atol=1e-12)
 
 
+def test_a_model_with_a_padding_token_is_recorded_too() -> None:
+    """Its embedding has a padding row, whose place torch checks at every call; real tokenizers often have one."""
+    model = tiny("llama", seed=3, pad_token_id=2)
+    assert model.get_input_embeddings().padding_idx == 2
+    assert graph_of(model) is not None
+    assert model.get_input_embeddings().padding_idx == 2
+
+
 def test_a_cached_model_comes_to_use_it() -> None:
     """One token at a time, from the fifth on by the graph: the logits of one forward over all; and it rolls back."""
     model = tiny("llama", seed=4)

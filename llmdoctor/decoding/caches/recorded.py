@@ -7,7 +7,8 @@ Where it is missing or fails, steps run as the model has them, and a warning say
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -128,7 +129,7 @@ def _record(model: PreTrainedModel) -> Graph:
         kept: list[Any] = cache.layers
         return (out.logits, read[0], *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
 
-    with torch.no_grad(), warnings.catch_warnings(record=True) as heard:
+    with torch.no_grad(), _without_padding_row(model), warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         ids_B_T = torch.tensor([[0, 1]])
         layers: list[Any] = model(input_ids=ids_B_T[:, :1], use_cache=True).past_key_values.layers
@@ -145,6 +146,20 @@ def _record(model: PreTrainedModel) -> Graph:
     if doubts:
         raise ValueError("it depends on values, not only on shapes")
     return graph
+
+
+@contextmanager
+def _without_padding_row(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the embedding's padding row: it matters to gradients only, and torch's check of its place is no graph."""
+    embedding: Any = model.get_input_embeddings()
+    row = getattr(embedding, "padding_idx", None)
+    if row is not None:
+        embedding.padding_idx = None
+    try:
+        yield
+    finally:
+        if row is not None:
+            embedding.padding_idx = row
 
 
 def holds(model: PreTrainedModel, step: Callable[[Tensor, Tensor | None, Sequence[Any]], Tensor]) -> bool:
