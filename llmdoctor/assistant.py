@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from transformers import PreTrainedModel
 
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength
@@ -20,7 +19,7 @@ from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
 from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
-from llmdoctor.training.folder import LoadedDoctor, load_doctor
+from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
 
 _BATCH_ROWS = 32
 _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}
@@ -98,7 +97,7 @@ class LLMdoctor:
         elif doctor_checkpoint is not None:
             named[None] = doctor_checkpoint
         # Doctors on the same base share one copy of it; `load_doctor` adds to this. The base may be the patient.
-        bases: dict[str, PreTrainedModel] = {self.patient.fingerprint: self.patient.model}
+        bases = {self.patient.fingerprint: Base(self.patient.model, self.patient.vocabulary)}
         for name, checkpoint in named.items():
             doctor = load_doctor(
                 checkpoint,

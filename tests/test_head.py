@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from llmdoctor import LLMdoctor
@@ -21,7 +20,7 @@ from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.models import load_lm
 from llmdoctor.settings import Guidance, TrainSettings
 from llmdoctor.training.doctor import new_doctor
-from llmdoctor.training.folder import HeadAdapter, load_doctor, save_doctor
+from llmdoctor.training.folder import HEAD, HeadAdapter, load_doctor, save_doctor
 from tests.test_batch import requests
 from tests.test_decode import PROMPTS, doctor_of, patient_of, tiny
 from tests.test_speculative import Erratic, run, same
@@ -135,10 +134,20 @@ def test_a_head_is_loaded_as_it_was_trained(base: Path, tmp_path: Path) -> None:
     """Also where the base's head is tied to its embeddings: they stay what they were."""
     doctor = trained_head(base, tmp_path / "d")
     names = [name for name, p in doctor.named_parameters() if p.requires_grad]
-    assert len(names) == 4  # LoRA's A and B on the head, and the value head's weight and bias
+    assert len(names) == 4  # down and up, and the value head's weight and bias
     ids = torch.tensor([[3, 9, 1, 20, 7]])
     with torch.no_grad():
-        expected = doctor.lm(input_ids=ids).logits
+        states = doctor.lm.base_model(input_ids=ids).last_hidden_state
+        expected = doctor.lm.lm_head(doctor.change(states))
+        assert torch.equal(doctor.lm.lm_head(states), doctor.lm(input_ids=ids).logits)
+        # training scores with the same logits
+        lengths = {"prompt_lengths": torch.tensor([2]), "response_lengths": torch.tensor([3])}
+        scored = doctor(ids, torch.ones_like(ids), **lengths, scored=1).logprobs_B_T
+        assert doctor.vocabulary.size == expected.shape[-1]
+        said = expected[0, 1:4].log_softmax(dim=-1).gather(1, ids[0, 2:, None])[:, 0]
+        torch.testing.assert_close(scored[0], said, rtol=1e-5, atol=1e-5)
+        with doctor.base_alone():
+            assert torch.equal(doctor.change(states), states)
     loaded = load_doctor(tmp_path / "d")
     out = loaded.model(input_ids=ids, output_hidden_states=True)
     hidden = loaded.model.base_model(input_ids=ids).last_hidden_state
@@ -154,7 +163,8 @@ def test_the_patient_is_loaded_once(base: Path, tmp_path: Path) -> None:
     (doctor,) = assistant._doctors.values()
     assert doctor.model is assistant.patient.model
     assert doctor.base is assistant.patient.model
-    assert (tmp_path / "d" / "adapter_model.safetensors").stat().st_size < 20_000
+    assert (tmp_path / "d" / HEAD).stat().st_size < 4 * 2 * 3 * 16 + 1000
+    assert not (tmp_path / "d" / "adapter_config.json").exists()
     # at beta 0 it is the patient, token for token
     assert assistant.generate("Hello", seed=1, max_new_tokens=8, guidance=Guidance()) == "".join(
         token.text for token in assistant.stream("Hello", seed=1, max_new_tokens=8, guided=False)
@@ -170,9 +180,7 @@ def test_heads_that_do_not_fit_are_refused(base: Path, tiny_model: Callable[...,
     known = json.loads(marker.read_text())
     del known["base_fingerprint"]  # as in folders of version 0.1.0
     marker.write_text(json.dumps(known))
-    with pytest.raises(LoadError, match="its adapter is for a head of"):
+    with pytest.raises(LoadError, match="its change is for states of"):
         load_doctor(tmp_path / "d", base=wider)
-    tensors = load_file(tmp_path / "d" / "adapter_model.safetensors")
-    assert sorted(name.split(".")[-2] for name in tensors) == ["lora_A", "lora_B"]
     with pytest.raises(UsageError, match="capped"):
         new_doctor(tiny_model("gemma2", final_logit_softcapping=3.0), TrainSettings(method="head"))

@@ -1,7 +1,7 @@
 """The doctor in training form: a small causal LM, with LoRA or whole, and a value head for log V(s)."""
 
-import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,17 +24,53 @@ class DoctorOutput(NamedTuple):
     log_values_R_N: Tensor
 
 
+class HeadChange(nn.Module):
+    """What method "head" trains: the base's head reads h + alpha / R * up (down h) in place of h, of low rank R.
+
+    The change of the logits is then W up down h, with W the base's own head: tokens that the base has close to each
+    other change alike, so that a few hundred pairs say something of every token. LoRA on the head itself, with a row
+    of its own for every token, learnt nothing of the tokens that the pairs do not hold (benchmarks/LOG.md).
+    """
+
+    def __init__(self, width: int, rank: int, alpha: float, device: torch.device) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False, device=device)
+        self.up = nn.Linear(rank, width, bias=False, device=device)
+        nn.init.zeros_(self.up.weight)
+        self.scale, self.active = alpha / rank, True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the base's head reads [..., H], changed; in float32 or better."""
+        hidden = hidden.to(self.down.weight)
+        return hidden + self.scale * self.up(self.down(hidden)) if self.active else hidden
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A context in which nothing is changed."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+
 class Doctor(nn.Module):
-    """A causal LM, LoRA-wrapped or whole, with a linear value head on what the LM head reads.
+    """A causal LM, LoRA-wrapped, whole or with a change before its head, and a linear value head on its last states.
 
     log V(s) = scale * (w . h(s) + b), with w = b = 0 at the start, so that V = 1. ``scale`` is rho, so that the head
     learns equally fast at any strength of the rewards; ``save_doctor`` multiplies it into w and b. The paper gives no
     parameterisation of V: this one is ours. Log-probs are normalised over the ids of ``vocabulary`` that a token has.
     """
 
-    def __init__(self, lm: PeftModel | PreTrainedModel, vocabulary: Vocabulary, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        lm: PeftModel | PreTrainedModel,
+        vocabulary: Vocabulary,
+        scale: float = 1.0,
+        change: HeadChange | None = None,
+    ) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.change = lm, change
         base = cast("PreTrainedModel", lm.get_base_model() if isinstance(lm, PeftModel) else lm)
         self.split = SplitLM.of(base)  # no nn.Module: the same weights are not registered a second time
         self.vocabulary, self.scale = vocabulary, scale
@@ -70,11 +106,16 @@ class Doctor(nn.Module):
         return DoctorOutput(logprobs, values_R_N)
 
     def base_alone(self) -> AbstractContextManager[Any]:
-        """A context in which a LoRA doctor is its base. A whole one stays as it is: use it before the first step."""
+        """A context in which the doctor is its base. A whole one stays as it is: use it before the first step."""
+        if self.change is not None:
+            return self.change.off()
         return self.lm.disable_adapter() if isinstance(self.lm, PeftModel) else nullcontext()
 
     def _log_probs(self, states_B_T_H: Tensor, targets_B_T: Tensor, mask_B_T: Tensor) -> Tensor:
-        found = token_log_probs(self.split, states_B_T_H[mask_B_T], targets_B_T[mask_B_T], self.vocabulary)
+        states_M_H = states_B_T_H[mask_B_T]
+        if self.change is not None:
+            states_M_H = self.change(states_M_H).to(self.lm.dtype)
+        found = token_log_probs(self.split, states_M_H, targets_B_T[mask_B_T], self.vocabulary)
         return torch.zeros(mask_B_T.shape, dtype=found.dtype, device=found.device).masked_scatter(mask_B_T, found)
 
 
@@ -83,8 +124,8 @@ def new_doctor(
 ) -> tuple[Doctor, PreTrainedTokenizerBase]:
     """A doctor that still equals ``base_model``: LoRA (unless whole) and value head are zero.
 
-    Method "head" puts LoRA on the head alone: the doctor reads the base's own states, and the frozen layers below it
-    need no backward pass.
+    Method "head" changes only what the head reads: the doctor has the base's own states, and the frozen layers need no
+    backward pass.
 
     Raises LoadError; UsageError if every weight of a quantised base is to be trained, and for method "head" on a base
     whose logits are capped.
@@ -98,27 +139,26 @@ def new_doctor(
     base = load_lm(base_model, dtype=dtype, device=settings.device, trust_remote_code=trust_remote_code)
     if full and getattr(base, "hf_quantizer", None) is not None:
         raise UsageError(f"the weights of {base_model} are quantised and cannot be trained: expected method lora")
-    targets = settings.lora_targets
+    vocabulary = Vocabulary.of(tokenizer)
     if settings.method == "head":
-        head = base.get_output_embeddings()
         if SplitLM.of(base).tail_scale is None:
             raise UsageError(f"{base_model}: {NO_HEAD}")
-        targets = tuple(name for name, module in base.named_modules() if module is head)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )
+        torch.manual_seed(settings.seed)
+        width = base.get_output_embeddings().in_features
+        change = HeadChange(width, settings.lora_rank, settings.lora_alpha, base.device)
+        return Doctor(base.requires_grad_(False), vocabulary, settings.rho, change), tokenizer
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()  # a frozen embedding's output has no gradient for the checkpoints to carry
     torch.manual_seed(settings.seed)
     if full:
-        return Doctor(base.requires_grad_(), Vocabulary.of(tokenizer), settings.rho), tokenizer
-    with warnings.catch_warnings():
-        # PEFT warns that an adapter on a head that is tied to the embeddings must not be merged: it never is
-        warnings.filterwarnings("ignore", message=".*tied layer is part of the adapter")
-        lm = cast("PeftModel", get_peft_model(base, config))
-    return Doctor(lm, Vocabulary.of(tokenizer), settings.rho), tokenizer
+        return Doctor(base.requires_grad_(), vocabulary, settings.rho), tokenizer
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_targets if settings.lora_targets == "all-linear" else list(settings.lora_targets),
+    )
+    lm = cast("PeftModel", get_peft_model(base, config))
+    return Doctor(lm, vocabulary, settings.rho), tokenizer

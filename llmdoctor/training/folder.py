@@ -1,11 +1,10 @@
 """The doctor folder, as ``train`` writes it, and the doctor in decoding form, as it is loaded from there."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -22,10 +21,11 @@ from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer
 from llmdoctor.training.doctor import NO_HEAD, Doctor
 
 MARKER = "doctor.json"
+HEAD = "head.safetensors"
 
 
 def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase, meta: Mapping[str, Any]) -> None:
-    """Write the doctor folder, all or nothing: PEFT adapter (or whole model), value head, tokenizer, doctor.json, card.
+    """Write the doctor folder, all or nothing: what was trained, value head, tokenizer, doctor.json, model card.
 
     ``meta["base_model"]`` is the base, whose fingerprint doctor.json states. A hub name and a file of a package stay as
     they are. Of a path, doctor.json has the absolute form and, as ``base_beside``, the one relative to the folder: they
@@ -39,12 +39,17 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
             doctor.lm.peft_config["default"].base_model_name_or_path = base["base_model"]
             # the embeddings are the base's own; unless told so, PEFT asks the hub for the base's config to find out
             doctor.lm.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        elif doctor.change is not None:
+            up_H_R = doctor.change.scale * doctor.change.up.weight
+            held = {"down.weight": doctor.change.down.weight, "up.weight": up_H_R}
+            save_file({name: p.detach().float().cpu().contiguous() for name, p in held.items()}, temporary / HEAD)
         else:
             doctor.lm.save_pretrained(str(temporary))
         # the value head's scale goes into its weights: decoding need not know rho
         head = {name: (doctor.scale * p.detach()).float().cpu() for name, p in doctor.value_head.named_parameters()}
         save_file(head, temporary / "value_head.safetensors")
-        tokenizer.save_pretrained(str(temporary))
+        if doctor.change is None:  # a head has the tokenizer of its base, which it needs anyway
+            tokenizer.save_pretrained(str(temporary))
         write_json(temporary / MARKER, {**meta, **base})
         (temporary / "README.md").write_text(_card(base["base_model"], meta), encoding="utf-8")
 
@@ -69,10 +74,11 @@ def base_record(base: str, folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class HeadAdapter:
-    """What method "head" trains: a low-rank addition to the base's head, logits + up (down h).
+    """What method "head" trained, as a low-rank addition to the logits: logits + up (down h).
 
-    ``down_R_H`` and ``up_V_R`` (scaled) are LoRA's A and B, R its rank. It is never merged: the base's head is often
-    tied to its embeddings, and the base goes on being the patient.
+    ``up_V_R`` is the base's head times `llmdoctor.training.doctor.HeadChange`'s ``up``, worked out once: a step then
+    costs 2 R products for a token of the vocabulary instead of a second pass through the head. It is never merged: the
+    base's head is often tied to its embeddings, and the base goes on being the patient.
     """
 
     down_R_H: Tensor
@@ -84,6 +90,13 @@ class HeadAdapter:
         down = linear(hidden.to(self.down_R_H), self.down_R_H)
         change = linear(down, self.up_V_R)
         return logits.to(change) + change
+
+
+class Base(NamedTuple):
+    """A model before training, which doctors may share."""
+
+    model: PreTrainedModel
+    vocabulary: Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +135,7 @@ def load_doctor(
     name: str | None = None,
     base: str | Path | None = None,
     with_base: bool = False,
-    bases: dict[str, PreTrainedModel] | None = None,
+    bases: dict[str, Base] | None = None,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -143,20 +156,23 @@ def load_doctor(
     if not isinstance(meta, dict) or "base_model" not in meta or not isinstance(meta.get("settings", {}), dict):
         raise LoadError(f"{folder / MARKER}: expected an object with base_model and settings; train the doctor again")
     whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
-    only_head = meta.get("settings", {}).get("train", {}).get("method") == "head"
+    only_head = (folder / HEAD).is_file()
     bases = {} if bases is None else bases
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(folder)
     # a base that is loaded already, as the patient may be, need not be found again
     plain = bases.get(str(meta.get("base_fingerprint"))) if base is None and (with_base or only_head) else None
     source = ""
     if (not whole and not (only_head and plain)) or (with_base and plain is None):
         source = _find_base(folder, meta, base)
+    vocabulary = None if only_head else Vocabulary.of(load_tokenizer(folder))
     if plain is None and (with_base or only_head):
         key = _fingerprint(source)
-        plain = bases[key] = bases.get(key) or load_lm(source, **options)  # type: ignore[arg-type]
+        plain = bases[key] = bases.get(key) or Base(
+            load_lm(source, **options),  # type: ignore[arg-type]
+            vocabulary or Vocabulary.of(load_tokenizer(source, trust_remote_code=trust_remote_code)),
+        )
     # otherwise never the shared plain base: merging an adapter changes the model's weights in place
-    lm = plain if only_head and plain is not None else load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
+    lm = plain.model if only_head and plain else load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
     if source:  # once more: before it was loaded, a base from the hub may not have been here
         _require_base(folder, meta, source)
     adapter = None
@@ -177,8 +193,8 @@ def load_doctor(
         weight,
         bias,
         bool(meta.get("settings", {}).get("train", {}).get("anchor", False)),
-        Vocabulary.of(tokenizer),
-        plain,
+        vocabulary or plain.vocabulary,  # type: ignore[union-attr]
+        plain.model if plain else None,
         meta,
         adapter,
     )
@@ -193,20 +209,21 @@ def _fingerprint(source: str) -> str:
 
 
 def _head_adapter(folder: Path, lm: PreTrainedModel) -> HeadAdapter:
-    """The adapter of method "head". Raises OSError, SafetensorError, KeyError or ValueError for one that is none."""
-    config = read_json(folder / "adapter_config.json")
-    held = load_file(folder / "adapter_model.safetensors", device=str(lm.device))
-    (down_name,) = [name for name in held if name.endswith(".lora_A.weight")]
-    down, up = held[down_name], held[down_name.replace(".lora_A.", ".lora_B.")]
+    """The change of method "head". Raises OSError, SafetensorError, KeyError or ValueError for one that is none."""
+    held = load_file(folder / HEAD, device=str(lm.device))
+    down_R_H, up_H_R = held["down.weight"], held["up.weight"]
     if (tail := SplitLM.of(lm).tail_scale) is None:
         raise ValueError(NO_HEAD)
-    scale = tail * config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     head = lm.get_output_embeddings()
-    rows, width = head.out_features, head.in_features
-    if down.shape != (config["r"], width) or up.shape != (rows, config["r"]):
-        raise ValueError(f"its adapter is for a head of {up.shape[0]} x {down.shape[1]}, its base has {rows} x {width}")
+    if down_R_H.shape != up_H_R.T.shape or down_R_H.shape[1] != head.in_features:
+        raise ValueError(
+            f"its change is for states of {up_H_R.shape[0]} numbers, the head of its base reads {head.in_features}"
+        )
     exact = torch.promote_types(lm.dtype, torch.float32)
-    return HeadAdapter(down.to(exact), (scale * up).to(exact))
+    with torch.inference_mode():
+        # through the module, which may be quantised; without its bias
+        rows_R_V = head(up_H_R.T.to(lm.dtype)) - head(up_H_R.T.new_zeros(1, len(up_H_R), dtype=lm.dtype))
+    return HeadAdapter(down_R_H.to(exact), (tail * rows_R_V.T).to(exact).contiguous())
 
 
 def _find_base(folder: Path, meta: Mapping[str, Any], given: str | Path | None) -> str:
@@ -263,7 +280,7 @@ def _card(base: str, meta: Mapping[str, Any]) -> str:
     full = meta.get("settings", {}).get("train", {}).get("method") == "full"
     what = "All weights and a value head" if full else "A LoRA adapter and a value head"
     if meta.get("settings", {}).get("train", {}).get("method") == "head":
-        what = "A low-rank addition to the head, and a value head,"
+        what = "A change of low rank to what the head reads, and a value head,"
     on_hub = "" if base.startswith(("/", ".", "package:")) else f"base_model: {base}\n"  # the hub knows no others
     base = Path(base).name
     return (
