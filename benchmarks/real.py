@@ -39,8 +39,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import transformers
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -460,13 +462,26 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
+Cells = dict[tuple[str, str, float | None], list[dict[str, Any]]]
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> Cells:
+    """The rows by wish, method and strength."""
+    found: Cells = defaultdict(list)
+    for row in rows:
+        found[row["wish"], row["method"], row["strength"]].append(row)
+    return found
+
+
+def per_token(row: dict[str, Any]) -> float:
+    """KL to the patient, nats."""
+    return float(row["kl"]) / max(row["tokens"], 1)
+
+
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown: one table per wish; means over answers with their 95% intervals."""
-    cells: dict[tuple[str, str, float | None], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        cells[row["wish"], " ".join(filter(None, (row["method"], row["doctor"]))), row["strength"]].append(row)
-    lines = []
-    for wish in dict.fromkeys(key[0] for key in cells):
+    found, lines = cells(rows), []
+    for wish in dict.fromkeys(key[0] for key in found):
         lines += [
             "",
             f"### {wish}",
@@ -474,15 +489,42 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
             "| method | strength | answers | gold | KL per token, nats | distinct-4 | words | tokens/s |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for (_, method, strength), own in ((key, own) for key, own in cells.items() if key[0] == wish):
+        for (_, method, strength), own in ((key, own) for key, own in found.items() if key[0] == wish):
             gold = interval([row["gold"] for row in own])
-            kl = interval([row["kl"] / max(row["tokens"], 1) for row in own])
+            kl = interval([per_token(row) for row in own])
             words = interval([float(len(row["text"].split())) for row in own])
             speed = sum(row["tokens"] for row in own) / sum(row["seconds"] for row in own)
             variety = distinct_n([row["text"] for row in own], 4)
             shown = "" if strength is None else f"{strength:g}"
             lines.append(f"| {method} | {shown} | {len(own)} | {gold} | {kl} | {variety:.3f} | {words} | {speed:.0f} |")
     return lines
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw gold by KL, a curve for every method over its strengths, as an SVG."""
+    found = cells(rows)
+    wishes = list(dict.fromkeys(key[0] for key in found))
+    figure = Figure(figsize=(4.6 * len(wishes), 4), layout="constrained")
+    for axes, wish in zip(figure.subplots(1, len(wishes), squeeze=False)[0], wishes, strict=True):
+        for method in dict.fromkeys(key[1] for key in found if key[0] == wish):
+            curve = [own for key, own in found.items() if key[:2] == (wish, method)]
+            points = sorted((statistics.fmean(map(per_token, own)), [row["gold"] for row in own]) for own in curve)
+            axes.errorbar(
+                [kl for kl, _ in points],
+                [statistics.fmean(gold) for _, gold in points],
+                yerr=[1.96 * statistics.stdev(gold) / math.sqrt(len(gold)) for _, gold in points],
+                fmt="o-" if method in STRENGTHS else "s",
+                linewidth=2 if method == "probe" else 1,
+                markersize=3.5,
+                capsize=2,
+                label=method,
+            )
+        axes.set(title=wish, xlabel="KL to the patient per token, nats", ylabel="gold")
+        axes.set_xscale("symlog", linthresh=0.01)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    # a fixed salt for element ids and no date: the same rows give the same bytes; text stays text
+    with matplotlib.rc_context({"svg.hashsalt": "llmdoctor", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def interval(values: Sequence[float]) -> str:
@@ -520,7 +562,8 @@ def main() -> None:
                 pairs = labelled(rows, WISHES[name], args.cache / f"pairs {name}.jsonl")
                 for method in methods(args.methods, WISHES[name], Pupil(patient, name, pairs, args.cache)):
                     measure(sampler, log, name, method, questions, seed, args.batch)
-    lines = ["# On a real instruct model", "", INTRODUCTION, *report(read(log))]
+    draw(read(log), args.output / "real.svg")
+    lines = ["# On a real instruct model", "", INTRODUCTION, "", "![Gold by KL](real.svg)", *report(read(log))]
     (args.output / "real.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

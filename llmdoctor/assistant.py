@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength
 from llmdoctor.decoding.prefix import PrefixCache

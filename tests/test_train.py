@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmdoctor.errors import DataError, LoadError, TrainingError, UsageError, VocabularyError
-from llmdoctor.models import load_patient
+from llmdoctor.models import SplitLM, load_patient
 from llmdoctor.records import FacePair, PairScores, TokenScores, TrainStep
 from llmdoctor.settings import DataSettings, RewardSettings, TrainSettings
 from llmdoctor.token_rewards.extract import extract
@@ -30,10 +30,11 @@ from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.token_rewards.formula import alternative_rewards, token_rewards
 from llmdoctor.training import batches
+from llmdoctor.training import trainer as trainer_module
 from llmdoctor.training.batches import Pairs, ScoredResponse, hold_out, sides
 from llmdoctor.training.checkpoints import last_checkpoint
 from llmdoctor.training.doctor import Doctor, new_doctor
-from llmdoctor.training.folder import load_doctor
+from llmdoctor.training.folder import HEAD, load_doctor
 from llmdoctor.training.train import train
 from llmdoctor.training.trainer import TFPOTrainer
 
@@ -616,6 +617,33 @@ def test_the_reference_is_computed_once_and_is_the_base(
         torch.testing.assert_close(side.reference, expected, atol=1e-9, rtol=0)
     trainer.train()
     assert forwards == [False] * before + [True] * 3 * before  # never again in three epochs
+
+
+def test_a_head_reads_the_states_of_its_base_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the states kept or read again at every step, with alternatives or held-out pairs: the same head."""
+    forwards: list[int] = []
+    hidden = SplitLM.hidden
+
+    def counted(self: SplitLM, *args: Any) -> Any:
+        forwards.append(1)
+        return hidden(self, *args)
+
+    monkeypatch.setattr(SplitLM, "hidden", counted)
+    how: dict[str, Any] = {"method": "head", "dtype": "float64", "max_steps": None, "epochs": 3, "holdout": 0.4}
+    for extra, kept in (({}, True), ({"alternatives": 1}, False)):
+        heads = []
+        for limit in (trainer_module._KEPT_NUMBERS, 0):
+            forwards.clear()
+            folder = tmp_path / f"{kept} {limit}"
+            with monkeypatch.context() as patch:
+                patch.setattr(trainer_module, "_KEPT_NUMBERS", limit)
+                run(world, folder, **how, **extra)
+            heads.append(load_file(folder / HEAD))
+            before = 2  # batches of the references: twelve responses in batches of six
+            assert (len(forwards) == before) == (kept and limit > 0)
+        assert heads[0]["up.weight"].abs().max() > 1e-4
+        for name, tensor in heads[0].items():
+            torch.testing.assert_close(tensor, heads[1][name], rtol=1e-5, atol=1e-7)
 
 
 def test_the_losses_are_drawn_and_told_to_tensorboard(world: Path, tmp_path: Path) -> None:

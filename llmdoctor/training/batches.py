@@ -29,7 +29,8 @@ class ScoredResponse:
     ``prompt`` [L] and ``response`` [T] are token ids; ``rewards`` [T] are the token rewards r_t. ``others`` lists the
     tokens that may be compared with the response's own after the same prefix: (position t, the other token's id,
     whether the other is better). ``reference`` [T] are the response's log-probs (nats) under the doctor's base; None
-    until the trainer has computed them.
+    until the trainer has computed them. ``states`` [N, H] are what the base's head reads at every state of the
+    response, where the doctor has the base's own states and they are kept.
 
     >>> ScoredResponse(
     ...     pair_id="a",
@@ -47,6 +48,7 @@ class ScoredResponse:
     rewards: Tensor
     others: list[tuple[int, int, bool]]
     reference: Tensor | None = None
+    states: Tensor | None = None
 
 
 ScoredPair = tuple[ScoredResponse, ScoredResponse]  # chosen, rejected
@@ -140,8 +142,8 @@ class Collator:
     """Pads B pairs to a batch of R rows: chosen and rejected of every pair in turn, then a row for every alternative.
 
     Each row is prompt, response, padding. ``rewards`` and ``reference`` [2B, T] go with the first 2B rows, which are
-    the scored ones; ``reference`` is absent when the responses have none. ``value_pairs`` [P, 4] holds (row, state,
-    other row, other state): log V should be greater at the first of the two states.
+    the scored ones; ``reference`` is absent when the responses have none, as are ``states`` [2B, N, H]. ``value_pairs``
+    [P, 4] holds (row, state, other row, other state): log V should be greater at the first of the two states.
 
     The states compared are those after the first tokens in which chosen and rejected differ (the paper) and, for up to
     ``settings.alternatives`` of the ``others`` of each response, those after its own token and after the other one.
@@ -178,10 +180,12 @@ class Collator:
                 value_pairs.append((*other, *own) if better else (*own, *other))
                 rows.append((side.prompt, torch.cat([side.response[:position], torch.tensor([other_id])])))
         references = [side.reference for side in responses if side.reference is not None]
+        states = [side.states for side in responses if side.states is not None]
         return {
             **pad_rows(rows),
             "rewards": pad_sequence([side.rewards for side in responses], batch_first=True),
             **({"reference": pad_sequence(references, batch_first=True)} if references else {}),
+            **({"states": pad_sequence(states, batch_first=True)} if states else {}),
             "pair_ids": [chosen.pair_id for chosen, _ in pairs],
             "value_pairs": torch.tensor(value_pairs, dtype=torch.long).reshape(-1, 4),
         }

@@ -18,10 +18,14 @@ NO_HEAD = "its logits are capped after the head, so nothing can be added to them
 
 
 class DoctorOutput(NamedTuple):
-    """Log-probs (nats) of response tokens and log V of states, right-padded; the padding's values are meaningless."""
+    """Log-probs (nats) of response tokens, log V of states, and what the head reads there, right-padded.
+
+    The padding's values are meaningless.
+    """
 
     logprobs_B_T: Tensor
     log_values_R_N: Tensor
+    states_R_N_H: Tensor
 
 
 class HeadChange(nn.Module):
@@ -86,24 +90,27 @@ class Doctor(nn.Module):
         prompt_lengths: Tensor,
         response_lengths: Tensor,
         scored: int,
+        states: Tensor | None = None,
     ) -> DoctorOutput:
         """Log-probs of the first ``scored`` rows' response tokens [B, T]; log V of every state of all rows [R, N].
 
         ``input_ids`` and ``attention_mask`` [R, L] hold prompt, response, padding on the right; the lengths are [R]. No
-        prompt may be empty: s_0 is read at its last token.
+        prompt may be empty: s_0 is read at its last token. ``states`` [R, N, H] are those of the
+        output, where they are known from before.
         """
         last = int(response_lengths.max())
         # state s_0 is read at the prompt's last token, s_t at response token t
         places_R_N = (prompt_lengths[:, None] - 1 + torch.arange(last + 1, device=input_ids.device)).clamp(
             max=input_ids.shape[1] - 1
         )
-        hidden_R_L_H = self.split.hidden(input_ids, attention_mask)
-        states_R_N_H = hidden_R_L_H.gather(1, places_R_N[..., None].expand(-1, -1, hidden_R_L_H.shape[-1]))
-        values_R_N = self.scale * self.value_head(states_R_N_H.to(self.value_head.weight.dtype))[..., 0].float()
+        if states is None:
+            hidden_R_L_H = self.split.hidden(input_ids, attention_mask)
+            states = hidden_R_L_H.gather(1, places_R_N[..., None].expand(-1, -1, hidden_R_L_H.shape[-1]))
+        values_R_N = self.scale * self.value_head(states.to(self.value_head.weight.dtype))[..., 0].float()
         targets_B_T = input_ids[:scored].gather(1, places_R_N[:scored, 1:])
         mask_B_T = torch.arange(last, device=input_ids.device) < response_lengths[:scored, None]
-        logprobs = self._log_probs(states_R_N_H[:scored, :-1], targets_B_T, mask_B_T)
-        return DoctorOutput(logprobs, values_R_N)
+        logprobs = self._log_probs(states[:scored, :-1], targets_B_T, mask_B_T)
+        return DoctorOutput(logprobs, values_R_N, states)
 
     def base_alone(self) -> AbstractContextManager[Any]:
         """A context in which the doctor is its base. A whole one stays as it is: use it before the first step."""

@@ -23,6 +23,7 @@ from llmdoctor.training.progress import Losses, Progress
 # A loss has exploded when it is _EXPLODED times the greatest of the last _RECENT steps, and of 1.
 _EXPLODED = 100.0
 _RECENT = 50
+_KEPT_NUMBERS = 1 << 29  # at most 2 GiB of states in float32
 
 
 class TFPOTrainer(Trainer):
@@ -62,9 +63,16 @@ class TFPOTrainer(Trainer):
 
     @torch.no_grad()
     def _compute_references(self, responses: Sequence[ScoredResponse]) -> None:
-        """Set every response's log-probs under the doctor's base: once, because the base does not change."""
+        """Set every response's log-probs under the doctor's base: once, because the base does not change.
+
+        A doctor that changes only what the head reads has the base's own states. They are kept, if they fit, and the
+        layers below the head then run only here.
+        """
         doctor, size = self.model, 2 * self.settings.batch_size
         assert isinstance(doctor, Doctor)
+        numbers = sum(len(side.response) + 1 for side in responses) * doctor.value_head.in_features
+        # the row of an alternative ends with another token, so its states are others
+        keep = doctor.change is not None and not self.settings.alternatives and numbers <= _KEPT_NUMBERS
         doctor.eval()  # no dropout in the reference
         # longest first, so that rows of like length share a batch and a batch too large fails at once
         waiting = sorted((side for side in responses if side.reference is None), key=lambda side: -len(side.response))
@@ -72,9 +80,11 @@ class TFPOTrainer(Trainer):
             rows = waiting[start : start + size]
             batch = self._prepare_inputs(pad_rows([(side.prompt, side.response) for side in rows]))
             with doctor.base_alone(), self.compute_loss_context_manager():
-                logprobs_B_T = doctor(**batch, scored=len(rows)).logprobs_B_T.cpu()
-            for logprobs_T, side in zip(logprobs_B_T, rows, strict=True):
+                out: DoctorOutput = doctor(**batch, scored=len(rows))
+            for logprobs_T, states_N_H, side in zip(out.logprobs_B_T.cpu(), out.states_R_N_H, rows, strict=True):
                 side.reference = logprobs_T[: len(side.response)].clone()
+                if keep:
+                    side.states = states_N_H[: len(side.response) + 1].cpu().clone()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the value head at its own learning rate when the settings give one."""
