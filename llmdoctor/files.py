@@ -50,8 +50,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _flush_to_disk(path: Path) -> None:
+    os.umask(mask := os.umask(0o077))  # it can only be read by setting it
     # Some file systems report a full disk only here, and a rename may reach the disk before the bytes do.
     for file in (item for item in path.rglob("*") if item.is_file()) if path.is_dir() else (path,):
+        file.chmod(0o666 & ~mask)  # safetensors makes files that nobody else may read
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
 

@@ -14,7 +14,9 @@ _WRITTEN_OUT = {"alpha", "mode", "plausibility", "temperature", "max_new_tokens"
 
 
 def short_name(model: str) -> str:
-    """A model's name: the last two parts of a folder, a hub name as it is."""
+    """A model's name: the last two parts of a folder, a hub name as it is, a GGUF file without place and ending."""
+    if model.lower().endswith(".gguf"):
+        return Path(model.rpartition(":")[2]).stem
     return "/".join(Path(model).parts[-2:])
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
 from llmdoctor.files import atomic_path, ensure_replaceable, locked, read_json, write_json
@@ -143,6 +145,16 @@ def test_damage_inside_a_shard_is_found_while_reading(folder):
     content[4:400] = bytes(396)
     shard.write_bytes(content)
     assert "cannot read" in refusal(folder)
+
+
+def test_files_may_be_read_by_whom_the_user_lets_read(tmp_path):
+    """Safetensors writes files for their owner alone."""
+    (tmp_path / "plain").touch()
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        save_file({"x": torch.zeros(2)}, temporary / "x.safetensors")
+    modes = {path.stat().st_mode for path in (tmp_path / "plain", tmp_path / "folder" / "x.safetensors")}
+    assert len(modes) == 1
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):

@@ -140,8 +140,8 @@ def new_doctor(
     tokenizer = load_tokenizer(base_model, trust_remote_code=trust_remote_code)
     full = settings.method == "full"
     # Small updates of a bfloat16 weight are rounded away; LoRA's own weights are float32 anyway. On a CPU gradients
-    # through bfloat16 gain little.
-    exact = full or pick_device(settings.device).type == "cpu"
+    # through bfloat16 gain little; a head has none below it, and reads what it will read while decoding.
+    exact = full or (settings.method == "lora" and pick_device(settings.device).type == "cpu")
     dtype = "float32" if exact and settings.dtype == "auto" else settings.dtype
     base = load_lm(base_model, dtype=dtype, device=settings.device, trust_remote_code=trust_remote_code)
     if full and getattr(base, "hf_quantizer", None) is not None:

