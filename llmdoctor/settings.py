@@ -154,8 +154,8 @@ class TrainSettings(Settings):
     doctor: Location | None = Field(default=None, description="Base model of the doctor, named like a patient")
     method: Literal["lora", "head", "full"] = Field(
         default="lora",
-        description="Train a LoRA adapter; one on the head alone, which costs no forward if the base is the patient; "
-        "or every weight of the base",
+        description="Train a LoRA adapter; a change of what the head reads, which costs no forward if the base is the "
+        "patient; or every weight of the base",
     )
     flow: Literal["relative", "absolute"] = Field(
         default="relative", description="Flow relative to the doctor's base, or absolute as in the paper"
@@ -182,9 +182,9 @@ class TrainSettings(Settings):
         ge=0,
         description="Further token pairs with the same prefix that the value loss compares, per response",
     )
-    lora_rank: int = Field(default=16, ge=1, description="Rank of the adapter")
-    lora_alpha: float = Field(default=32.0, gt=0, description="The adapter is scaled by this over its rank")
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter")
+    lora_rank: int = Field(default=16, ge=1, description="Rank of the adapter, or of the change")
+    lora_alpha: float = Field(default=32.0, gt=0, description="It is scaled by this over its rank")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter (method lora)")
     lora_targets: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(_all_linear)] = Field(
         default="all-linear", description="Modules that get an adapter: their names, or all-linear"
     )

@@ -17,10 +17,10 @@ from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.drafting import FixedLength
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.models import load_lm
+from llmdoctor.models import SplitLM, Vocabulary, load_lm, token_log_probs
 from llmdoctor.settings import Guidance, TrainSettings
-from llmdoctor.training.doctor import new_doctor
-from llmdoctor.training.folder import HEAD, HeadAdapter, load_doctor, save_doctor
+from llmdoctor.training.doctor import HeadAdapter, new_doctor
+from llmdoctor.training.folder import HEAD, load_doctor, save_doctor
 from tests.test_batch import requests
 from tests.test_decode import PROMPTS, doctor_of, patient_of, tiny
 from tests.test_speculative import Erratic, run, same
@@ -138,8 +138,8 @@ def test_a_head_is_loaded_as_it_was_trained(base: Path, tmp_path: Path) -> None:
     ids = torch.tensor([[3, 9, 1, 20, 7]])
     with torch.no_grad():
         states = doctor.lm.base_model(input_ids=ids).last_hidden_state
-        expected = doctor.lm.lm_head(doctor.change(states))
-        assert torch.equal(doctor.lm.lm_head(states), doctor.lm(input_ids=ids).logits)
+        moved = states + doctor.change.scale * doctor.change.up(doctor.change.down(states))
+        expected = doctor.lm.lm_head(moved)
         # training scores with the same logits
         lengths = {"prompt_lengths": torch.tensor([2]), "response_lengths": torch.tensor([3])}
         scored = doctor(ids, torch.ones_like(ids), **lengths, scored=1).logprobs_B_T
@@ -147,7 +147,9 @@ def test_a_head_is_loaded_as_it_was_trained(base: Path, tmp_path: Path) -> None:
         said = expected[0, 1:4].log_softmax(dim=-1).gather(1, ids[0, 2:, None])[:, 0]
         torch.testing.assert_close(scored[0], said, rtol=1e-5, atol=1e-5)
         with doctor.base_alone():
-            assert torch.equal(doctor.change(states), states)
+            plain = doctor(ids, torch.ones_like(ids), **lengths, scored=1).logprobs_B_T
+        said = doctor.lm(input_ids=ids).logits[0, 1:4].log_softmax(dim=-1).gather(1, ids[0, 2:, None])[:, 0]
+        torch.testing.assert_close(plain[0], said, rtol=1e-5, atol=1e-5)
     loaded = load_doctor(tmp_path / "d")
     out = loaded.model(input_ids=ids, output_hidden_states=True)
     hidden = loaded.model.base_model(input_ids=ids).last_hidden_state
@@ -157,6 +159,32 @@ def test_a_head_is_loaded_as_it_was_trained(base: Path, tmp_path: Path) -> None:
     assert not torch.allclose(out.logits, expected, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["phi", "granite"])
+def test_the_change_goes_through_the_head_as_it_is(tiny_model: Callable[..., Path], kind: str, dtype: Any) -> None:
+    """Without the head's bias, with the scale of the logits, and small beside logits in bfloat16: float64 twin."""
+    model = load_lm(tiny_model(kind, **({"logits_scaling": 4.0} if kind == "granite" else {})), dtype="float32")
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        head.bias.data += 5.0
+    model, split = model.to(dtype), SplitLM.of(model.to(dtype))
+    generator = torch.Generator().manual_seed(3)
+    down, up = torch.randn(3, 16, generator=generator), 0.01 * torch.randn(16, 3, generator=generator)
+    hidden = torch.randn(5, 16, generator=generator).to(dtype)
+    expected = hidden.double() @ down.T.double() @ up.T.double() @ head.weight.T.double()
+    expected = expected / (4.0 if kind == "granite" else 1.0)
+    adapter = HeadAdapter.of(split, head, down, up)
+    change = adapter(torch.zeros(1), hidden)
+    atol = (1e-6 if dtype is torch.float32 else 1e-2) * float(expected.abs().max())
+    torch.testing.assert_close(change.double(), expected, atol=atol, rtol=0)
+    # training scores with the very same logits
+    ids = torch.arange(5)
+    vocabulary = Vocabulary({str(i): i for i in range(head.out_features)}, head.out_features)
+    scored = token_log_probs(split, hidden, ids, vocabulary, change=adapter)
+    logits = split.logits(hidden).float() + change
+    torch.testing.assert_close(scored, logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0])
+
+
 def test_the_patient_is_loaded_once(base: Path, tmp_path: Path) -> None:
     trained_head(base, tmp_path / "d")
     assistant = LLMdoctor(str(base), tmp_path / "d", beta=0.7, mode="ratio", device="cpu")
@@ -164,7 +192,7 @@ def test_the_patient_is_loaded_once(base: Path, tmp_path: Path) -> None:
     assert doctor.model is assistant.patient.model
     assert doctor.base is assistant.patient.model
     assert (tmp_path / "d" / HEAD).stat().st_size < 4 * 2 * 3 * 16 + 1000
-    assert not (tmp_path / "d" / "adapter_config.json").exists()
+    assert not list((tmp_path / "d").glob("*token*")), "a head uses the tokenizer of its base"
     # at beta 0 it is the patient, token for token
     assert assistant.generate("Hello", seed=1, max_new_tokens=8, guidance=Guidance()) == "".join(
         token.text for token in assistant.stream("Hello", seed=1, max_new_tokens=8, guided=False)
@@ -180,7 +208,7 @@ def test_heads_that_do_not_fit_are_refused(base: Path, tiny_model: Callable[...,
     known = json.loads(marker.read_text())
     del known["base_fingerprint"]  # as in folders of version 0.1.0
     marker.write_text(json.dumps(known))
-    with pytest.raises(LoadError, match="its change is for states of"):
+    with pytest.raises(LoadError, match=r"the shapes \[3, 16\] and \[16, 3\]; the head of its base reads 24"):
         load_doctor(tmp_path / "d", base=wider)
     with pytest.raises(UsageError, match="capped"):
         new_doctor(tiny_model("gemma2", final_logit_softcapping=3.0), TrainSettings(method="head"))

@@ -18,14 +18,14 @@ from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
 from llmdoctor.model_source import ModelSource, first_line
 from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer
-from llmdoctor.training.doctor import NO_HEAD, Doctor
+from llmdoctor.training.doctor import Doctor, HeadAdapter
 
 MARKER = "doctor.json"
 HEAD = "head.safetensors"
 
 
 def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase, meta: Mapping[str, Any]) -> None:
-    """Write the doctor folder, all or nothing: what was trained, value head, tokenizer, doctor.json, model card.
+    """Write the doctor folder, all or nothing: what was trained, value head, doctor.json, model card, and tokenizer.
 
     ``meta["base_model"]`` is the base, whose fingerprint doctor.json states. A hub name and a file of a package stay as
     they are. Of a path, doctor.json has the absolute form and, as ``base_beside``, the one relative to the folder: they
@@ -40,15 +40,14 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
             # the embeddings are the base's own; unless told so, PEFT asks the hub for the base's config to find out
             doctor.lm.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
         elif doctor.change is not None:
-            up_H_R = doctor.change.scale * doctor.change.up.weight
-            held = {"down.weight": doctor.change.down.weight, "up.weight": up_H_R}
+            held = {"down.weight": doctor.change.down.weight, "up.weight": doctor.change.up_H_R}
             save_file({name: p.detach().float().cpu().contiguous() for name, p in held.items()}, temporary / HEAD)
         else:
             doctor.lm.save_pretrained(str(temporary))
         # the value head's scale goes into its weights: decoding need not know rho
         head = {name: (doctor.scale * p.detach()).float().cpu() for name, p in doctor.value_head.named_parameters()}
         save_file(head, temporary / "value_head.safetensors")
-        if doctor.change is None:  # a head has the tokenizer of its base, which it needs anyway
+        if doctor.change is None:  # a head uses the tokenizer of its base
             tokenizer.save_pretrained(str(temporary))
         write_json(temporary / MARKER, {**meta, **base})
         (temporary / "README.md").write_text(_card(base["base_model"], meta), encoding="utf-8")
@@ -70,26 +69,6 @@ def base_record(base: str, folder: Path) -> dict[str, str]:
         return record
     path = str(Path(where.place, where.gguf or "").resolve())
     return {**record, "base_model": path, "base_beside": os.path.relpath(path, folder.resolve())}
-
-
-@dataclass(frozen=True, eq=False)
-class HeadAdapter:
-    """What method "head" trained, as a low-rank addition to the logits: logits + up (down h).
-
-    ``up_V_R`` is the base's head times `llmdoctor.training.doctor.HeadChange`'s ``up``, worked out once: a step then
-    costs 2 R products for a token of the vocabulary instead of a second pass through the head. It is never merged: the
-    base's head is often tied to its embeddings, and the base goes on being the patient.
-    """
-
-    down_R_H: Tensor
-    up_V_R: Tensor
-
-    def __call__(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """The doctor's logits [..., V] from the base's and from what its head reads [..., H], in float32 or better."""
-        # in bfloat16 most of the change would be lost: it is smaller than the steps between the base's logits
-        down = linear(hidden.to(self.down_R_H), self.down_R_H)
-        change = linear(down, self.up_V_R)
-        return logits.to(change) + change
 
 
 class Base(NamedTuple):
@@ -156,7 +135,7 @@ def load_doctor(
     if not isinstance(meta, dict) or "base_model" not in meta or not isinstance(meta.get("settings", {}), dict):
         raise LoadError(f"{folder / MARKER}: expected an object with base_model and settings; train the doctor again")
     whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
-    only_head = (folder / HEAD).is_file()
+    only_head = (folder / HEAD).is_file() or meta.get("settings", {}).get("train", {}).get("method") == "head"
     bases = {} if bases is None else bases
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     # a base that is loaded already, as the patient may be, need not be found again
@@ -173,6 +152,8 @@ def load_doctor(
         )
     # otherwise never the shared plain base: merging an adapter changes the model's weights in place
     lm = plain.model if only_head and plain else load_lm(folder if whole else source, **options)  # type: ignore[arg-type]
+    if vocabulary is None:
+        _require_tokenizer(folder, meta, plain)
     if source:  # once more: before it was loaded, a base from the hub may not have been here
         _require_base(folder, meta, source)
     adapter = None
@@ -200,6 +181,16 @@ def load_doctor(
     )
 
 
+def _require_tokenizer(folder: Path, meta: Mapping[str, Any], base: "Base | None") -> None:
+    """A head has no tokenizer of its own: that of its base must be the one it was trained with. Raises LoadError."""
+    trained = meta.get("tokenizer", {}).get("fingerprint")
+    if base is not None and trained not in (None, base.vocabulary.fingerprint):
+        raise LoadError(
+            f"the tokenizer of the base of the doctor {folder} has other tokens than the one it was trained with: use "
+            "the base's own tokenizer"
+        )
+
+
 def _fingerprint(source: str) -> str:
     """The key of a model in ``bases``: its fingerprint, so that one model is loaded once whatever it is called."""
     try:
@@ -211,19 +202,11 @@ def _fingerprint(source: str) -> str:
 def _head_adapter(folder: Path, lm: PreTrainedModel) -> HeadAdapter:
     """The change of method "head". Raises OSError, SafetensorError, KeyError or ValueError for one that is none."""
     held = load_file(folder / HEAD, device=str(lm.device))
-    down_R_H, up_H_R = held["down.weight"], held["up.weight"]
-    if (tail := SplitLM.of(lm).tail_scale) is None:
-        raise ValueError(NO_HEAD)
-    head = lm.get_output_embeddings()
-    if down_R_H.shape != up_H_R.T.shape or down_R_H.shape[1] != head.in_features:
-        raise ValueError(
-            f"its change is for states of {up_H_R.shape[0]} numbers, the head of its base reads {head.in_features}"
-        )
     exact = torch.promote_types(lm.dtype, torch.float32)
     with torch.inference_mode():
-        # through the module, which may be quantised; without its bias
-        rows_R_V = head(up_H_R.T.to(lm.dtype)) - head(up_H_R.T.new_zeros(1, len(up_H_R), dtype=lm.dtype))
-    return HeadAdapter(down_R_H.to(exact), (tail * rows_R_V.T).to(exact).contiguous())
+        return HeadAdapter.of(
+            SplitLM.of(lm), lm.get_output_embeddings(), held["down.weight"].to(exact), held["up.weight"].to(exact)
+        )
 
 
 def _find_base(folder: Path, meta: Mapping[str, Any], given: str | Path | None) -> str:
@@ -280,18 +263,18 @@ def _card(base: str, meta: Mapping[str, Any]) -> str:
     method = meta.get("settings", {}).get("train", {}).get("method")
     what = {
         "full": "All weights and a value head",
-        "head": "A change of low rank to what the head reads, and a value head,",
+        "head": "A change of low rank to what the head reads and a value head",
     }.get(method, "A LoRA adapter and a value head")
     library = {"full": "transformers", "head": "llmdoctor"}.get(method, "peft")
     mode = ', mode="ratio"' if method == "head" else ""
     on_hub = "" if base.startswith(("/", ".", "package:")) else f"base_model: {base}\n"  # the hub knows no others
-    base = Path(base).name
+    named, base = base, Path(base).name
     return (
         f"---\nlibrary_name: {library}\n{on_hub}"
         f"tags: [llmdoctor, {method or 'lora'}]\n---\n\n"
         f"# {meta.get('name', 'doctor')}: an llmdoctor doctor\n\n"
         f"{what} on `{base}`, trained with TFPO (arXiv 2601.10416) to steer the patient "
-        f"`{Path(rewards.get('patient', '?')).name}` while it decodes.\n\n"
+        f"`{base if rewards.get('patient') == named else rewards.get('patient', '?')}` while it decodes.\n\n"
         f"Trained on {rewards.get('pairs', '?')} preference pairs, {metrics.get('steps', '?')} steps. Settings and "
         f"metrics: `{MARKER}`.\n\n"
         "```python\nfrom llmdoctor import LLMdoctor\n\n"

@@ -23,7 +23,7 @@ from llmdoctor.training.progress import Losses, Progress
 # A loss has exploded when it is _EXPLODED times the greatest of the last _RECENT steps, and of 1.
 _EXPLODED = 100.0
 _RECENT = 50
-_KEPT_NUMBERS = 1 << 29  # at most 2 GiB of states in float32
+_KEPT_NUMBERS = 1 << 29  # states of at most 2 GiB in float32 are kept, in each process
 
 
 class TFPOTrainer(Trainer):
@@ -58,8 +58,9 @@ class TFPOTrainer(Trainer):
         if held_out and settings.patience:
             self.add_callback(EarlyStoppingCallback(settings.patience))
         # the evaluation reports log(pi / pi_ref), so held-out responses need their reference with either flow
-        relative = pairs if settings.flow == "relative" else ()
-        self._compute_references([side for pair in [*relative, *held_out] for side in pair])
+        # where a head keeps its states, they are read in the same pass
+        needed = pairs if settings.flow == "relative" or settings.method == "head" else ()
+        self._compute_references([side for pair in [*needed, *held_out] for side in pair])
 
     @torch.no_grad()
     def _compute_references(self, responses: Sequence[ScoredResponse]) -> None:
@@ -80,8 +81,9 @@ class TFPOTrainer(Trainer):
             rows = waiting[start : start + size]
             batch = self._prepare_inputs(pad_rows([(side.prompt, side.response) for side in rows]))
             with doctor.base_alone(), self.compute_loss_context_manager():
-                out: DoctorOutput = doctor(**batch, scored=len(rows))
-            for logprobs_T, states_N_H, side in zip(out.logprobs_B_T.cpu(), out.states_R_N_H, rows, strict=True):
+                states_B_N_H = doctor.states(**batch)
+                logprobs_B_T = doctor(**batch, scored=len(rows), states=states_B_N_H).logprobs_B_T.cpu()
+            for logprobs_T, states_N_H, side in zip(logprobs_B_T, states_B_N_H, rows, strict=True):
                 side.reference = logprobs_T[: len(side.response)].clone()
                 if keep:
                     side.states = states_N_H[: len(side.response) + 1].cpu().clone()
