@@ -533,13 +533,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 yerr=[1.96 * statistics.stdev(gold) / math.sqrt(len(gold)) for _, gold in points],
                 fmt="o-" if method in STRENGTHS else "s",
                 linewidth=2 if method == "probe" else 1,
+                color=f"C{METHODS.index(method)}",
                 markersize=3.5,
                 capsize=2,
                 label=method,
             )
         axes.set(title=wish, xlabel="KL to the patient per token, nats", ylabel="gold")
         axes.set_xscale("symlog", linthresh=0.01)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    shown = {n: h for axes in figure.axes for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", frameon=False)
     # a fixed salt for element ids and no date: the same rows give the same bytes; text stays text
     with matplotlib.rc_context({"svg.hashsalt": "llmdoctor", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
