@@ -4,7 +4,9 @@ import errno
 import io
 import os
 import sys
+import threading
 import warnings
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -113,5 +115,22 @@ def _root(
 
 def run() -> NoReturn:
     """Entry point of the ``llmdoctor`` script and of ``python -m llmdoctor``."""
-    app(prog_name="llmdoctor")
+    try:
+        app(prog_name="llmdoctor")
+    except SystemExit as ended:
+        _leave(ended.code)
+        raise
     raise AssertionError("the app exits by itself")
+
+
+def _leave(code: Any) -> None:
+    """End the process at once if models still load or speak in a thread of the app's.
+
+    Such a thread cannot be stopped inside a call of torch. When the interpreter is torn down around it, the whole
+    process aborts (SIGABRT) in place of exiting with ``code``.
+    """
+    if isinstance(code, int) and any(thread.name.startswith("llmdoctor-") for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)

@@ -141,3 +141,27 @@ def test_a_profile_with_an_unknown_key(fails, tmp_path):
     profile = tmp_path / "mine.yaml"
     profile.write_text("patient: {model: ./patient}\ntrain: {rhoo: 3}\n")
     fails(2, ["mine.yaml", "train.rhoo", "train.rho"], "compare", "Hi", "--profile", profile)
+
+
+def test_models_still_at_work_do_not_abort_the_exit():
+    """A thread inside a call of torch when the interpreter ends aborts the process; it used to be exit code -6."""
+    code = """
+import sys, threading, time, torch
+from llmdoctor.cli import main
+
+def speak():
+    a = torch.randn(400, 400)
+    while True:
+        a @ a
+
+def leave(**_):
+    threading.Thread(target=speak, name="llmdoctor-generation", daemon=True).start()
+    time.sleep(0.3)
+    print("said", end="")
+    sys.exit(130)
+
+main.app = leave
+main.run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "said", "")
