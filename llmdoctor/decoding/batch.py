@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from llmdoctor.decoding.drafting import Drafting
 from llmdoctor.decoding.ensemble import Ensemble
@@ -29,8 +30,9 @@ class Batch:
 
     Every row has its own guidance, sampling, budget, stop strings and seed. ``top`` asks for that many alternatives to
     every token. ``drafting`` lets a doctor draft ahead; the tokens stay the same, up to the rounding of the models' own
-    arithmetic. ``with_bases`` is needed for mode "ratio". ``prefix_cache`` keeps the caches of one prompt for the next;
-    such a batch holds one row at a time. Raises UsageError for ``with_bases`` where a doctor has no base.
+    arithmetic. ``draft_model``, with the patient's tokens, drafts in place of a doctor. ``with_bases`` is needed for
+    mode "ratio". ``prefix_cache`` keeps the caches of one prompt for the next; such a batch holds one row at a time.
+    Raises UsageError for ``with_bases`` where a doctor has no base.
 
         batch = Batch(patient, doctors)
         batch.join([Request(prompt, lambda: guidance, sampling, seed=1)])
@@ -46,6 +48,7 @@ class Batch:
         *,
         top: int = 0,
         drafting: Drafting | None = None,
+        draft_model: PreTrainedModel | None = None,
         with_bases: bool = False,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
@@ -53,7 +56,9 @@ class Batch:
             raise UsageError(f'mode "ratio" needs the base model of doctor {lacking[0]!r}: load it with mode="ratio"')
         self.patient, self.doctors, self.top, self.drafting = patient, doctors, top, drafting
         self.with_bases, self.prefix_cache = with_bases, prefix_cache
-        own = [getattr(d.model.config.get_text_config(), "max_position_embeddings", None) for d in doctors.values()]
+        self.draft_model = draft_model if drafting is not None else None
+        others = [doctor.model for doctor in doctors.values()] + ([draft_model] if draft_model is not None else [])
+        own = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in others]
         self.context = min([patient.context, *(int(length) for length in own if length)])
         # On a CPU, this thread's own time: it holds the busy waiting for torch's threads, but not the time that other
         # programs take. Elsewhere the models run outside the thread, and on Windows its clock is too coarse.
@@ -138,7 +143,12 @@ class Batch:
             return
         prompts = [row.request.prompt for row in rows]
         models = Ensemble(
-            self.patient, self.doctors, prompts, with_bases=self.with_bases, prefix_cache=self.prefix_cache
+            self.patient,
+            self.doctors,
+            prompts,
+            draft_model=self.draft_model,
+            with_bases=self.with_bases,
+            prefix_cache=self.prefix_cache,
         )
         round_ = models.prefill()
         if self._models is not None and not models.can_join:
@@ -157,7 +167,8 @@ class Batch:
 
     def _next_round(self) -> Iterator[Step]:
         """Draft, let every model read the drafts, draw, and take back what was rejected."""
-        self._ask(self._rows)
+        if self._models is not None and not self._models.knows_late:
+            self._ask(self._rows)
         self._drop_ended()
         if self._models is None:
             return
@@ -168,22 +179,36 @@ class Batch:
         with clock:
             guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
             uniforms_B_J = _uniforms(rows, length + 1)
-            round_ = models.propose(length, guidances, samplings, uniforms_B_J)
+            round_, late = models.propose(length, guidances, samplings, uniforms_B_J)
+        if models.knows_late:  # only now can the last token be shown, and the guidance of the next one be asked for
+            for row, values in zip(rows, late, strict=True):
+                yield from self._show_pending(row, values)
+            self._ask(rows)
         accepted = yield from self._emit(models, rows, round_, uniforms_B_J, clock)
         if drafting:
             tested = sum(min(own + 1, length) for own in accepted)
             drafting.record(count, slots, length, sum(accepted), tested, clock.seconds)
+
+    def _show_pending(self, row: Row, late: Mapping[str, float]) -> Iterator[Step]:
+        """Yield a row's pending token with its log V."""
+        if row.pending is None or row.ended:
+            return
+        (place, values), row.pending = row.pending, None
+        yield from self._steps(row, place, {**values, **late})
 
     def _emit(
         self, models: Ensemble, rows: list[Row], round_: Round, uniforms_B_J: torch.Tensor, clock: "_Clock"
     ) -> Generator[Step, None, list[int]]:
         """Draw and yield the tokens of a round, and bring the models behind them. Rows that end are taken off ``rows``.
 
-        Returns how many drafts of each row were accepted, before any guidance changed.
+        Returns how many drafts were accepted of each row that had not ended, before any guidance changed.
         """
+        if all(row.ended for row in rows):
+            rows.clear()
+            return []
         with clock:
             drawn = self._draw(round_, rows, uniforms_B_J)
-        found = [len(places) - 1 for places in drawn]
+        found = [len(places) - 1 for row, places in zip(rows, drawn, strict=True) if not row.ended]
         for i, row in enumerate(rows):
             place = 0
             while not row.ended:
@@ -196,7 +221,8 @@ class Batch:
                     break  # the last token was not drafted: the doctors have to read it before it is shown
                 yield from self._steps(row, drawn[i][place], drawn[i][place].values)
                 place += 1
-        # The token behind the accepted drafts is shown only after the doctors have read it, with their log V.
+        # The token behind the accepted drafts is shown only after the doctors have read it, with their log V: those
+        # that are heads on the patient do so in the next round.
         staying = [i for i, row in enumerate(rows) if not row.ended]
         if staying:
             accepted = [len(drawn[i]) - 1 for i in staying]
@@ -204,7 +230,9 @@ class Batch:
             with clock:
                 values = models.settle(round_, staying, accepted, last)
             for i, own in zip(staying, values, strict=True):
-                if not rows[i].ended:  # it may have left while the others' tokens were shown
+                if models.knows_late:
+                    rows[i].pending = drawn[i][-1], own
+                elif not rows[i].ended:  # it may have left while the others' tokens were shown
                     yield from self._steps(rows[i], drawn[i][-1], own)
             left = [at for at, i in enumerate(staying) if not rows[i].ended]
             if 0 < len(left) < len(staying):
@@ -279,8 +307,8 @@ class Batch:
     def _draft_length(self, drafting: Drafting, models: Ensemble) -> int:
         """How many tokens to draft: never beyond a row's context, nor beyond the greatest budget that is left."""
         # a row whose own budget ends within the draft simply ends there
-        context = min(row.room - row.position for row in self._rows)
-        room = min(context, max(row.budget - row.position for row in self._rows))
+        context = min(row.room - row.drawn for row in self._rows)
+        room = min(context, max(row.left for row in self._rows))
         return min(drafting.choose(len(self._rows)), room - 1) if room > 1 else 0
 
     def _drop_ended(self) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from transformers import PreTrainedModel
+
 from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.drafting import Drafting
 from llmdoctor.decoding.prefix import PrefixCache
@@ -22,6 +24,7 @@ def decode(
     seed: int | Sequence[int],
     top: int = 0,
     drafting: Drafting | None = None,
+    draft_model: PreTrainedModel | None = None,
     prefix_cache: PrefixCache | None = None,
     first: int | None = None,
 ) -> Iterator[Step]:
@@ -31,7 +34,7 @@ def decode(
     token. Row i draws from a generator of its own, seeded with ``seed`` + i or ``seed[i]``, so a prompt's answer does
     not depend on its neighbours.
 
-    ``drafting`` lets a doctor draft ahead; without it every token costs one forward of every model. Both ways draw the
+    ``drafting`` lets a doctor, or ``draft_model``, draft ahead; without it every token costs one forward of every model. Both ways draw the
     same tokens from the same seed, up to the rounding of the models' own arithmetic. Where drafts cannot be taken back
     (recurrent states, with a warning; a batch over a sliding window) the plain path is used.
     ``prefix_cache`` keeps the caches of a single prompt for the next one. ``first`` is the first token instead of a
@@ -54,6 +57,7 @@ def decode(
         doctors,
         top=top,
         drafting=drafting,
+        draft_model=draft_model,
         with_bases=any(read().mode == "ratio" for read in dict.fromkeys(reads)),
         prefix_cache=prefix_cache,
     )

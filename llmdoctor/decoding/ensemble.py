@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llmdoctor.decoding.caches import Read, open_cache
 from llmdoctor.decoding.prefix import PrefixCache
@@ -22,7 +23,9 @@ class Ensemble:
     token of every row, the patient and the bases all but the last, ``pending``: they read it with the next draft.
 
     A doctor that is a head on the patient's own states (`llmdoctor.training.folder.HeadAdapter`) has no cache of its
-    own: what it says comes out of the patient's forward. Then the patient too reads every token at once.
+    own: what it says comes out of the patient's forward, and so it knows the pending token only with the next draft.
+
+    ``draft_model`` is a model with no say, which drafts in place of a doctor.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Ensemble:
         doctors: Mapping[str, LoadedDoctor],
         prompts: Sequence[Sequence[int]],
         *,
+        draft_model: PreTrainedModel | None = None,
         with_bases: bool = False,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
@@ -41,6 +45,11 @@ class Ensemble:
         on_patient = (name for name, doctor in doctors.items() if doctor.head and doctor.model is patient.model)
         self._on_patient = tuple(on_patient)
         models |= {f"doctor {name}": doctors[name].model for name in doctors if name not in self._on_patient}
+        readers = [role for role in models if role != "patient"]
+        if draft_model is not None:
+            models["draft"] = draft_model
+            readers.append("draft")
+        self._names = {f"doctor {name}": name for name in doctors}  # by role
         self._base_of: dict[str, str] = {}  # doctor -> role of its base; one that several doctors share is read once
         if with_bases:
             for name, doctor in doctors.items():
@@ -57,7 +66,7 @@ class Ensemble:
             caches = prefix_cache.begin(list(prompts[0]), models)
         self._caches = caches
         self._patient = caches["patient"]
-        self._readers = {name: caches[f"doctor {name}"] for name in doctors if name not in self._on_patient}
+        self._readers = {role: caches[role] for role in readers}  # those that read every token at once
         self._bases = {role: cache for role, cache in caches.items() if role.startswith("base ")}
         self._filled = [len(prompt) for prompt in prompts]  # slots of each row that hold a token
         longest = max(self._filled)
@@ -67,13 +76,17 @@ class Ensemble:
         if min(self._filled) < longest:
             lengths_B_1 = torch.tensor(self._filled, device=self._device)[:, None]
             self._mask_B_L = (torch.arange(longest, device=self._device) >= longest - lengths_B_1).long()
-        # the log-probs of the token after the last, by role: the doctors', and the patient's where it has read it
-        self._next_B_1_V: dict[str, Tensor] = {}
+        self._next_B_1_V: dict[str, Tensor] = {}  # what the readers say of the token after the last, by role
 
     @property
     def slots(self) -> int:
         """The slots that the next round reads, the pending token's included."""
-        return self._patient.length + (0 if self._on_patient else 1)
+        return self._patient.length + 1
+
+    @property
+    def knows_late(self) -> bool:
+        """Whether a doctor knows log V after the pending token only with the next `propose`."""
+        return bool(self._on_patient)
 
     @property
     def rigid(self) -> str | None:
@@ -103,7 +116,7 @@ class Ensemble:
         """Read the prompts: the round of nothing drafted, with the log-probs of every row's first token."""
         ids_B_L, mask_B_L = self._pending_B_T, self._mask_B_L
         reads = {role: cache.feed(ids_B_L[:, cache.length :], mask_B_L) for role, cache in self._caches.items()}
-        said = {role: self._log_probs(read) for role, read in reads.items() if not role.startswith("doctor ")}
+        said = {role: self._log_probs(reads[role]) for role in ("patient", *self._bases)}
         doctors = {name: self._opinion(name, reads[self._role(name)])[0] for name in self._doctors}
         bases = {name: said[role] for name, role in self._base_of.items()}
         return Round(ids_B_L[:, :0], said["patient"], doctors, bases)
@@ -115,8 +128,11 @@ class Ensemble:
         guidances: Sequence[Guidance],
         samplings: Sequence[Sampling],
         uniforms_B_J: Tensor,
-    ) -> Round:
-        """Draft ``length`` tokens for every row with one doctor, and let all models read them."""
+    ) -> tuple[Round, list[dict[str, float]]]:
+        """Draft ``length`` tokens for every row with one model, and let all models read them.
+
+        Also returns for each row log V after the pending token, of the doctors that know it only now.
+        """
         drafts_B_K = self._pending_B_T[:, :0]
         said = dict(self._next_B_1_V)
         values: dict[str, Tensor] = {}
@@ -124,28 +140,33 @@ class Ensemble:
         if length:
             if mask_B_L is not None:
                 mask_B_L = torch.nn.functional.pad(mask_B_L, (0, length), value=1)
-            # the doctor with the greatest say guesses best what the product will draw
-            drafter = max(self._readers, key=lambda name: sum(g.betas.get(name, 0.0) for g in guidances))
+            drafter = self._drafter(guidances)
             drafts_B_K, drafted = self._draft(drafter, length, guidances, samplings, uniforms_B_J, mask_B_L)
-            for name, cache in self._readers.items():
-                read = drafted if name == drafter else cache.feed(drafts_B_K, mask_B_L, length)
-                self._add_opinion(said, values, name, read)
-            if self._on_patient:
-                read = self._patient.feed(drafts_B_K, mask_B_L, length)
-                said["patient"] = torch.cat([said["patient"], self._log_probs(read)], dim=1)
-                for name in self._on_patient:
-                    self._add_opinion(said, values, name, read)
+            for role, cache in self._readers.items():
+                read = drafted if role == drafter else cache.feed(drafts_B_K, mask_B_L, length)
+                if name := self._names.get(role):
+                    logprobs_B_K_V, values[name] = self._opinion(name, read)
+                    said[role] = torch.cat([said[role], logprobs_B_K_V], dim=1)
         ids_B_J = torch.cat([self._pending_B_T, drafts_B_K], dim=1) if length else self._pending_B_T
-        late = self._bases if self._on_patient else {"patient": self._patient, **self._bases}
-        said |= {role: self._log_probs(cache.feed(ids_B_J, mask_B_L, length + 1)) for role, cache in late.items()}
+        late = {"patient": self._patient, **self._bases}
+        reads = {role: cache.feed(ids_B_J, mask_B_L, length + 1) for role, cache in late.items()}
+        said |= {role: self._log_probs(read) for role, read in reads.items()}
+        pending: list[dict[str, float]] = [{} for _ in self._filled]
+        for name in self._on_patient:
+            said[f"doctor {name}"], values_B_J = self._opinion(name, reads["patient"])
+            values[name] = values_B_J[:, 1:]
+            for own, value in zip(pending, values_B_J[:, 0].tolist(), strict=True):
+                own[name] = value
         doctors = {name: said[f"doctor {name}"] for name in self._doctors}
         bases = {name: said[role] for name, role in self._base_of.items()}
-        return Round(drafts_B_K, said["patient"], doctors, bases, values)
+        return Round(drafts_B_K, said["patient"], doctors, bases, values), pending
 
-    def _add_opinion(self, said: dict[str, Tensor], values: dict[str, Tensor], name: str, read: Read) -> None:
-        """Put what a doctor says of the drafts behind what it said of the token before them."""
-        logprobs_B_K_V, values[name] = self._opinion(name, read)
-        said[f"doctor {name}"] = torch.cat([said[f"doctor {name}"], logprobs_B_K_V], dim=1)
+    def _drafter(self, guidances: Sequence[Guidance]) -> str:
+        """The role of the model that drafts: the draft model, else the doctor with the greatest say."""
+        if "draft" in self._readers:
+            return "draft"
+        # it guesses best what the product will draw
+        return max(self._readers, key=lambda role: sum(g.betas.get(self._names[role], 0.0) for g in guidances))
 
     def _draft(
         self,
@@ -159,10 +180,18 @@ class Ensemble:
         """Token ids [B, K] drawn from doctor^(alpha + beta), and what the doctor says after each of them.
 
         Each draw uses the uniform number of its place, as the draw from the product will. Where patient and doctor
-        agree, the product is about doctor^(alpha + beta), and both draws then give the same token.
+        agree, the product is about doctor^(alpha + beta), and both draws then give the same token. A draft model
+        guesses the patient, and with it all doctors of mode "product".
         """
-        cache, logits_B_V = self._readers[drafter], self._next_B_1_V[f"doctor {drafter}"][:, 0]
-        powers_B_1 = logits_B_V.new_tensor([g.alpha + g.betas.get(drafter, 0.0) for g in guidances])[:, None]
+        cache, logits_B_V = self._readers[drafter], self._next_B_1_V[drafter][:, 0]
+        doctor = self._doctors[self._names[drafter]] if drafter in self._names else None
+
+        def power(guidance: Guidance) -> float:
+            if doctor is not None:
+                return guidance.alpha + guidance.betas.get(self._names[drafter], 0.0)
+            return guidance.alpha + (sum(guidance.betas.values()) if guidance.mode == "product" else 0.0)
+
+        powers_B_1 = logits_B_V.new_tensor(list(map(power, guidances)))[:, None]
         drafts: list[Tensor] = []
         reads: list[Read] = []
         slots = 0 if mask_B_L is None else mask_B_L.shape[1] - length
@@ -172,7 +201,8 @@ class Ensemble:
             drafts.append(ids_B_1)
             reads.append(read)
             # without the softmax, which changes no draw: it is done for all places at once
-            logits_B_V = self._vocabulary.mask(self._doctors[drafter].logits(*read)[:, 0]).to(logits_B_V)
+            logits = doctor.logits(*read) if doctor is not None else read.logits_B_K_V
+            logits_B_V = self._vocabulary.mask(logits[:, 0].to(self._device)).to(logits_B_V)
         logits, hidden = zip(*reads, strict=True)
         return torch.cat(drafts, dim=1), Read(torch.cat(logits, dim=1), torch.cat(hidden, dim=1))
 
@@ -182,7 +212,8 @@ class Ensemble:
     ) -> list[dict[str, float]]:
         """Keep the ``staying`` rows of a round: their ``accepted`` drafts, and the ``last`` token, which was drawn.
 
-        Takes back what was rejected and lets the doctors read the last token: log V after it, by doctor, of each row.
+        Takes back what was rejected and lets the readers read the last token: log V after it, by doctor, of each row;
+        not of the doctors that know it late.
         """
         # rows that ended need no cache: drop them before the models read another token
         if len(staying) < len(self._filled):
@@ -205,14 +236,13 @@ class Ensemble:
         self._filled = [filled + 1 for filled in self._filled]
         self._pending_B_T = torch.tensor(last, device=self._device)[:, None]
         values: dict[str, list[float]] = {}
-        eager = {"patient": self._patient} if self._on_patient else {}
-        eager |= {self._role(name): cache for name, cache in self._readers.items()}
-        reads = {role: cache.feed(self._pending_B_T, self._mask_B_L) for role, cache in eager.items()}
-        for name in self._doctors:
-            self._next_B_1_V[f"doctor {name}"], values_B_1 = self._opinion(name, reads[self._role(name)])
-            values[name] = values_B_1[:, 0].tolist()
-        if "patient" in reads:
-            self._next_B_1_V["patient"] = self._log_probs(reads["patient"])
+        for role, cache in self._readers.items():
+            read = cache.feed(self._pending_B_T, self._mask_B_L)
+            if name := self._names.get(role):
+                self._next_B_1_V[role], values_B_1 = self._opinion(name, read)
+                values[name] = values_B_1[:, 0].tolist()
+            else:
+                self._next_B_1_V[role] = self._log_probs(read)
         return [{name: column[row] for name, column in values.items()} for row in range(len(last))]
 
     @torch.inference_mode()

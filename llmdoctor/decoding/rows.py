@@ -66,14 +66,28 @@ class Row:
         self._generator = torch.Generator().manual_seed(request.seed)
         self._uniforms: list[float] = []  # of the next positions, drawn ahead
         self._last = request.prompt[-1]
+        self.pending: tuple[Place, Mapping[str, float]] | None = None  # drawn, but not every doctor has read it
         self._held: list[GuidedToken] = []  # their text may be the beginning of a stop string
 
     def ahead(self, count: int) -> list[float]:
-        """The uniform numbers of the next ``count`` positions; the same numbers until tokens are taken."""
+        """The uniform numbers of the next ``count`` draws; the same numbers until tokens are taken."""
+        used = self.drawn - self.position
         # one draw at a time: the numbers must not depend on how many are asked for at once
-        while len(self._uniforms) < count:
+        while len(self._uniforms) < used + count:
             self._uniforms.append(torch.rand((), generator=self._generator, dtype=torch.float64).item())
-        return self._uniforms[:count]
+        return self._uniforms[used : used + count]
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens have been drawn: those taken, and the pending one."""
+        return self.position + (self.pending is not None)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be drawn."""
+        if self.pending is not None and self.pending[0].drawn.id in self._patient.eos_ids:
+            return 0
+        return self.budget - self.drawn
 
     def take(self, place: Place, values: Mapping[str, float]) -> list[Step]:
         """Take the token of a place: the steps that may be shown now, and perhaps the end of the row.
