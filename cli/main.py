@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmdoctor import __version__
-from llmdoctor.cli import chat, compare, extract, inspect, profiles, train
+from llmdoctor.cli import chat, compare, extract, inspect, profiles, shrink, train
 from llmdoctor.cli.terminal import say
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning
 from llmdoctor.show.text import clean
@@ -90,6 +90,7 @@ app = typer.Typer(
 )
 app.command()(extract.extract)
 app.command()(train.train)
+app.command()(shrink.shrink)
 app.command()(chat.chat)
 app.command()(compare.compare)
 app.command()(inspect.inspect)

@@ -7,18 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
+from transformers import PreTrainedModel
+
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.rows import Step, patient_alone
 from llmdoctor.errors import UsageError
-from llmdoctor.models import Patient, load_patient, shared_by_processes
+from llmdoctor.models import (
+    Patient,
+    Vocabulary,
+    load_lm,
+    load_patient,
+    load_tokenizer,
+    share_weights,
+    shared_by_processes,
+)
 from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
 from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
+from llmdoctor.training.shrunk import require_shrunk_from
 
 _BATCH_ROWS = 32
 _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}
@@ -35,8 +46,9 @@ class LLMdoctor:
     ``alpha``, ``beta``, ``guidance`` and ``sampling`` may be set at any time. A running ``stream`` reads the first
     three before every token.
 
-    With ``speculation`` a doctor drafts tokens and the patient checks several at a time: the same answers, faster. In
-    half precision the results for one token and for several are rounded differently, so now and then a different token
+    With ``speculation`` a doctor drafts tokens and the patient checks several at a time: the same answers, faster.
+    ``draft_model``, a small model with the patient's tokens, drafts in its place, for the patient alone too. In half
+    precision the results for one token and for several are rounded differently, so now and then a different token
     is drawn.
 
     ``device`` and ``dtype`` are those of all models; ``attn_implementation``, ``device_map`` and ``tp_plan`` the
@@ -58,6 +70,7 @@ class LLMdoctor:
         sampling: Sampling | None = None,
         system_prompt: str | None = None,
         speculation: bool = True,
+        draft_model: str | Path | None = None,
         dtype: str = "auto",
         device: str = "auto",
         attn_implementation: str | None = None,
@@ -67,7 +80,7 @@ class LLMdoctor:
         **guidance: Any,
     ) -> None:
         self.speculation = speculation
-        self._drafting = AdaptiveLength()
+        self._drafting, self._drafting_alone = AdaptiveLength(), AdaptiveLength()
         self.sampling = sampling or Sampling()
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
@@ -111,7 +124,19 @@ class LLMdoctor:
             self.patient.vocabulary.require_same(
                 doctor.vocabulary, f"the patient {patient_model}", f"the doctor {checkpoint}"
             )
+            if doctor.model is not self.patient.model:
+                share_weights(self.patient.model, doctor.model)
             self._doctors[doctor.name] = doctor
+        self._draft_model: PreTrainedModel | None = None
+        if draft_model is not None and self.speculation:
+            require_shrunk_from(draft_model, self.patient.fingerprint, str(patient_model))
+            self.patient.vocabulary.require_same(
+                Vocabulary.of(load_tokenizer(draft_model, trust_remote_code=trust_remote_code)),
+                f"the patient {patient_model}",
+                f"the draft model {draft_model}",
+            )
+            self._draft_model = load_lm(draft_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            share_weights(self.patient.model, self._draft_model)
         self.guidance = self._with(self.doctor_names, **strengths)
 
     @classmethod
@@ -136,6 +161,7 @@ class LLMdoctor:
             **p.patient.loading(),
             "sampling": p.decode.sampling(),
             "speculation": p.decode.speculation,
+            "draft_model": p.decode.draft_model,
             **p.decode.model_dump(include=set(GuidanceFields.model_fields)),
         }
         if "doctor_checkpoint" in overrides:
@@ -389,7 +415,8 @@ class LLMdoctor:
             sampling,
             seed=seeds,
             top=top,
-            drafting=self._drafting if self.speculation else None,
+            drafting=(self._drafting if guided else self._drafting_alone) if self.speculation else None,
+            draft_model=self._draft_model,
             prefix_cache=prefix_cache,
             first=first,
         )

@@ -24,6 +24,7 @@ __all__ = [
     "Patient",
     "SplitLM",
     "Vocabulary",
+    "by_chunks",
     "load_lm",
     "load_patient",
     "load_tokenizer",
@@ -31,6 +32,7 @@ __all__ = [
     "not_numbers",
     "pick_device",
     "pick_dtype",
+    "share_weights",
     "shared_by_processes",
     "spare_threads",
     "token_log_probs",
@@ -440,20 +442,40 @@ def token_log_probs(
     At most ``chunk`` rows of logits are in memory at a time; the backward pass computes them again instead of keeping
     them. ``chunk`` 0 is as many rows as fit into 64 MiB of float32.
     """
-    chunk = chunk or max(1, (1 << 24) // vocabulary.size)
 
     def score(hidden: Tensor, ids: Tensor) -> Tensor:
         logits = lm.logits(hidden)
         logits = vocabulary.mask(logits if change is None else change(logits, hidden))
         return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1)
 
+    return by_chunks(score, chunk or max(1, (1 << 24) // vocabulary.size), hidden_M_H, ids_M)
+
+
+def by_chunks(score: Callable[[Tensor, Tensor], Tensor], chunk: int, one_M: Tensor, other_M: Tensor) -> Tensor:
+    """``score`` [M] of ``chunk`` rows at a time; the backward pass computes its inner results again."""
     pieces = []
-    for hidden, ids in zip(hidden_M_H.split(chunk), ids_M.split(chunk), strict=True):
-        if torch.is_grad_enabled() and len(ids_M) > chunk:
-            pieces.append(torch.utils.checkpoint.checkpoint(score, hidden, ids, use_reentrant=False))
+    for one, other in zip(one_M.split(chunk), other_M.split(chunk), strict=True):
+        if torch.is_grad_enabled() and len(one_M) > chunk:
+            pieces.append(torch.utils.checkpoint.checkpoint(score, one, other, use_reentrant=False))
         else:
-            pieces.append(score(hidden, ids))
-    return torch.cat(pieces) if pieces else hidden_M_H.new_zeros(0)
+            pieces.append(score(one, other))
+    return torch.cat(pieces) if pieces else one_M.new_zeros(0)
+
+
+def share_weights(owner: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Let ``model`` use the weights of ``owner`` that are its own too, by name and value, so that memory has them once.
+
+    For frozen models: a base that `llmdoctor.training.shrink` made has its patient's embeddings and head.
+    """
+    theirs = dict(owner.named_parameters())
+    for name, own in model.named_parameters():
+        other = theirs.get(name)
+        if other is None or type(other) is not nn.Parameter or type(own) is not nn.Parameter:
+            continue  # quantised, or spread over processes
+        alike = (own.shape, own.dtype, own.device) == (other.shape, other.dtype, other.device)
+        # most weights differ in their first numbers already
+        if alike and torch.equal(own.view(-1)[:64], other.view(-1)[:64]) and torch.equal(own, other):
+            own.data = other.data
 
 
 def not_numbers(what: str) -> str:

@@ -24,6 +24,7 @@ from llmdoctor.settings import (
     Name,
     PatientSettings,
     RewardSettings,
+    ShrinkSettings,
     TrainSettings,
 )
 
@@ -38,6 +39,7 @@ class Profile(Settings):
     data: DataSettings | None = None
     rewards: RewardSettings = RewardSettings()
     train: TrainSettings = TrainSettings()
+    shrink: ShrinkSettings = ShrinkSettings()
     doctors: dict[Name, DoctorSettings] = Field(default_factory=dict)
     decode: DecodeSettings = DecodeSettings()
 

@@ -228,6 +228,30 @@ class TrainSettings(Settings):
     device: Device = "auto"
 
 
+class ShrinkSettings(Settings):
+    """How a small model is made of the patient's first layers."""
+
+    layers: int | None = Field(
+        default=None, ge=1, description="Layers of the patient to keep, from the first; by default a fifth of them"
+    )
+    answers: int = Field(default=4, ge=1, description="Answers of the patient to learn from, per prompt")
+    max_new_tokens: int = Field(default=128, ge=1, description="Longest of these answers, in tokens")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate")
+    batch_size: int = Field(default=8, ge=1, description="Answers per step")
+    epochs: float = Field(default=3.0, gt=0, description="Passes over the answers")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after N steps")
+    holdout: float = Field(default=0.05, gt=0, lt=1, description="Share of the prompts that is only measured on")
+    checkpoint_every: float = Field(
+        default=0.1, gt=0, description="Keep a checkpoint every N steps; below 1, that share of the run"
+    )
+    seed: int = Field(default=0, ge=0, le=GREATEST_SEED, description="Seed of the answers and of their order")
+
+    def training(self, device: str) -> TrainSettings:
+        """The same for the trainer."""
+        shared = self.model_dump(include=set(TrainSettings.model_fields) - {"holdout"})
+        return TrainSettings(method="full", device=device, weight_decay=0.01, **shared)
+
+
 class DoctorSettings(Settings):
     """A trained doctor."""
 
@@ -326,6 +350,10 @@ class DecodeSettings(SamplingFields, GuidanceFields):
     speculation: bool = Field(
         default=True,
         description="Let a doctor draft tokens that the patient checks together: the same answers, sooner",
+    )
+    draft_model: Location | None = Field(
+        default=None,
+        description="Small model of the patient's family, or from shrink, that drafts in place of a doctor",
     )
 
     def guidance(self, doctors: Mapping[str, DoctorSettings]) -> Guidance:

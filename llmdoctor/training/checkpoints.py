@@ -48,7 +48,7 @@ def resume_point(work: Path, identity: dict[str, Any], *, fresh: bool, first: bo
         if held == identity:
             return checkpoint
         nested = ("reward_settings", "settings")
-        before, now = (run["reward_settings"] | run["settings"] | run for run in (held, identity))
+        before, now = (run.get("reward_settings", {}) | run["settings"] | run for run in (held, identity))
         differs = [key for key in now if key not in nested and before.get(key) != now[key]]
         raise UsageError(
             f"{work} holds a run stopped at step {checkpoint_step(checkpoint)} with another {', '.join(differs)}: "
@@ -61,7 +61,7 @@ def resume_point(work: Path, identity: dict[str, Any], *, fresh: bool, first: bo
 
 
 @contextmanager
-def finishing_the_step(progress: Progress) -> Iterator[None]:
+def finishing_the_step(progress: Progress[Any]) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM end the run after the current step; a second one has its usual effect."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set signal handlers

@@ -5,12 +5,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmdoctor.files import read_json, write_json
-from llmdoctor.records import TrainStep
 
 
 class Losses(NamedTuple):
@@ -21,19 +20,29 @@ class Losses(NamedTuple):
     value: float
 
 
-class Progress(TrainerCallback):
+class Distance(NamedTuple):
+    """The loss of a batch of `llmdoctor.training.shrink`: KL per token, nats."""
+
+    loss: float
+
+
+Row = TypeVar("Row", Losses, Distance)
+
+
+class Progress(TrainerCallback, Generic[Row]):
     """Collects the losses of every optimiser step and reports each step to ``on_step``.
 
-    ``interrupted``, once set, ends the run with a checkpoint after the step that is being taken.
+    ``row`` is the kind of losses that a batch has. ``on_step`` gets the step, the last step, the losses and the tokens
+    per second. ``interrupted``, once set, ends the run with a checkpoint after the step that is being taken.
     """
 
-    def __init__(self, on_step: Callable[[TrainStep], None] | None) -> None:
-        self.on_step = on_step
-        self.history: list[Losses] = []
+    def __init__(self, row: type[Row], on_step: Callable[[int, int, Row, float], None] | None) -> None:
+        self.on_step, self._row = on_step, row
+        self.history: list[Row] = []
         self.evaluations: list[dict[str, float]] = []
         self.tokens = 0
         self.interrupted = False
-        self._micro_batches: list[Losses] = []  # of the optimiser step that is being taken
+        self._micro_batches: list[Row] = []  # of the optimiser step that is being taken
         self._tokens_before = 0  # of the runs that this one continues
         self._started = time.monotonic()
 
@@ -47,11 +56,11 @@ class Progress(TrainerCallback):
     def restore(self, folder: Path) -> None:
         """Go on from the progress in a checkpoint."""
         held = read_json(folder / "progress.json")
-        self.history = [Losses(*row) for row in held["history"]]
+        self.history = [self._row(*row) for row in held["history"]]
         self.evaluations = held["evaluations"]
         self.tokens = self._tokens_before = held["tokens"]
 
-    def add(self, losses: Losses, tokens: int) -> None:
+    def add(self, losses: Row, tokens: int) -> None:
         """Count one micro-batch with ``tokens`` response tokens."""
         self._micro_batches.append(losses)
         self.tokens += tokens
@@ -63,12 +72,11 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record and report an optimiser step; its losses are the means over its micro-batches."""
         columns = zip(*self._micro_batches, strict=True)
-        self.history.append(Losses(*(sum(column) / len(column) for column in columns)))
+        self.history.append(self._row(*(sum(column) / len(column) for column in columns)))
         self._micro_batches.clear()
         if self.on_step:
             speed = (self.tokens - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
-            accuracy = self.evaluations[-1]["eval_reward_accuracy"] if self.evaluations else None
-            self.on_step(TrainStep(state.global_step, state.max_steps, *self.history[-1], speed, accuracy))
+            self.on_step(state.global_step, state.max_steps, self.history[-1], speed)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -76,8 +84,8 @@ class Progress(TrainerCallback):
         """Tokens seen, the losses averaged over the first and the last tenth of the run, the last evaluation."""
         tenth = math.ceil(len(self.history) / 10)
 
-        def mean(rows: Sequence[Losses]) -> dict[str, float]:
-            columns = zip(Losses._fields, zip(*rows, strict=True), strict=True)
+        def mean(rows: Sequence[Row]) -> dict[str, float]:
+            columns = zip(self._row._fields, zip(*rows, strict=True), strict=True)
             return {name: round(sum(column) / len(column), 6) for name, column in columns}
 
         held_out = {"held_out": self.evaluations[-1]} if self.evaluations else {}

@@ -4,14 +4,13 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from llmdoctor import __version__
-from llmdoctor.errors import DataError, LoadError, TrainingError, UsageError
+from llmdoctor.errors import DataError, LoadError, UsageError
 from llmdoctor.files import atomic_path, ensure_replaceable
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint
 from llmdoctor.records import TokenScores, TrainStep
@@ -19,11 +18,11 @@ from llmdoctor.settings import RewardSettings, TrainSettings
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.training.batches import ScoredPair, hold_out, sides
-from llmdoctor.training.checkpoints import checkpoint_step, finishing_the_step, last_checkpoint, resume_point
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import MARKER, base_record, require_base_outside, save_doctor
 from llmdoctor.training.progress import draw_losses
-from llmdoctor.training.trainer import TFPOTrainer, require_finite
+from llmdoctor.training.shrunk import require_shrunk_from
+from llmdoctor.training.trainer import TFPOTrainer
 
 _NOT_RECORDED = {"doctor", "device", "report_to"}  # settings that do not change what is trained, or are said elsewhere
 
@@ -62,6 +61,8 @@ def train(
     _require_reporters(settings.report_to)
     folder = RewardsFolder(rewards)
     _require_patient(folder, patient)
+    held = folder.meta["patient"]
+    require_shrunk_from(base_model, held["fingerprint"], held["model"])
     doctor, tokenizer = new_doctor(base_model, settings, trust_remote_code=trust_remote_code)
     _require_tokenizer(folder, doctor.vocabulary, base_model)
     weights = face_weights(folder, folder.signals, reward_settings)
@@ -74,7 +75,7 @@ def train(
     trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
     _log_beside(output, trainer)
     identity = _identity(folder, len(pairs), base_model, reward_settings, settings, weights)
-    _run(trainer, doctor, work, identity, fresh=fresh, new_folders=new_folders)
+    trainer.run(work, identity, fresh=fresh, new_folders=new_folders)
 
     meta = {
         "llmdoctor_version": __version__,
@@ -187,42 +188,3 @@ def _identity(
         "reward_settings": reward_settings.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude=_NOT_RECORDED),
     }
-
-
-def _run(
-    trainer: TFPOTrainer,
-    doctor: Doctor,
-    work: Path,
-    identity: dict[str, Any],
-    *,
-    fresh: bool,
-    new_folders: Sequence[Path],
-) -> None:
-    """Train to the end, from the last checkpoint in ``work`` if there is one.
-
-    Raises KeyboardInterrupt after an interrupted step was kept. A failed run without a checkpoint leaves neither
-    ``work`` nor ``new_folders``, the parents that were made for it.
-    """
-    first = trainer.is_world_process_zero()
-    try:
-        checkpoint = resume_point(work, identity, fresh=fresh, first=first)
-        trainer.accelerator.wait_for_everyone()  # all have looked before any process writes a checkpoint
-        with finishing_the_step(trainer.progress):
-            if checkpoint:
-                trainer.progress.restore(checkpoint)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.progress.interrupted:
-            raise KeyboardInterrupt
-        require_finite(doctor, trainer.state.global_step, trainer.settings)
-    except TrainingError as error:
-        if first:  # the checkpoint of this very step holds the weights that gave the bad loss
-            shutil.rmtree(work / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
-        kept = last_checkpoint(work)
-        where = f", except the checkpoint of step {checkpoint_step(kept)} in {work}" if kept else ""
-        raise TrainingError(f"{error}; nothing was written{where}") from error
-    finally:
-        if first and last_checkpoint(work) is None:
-            shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # not empty: something else was put there meanwhile
-                for path in new_folders:
-                    path.rmdir()

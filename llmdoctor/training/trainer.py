@@ -1,8 +1,10 @@
-"""The TFPO objective on transformers' Trainer."""
+"""Transformers' Trainer: as both kinds of training use it, and with the TFPO objective."""
 
 import math
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from llmdoctor.models import pick_device
 from llmdoctor.records import TrainStep
 from llmdoctor.settings import TrainSettings
 from llmdoctor.training.batches import Collator, Pairs, ScoredPair, ScoredResponse, SetEpoch, pad_rows
+from llmdoctor.training.checkpoints import checkpoint_step, finishing_the_step, last_checkpoint, resume_point
 from llmdoctor.training.doctor import Doctor, DoctorOutput
 from llmdoctor.training.losses import anchored, log_flow, state_mask, subtb, value_discrimination
 from llmdoctor.training.progress import Losses, Progress
@@ -26,7 +29,83 @@ _RECENT = 50
 _KEPT_NUMBERS = 1 << 29  # states of at most 2 GiB in float32 are kept, in each process
 
 
-class TFPOTrainer(Trainer):
+class ResumableTrainer(Trainer):
+    """A Trainer that reports every step and whose checkpoints hold what is trained, not the frozen rest.
+
+    ``scratch`` is the folder for checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        scratch: str,
+        progress: Progress[Any],
+        *,
+        train: torch.utils.data.Dataset[Any],
+        held_out: torch.utils.data.Dataset[Any] | None = None,
+        collator: Callable[[list[Any]], dict[str, Any]],
+    ) -> None:
+        self.settings, self.progress = settings, progress
+        super().__init__(
+            model=model,
+            args=_arguments(settings, scratch, evaluates=held_out is not None),
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=collator,
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(progress)
+
+    def run(self, work: Path, identity: dict[str, Any], *, fresh: bool, new_folders: Sequence[Path]) -> None:
+        """Train to the end, from the last checkpoint in ``work`` if there is one of this ``identity``.
+
+        Raises KeyboardInterrupt after an interrupted step was kept, and TrainingError when weights are not finite. A
+        failed run without a checkpoint leaves neither ``work`` nor ``new_folders``, the parents that were made for it.
+        """
+        assert self.model is not None
+        first = self.is_world_process_zero()
+        try:
+            checkpoint = resume_point(work, identity, fresh=fresh, first=first)
+            self.accelerator.wait_for_everyone()  # all have looked before any process writes a checkpoint
+            with finishing_the_step(self.progress):
+                if checkpoint:
+                    self.progress.restore(checkpoint)
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if self.progress.interrupted:
+                raise KeyboardInterrupt
+            require_finite(self.model, self.state.global_step, self.settings)
+        except TrainingError as error:
+            if first:  # the checkpoint of this very step holds the weights that gave the bad loss
+                shutil.rmtree(work / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            kept = last_checkpoint(work)
+            where = f", except the checkpoint of step {checkpoint_step(kept)} in {work}" if kept else ""
+            raise TrainingError(f"{error}; nothing was written{where}") from error
+        finally:
+            if first and last_checkpoint(work) is None:
+                shutil.rmtree(work, ignore_errors=True)
+                with suppress(OSError):  # not empty: something else was put there meanwhile
+                    for path in new_folders:
+                        path.rmdir()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint's trained weights, not the frozen base. Raises TrainingError unless all are finite."""
+        assert self.model is not None
+        assert output_dir is not None
+        model = self.accelerator.unwrap_model(self.model)
+        require_finite(model, self.state.global_step, self.settings)
+        if self.args.should_save:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+            save_file(trained, folder / "model.safetensors")
+            self.progress.save(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say nothing: the Trainer would warn that the checkpoint lacks the frozen base, which it does on purpose."""
+
+
+class TFPOTrainer(ResumableTrainer):
     """Token-level flow-guided preference optimisation: L = L_SubTB + lambda * L_value (arXiv 2601.10416).
 
     ``scratch`` is the folder for checkpoints. With ``held_out`` pairs the run evaluates on them as often as it writes
@@ -42,19 +121,25 @@ class TFPOTrainer(Trainer):
         on_step: Callable[[TrainStep], None] | None,
         held_out: Sequence[ScoredPair] = (),
     ) -> None:
-        self.settings, self.held_out = settings, held_out
+        self.held_out = held_out
         dataset = Pairs(pairs, settings.seed)
+
+        def report(step: int, last: int, losses: Losses, speed: float) -> None:
+            evaluations = self.progress.evaluations
+            accuracy = evaluations[-1]["eval_reward_accuracy"] if evaluations else None
+            if on_step:
+                on_step(TrainStep(step, last, *losses, speed, accuracy))
+
         super().__init__(
-            model=doctor,
-            args=_arguments(settings, scratch, evaluates=bool(held_out)),
-            train_dataset=dataset,
-            eval_dataset=Pairs(held_out, settings.seed) if held_out else None,
-            data_collator=Collator(settings),
+            doctor,
+            settings,
+            scratch,
+            Progress(Losses, report),
+            train=dataset,
+            held_out=Pairs(held_out, settings.seed) if held_out else None,
+            collator=Collator(settings),
         )
-        self.remove_callback(PrinterCallback)
-        self.progress = Progress(on_step)
         self.add_callback(SetEpoch(dataset))
-        self.add_callback(self.progress)
         if held_out and settings.patience:
             self.add_callback(EarlyStoppingCallback(settings.patience))
         # the evaluation reports log(pi / pi_ref), so held-out responses need their reference with either flow
@@ -216,22 +301,6 @@ class TFPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint's trained weights, not the frozen base. Raises TrainingError unless all are finite."""
-        assert self.model is not None
-        assert output_dir is not None
-        doctor = self.accelerator.unwrap_model(self.model)
-        require_finite(doctor, self.state.global_step, self.settings)
-        if self.args.should_save:
-            folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            trained = {n: p.detach().cpu().contiguous() for n, p in doctor.named_parameters() if p.requires_grad}
-            save_file(trained, folder / "model.safetensors")
-            self.progress.save(folder)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Say nothing: the Trainer would warn that the checkpoint lacks the frozen base, which it does on purpose."""
-
     def summary(self) -> dict[str, Any]:
         """Steps, ``Progress.summary``, and under ``held_out`` the evaluation of the weights that were kept."""
         summary = {"steps": self.state.global_step, **self.progress.summary()}
@@ -278,9 +347,9 @@ def _arguments(settings: TrainSettings, scratch: str, *, evaluates: bool) -> Tra
     )
 
 
-def require_finite(doctor: nn.Module, step: int, settings: TrainSettings) -> None:
+def require_finite(model: nn.Module, step: int, settings: TrainSettings) -> None:
     """Raise TrainingError unless every trained weight is finite."""
-    if not all(p.isfinite().all() for p in doctor.parameters() if p.requires_grad):
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise TrainingError(
             f"the weights are no longer finite numbers after step {step}: "
             f"lower the learning rate (now {settings.learning_rate:g}), or train in float32"

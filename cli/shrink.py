@@ -1,0 +1,89 @@
+"""``llmdoctor shrink``: a small model out of the patient's first layers, for doctors and drafts."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from llmdoctor.cli import options
+from llmdoctor.cli.options import FieldOptions, option
+from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
+from llmdoctor.errors import UsageError
+from llmdoctor.settings import ShrinkSettings
+from llmdoctor.show.formats import short_name
+
+
+@options.derived
+def shrink(
+    *,
+    profile: options.ProfileName = None,
+    patient: options.Patient = None,
+    prompts: Annotated[
+        Path | None,
+        option(
+            "--prompts", "File of prompts to learn from, as compare takes them (default: those of the profile's data)."
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        option("--output", "Folder of the small model (default: outputs/shrunk).", short="-o", env="SHRINK_OUTPUT"),
+    ] = Path("outputs/shrunk"),
+    shrinking: Annotated[dict[str, Any], FieldOptions(ShrinkSettings)],
+    fresh: Annotated[bool, option("--fresh", "Start from scratch, even if a stopped run could be continued.")] = False,
+    loading: options.HowLoaded,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make a small model of the patient's first layers, for a patient that has no small sibling.
+
+    It is healed on answers that the patient gives to the prompts, and shares the patient's embeddings and head. Use it
+    as the base of doctors (train --doctor) or to draft for the patient (chat --draft-model). The same command again
+    continues a run that was stopped. How well it drafts is in the report: with few answers, or few layers, too badly to
+    be of use.
+    """
+    from llmdoctor.profile import override
+
+    settings = options.load(profile)
+    model = override(settings.patient, model=patient, **loading)
+    chosen = override(settings.shrink, **shrinking)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("shrink runs in one process: start it without torchrun or accelerate")
+    if prompts is None and settings.data is None:
+        raise UsageError(f"profile {settings.name} names no data to take prompts from: give --prompts FILE")
+    with waiting("Reading the prompts ..."):
+        from llmdoctor.token_rewards.pairs import read_pairs, read_prompts
+
+        if prompts is not None:
+            asked = read_prompts(prompts)
+        else:
+            assert settings.data is not None
+            pairs = read_pairs(**settings.data.model_dump())
+            # one line for prompts that several pairs share
+            asked = list({str(pair.prompt): list(pair.prompt) for pair in pairs}.values())
+    with waiting(f"Loading {short_name(model.model)} ..."):
+        from llmdoctor.models import load_patient, pick_device
+        from llmdoctor.training.shrink import shrink as shrunk
+
+        if model.dtype == "auto" and pick_device(model.device).type == "cpu":
+            model = override(model, dtype="float32")  # gradients through bfloat16 gain little there
+        loaded = load_patient(model.model, trust_remote_code=trust_remote_code, **model.loading())
+    say(f"shrinking {short_name(model.model)} on its answers to {len(asked)} prompts")
+    began = time.monotonic()
+    with progress("Answering", None, "answers") as answered, progress("Healing", None, "steps") as advance:
+        made = shrunk(
+            loaded,
+            asked,
+            output,
+            chosen,
+            device=model.device,
+            fresh=fresh,
+            on_answer=lambda done, total: answered(done=done, total=total),
+            on_step=lambda step, last, kl, speed: advance(
+                f"KL {kl:.3f} nats per token, {speed:.0f} tokens/s", done=step, total=last
+            ),
+        )
+    if as_json:
+        put_json({"output": str(output), "seconds": round(time.monotonic() - began, 2), **made})
+        return
+    report = made["report"]
+    put("\n".join([f"wrote {output} in {time.monotonic() - began:.1f} s", *flat_lines(report)]))

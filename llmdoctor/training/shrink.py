@@ -1,0 +1,377 @@
+"""A small model out of the patient's own first layers, for patients that have no small sibling.
+
+It keeps the patient's embeddings, final norm and head. Cut off in the middle, the layers make no sense of their own;
+they are healed by distillation: on the patient's own answers, the KL divergence from the patient's next token to the
+small model's, in nats per token, is minimised. The result is a model like any other: a base for doctors, and a draft
+model. It has the patient's embeddings and head as they are, so beside the patient it shares them in memory.
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from llmdoctor import __version__
+from llmdoctor.decoding.caches import open_cache
+from llmdoctor.decoding.decode import decode
+from llmdoctor.decoding.rows import patient_alone
+from llmdoctor.errors import DataError, UsageError
+from llmdoctor.files import atomic_path, ensure_replaceable, write_json
+from llmdoctor.models import Patient, SplitLM, Vocabulary, by_chunks
+from llmdoctor.records import Message
+from llmdoctor.settings import Sampling, ShrinkSettings
+from llmdoctor.text import conversation, prompt_ids
+from llmdoctor.training.batches import pad_rows
+from llmdoctor.training.progress import Distance, Progress
+from llmdoctor.training.shrunk import MARKER
+from llmdoctor.training.trainer import ResumableTrainer
+
+_ROWS = 32  # answers that are drawn together
+_KEPT_NUMBERS = 1 << 29  # states of the patient of at most 2 GiB in float32 are kept
+_MEASURED = 64  # held-out answers of the report
+
+
+@dataclass
+class Spoken:
+    """An answer of the patient: token ids of prompt and response [T], and the states that its head reads [T, H]."""
+
+    prompt: list[int]
+    response: list[int]
+    states: Tensor | None = None
+
+
+def shrink(
+    patient: Patient,
+    prompts: Sequence[str | Sequence[Message]],
+    output: Path,
+    settings: ShrinkSettings,
+    *,
+    device: str = "auto",
+    fresh: bool = False,
+    on_answer: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, int, float, float], None] | None = None,
+) -> dict[str, Any]:
+    """Make a small model of the patient's first layers and write it to the folder ``output``.
+
+    The patient answers ``prompts`` at temperature 1; ``on_answer`` gets how many answers there are and will be, then
+    ``on_step`` the step, the last step, the KL and the tokens per second. A model in bfloat16 or float16 is trained in
+    float32 beside the patient and saved in the patient's precision. Returns the content of shrunk.json: where the model
+    comes from, the settings, and a report on held-out prompts: KL in nats per token, before and after, the share of
+    drafted tokens that would stand at beta 0 (see `agreement`), parameters, own and shared, and the time of a step
+    relative to the patient's.
+
+    The same call continues a run that was stopped, from its answers and its last checkpoint; ``fresh`` starts again.
+
+    Raises UsageError (more layers than the patient has, a patient that cannot be cut, another run that was stopped
+    here), DataError (too few prompts), TrainingError, StorageError. Then ``output`` is unchanged.
+    """
+    output = Path(output)
+    ensure_replaceable(output, MARKER)
+    if len(prompts) < 2:
+        raise DataError(f"expected at least two prompts, one to learn from and one to measure on, got {len(prompts)}")
+    student = first_layers(patient, settings.layers)
+    layers = student.config.get_text_config().num_hidden_layers
+    settings = settings.replace(layers=layers)
+    ids = [prompt_ids(patient.tokenizer, conversation(prompt)) for prompt in prompts]
+    identity = {
+        "patient": patient.fingerprint,
+        "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "settings": settings.model_dump(mode="json"),
+    }
+    started = time.monotonic()
+    kept = output.with_name(f".{output.name}.answers.jsonl")
+    spoken = _answers(patient, ids, settings, identity, kept, fresh=fresh, on_answer=on_answer)
+    held_out = spoken[: max(1, round(settings.holdout * len(ids))) * settings.answers]
+    before = measure(patient, student, held_out[:_MEASURED])
+
+    training = settings.training(device)
+    work = output.with_name(f".{output.name}.training")
+    progress = Progress(Distance, on_step and (lambda step, last, row, speed: on_step(step, last, row.loss, speed)))
+    trainer = Distiller(patient, student, spoken[len(held_out) :], training, str(work), progress)
+    trainer.run(work, identity, fresh=fresh, new_folders=[path for path in output.parents if not path.exists()])
+
+    student = student.to(patient.model.dtype).eval().requires_grad_(False)
+    meta = {
+        "llmdoctor_version": __version__,
+        "patient": patient.name,
+        "patient_fingerprint": patient.fingerprint,
+        "settings": settings.model_dump(mode="json"),
+        "report": {
+            "layers": layers,
+            "of": patient.model.config.get_text_config().num_hidden_layers,
+            **_sizes(student, patient.model),
+            "step": _step_time(student) / _step_time(patient.model),
+            "before": before,
+            "after": measure(patient, student, held_out[:_MEASURED]),
+            "answers": len(spoken),
+            "tokens": progress.tokens,
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    }
+    with atomic_path(output) as temporary:
+        student.save_pretrained(str(temporary))
+        patient.tokenizer.save_pretrained(str(temporary))
+        write_json(temporary / MARKER, meta)
+        (temporary / "README.md").write_text(_card(meta), encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)
+    kept.unlink(missing_ok=True)
+    return meta
+
+
+def first_layers(patient: Patient, layers: int | None = None) -> PreTrainedModel:
+    """A copy in float32 of the patient's first ``layers`` (a fifth), its embeddings, final norm and head.
+
+    Of a patient in float32, embeddings and head are the patient's own. Only layers and norm are to be trained. Raises
+    UsageError.
+    """
+    model = patient.model
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    most = text.num_hidden_layers
+    layers = layers or max(1, most // 5)
+    if layers >= most:
+        raise UsageError(f"the patient {patient.name} has {most} layers: expected fewer than that, got {layers}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UsageError(
+            f"the weights of {patient.name} are quantised and cannot be trained: give the model it was made of"
+        )
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    try:
+        student = type(model)(config)
+        held = model.state_dict()
+        student.load_state_dict({name: held[name] for name in student.state_dict()})
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise UsageError(f"a {type(model).__name__} cannot be cut down to its first layers: {error}") from error
+    student = student.to(device=model.device, dtype=torch.float32).requires_grad_()
+    if model.dtype == torch.float32:
+        student.set_input_embeddings(model.get_input_embeddings())
+        student.set_output_embeddings(model.get_output_embeddings())
+    for part in (student.get_input_embeddings(), student.get_output_embeddings()):
+        part.requires_grad_(False)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student  # type: ignore[no-any-return]
+
+
+def kl_per_token(
+    teacher: SplitLM, teacher_M_H: Tensor, student: SplitLM, student_M_H: Tensor, vocabulary: Vocabulary
+) -> Tensor:
+    """KL(teacher || student) of the next token [M], nats, from the states that the two heads read."""
+
+    def score(teacher_C_H: Tensor, student_C_H: Tensor) -> Tensor:
+        with torch.no_grad():
+            target_C_V = vocabulary.mask(teacher.logits(teacher_C_H)).log_softmax(dim=-1)
+        found_C_V = vocabulary.mask(student.logits(student_C_H)).log_softmax(dim=-1)
+        return (target_C_V.exp() * (target_C_V - found_C_V)).sum(dim=-1)
+
+    return by_chunks(score, max(1, (1 << 24) // vocabulary.size), teacher_M_H, student_M_H)
+
+
+def agreement(one_M_V: Tensor, other_M_V: Tensor) -> Tensor:
+    """How likely two distributions [M, V] (log-probs) give the same token from one uniform number [M].
+
+    This is the acceptance of a draft: `product.draw` puts the same number through both inverse CDFs, so the chance is
+    the overlap of the intervals that the CDFs give a token, added over the tokens.
+    """
+    one, other = one_M_V.double().exp(), other_M_V.double().exp()
+    one_ends, other_ends = one.cumsum(dim=-1), other.cumsum(dim=-1)
+    start, end = torch.maximum(one_ends - one, other_ends - other), torch.minimum(one_ends, other_ends)
+    return (end - start).clamp(min=0).sum(dim=-1)
+
+
+@torch.no_grad()
+def measure(patient: Patient, student: PreTrainedModel, spoken: Sequence[Spoken]) -> dict[str, float]:
+    """KL(patient || student) in nats per token, and the mean `agreement` of their next tokens, over these answers."""
+    teacher, pupil = SplitLM.of(patient.model), SplitLM.of(student)
+    kls: list[float] = []
+    agreed: list[float] = []
+    for one in spoken:
+        batch = pad_rows([(torch.tensor(one.prompt), torch.tensor(one.response))])
+        batch = {name: tensor.to(patient.model.device) for name, tensor in batch.items()}
+        said = [
+            patient.vocabulary.mask(split.logits(_states(split, batch)[0])).log_softmax(dim=-1)
+            for split in (teacher, pupil)
+        ]
+        kls += (said[0].exp() * (said[0] - said[1])).sum(dim=-1).tolist()
+        agreed += agreement(*said).tolist()
+    return {"kl_per_token": statistics.fmean(kls), "acceptance": statistics.fmean(agreed)}
+
+
+def _states(split: SplitLM, batch: dict[str, Tensor]) -> Tensor:
+    """What the head reads before every response token [B, T, H]; beyond a response's end it means nothing."""
+    hidden_B_L_H = split.hidden(batch["input_ids"], batch["attention_mask"])
+    steps_T = torch.arange(int(batch["response_lengths"].max()), device=hidden_B_L_H.device)
+    places_B_T = (batch["prompt_lengths"][:, None] - 1 + steps_T).clamp(max=hidden_B_L_H.shape[1] - 1)
+    return hidden_B_L_H.gather(1, places_B_T[..., None].expand(-1, -1, hidden_B_L_H.shape[-1]))
+
+
+class _Answers(Dataset[Spoken]):
+    def __init__(self, spoken: Sequence[Spoken]) -> None:
+        self._spoken = spoken
+
+    def __len__(self) -> int:
+        return len(self._spoken)
+
+    def __getitem__(self, index: int) -> Spoken:
+        return self._spoken[index]
+
+
+class _Student(nn.Module):
+    """The states before every response token; a module of its own so that the Trainer can wrap it."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm, self.split = lm, SplitLM.of(lm)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return _states(self.split, batch)
+
+
+class Distiller(ResumableTrainer):
+    """Minimises the KL divergence from the patient to the student on the patient's answers."""
+
+    def __init__(
+        self,
+        patient: Patient,
+        student: PreTrainedModel,
+        spoken: Sequence[Spoken],
+        settings: Any,
+        scratch: str,
+        progress: Progress[Distance],
+    ) -> None:
+        super().__init__(_Student(student), settings, scratch, progress, train=_Answers(spoken), collator=_batch)
+        self._vocabulary, self._teacher = patient.vocabulary, SplitLM.of(patient.model)
+        width = patient.model.get_output_embeddings().in_features
+        self._keeps = sum(len(one.response) for one in spoken) * width <= _KEPT_NUMBERS
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The mean KL of a batch over its tokens."""
+        spoken: list[Spoken] = inputs.pop("spoken")
+        lengths_B = inputs["response_lengths"]
+        mask_B_T = torch.arange(int(lengths_B.max()), device=lengths_B.device) < lengths_B[:, None]
+        teacher_M_H = self._teacher_states(spoken, inputs, mask_B_T)
+        student: _Student = self.accelerator.unwrap_model(model)
+        states_M_H = model(**inputs)[mask_B_T]
+        loss = kl_per_token(self._teacher, teacher_M_H, student.split, states_M_H, self._vocabulary).mean()
+        self.progress.add(Distance(float(loss.detach())), len(states_M_H))
+        return loss
+
+    @torch.no_grad()
+    def _teacher_states(self, spoken: Sequence[Spoken], inputs: dict[str, Tensor], mask_B_T: Tensor) -> Tensor:
+        """What the patient's head reads [M, H]: read once and kept, if all of it fits."""
+        if all(one.states is not None for one in spoken):
+            held = torch.cat([one.states for one in spoken if one.states is not None])
+            return held.to(mask_B_T.device)
+        found_M_H = _states(self._teacher, inputs)[mask_B_T]
+        if self._keeps:
+            for one, states in zip(spoken, found_M_H.split(mask_B_T.sum(dim=1).tolist()), strict=True):
+                one.states = states.cpu()
+        return found_M_H
+
+
+def _batch(spoken: list[Spoken]) -> dict[str, Any]:
+    rows = pad_rows([(torch.tensor(one.prompt), torch.tensor(one.response)) for one in spoken])
+    return {**rows, "spoken": spoken}
+
+
+def _answers(
+    patient: Patient,
+    prompts: Sequence[Sequence[int]],
+    settings: ShrinkSettings,
+    identity: dict[str, Any],
+    path: Path,
+    *,
+    fresh: bool,
+    on_answer: Callable[[int, int], None] | None,
+) -> list[Spoken]:
+    """The patient's answers at temperature 1, ``settings.answers`` to each prompt; those at ``path`` are not drawn again."""
+    drawn_from = {name: identity[name] for name in ("patient", "prompts")}
+    drawn_from |= {name: identity["settings"][name] for name in ("answers", "max_new_tokens", "seed")}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() and not fresh else []
+    lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
+    if lines and json.loads(lines[0]) != drawn_from:
+        raise UsageError(
+            f"{path} holds answers of another patient, to other prompts or with other settings: give those to continue "
+            "that run, or --fresh to start from scratch"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # each line ends on the disk before the next begins: a run that is stopped loses one batch at most
+    path.write_text("".join(lines or [json.dumps(drawn_from) + "\n"]), encoding="utf-8")
+    asked = [prompt for prompt in prompts for _ in range(settings.answers)]
+    answers = [json.loads(line) for line in lines[1:]]
+    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+    with path.open("a", encoding="utf-8") as file:
+        while len(answers) < len(asked):
+            rows = asked[len(answers) : len(answers) + _ROWS]
+            seeds = [settings.seed + len(answers) + i for i in range(len(rows))]
+            new: list[list[int]] = [[] for _ in rows]
+            for step in decode(patient, {}, rows, patient_alone, sampling, seed=seeds):
+                new[step.row].append(step.token.id)
+            file.writelines(json.dumps(answer) + "\n" for answer in new)
+            file.flush()
+            answers += new
+            if on_answer:
+                on_answer(len(answers), len(asked))
+    return [Spoken(list(prompt), answer) for prompt, answer in zip(asked, answers, strict=True)]
+
+
+def _sizes(student: PreTrainedModel, patient: PreTrainedModel) -> dict[str, int]:
+    shared = sum(p.numel() for part in _ends(student) for p in part.parameters())
+    own = student.num_parameters() - shared
+    return {"own_parameters": own, "shared_parameters": shared, "patient_parameters": patient.num_parameters()}
+
+
+def _ends(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Embeddings and head; one of them where they are tied."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    yield embeddings
+    if head.weight is not embeddings.weight:
+        yield head
+
+
+@torch.inference_mode()
+def _step_time(model: PreTrainedModel) -> float:
+    """Seconds for one token after 64 others: the median of eleven, after three to warm up."""
+    cache = open_cache(model)
+    ids = torch.arange(65, device=model.device)[None] % model.config.get_text_config().vocab_size
+    cache.feed(ids[:, :64])
+    times = []
+    for _ in range(14):
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        cache.feed(ids[:, 64:])[0].sum().item()
+        times.append(time.perf_counter() - began)
+        cache.take_back(1)
+    return statistics.median(times[3:])
+
+
+def _card(meta: dict[str, Any]) -> str:
+    report = meta["report"]
+    return (
+        f"---\nlibrary_name: transformers\ntags: [llmdoctor]\n---\n\n"
+        f"# The first {report['layers']} of {report['of']} layers of {Path(meta['patient']).name}\n\n"
+        "Healed by distillation on the patient's own answers (`llmdoctor shrink`). A base for doctors "
+        "(`llmdoctor train --doctor`), or a draft model (`--draft-model`). It has its patient's licence.\n\n"
+        f"KL to the patient {report['after']['kl_per_token']:.3f} nats per token on held-out prompts "
+        f"({report['before']['kl_per_token']:.3f} before healing); {report['after']['acceptance']:.0%} of the tokens "
+        f"that it drafts stand; a step takes {report['step']:.2f} of the patient's.\n"
+    )
