@@ -20,9 +20,7 @@ def shrink(
     patient: options.Patient = None,
     prompts: Annotated[
         Path | None,
-        option(
-            "--prompts", "File of prompts to learn from, as compare takes them (default: those of the profile's data)."
-        ),
+        option("--prompts", "File of prompts to learn from, one per line or .jsonl (default: those of the profile)."),
     ] = None,
     output: Annotated[
         Path,

@@ -201,8 +201,8 @@ class Ensemble:
             drafts.append(ids_B_1)
             reads.append(read)
             # without the softmax, which changes no draw: it is done for all places at once
-            logits = doctor.logits(*read) if doctor is not None else read.logits_B_K_V
-            logits_B_V = self._vocabulary.mask(logits[:, 0].to(self._device)).to(logits_B_V)
+            said = doctor.logits(*read) if doctor is not None else read.logits_B_K_V
+            logits_B_V = self._vocabulary.mask(said[:, 0].to(self._device)).to(logits_B_V)
         logits, hidden = zip(*reads, strict=True)
         return torch.cat(drafts, dim=1), Read(torch.cat(logits, dim=1), torch.cat(hidden, dim=1))
 

@@ -101,7 +101,7 @@ def shrink(
     trainer = Distiller(patient, student, spoken[len(held_out) :], training, str(work), progress)
     trainer.run(work, identity, fresh=fresh, new_folders=[path for path in output.parents if not path.exists()])
 
-    student = student.to(patient.model.dtype).eval().requires_grad_(False)
+    student.to(dtype=patient.model.dtype).eval().requires_grad_(False)  # type: ignore[call-arg]
     meta = {
         "llmdoctor_version": __version__,
         "patient": patient.name,
@@ -155,7 +155,7 @@ def first_layers(patient: Patient, layers: int | None = None) -> PreTrainedModel
         student.load_state_dict({name: held[name] for name in student.state_dict()})
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise UsageError(f"a {type(model).__name__} cannot be cut down to its first layers: {error}") from error
-    student = student.to(device=model.device, dtype=torch.float32).requires_grad_()
+    student.to(device=model.device, dtype=torch.float32).requires_grad_()  # type: ignore[call-arg]
     if model.dtype == torch.float32:
         student.set_input_embeddings(model.get_input_embeddings())
         student.set_output_embeddings(model.get_output_embeddings())
@@ -302,7 +302,7 @@ def _answers(
     fresh: bool,
     on_answer: Callable[[int, int], None] | None,
 ) -> list[Spoken]:
-    """The patient's answers at temperature 1, ``settings.answers`` to each prompt; those at ``path`` are not drawn again."""
+    """The patient's answers at temperature 1, ``settings.answers`` to each prompt. Those at ``path`` are kept."""
     drawn_from = {name: identity[name] for name in ("patient", "prompts")}
     drawn_from |= {name: identity["settings"][name] for name in ("answers", "max_new_tokens", "seed")}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() and not fresh else []
