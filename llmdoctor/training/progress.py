@@ -37,8 +37,8 @@ class Progress(TrainerCallback, Generic[Row]):
     """
 
     def __init__(self, row: type[Row], on_step: Callable[[int, int, Row, float], None] | None) -> None:
-        self.on_step = on_step
-        self._row = row
+        self.on_step: Callable[[int, int, Row, float], None] | None = on_step
+        self._row: type[Row] = row
         self.history: list[Row] = []
         self.evaluations: list[dict[str, float]] = []
         self.tokens = 0
