@@ -166,6 +166,15 @@ STUDIES = (
     *(Study("SubTB weight", f"{weight:g}", train={"subtb_weight": weight}) for weight in (0.9, 1.0)),
     Study("method", "LoRA, rank 16", train={"method": "lora", "learning_rate": 4e-3}),
     *(Study("pairs", f"{n}", pairs=n) for n in (250, 1000, 4000)),
+    # two notes on the paper say that SubTB adds up all pairs of states, and that the hinge compares V
+    *(
+        replace(PAPER, part="paper, as notes on it say", method=method, train={**PAPER.train, **switches})
+        for method, switches in (
+            ("SubTB summed", {"subtb": "sum"}),
+            ("hinge of V", {"hinge": "value"}),
+            ("SubTB summed, hinge of V", {"subtb": "sum", "hinge": "value"}),
+        )
+    ),
     SAFE,
     MIXED,
 )

