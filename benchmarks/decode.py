@@ -14,6 +14,9 @@ from scratch for ``--train-seconds`` each and kept in ``--cache``. The stories d
 patient generates. Both Qwen2 models learn from the same HH-RLHF text, so they agree as far as two models of the same
 text do. Only the 4096 most frequent tokens of that text are trained; all others share one embedding with a low logit.
 
+``smollm2`` is the profile of that name: its doctors are heads on the patient, which nothing but the patient's forward
+has to be run for. ``--draft-model`` adds a row in which that model drafts.
+
 ``qwen-7b`` has the shapes of Qwen2.5-7B and Qwen2.5-1.5B in bfloat16 with random weights, so doctor and patient never
 agree. ``--acceptance`` accepts drafted tokens at random instead, while everything is still computed. On a GPU two more
 rows show how close the speed is to the limit: the time to read the patient's weights at the measured bandwidth, and the
@@ -168,12 +171,13 @@ class Fixed(Counting):
         return self.length
 
 
-def ours(case: Case, how: Sampling, drafting: speculative.Drafting | None) -> Way:
+def ours(case: Case, how: Sampling, drafting: speculative.Drafting | None, **more: Any) -> Way:
     """The project's own decoder, with all the numbers that it yields for every token."""
     patient, doctors, guidance, _ = case
 
     def run(prompts: list[list[int]], seed: int) -> int:
-        return sum(1 for _ in decode(patient, doctors, prompts, lambda: guidance, how, seed=seed, drafting=drafting))
+        steps = decode(patient, doctors, prompts, lambda: guidance, how, seed=seed, drafting=drafting, **more)
+        return sum(1 for _ in steps)
 
     return run
 
@@ -218,6 +222,18 @@ def clinic(device: str, names: Sequence[str]) -> Case:
     zones = {name: loaded.guidance.dead_zones[name] for name in names}
     guidance = loaded.guidance.replace(betas={name: loaded.beta[name] for name in names}, dead_zones=zones)
     return loaded.patient, doctors, guidance, prompts
+
+
+def smollm2(device: str) -> Case:
+    loaded = LLMdoctor.from_profile("smollm2", device=device)
+    questions = [
+        "How can I sleep better?",
+        "What is a good first job?",
+        "Tell me about the sea.",
+        "How do I save money?",
+    ]
+    prompts = [prompt_ids(loaded.patient.tokenizer, conversation(q)) for q in questions]
+    return loaded.patient, loaded._doctors, loaded.guidance, prompts
 
 
 def small_doctor(model: PreTrainedModel, patient: Patient) -> LoadedDoctor:
@@ -460,13 +476,21 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
             "generate + LogitsProcessor": generator(patient.model, patient, tokens, how, pad, guide),
             "reference path": ours(case, how, None),
         }
+        heads = all(doctor.model is patient.model for doctor in doctors.values())
+        if heads:  # no model of their own, and the processor knows no heads
+            del ways["doctor.generate"], ways["generate + LogitsProcessor"]
         drafting = {"speculative path": Counting() if args.length is None else Fixed(args.length)}
+        more: dict[str, Any] = {}
+        if args.draft_model:
+            more["draft_model"] = load_lm(args.draft_model, device=args.device)
+        elif heads:
+            drafting = {}
         shares: list[float | None] = [None]
         if args.acceptance:
-            shares = [float(share) for share in args.acceptance.split(",")]
+            shares = [float(share) for share in args.acceptance.split(",")] if drafting else []
             drafting = {f"speculative path, {share:g} accepted at random": Counting() for share in shares}
-        for (way, counting), share in zip(drafting.items(), shares, strict=True):
-            ways[way] = accepting(share)(ours(case, how, counting))
+        for (way, counting), share in zip(drafting.items(), shares[: len(drafting)], strict=True):
+            ways[way] = accepting(share)(ours(case, how, counting, **more))
         asked = [[prompts[(r * size + i) % len(prompts)] for i in range(size)] for r in range(args.repeats + 1)]
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for repeat, batch in enumerate(asked):
@@ -487,7 +511,7 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
         for way, rate in rates.items():
             ratio = [own / alone for own, alone in zip(rate, rates["patient.generate"], strict=True)]
             note = ""
-            if way == "reference path":
+            if way == "reference path" and not heads:
                 bases = {doctor.base for doctor in doctors.values()} if guidance.mode == "ratio" else set()
                 # The limit of the plain path: all models one after another, each as fast as it generates by itself.
                 small = len(doctors) + len(bases)  # a base is as large as its doctor
@@ -537,7 +561,7 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="clinic", help="of clinic, clinic-one, stories, qwen, qwen-7b; with commas")
+    parser.add_argument("--models", default="clinic", help="of clinic, clinic-one, stories, qwen, qwen-7b, smollm2")
     parser.add_argument("--batch", default="1,8,32", help="batch sizes, with commas")
     parser.add_argument("--tokens", type=int, default=120, help="longest answer")
     parser.add_argument("--repeats", type=int, default=7)
@@ -545,6 +569,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--length", type=int, help="always draft this many tokens (default: adaptive)")
     parser.add_argument("--acceptance", help="accept these shares of the drafted tokens, at random; with commas")
+    parser.add_argument("--draft-model", help="drafts in place of a doctor")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -566,6 +591,7 @@ def main() -> None:
         "stories": lambda: stories(args.device, args.cache, args.train_seconds),
         "qwen": lambda: qwen(args.device, args.cache, args.train_seconds),
         "qwen-7b": lambda: qwen_7b(args.device),
+        "smollm2": lambda: smollm2(args.device),
     }
     clock = "this process's CPU time" if args.clock == "cpu" else "wall time"
     lines = [
