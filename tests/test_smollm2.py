@@ -48,4 +48,5 @@ def test_they_steer_the_answers_of_the_profile(assistant: LLMdoctor) -> None:
 def test_the_doctors_are_small() -> None:
     folder = profile_path("smollm2").parent / "smollm2"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(load_profile("smollm2").doctors)
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1_500_000
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1_500_000  # with pairs and cards
+    assert all(path.stat().st_size < 30_000 for path in folder.rglob("*.safetensors"))

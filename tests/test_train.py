@@ -583,6 +583,17 @@ def test_a_whole_doctor_resumes_and_decodes_without_its_base(world: Path, tmp_pa
     assert torch.equal(loaded.model.state_dict()["model.norm.weight"], weights["model.norm.weight"])
 
 
+def test_a_head_resumes(world: Path, tmp_path: Path) -> None:
+    """It keeps the states that its base has read, which a run that goes on reads again."""
+    settings = {**LONG, "method": "head", "lora_rank": 2, "alternatives": 0}
+    start(world, tmp_path / "whole", **settings)
+    with pytest.raises(Killed):
+        start(world, tmp_path / "cut", stopped_at(5, "killed"), **settings)
+    start(world, tmp_path / "cut", **settings)
+    for name in (HEAD, "value_head.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_the_reference_is_computed_once_and_is_the_base(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: bool
