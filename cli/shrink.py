@@ -62,6 +62,8 @@ def shrink(
         from llmdoctor.models import load_patient, pick_device
         from llmdoctor.training.shrink import shrink as shrunk
 
+        if model.device_map is None and model.tp_plan is None:
+            model = override(model, device=str(pick_device(model.device)))  # one, not spread over all
         if model.dtype == "auto" and pick_device(model.device).type == "cpu":
             model = override(model, dtype="float32")  # gradients through bfloat16 gain little there
         loaded = load_patient(model.model, trust_remote_code=trust_remote_code, **model.loading())

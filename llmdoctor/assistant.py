@@ -2,6 +2,7 @@
 
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from llmdoctor.decoding.drafting import AdaptiveLength
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.rows import Step, patient_alone
-from llmdoctor.errors import UsageError
+from llmdoctor.errors import LLMDoctorWarning, UsageError
 from llmdoctor.models import (
     Patient,
     Vocabulary,
@@ -29,7 +30,7 @@ from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
 from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
-from llmdoctor.training.shrunk import require_shrunk_from
+from llmdoctor.training.shrunk import shrunk_from_another
 
 _BATCH_ROWS = 32
 _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}
@@ -129,13 +130,16 @@ class LLMdoctor:
             self._doctors[doctor.name] = doctor
         self._draft_model: PreTrainedModel | None = None
         if draft_model is not None and self.speculation:
-            require_shrunk_from(draft_model, self.patient.fingerprint, str(patient_model))
+            if problem := shrunk_from_another(draft_model, self.patient.fingerprint, str(patient_model)):
+                warnings.warn(f"{problem}; its drafts will seldom stand", LLMDoctorWarning, stacklevel=2)
             self.patient.vocabulary.require_same(
                 Vocabulary.of(load_tokenizer(draft_model, trust_remote_code=trust_remote_code)),
                 f"the patient {patient_model}",
                 f"the draft model {draft_model}",
             )
-            self._draft_model = load_lm(draft_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            # in the patient's precision, so that they can share weights
+            kind = str(self.patient.model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+            self._draft_model = load_lm(draft_model, dtype=kind, device=device, trust_remote_code=trust_remote_code)
             share_weights(self.patient.model, self._draft_model)
         self.guidance = self._with(self.doctor_names, **strengths)
 
@@ -182,7 +186,8 @@ class LLMdoctor:
     @property
     def acceptance(self) -> float | None:
         """The share of recently drafted tokens that were accepted, in [0, 1]; None before the first draft."""
-        return self._drafting.acceptance if self.speculation and self._drafting.tested else None
+        used = self._drafting if self._drafting.tested else self._drafting_alone
+        return used.acceptance if self.speculation and used.tested else None
 
     @property
     def guidance(self) -> Guidance:

@@ -25,6 +25,7 @@ __all__ = [
     "SplitLM",
     "Vocabulary",
     "by_chunks",
+    "context_of",
     "load_lm",
     "load_patient",
     "load_tokenizer",
@@ -54,8 +55,8 @@ class Patient:
 
     @cached_property
     def context(self) -> int:
-        """Tokens the model can attend to; 2^30 if its config sets no limit."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        """See `context_of`."""
+        return context_of(self.model)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -78,6 +79,11 @@ class Patient:
     def vocabulary(self) -> "Vocabulary":
         """The token-to-id map, which every doctor must share."""
         return Vocabulary.of(self.tokenizer)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Tokens the model can attend to; 2^30 if its config sets no limit."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 @dataclass(frozen=True, eq=False)
@@ -473,8 +479,10 @@ def share_weights(owner: PreTrainedModel, model: PreTrainedModel) -> None:
         if other is None or type(other) is not nn.Parameter or type(own) is not nn.Parameter:
             continue  # quantised, or spread over processes
         alike = (own.shape, own.dtype, own.device) == (other.shape, other.dtype, other.device)
-        # most weights differ in their first numbers already
-        if alike and torch.equal(own.view(-1)[:64], other.view(-1)[:64]) and torch.equal(own, other):
+        # most weights differ in their first numbers already; those of a meta device have none
+        if not alike or own.is_meta or not torch.equal(own.reshape(-1)[:64], other.reshape(-1)[:64]):
+            continue
+        if torch.equal(own, other):
             own.data = other.data
 
 

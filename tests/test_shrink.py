@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmdoctor import LLMdoctor
 from llmdoctor.decoding.product import draw
-from llmdoctor.errors import DataError, LoadError, UsageError
+from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.models import SplitLM, Vocabulary, load_patient, share_weights
-from llmdoctor.settings import Guidance, Sampling, ShrinkSettings, TrainSettings
+from llmdoctor.records import FacePair
+from llmdoctor.settings import DataSettings, Guidance, RewardSettings, Sampling, ShrinkSettings, TrainSettings
+from llmdoctor.token_rewards.extract import extract
 from llmdoctor.training.doctor import new_doctor
 from llmdoctor.training.folder import save_doctor
 from llmdoctor.training.shrink import agreement, first_layers, kl_per_token, shrink
-from llmdoctor.training.shrunk import MARKER
+from llmdoctor.training.shrunk import MARKER, shrunk_from_another
+from llmdoctor.training.train import train
 from tests.test_decode import CONFIGS, PROMPTS, doctor_of, patient_of, tiny
 from tests.test_head import twins
 from tests.test_speculative import Erratic, run, same
@@ -197,9 +201,51 @@ def test_other_training_settings_keep_the_answers(patient: Any, tmp_path: Path) 
     assert weights(tmp_path / "small") == weights(tmp_path / "whole")
 
 
-def test_one_prompt_is_too_few(patient: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="at least two prompts"):
-        shrink(patient, QUESTIONS[:1], tmp_path / "small", settings(), device="cpu")
+def test_prompts_that_do_not_fit(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    short = load_patient(tiny_model("llama", seed=2, max_position_embeddings=40, **LAYERS), device="cpu")
+    long = "rain " * 60
+    with pytest.raises(DataError, match=r"at least two prompts.*got 1 that fit"):
+        shrink(short, [QUESTIONS[3], long], tmp_path / "small", settings(), device="cpu")
+    with pytest.warns(LLMDoctorWarning, match="1 prompts are left out"):
+        # a share that would hold out every prompt leaves one to learn from
+        meta = shrink(short, [*QUESTIONS[3:], long], tmp_path / "small", settings(holdout=0.95), device="cpu")
+    assert meta["report"]["answers"] == 4
+
+
+def test_dropout_and_a_generation_config_that_cannot_be_saved(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    patient = load_patient(tiny_model("llama", attention_dropout=0.9, **LAYERS), device="cpu")
+    patient.model.generation_config.temperature, patient.model.generation_config.top_p = 0.9, 0.6
+    twice = [tmp_path / name for name in ("one", "two")]
+    for output in twice:
+        torch.manual_seed(len(output.name))
+        shrink(patient, QUESTIONS, output, settings(max_steps=2), device="cpu")
+    assert weights(twice[0]) == weights(twice[1])
+    assert load_patient(twice[0], device="cpu").eos_ids == patient.eos_ids
+
+
+def test_what_is_measured_is_what_is_saved_in_half_precision(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    patient = load_patient(tiny_model("llama", **LAYERS), dtype="bfloat16", device="cpu")
+    meta = shrink(patient, QUESTIONS, tmp_path / "small", settings(max_steps=3), device="cpu")
+    again = load_patient(tmp_path / "small", dtype="bfloat16", device="cpu")
+    student = first_layers(patient, 1)
+    assert again.model.dtype == torch.bfloat16
+    assert student.dtype == torch.float32
+    for (name, own), (_, theirs) in zip(again.model.named_buffers(), patient.model.named_buffers(), strict=True):
+        assert torch.equal(own, theirs), name
+    assert 0 < meta["report"]["after"]["acceptance"] < 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("mamba", {"num_hidden_layers": 2}),
+        ("gpt_neo", {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}),
+    ],
+)
+def test_an_architecture_that_cannot_be_cut_is_one_line(kind: str, shape: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=30, hidden_size=16, **shape))
+    with pytest.raises(UsageError, match="cannot be cut down to its first layers"):
+        first_layers(patient_of(model), 1)
 
 
 @pytest.mark.parametrize("mode", ["product", "ratio"])
@@ -276,13 +322,39 @@ def test_it_is_a_base_for_doctors_and_drafts_beside_the_patient(patient: Any, sm
     assert drafted._doctors["kind"].model.get_input_embeddings().weight.data_ptr() == embeddings
 
 
-def test_another_patients_model_is_refused(
+def test_another_patients_model_is_no_base_and_a_poor_draft(
     patient: Any, small: Path, tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
+    other = load_patient(tiny_model("llama", seed=4, **LAYERS), device="cpu")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi", "chosen": "Sleep.", "rejected": "Rain."}) + "\n")
+    faces = {"kind": FacePair("Be kind.", "Be rude.")}
+    list(extract(other, DataSettings(source=str(tmp_path / "pairs.jsonl")), faces, tmp_path / "rewards"))
     with pytest.raises(LoadError, match="shrunk from another patient"):
-        LLMdoctor(tiny_model("llama", seed=4, **LAYERS), draft_model=small, device="cpu")
+        train(
+            tmp_path / "rewards",
+            tmp_path / "d",
+            base_model=str(small),
+            reward_settings=RewardSettings(),
+            settings=TrainSettings(max_steps=1),
+        )
+    with pytest.warns(LLMDoctorWarning, match=r"shrunk from another patient.*seldom stand"):
+        LLMdoctor(other.name, draft_model=small, device="cpu")
+    assert LLMdoctor(small, draft_model=small, device="cpu").generate("Hi", max_new_tokens=3, seed=1) is not None
     shutil.copytree(small, tmp_path / "odd")
     for content in ("[]", "{}", '{"patient_fingerprint": 3}'):
         (tmp_path / "odd" / MARKER).write_text(content)
-        with pytest.raises(LoadError, match="shrunk from another patient"):
-            LLMdoctor(patient.name, draft_model=tmp_path / "odd", device="cpu")
+        assert "another patient" in (shrunk_from_another(tmp_path / "odd", patient.fingerprint, "mine") or "")
+    (tmp_path / "odd" / MARKER).write_text("{")
+    with pytest.raises(LoadError, match="cannot read"):
+        shrunk_from_another(tmp_path / "odd", patient.fingerprint, "mine")
+
+
+def test_a_draft_model_of_a_short_context_leaves_the_answer_its_length() -> None:
+    """It stops drafting before its context ends, also where one of several prompts is beyond it."""
+    model, draft_model = tiny("llama"), tiny("llama", seed=8, max_position_embeddings=32)
+    for prompts, tokens in ((PROMPTS[:1], 60), ([PROMPTS[0], [3] * 30], 20)):
+        how = {"max_new_tokens": tokens, "seed": 4}
+        drafting = Erratic(5)
+        drafted = run(patient_of(model), [], prompts, Guidance(), drafting, draft_model=draft_model, **how)
+        same(drafted, run(patient_of(model), [], prompts, Guidance(), **how))
+        assert (drafting.tested > 0) == (len(prompts) == 1)

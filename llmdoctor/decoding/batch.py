@@ -13,14 +13,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from llmdoctor.decoding.drafting import Drafting
+from llmdoctor.decoding.drafting import LENGTHS, Drafting
 from llmdoctor.decoding.ensemble import Ensemble
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.round import Place, Round, draw_round
 from llmdoctor.decoding.rows import Request, Row, Step
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
-from llmdoctor.models import Patient
+from llmdoctor.models import Patient, context_of
 from llmdoctor.settings import Guidance
 from llmdoctor.training.folder import LoadedDoctor
 
@@ -57,9 +57,7 @@ class Batch:
         self.patient, self.doctors, self.top, self.drafting = patient, doctors, top, drafting
         self.with_bases, self.prefix_cache = with_bases, prefix_cache
         self.draft_model = draft_model if drafting is not None else None
-        others = [doctor.model for doctor in doctors.values()] + ([draft_model] if draft_model is not None else [])
-        own = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in others]
-        self.context = min([patient.context, *(int(length) for length in own if length)])
+        self.context = min([patient.context, *(context_of(doctor.model) for doctor in doctors.values())])
         # On a CPU, this thread's own time: it holds the busy waiting for torch's threads, but not the time that other
         # programs take. Elsewhere the models run outside the thread, and on Windows its clock is too coarse.
         own_time = patient.model.device.type == "cpu" and sys.platform != "win32"
@@ -146,7 +144,7 @@ class Batch:
             self.patient,
             self.doctors,
             prompts,
-            draft_model=self.draft_model,
+            draft_model=self.draft_model if self._in_reach(max(map(len, prompts))) else None,
             with_bases=self.with_bases,
             prefix_cache=self.prefix_cache,
         )
@@ -173,6 +171,8 @@ class Batch:
         if self._models is None:
             return
         rows, models, clock = self._rows, self._models, _Clock(self._now)
+        if models.has_draft_model and not self._in_reach(models.slots):
+            models.drop_draft_model()
         drafting = self._drafting_now(models)
         length = self._draft_length(drafting, models) if drafting else 0
         count, slots = len(rows), models.slots
@@ -295,7 +295,7 @@ class Batch:
         """What chooses the length of drafts, where the models can take drafts back. A warning where they never can."""
         if self.drafting is None or models.can_draft:
             return self.drafting
-        if (name := models.rigid) and self.doctors and not self._warned:
+        if (name := models.rigid) and (self.doctors or models.has_draft_model) and not self._warned:
             warnings.warn(
                 f"the state of {name} cannot take tokens back: decoding without speculation",
                 LLMDoctorWarning,
@@ -303,6 +303,10 @@ class Batch:
             )
             self._warned = True
         return None
+
+    def _in_reach(self, slots: int) -> bool:
+        """Whether the draft model's own context, if there is one, holds so many tokens and the longest draft."""
+        return self.draft_model is None or slots + LENGTHS[-1] + 1 <= context_of(self.draft_model)
 
     def _draft_length(self, drafting: Drafting, models: Ensemble) -> int:
         """How many tokens to draft: never beyond a row's context, nor beyond the greatest budget that is left."""

@@ -88,6 +88,16 @@ class Ensemble:
         """Whether a doctor knows log V after the pending token only with the next `propose`."""
         return bool(self._on_patient)
 
+    def drop_draft_model(self) -> None:
+        """Go on without the draft model."""
+        for held in (self._caches, self._readers, self._next_B_1_V):
+            held.pop("draft", None)
+
+    @property
+    def has_draft_model(self) -> bool:
+        """Whether a draft model drafts."""
+        return "draft" in self._readers
+
     @property
     def rigid(self) -> str | None:
         """The name of a model whose state cannot take tokens back; None where all can."""
@@ -259,6 +269,9 @@ class Ensemble:
     @torch.inference_mode()
     def join(self, other: "Ensemble") -> None:
         """Add the rows of another ensemble of the same models, both between two rounds. ``other`` is then of no use."""
+        if self.has_draft_model != other.has_draft_model:
+            self.drop_draft_model()
+            other.drop_draft_model()
         # taken before the caches grow, for an unwritten mask is as long as they are
         masks = [own._mask() for own in (self, other)]
         for role, cache in self._caches.items():

@@ -12,6 +12,7 @@ import json
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from llmdoctor import __version__
 from llmdoctor.decoding.caches import open_cache
+from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
-from llmdoctor.errors import DataError, UsageError
+from llmdoctor.errors import DataError, LLMDoctorWarning, UsageError
 from llmdoctor.files import atomic_path, ensure_replaceable, write_json
+from llmdoctor.model_source import first_line
 from llmdoctor.models import Patient, SplitLM, Vocabulary, by_chunks
 from llmdoctor.records import Message
 from llmdoctor.settings import Sampling, ShrinkSettings
@@ -79,12 +82,14 @@ def shrink(
     """
     output = Path(output)
     ensure_replaceable(output, MARKER)
-    if len(prompts) < 2:
-        raise DataError(f"expected at least two prompts, one to learn from and one to measure on, got {len(prompts)}")
+    if len({p.device for p in patient.model.parameters()}) > 1:
+        raise UsageError(
+            "the patient is spread over several devices: to be shrunk it must fit one, as --device names it"
+        )
+    ids = _fitting(patient, prompts)
     student = first_layers(patient, settings.layers)
     layers = student.config.get_text_config().num_hidden_layers
     settings = settings.replace(layers=layers)
-    ids = [prompt_ids(patient.tokenizer, conversation(prompt)) for prompt in prompts]
     identity = {
         "patient": patient.fingerprint,
         "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
@@ -93,7 +98,7 @@ def shrink(
     started = time.monotonic()
     kept = output.with_name(f".{output.name}.answers.jsonl")
     spoken = _answers(patient, ids, settings, identity, kept, fresh=fresh, on_answer=on_answer)
-    held_out = spoken[: max(1, round(settings.holdout * len(ids))) * settings.answers]
+    held_out = spoken[: min(len(ids) - 1, max(1, round(settings.holdout * len(ids)))) * settings.answers]
     before = measure(patient, student, held_out[:_MEASURED])
 
     training = settings.training(device)
@@ -102,7 +107,9 @@ def shrink(
     trainer = Distiller(patient, student, spoken[len(held_out) :], training, str(work), progress)
     trainer.run(work, identity, fresh=fresh, new_folders=[path for path in output.parents if not path.exists()])
 
-    student.to(dtype=patient.model.dtype).eval().requires_grad_(False)  # type: ignore[call-arg]
+    student.eval().requires_grad_(False)
+    for p in student.parameters():  # not the buffers: those of rotary positions are float32 in every model
+        p.data = p.data.to(patient.model.dtype)
     meta = {
         "llmdoctor_version": __version__,
         "patient": patient.name,
@@ -147,23 +154,55 @@ def first_layers(patient: Patient, layers: int | None = None) -> PreTrainedModel
         raise UsageError(
             f"the weights of {patient.name} are quantised and cannot be trained: give the model it was made of"
         )
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
     try:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        type(config).from_dict(config.to_dict())  # it must be one that can be loaded again
         student = type(model)(config)
         held = model.state_dict()
         student.load_state_dict({name: held[name] for name in student.state_dict()})
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise UsageError(f"a {type(model).__name__} cannot be cut down to its first layers: {error}") from error
-    student.to(device=model.device, dtype=torch.float32).requires_grad_()  # type: ignore[call-arg]
+        student.to(device=model.device, dtype=torch.float32).eval().requires_grad_()  # type: ignore[call-arg]
+        with torch.inference_mode():  # that it can decode is seen now, and not after hours of healing
+            cache = DynamicKV(student)
+            for _ in range(2):
+                cache.feed(torch.tensor([[0]], device=model.device))
+    except Exception as error:  # of as many kinds as there are architectures
+        raise UsageError(
+            f"a {type(model).__name__} cannot be cut down to its first layers: {first_line(error)}"
+        ) from error
     if model.dtype == torch.float32:
         student.set_input_embeddings(model.get_input_embeddings())
         student.set_output_embeddings(model.get_output_embeddings())
     for part in (student.get_input_embeddings(), student.get_output_embeddings()):
         part.requires_grad_(False)
-    student.generation_config = copy.deepcopy(model.generation_config)
-    return student  # type: ignore[no-any-return]
+    student.generation_config = _ends_of(model.generation_config)
+    return student
+
+
+def _ends_of(config: GenerationConfig | None) -> GenerationConfig:
+    """What a generation config says of special tokens. The rest may be such that it cannot be saved."""
+    named = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(config, name, None) for name in named})
+
+
+def _fitting(patient: Patient, prompts: Sequence[str | Sequence[Message]]) -> list[list[int]]:
+    """The prompts' ids, without those that leave no room for an answer. Raises DataError if fewer than two are left."""
+    every = [prompt_ids(patient.tokenizer, conversation(prompt)) for prompt in prompts]
+    ids = [one for one in every if len(one) < patient.context]
+    if len(ids) < 2:
+        raise DataError(
+            f"expected at least two prompts, one to learn from and one to measure on, got {len(ids)} that fit the "
+            f"patient's context of {patient.context} tokens"
+        )
+    if left_out := len(every) - len(ids):
+        warnings.warn(
+            f"{left_out} prompts are left out: the patient's context of {patient.context} tokens has no room for an "
+            "answer to them",
+            LLMDoctorWarning,
+            stacklevel=3,
+        )
+    return ids
 
 
 def kl_per_token(
@@ -239,6 +278,11 @@ class _Student(nn.Module):
     def forward(self, **batch: Tensor) -> Tensor:
         return _states(self.split, batch)
 
+    def train(self, mode: bool = True) -> "_Student":
+        """Never with dropout: it is to say what the patient says, not to learn from noise."""
+        del mode
+        return super().train(False)
+
 
 class Distiller(ResumableTrainer):
     """Minimises the KL divergence from the patient to the student on the patient's answers."""
@@ -253,6 +297,7 @@ class Distiller(ResumableTrainer):
         progress: Progress[Distance],
     ) -> None:
         super().__init__(_Student(student), settings, scratch, progress, train=_Answers(spoken), collator=_batch)
+        self.args._n_gpu = 1  # the patient is on one device, and so is its student
         self._vocabulary, self._teacher = patient.vocabulary, SplitLM.of(patient.model)
         width = patient.model.get_output_embeddings().in_features
         self._keeps = sum(len(one.response) for one in spoken) * width <= _KEPT_NUMBERS
@@ -363,7 +408,8 @@ def _step_time(model: PreTrainedModel) -> float:
         began = time.perf_counter()
         cache.feed(ids[:, 64:])[0].sum().item()
         times.append(time.perf_counter() - began)
-        cache.take_back(1)
+        if cache.can_roll_back:
+            cache.take_back(1)
     return statistics.median(times[3:])
 
 

@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from llmdoctor import __version__
-from llmdoctor.errors import DataError, LoadError, UsageError
+from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import atomic_path, ensure_replaceable
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint
 from llmdoctor.records import TokenScores, TrainStep
@@ -21,7 +22,7 @@ from llmdoctor.training.batches import ScoredPair, hold_out, sides
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import MARKER, base_record, require_base_outside, save_doctor
 from llmdoctor.training.progress import draw_losses
-from llmdoctor.training.shrunk import require_shrunk_from
+from llmdoctor.training.shrunk import shrunk_from_another
 from llmdoctor.training.trainer import TFPOTrainer
 
 _NOT_RECORDED = {"doctor", "device", "report_to"}  # settings that do not change what is trained, or are said elsewhere
@@ -62,7 +63,11 @@ def train(
     folder = RewardsFolder(rewards)
     _require_patient(folder, patient)
     held = folder.meta["patient"]
-    require_shrunk_from(base_model, held["fingerprint"], held["model"])
+    if problem := shrunk_from_another(base_model, held["fingerprint"], held["model"]):
+        if not held.get("quantization"):
+            raise LoadError(problem)
+        # a quantised patient cannot be shrunk: the model that it was made of is its nearest relative
+        warnings.warn(problem, LLMDoctorWarning, stacklevel=2)
     doctor, tokenizer = new_doctor(base_model, settings, trust_remote_code=trust_remote_code)
     _require_tokenizer(folder, doctor.vocabulary, base_model)
     weights = face_weights(folder, folder.signals, reward_settings)

@@ -67,9 +67,11 @@ def test_a_profile_without_data_needs_prompts(fails, tiny_model, tmp_path):
     fails(2, ["mine", "--prompts"], "shrink", "--profile", _profile(tmp_path, tiny_model("llama")))
 
 
-def test_the_small_model_of_another_patient_cannot_draft(run, fails, tiny_model, prompts, tmp_path):
+def test_the_small_model_of_another_patient_is_told(run, tiny_model, prompts, tmp_path):
     patient = tiny_model("llama", num_hidden_layers=3)
     done = run("shrink", "--patient", patient, "--prompts", prompts, "-o", tmp_path / "s", *FEW, "--device", "cpu")
     assert done.exit_code == 0, done.output
     other = _profile(tmp_path, tiny_model("llama", seed=3))
-    fails(3, ["shrunk from another patient"], "compare", "Hi", "--profile", other, "--draft-model", tmp_path / "s")
+    done = run("compare", "Hi", "--profile", other, "--draft-model", tmp_path / "s", "--max-new-tokens", "4")
+    assert done.exit_code == 0, done.output
+    assert "shrunk from another patient" in done.stderr

@@ -725,8 +725,7 @@ def test_a_store_that_cannot_be_written_is_told_and_the_conversation_goes_on(mak
 
     async def steps(d):
         await d.ask("Go")
-        await d.until(store.path.exists)
-        await d.pilot.pause(0.2)
+        await d.until(lambda: store.path.exists() and app.saved_sessions())  # else it is still being written
         sqlite3.connect(store.path).close()
         store.path.write_text("this is no database, whatever its name says")
         await d.ask("On")
