@@ -186,7 +186,7 @@ class TrainSettings(Settings):
     lora_alpha: float = Field(default=32.0, gt=0, description="It is scaled by this over its rank")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter (method lora)")
     lora_targets: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(_all_linear)] = Field(
-        default="all-linear", description="Modules that get an adapter: their names, or all-linear"
+        default="all-linear", description="Modules that get an adapter (method lora): their names, or all-linear"
     )
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate")
     value_learning_rate: float | None = Field(
@@ -204,7 +204,9 @@ class TrainSettings(Settings):
     max_steps: int | None = Field(default=None, ge=1, description="Stop after N steps")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Norm that gradients are clipped to; 0 is off")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW")
-    gradient_checkpointing: bool = Field(default=False, description="Compute activations again instead of keeping them")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again instead of keeping them (not for method head)"
+    )
     holdout: float = Field(default=0.0, ge=0, lt=1, description="Share of the pairs that is only evaluated on")
     checkpoint_every: float = Field(
         default=0.1, gt=0, description="Evaluate and keep a checkpoint every N steps; below 1, that share of the run"
