@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
 # What calls torch, transformers, peft, Typer or Textual. Training in two processes is left out: it is slow.
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch round caches recorded static \
-	guidance models gguf patients doctor losses train extract assistant versions)) tests/cli tests/tui \
+	guidance models gguf patients doctor losses train shrink extract assistant versions)) tests/cli tests/tui \
 	--deselect tests/test_train.py::test_two_processes_take_the_steps_of_one
 
 .PHONY: demo demo-real test test-oldest check format clinic clean
