@@ -219,7 +219,7 @@ class Judge:
         """How well the judge predicts people, in words."""
         self.probe()
         found = json.loads((self._kept / "judge" / "probe.json").read_text())
-        return f"the judge predicts {found['accuracy']} of held-out human pairs"
+        return f"the judge predicts {found['held_out_accuracy']:.3f} of held-out human pairs"
 
     @torch.inference_mode()
     def logprob(self, asked: Asked, text: str) -> float | None:
