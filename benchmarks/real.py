@@ -468,11 +468,8 @@ class Pupil:
     def doctor(self, kind: str) -> Method:
         """The head of that kind, at strength 0."""
         how = TRAININGS[kind]
-        said = f"{self._drawn_from} {kind} {how.rewards.model_dump_json()} {how.settings.model_dump_json()}"
-        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
-        folder = self.kept / f"doctor {self.name} {kind} {digest}"
+        folder, digest = self._place(kind, how.rewards.model_dump_json(), how.settings.model_dump_json())
         if not (folder / "doctor.json").is_file():
-            print(f"{self.name}: training {kind}", file=sys.stderr, flush=True)
             train(
                 self.rewards(faces=kind != "probe"),
                 folder,
@@ -483,31 +480,26 @@ class Pupil:
             )
         return Method(kind, ((None, 1.0),), 0.0, self._head(folder), digest)
 
-    def labels(self) -> Method:
-        """The head that DPO's loss gives on the labels of whole answers, at strength 0."""
-        recipe = LABELLED["labels"]
-        said = f"{self._drawn_from} labels {recipe.settings.model_dump_json()} {recipe.beta} {int(recipe.epochs)}"
-        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
-        folder = self.kept / f"doctor {self.name} labels {digest}"
-        if not (folder / "doctor.json").is_file():
-            print(f"{self.name}: training on labels", file=sys.stderr, flush=True)
-            doctor, tokenizer = new_doctor(self.patient.name, recipe.settings)
-            by_labels(doctor, RewardsFolder(self.rewards(faces=False)), recipe)
-            save_doctor(folder, doctor, tokenizer, {"name": self.name, "base_model": self.patient.name})
-        return Method("labels", ((None, 1.0),), 0.0, self._head(folder), digest)
-
-    def tuned(self, name: str) -> Method:
-        """The patient tuned by LoRA on the labels, by the loss of DPO or GenARM, at strength 0."""
+    def labels(self, name: str) -> Method:
+        """What one of `LABELLED` gives on the labels of whole answers, at strength 0: a head, or a tuned patient."""
         recipe = LABELLED[name]
-        said = f"{self._drawn_from} {name} {recipe.settings.model_dump_json()} {recipe.beta}"
-        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
-        folder = self.kept / f"doctor {self.name} {name} {digest}"
+        folder, digest = self._place(name, recipe.settings.model_dump_json(), recipe.beta, recipe.epochs)
         if not (folder / "doctor.json").is_file():
-            print(f"{self.name}: training {name}", file=sys.stderr, flush=True)
             doctor, tokenizer = new_doctor(self.patient.name, recipe.settings)
             by_labels(doctor, RewardsFolder(self.rewards(faces=False)), recipe)
             save_doctor(folder, doctor, tokenizer, {"name": self.name, "base_model": self.patient.name})
+        if recipe.settings.method == "head":
+            return Method(name, ((None, 1.0),), 0.0, self._head(folder), digest)
         return Method(name, ((None, 1.0),), 0.0, doctor=digest, model=load_doctor(folder).model)
+
+    def _place(self, kind: str, *how: object) -> tuple[Path, str]:
+        """The folder of what is trained on these pairs in this way, and the digest that names it."""
+        said = " ".join(map(str, (self._drawn_from, kind, *how)))
+        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
+        folder = self.kept / f"doctor {self.name} {kind} {digest}"
+        if not (folder / "doctor.json").is_file():
+            print(f"{self.name}: training {kind}", file=sys.stderr, flush=True)
+        return folder, digest
 
     def _head(self, folder: Path) -> HeadAdapter | None:
         base = Base(self.patient.model, self.patient.vocabulary)
@@ -625,7 +617,6 @@ METHODS = (
 
 def methods(names: Sequence[str], wish: Wish, pupil: Pupil) -> Iterator[Method]:
     """The methods of these names, each at every strength."""
-    made = {"steering": pupil.steering, "labels": pupil.labels}
     for name in names:
         strengths = STRENGTHS.get(name, ())
         if name == "patient":
@@ -641,10 +632,10 @@ def methods(names: Sequence[str], wish: Wish, pupil: Pupil) -> Iterator[Method]:
         elif name == "best of 8":
             yield pupil.best_of()
         else:
-            if name in {"DPO", "GenARM"}:
-                method = pupil.tuned(name)
+            if name == "steering":
+                method = pupil.steering()
             else:
-                method = made[name]() if name in made else pupil.doctor(name)
+                method = pupil.labels(name) if name in LABELLED else pupil.doctor(name)
             for strength in strengths:
                 yield replace(method, strength=strength, **_powers(method, strength))
 

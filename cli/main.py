@@ -130,6 +130,7 @@ def _leave(code: Any) -> None:
     Such a thread cannot be stopped inside a call of torch. When the interpreter is torn down around it, the whole
     process aborts (SIGABRT) in place of exiting with ``code``.
     """
+    code = code or 0  # None is 0 too
     if isinstance(code, int) and any(thread.name.startswith("llmdoctor-") for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

@@ -643,11 +643,11 @@ def test_a_head_reads_the_states_of_its_base_once(world: Path, tmp_path: Path, m
     how: dict[str, Any] = {"method": "head", "dtype": "float64", "max_steps": None, "epochs": 3, "holdout": 0.4}
     for extra, kept in (({}, True), ({"alternatives": 1}, False)):
         heads = []
-        for limit in (trainer_module._KEPT_NUMBERS, 0):
+        for limit in (trainer_module.KEPT_NUMBERS, 0):
             forwards.clear()
             folder = tmp_path / f"{kept} {limit}"
             with monkeypatch.context() as patch:
-                patch.setattr(trainer_module, "_KEPT_NUMBERS", limit)
+                patch.setattr(trainer_module, "KEPT_NUMBERS", limit)
                 run(world, folder, **how, **extra)
             heads.append(load_file(folder / HEAD))
             before = 2  # batches of the references: twelve responses in batches of six

@@ -155,9 +155,7 @@ class Doctor(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor, response_lengths: Tensor
     ) -> Tensor:
         """What the head reads at every state of every row [R, N, H]."""
-        hidden_R_L_H = self.split.hidden(input_ids, attention_mask)
-        places_R_N = _places(input_ids, prompt_lengths, int(response_lengths.max()))
-        return hidden_R_L_H.gather(1, places_R_N[..., None].expand(-1, -1, hidden_R_L_H.shape[-1]))
+        return states(self.split, input_ids, attention_mask, prompt_lengths, response_lengths)
 
     def base_alone(self) -> AbstractContextManager[Any]:
         """A context in which the doctor is its base. A whole one stays as it is: use it before the first step."""
@@ -174,6 +172,15 @@ class Doctor(nn.Module):
             self.split, states_B_T_H[mask_B_T], targets_B_T[mask_B_T], self.vocabulary, change=adapter
         )
         return torch.zeros(mask_B_T.shape, dtype=found.dtype, device=found.device).masked_scatter(mask_B_T, found)
+
+
+def states(
+    split: SplitLM, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor, response_lengths: Tensor
+) -> Tensor:
+    """What the head of a model reads at every state of every row of `pad_rows` [R, N, H], N = T + 1."""
+    hidden_R_L_H = split.hidden(input_ids, attention_mask)
+    places_R_N = _places(input_ids, prompt_lengths, int(response_lengths.max()))
+    return hidden_R_L_H.gather(1, places_R_N[..., None].expand(-1, -1, hidden_R_L_H.shape[-1]))
 
 
 def _places(input_ids_R_L: Tensor, prompt_lengths_R: Tensor, last: int) -> Tensor:

@@ -13,14 +13,13 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedModel
 
 from llmdoctor import __version__
@@ -36,12 +35,12 @@ from llmdoctor.records import Message
 from llmdoctor.settings import Sampling, ShrinkSettings
 from llmdoctor.text import conversation, prompt_ids
 from llmdoctor.training.batches import pad_rows
+from llmdoctor.training.doctor import states
 from llmdoctor.training.progress import Distance, Progress
 from llmdoctor.training.shrunk import MARKER
-from llmdoctor.training.trainer import ResumableTrainer
+from llmdoctor.training.trainer import KEPT_NUMBERS, ResumableTrainer
 
 _ROWS = 32  # answers that are drawn together
-_KEPT_NUMBERS = 1 << 29  # states of the patient of at most 2 GiB in float32 are kept
 _MEASURED = 64  # held-out answers of the report
 
 
@@ -251,21 +250,7 @@ def measure(patient: Patient, student: PreTrainedModel, spoken: Sequence[Spoken]
 
 def _states(split: SplitLM, batch: dict[str, Tensor]) -> Tensor:
     """What the head reads before every response token [B, T, H]; beyond a response's end it means nothing."""
-    hidden_B_L_H = split.hidden(batch["input_ids"], batch["attention_mask"])
-    steps_T = torch.arange(int(batch["response_lengths"].max()), device=hidden_B_L_H.device)
-    places_B_T = (batch["prompt_lengths"][:, None] - 1 + steps_T).clamp(max=hidden_B_L_H.shape[1] - 1)
-    return hidden_B_L_H.gather(1, places_B_T[..., None].expand(-1, -1, hidden_B_L_H.shape[-1]))
-
-
-class _Answers(Dataset[Spoken]):
-    def __init__(self, spoken: Sequence[Spoken]) -> None:
-        self._spoken = spoken
-
-    def __len__(self) -> int:
-        return len(self._spoken)
-
-    def __getitem__(self, index: int) -> Spoken:
-        return self._spoken[index]
+    return states(split, **batch)[:, :-1]
 
 
 class _Student(nn.Module):
@@ -296,11 +281,11 @@ class Distiller(ResumableTrainer):
         scratch: str,
         progress: Progress[Distance],
     ) -> None:
-        super().__init__(_Student(student), settings, scratch, progress, train=_Answers(spoken), collator=_batch)
+        super().__init__(_Student(student), settings, scratch, progress, train=spoken, collator=_batch)
         self.args._n_gpu = 1  # the patient is on one device, and so is its student
         self._vocabulary, self._teacher = patient.vocabulary, SplitLM.of(patient.model)
         width = patient.model.get_output_embeddings().in_features
-        self._keeps = sum(len(one.response) for one in spoken) * width <= _KEPT_NUMBERS
+        self._keeps = sum(len(one.response) for one in spoken) * width <= KEPT_NUMBERS
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -382,17 +367,10 @@ def _answers(
 
 
 def _sizes(student: PreTrainedModel, patient: PreTrainedModel) -> dict[str, int]:
-    shared = sum(p.numel() for part in _ends(student) for p in part.parameters())
+    ends = (student.get_input_embeddings(), student.get_output_embeddings())
+    shared = sum(p.numel() for p in {p for part in ends for p in part.parameters()})  # once where they are tied
     own = student.num_parameters() - shared
     return {"own_parameters": own, "shared_parameters": shared, "patient_parameters": patient.num_parameters()}
-
-
-def _ends(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Embeddings and head; one of them where they are tied."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    yield embeddings
-    if head.weight is not embeddings.weight:
-        yield head
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from llmdoctor.training.progress import Losses, Progress
 # A loss has exploded when it is _EXPLODED times the greatest of the last _RECENT steps, and of 1.
 _EXPLODED = 100.0
 _RECENT = 50
-_KEPT_NUMBERS = 1 << 29  # states of at most 2 GiB in float32 are kept, in each process
+KEPT_NUMBERS = 1 << 29  # states of at most 2 GiB in float32 are kept, in each process
 
 
 class ResumableTrainer(Trainer):
@@ -42,7 +42,7 @@ class ResumableTrainer(Trainer):
         scratch: str,
         progress: Progress[Any],
         *,
-        train: torch.utils.data.Dataset[Any],
+        train: torch.utils.data.Dataset[Any] | Sequence[Any],
         held_out: torch.utils.data.Dataset[Any] | None = None,
         collator: Callable[[list[Any]], dict[str, Any]],
     ) -> None:
@@ -158,7 +158,7 @@ class TFPOTrainer(ResumableTrainer):
         assert isinstance(doctor, Doctor)
         numbers = sum(len(side.response) + 1 for side in responses) * doctor.value_head.in_features
         # the row of an alternative ends with another token, so its states are others
-        keep = doctor.change is not None and not self.settings.alternatives and numbers <= _KEPT_NUMBERS
+        keep = doctor.change is not None and not self.settings.alternatives and numbers <= KEPT_NUMBERS
         doctor.eval()  # no dropout in the reference
         # longest first, so that rows of like length share a batch and a batch too large fails at once
         waiting = sorted((side for side in responses if side.reference is None), key=lambda side: -len(side.response))
