@@ -288,7 +288,11 @@ def test_a_wrong_data_set_is_not_read_to_its_end(write):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl.gz", gzip.compress(json.dumps([GOOD] * 99).encode(), mtime=0)[:-20], "the compressed file is damaged"),
+        (
+            "p.jsonl.gz",
+            gzip.compress(json.dumps([GOOD] * 99).encode(), mtime=0)[:-20],
+            "the compressed file is damaged",
+        ),
         ("p.json", b"[1, 2", "not JSON (Expecting"),
         ("p.json", b'["\xff"]', "not UTF-8 text"),
         ("p.parquet", b"hello", "not a Parquet file"),

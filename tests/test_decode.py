@@ -29,6 +29,7 @@ from llmdoctor.models import Patient, Vocabulary, load_patient
 from llmdoctor.records import GuidedToken
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.training.folder import LoadedDoctor
+from tests.test_guidance import naive_draw
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
@@ -202,7 +203,7 @@ def test_every_number_of_every_token_equals_the_uncached_twin(arch: str) -> None
         shown[step.row].append(step.token)
     assert {len(row) for row in shown} & {20}
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, shown, strict=True)):
-        uniforms = torch.Generator().manual_seed(11 + row)
+        generator = torch.Generator().manual_seed(11 + row)
         ids = list(prompt)
         for token in tokens:
             guidance = schedule[token.position % 3]
@@ -210,8 +211,8 @@ def test_every_number_of_every_token_equals_the_uncached_twin(arch: str) -> None
             each = {name: logps(doctor.model, ids) for name, doctor in named.items()}
             mixed = guidance.alpha * own + sum(guidance.betas.get(n, 0.0) * lp for n, lp in each.items())
             mixed = mixed.log_softmax(-1)
-            u = torch.rand((), generator=uniforms, dtype=torch.float64).item()
-            drawn = next(i for i, c in enumerate(mixed.exp().cumsum(-1).tolist()) if c > u)
+            key = int(torch.randint(2**63 - 1, (), generator=generator))
+            drawn = naive_draw(mixed.exp().tolist(), key)
             assert token.id == drawn
             assert (token.alpha, dict(token.betas)) == (guidance.alpha, dict(guidance.betas))
             assert token.patient_logprob == pytest.approx(own[drawn].item(), abs=1e-9)

@@ -216,8 +216,7 @@ def test_a_tokenizer_without_eos_cannot_be_scored_and_says_what_to_do(tmp_path: 
         with pytest.raises(LoadError, match=r'names no end-of-sequence token.*set "eos_token" in its tokenizer_config'):
             run()
     assert not (tmp_path / "out").exists()
-    spoken = LLMdoctor(patient_model=patient.name).generate("hi", max_new_tokens=40, seed=0)
-    assert len(spoken) == 40
+    assert len(list(LLMdoctor(patient_model=patient.name).stream("hi", max_new_tokens=40, seed=0))) == 40
 
 
 def test_the_end_of_turn_of_the_chat_template_is_enough(tmp_path: Path) -> None:

@@ -1,17 +1,46 @@
 """The product, the filters after it and the draw, against naive float64 arithmetic on probabilities."""
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.product import check_guidance, draw, kl_divergence, product
+from llmdoctor.decoding.product import check_guidance, draw, exponentials, kl_divergence, product
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Vocabulary
 from llmdoctor.settings import Guidance, Sampling
 
-ALMOST_ONE = 1 - 2**-53  # the greatest uniform
+
+def splitmix64(state: int) -> Iterator[int]:
+    """The numbers of SplitMix64 begun at ``state``, as in its authors' paper."""
+    mask = 2**64 - 1
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        yield z ^ (z >> 31)
+
+
+def naive_exponentials(key: int) -> Iterator[float]:
+    return (-math.log(((z >> 11) + 0.5) / 2**53) for z in splitmix64(key))
+
+
+def naive_draw(probs: Sequence[float], key: int) -> int:
+    """The token that wins the race: the one with the greatest p / E."""
+    race = [p / e for p, e in zip(probs, naive_exponentials(key), strict=False)]
+    return race.index(max(race))
+
+
+def key_for(token: int, probs: Sequence[float]) -> int:
+    """The first key that draws this token."""
+    return next(key for key in itertools.count() if naive_draw(probs, key) == token)
+
+
+def keys(count: int, seed: int) -> Tensor:
+    return torch.randint(2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def distributions(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -89,7 +118,7 @@ def test_filters_apply_after_the_product(sampling: Sampling):
     """Patient .5, .1, .4 and doctor .1, .5, .4: the product .05 : .05 : .16 keeps only token 2, neither's favourite."""
     patient, doctor = (torch.tensor([p]).log() for p in ([0.5, 0.1, 0.4], [0.1, 0.5, 0.4]))
     guided = product(patient, {"d": doctor}, Guidance(1.0, {"d": 1.0})).expand(64, -1)
-    drawn = draw(guided, sampling, torch.linspace(0, ALMOST_ONE, 64, dtype=torch.float64))
+    drawn = draw(guided, sampling, keys(64, seed=9))
     assert drawn.tolist() == [2] * 64
 
 
@@ -131,32 +160,46 @@ def test_draws_follow_the_filtered_distribution(sampling: Sampling, chi_square_p
         {"d": distributions(12, seed=4, dtype=torch.float32)[None]},
         Guidance(1.0, {"d": 0.8}),
     )
-    uniforms = torch.rand(40_000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    counts = draw(guided.expand(len(uniforms), -1), sampling, uniforms).bincount(minlength=12)
+    counts = draw(guided.expand(40_000, -1), sampling, keys(40_000, seed=6)).bincount(minlength=12)
     expected = naive_filter(guided[0].tolist(), sampling)
     assert chi_square_p(counts, expected) > 0.01
 
 
-def test_draw_is_the_inverse_of_the_cdf():
-    """p = 1/8, 1/4, 1/8, 1/2: each uniform gives its token, whatever else is in the batch."""
-    row = torch.tensor([0.125, 0.25, 0.125, 0.5], dtype=torch.float64).log()
-    edge, tiny = {0.125: (0, 1), 0.375: (1, 2), 0.5: (2, 3)}, 1e-12
-    uniforms, expected = [0.0, ALMOST_ONE], [0, 3]
-    for at, (below, above) in edge.items():
-        uniforms += [at - tiny, at + tiny]
-        expected += [below, above]
-    together = draw(row.expand(len(uniforms), -1), Sampling(), torch.tensor(uniforms, dtype=torch.float64))
-    assert together.tolist() == expected
-    mixed = distributions(len(uniforms), 4, seed=6)
-    mixed[3] = row
-    assert draw(mixed, Sampling(), torch.tensor(uniforms, dtype=torch.float64))[3] == expected[3]
+def test_a_key_gives_every_token_its_exponential_number():
+    # the first numbers of SplitMix64 from 0, as its reference code prints them
+    known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B]
+    assert list(itertools.islice(splitmix64(0), 5)) == known
+    some = torch.tensor([0, 1, 2**63 - 1, -1, -(2**63)])
+    found = exponentials(some, 1000)
+    for key, row in zip(some.tolist(), found.tolist(), strict=True):
+        assert row == pytest.approx(list(itertools.islice(naive_exponentials(key), 1000)), rel=1e-14)
+
+
+def test_the_draw_is_the_winner_of_the_race_whatever_else_is_in_the_batch():
+    laws = distributions(300, 12, seed=6)
+    own = keys(300, seed=2)
+    expected = [naive_draw(law, key) for law, key in zip(laws.exp().tolist(), own.tolist(), strict=True)]
+    assert len(set(expected)) > 8
+    assert draw(laws, Sampling(), own).tolist() == expected
+    assert draw(laws[7:8], Sampling(), own[7:8]).tolist() == expected[7:8]
+
+
+def test_a_sharper_law_keeps_what_it_prefers():
+    """With the same key, a token that only gains probability against all others is still drawn."""
+    law = distributions(12, seed=3)
+    own = keys(2000, seed=4)
+    before = draw(law.expand(2000, -1), Sampling(), own)
+    raised = law.clone()
+    raised[5] += 1.0
+    after = draw(raised.log_softmax(-1).expand(2000, -1), Sampling(), own)
+    assert bool(((after == before) | (after == 5)).all())
+    assert bool((after != before).any())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-30, 1e-45, 1e-300])
 def test_temperature_towards_0_is_greedy(temperature: float):
     rows = distributions(50, 20, seed=7, dtype=torch.float32)
-    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = draw(rows, Sampling(temperature=temperature), uniforms)
+    drawn = draw(rows, Sampling(temperature=temperature), keys(50, seed=0))
     assert torch.equal(drawn, rows.argmax(dim=1))
 
 
@@ -191,8 +234,7 @@ def test_padding_is_never_drawn(guidance: Guidance, sampling: Sampling):
     patient, doctor, base = model(1), model(2), model(3)
     torch.testing.assert_close(patient.exp().sum(dim=1), torch.ones(200))
     guided = product(patient, {"d": doctor}, guidance, {"d": base})
-    uniforms = torch.linspace(0, ALMOST_ONE, 200, dtype=torch.float64)
-    drawn = draw(guided, sampling, uniforms)
+    drawn = draw(guided, sampling, keys(200, seed=8))
     assert set(drawn.tolist()) <= set(PADDED.ids.values())
     divergence = kl_divergence(guided, patient)
     assert (divergence.isfinite() & (divergence > -1e-6)).all()
@@ -257,7 +299,7 @@ def test_sampling_out_of_range(setting: str, legal: list[float], illegal: list[f
     rows = distributions(2, 6, seed=8)
     for value in legal:
         sampling = Sampling(**{setting: value})
-        assert (draw(rows, sampling, torch.tensor([0.3, 0.9])) < 6).all()
+        assert (draw(rows, sampling, torch.tensor([3, 9])) < 6).all()
     for value in illegal:
         with pytest.raises(UsageError, match=f"{setting}.*{value}"):
             Sampling(**{setting: value})

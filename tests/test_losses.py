@@ -242,7 +242,7 @@ def test_answers_drawn_from_the_optimum_are_distributed_as_the_reward_says(chi_s
     for _ in range(4):
         going = state >= 0
         table = product(world.ref_S_V.log()[state], {"doctor": policy.log()[state]}, guidance)
-        token = draw(table, Sampling(), torch.rand(rows, generator=generator, dtype=torch.float64))
+        token = draw(table, Sampling(), torch.randint(2**63 - 1, (rows,), generator=generator))
         code = torch.where(going, code * 4 + token + 1, code)
         state = torch.where(going, children[state, token], state)
     assert (state < 0).all()

@@ -8,6 +8,7 @@ import torch
 
 from llmdoctor.decoding.round import Round, draw_round
 from llmdoctor.settings import Guidance, Sampling
+from tests.test_guidance import key_for, keys
 
 HALF = math.log(0.5)
 
@@ -20,16 +21,16 @@ def log(*rows: list[float]) -> torch.Tensor:
 def test_golden() -> None:
     """Three places over three tokens, the drafts 0 and 2; patient alone; worked by hand.
 
-    Place 0: the patient has (1/2, 1/4, 1/4), u = .3 lies in the first half: token 0, as drafted. Place 1: (1/4, 1/2,
-    1/4), u = .5 lies in the second token's span [1/4, 3/4): token 1, where 2 was drafted. It is drawn all the same and
-    ends the row's part of the round; place 2 is not drawn.
+    Place 0: the patient has (1/2, 1/4, 1/4), and the key draws token 0, as drafted. Place 1: (1/4, 1/2, 1/4), and the
+    key draws token 1, where 2 was drafted. It is drawn all the same and ends the row's part of the round; place 2 is
+    not drawn.
     """
     patient = log([0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1.0, 0.0, 0.0])
     doctor = log([0.25, 0.25, 0.5], [0.5, 0.25, 0.25], [0.0, 1.0, 0.0])
     values = torch.tensor([[1.5, -2.5]], dtype=torch.float64)
     round_ = Round(torch.tensor([[0, 2]]), patient, {"d": doctor}, {}, {"d": values})
-    uniforms = torch.tensor([[0.3, 0.5, 0.5]], dtype=torch.float64)
-    ((first, second),) = draw_round(round_, [Guidance(1.0, {"d": 0.0})], [Sampling()], uniforms, top=2)
+    own = torch.tensor([[key_for(0, [0.5, 0.25, 0.25]), key_for(1, [0.25, 0.5, 0.25]), 0]])
+    ((first, second),) = draw_round(round_, [Guidance(1.0, {"d": 0.0})], [Sampling()], own, top=2)
     assert (first.drawn.id, first.drafted, first.flip, first.values) == (0, True, False, {"d": 1.5})
     assert (second.drawn.id, second.drafted, second.flip, second.values) == (1, False, False, {})
     assert first.drawn.logprob == first.drawn.patient_logprob == pytest.approx(HALF)
@@ -39,7 +40,7 @@ def test_golden() -> None:
     assert second.top[0].logprob == pytest.approx(HALF)
     # all drafts accepted: the place behind them is drawn too
     accepted = Round(torch.tensor([[0, 1]]), patient, {"d": doctor}, {}, {"d": values})
-    (places,) = draw_round(accepted, [Guidance(1.0, {"d": 0.0})], [Sampling()], uniforms)
+    (places,) = draw_round(accepted, [Guidance(1.0, {"d": 0.0})], [Sampling()], own)
     assert [place.drawn.id for place in places] == [0, 1, 0]
     assert [place.drafted for place in places] == [True, True, False]
 
@@ -47,16 +48,16 @@ def test_golden() -> None:
 def test_the_product_under_each_rows_own_guidance_and_sampling() -> None:
     """Two rows of the same numbers: one listens to the patient, greedily; the other to the doctor's inverse law.
 
-    patient (1/2, 1/4, 1/4), doctor (1/8, 1/8, 3/4). alpha 1, beta 1: (1/16, 1/32, 6/32) = (2, 1, 6) / 9; u = .3 is in
-    the second span [2/9, 3/9), and KL = sum p log(p / patient).
+    patient (1/2, 1/4, 1/4), doctor (1/8, 1/8, 3/4). alpha 1, beta 1: (1/16, 1/32, 6/32) = (2, 1, 6) / 9; the key draws
+    token 1, and KL = sum p log(p / patient).
     """
     patient = log([0.5, 0.25, 0.25]).expand(2, 1, 3)
     doctor = log([0.125, 0.125, 0.75]).expand(2, 1, 3)
     round_ = Round(torch.empty(2, 0, dtype=torch.long), patient, {"d": doctor})
     guidances = [Guidance(1.0, {"d": 0.0}), Guidance(1.0, {"d": 1.0})]
     samplings = [Sampling(temperature=0.0), Sampling()]
-    uniforms = torch.tensor([[0.9], [0.3]], dtype=torch.float64)
-    (greedy,), (drawn,) = draw_round(round_, guidances, samplings, uniforms)
+    own_keys = torch.tensor([[key_for(2, [0.5, 0.25, 0.25])], [key_for(1, [2 / 9, 1 / 9, 6 / 9])]])
+    (greedy,), (drawn,) = draw_round(round_, guidances, samplings, own_keys)
     assert (greedy.drawn.id, drawn.drawn.id, drawn.flip) == (0, 1, True)
     assert drawn.drawn.logprob == pytest.approx(math.log(1 / 9))
     law, own = (2 / 9, 1 / 9, 6 / 9), (0.5, 0.25, 0.25)
@@ -76,12 +77,12 @@ def test_a_row_is_drawn_as_if_alone_and_a_place_as_if_first(how: dict[str, Any])
     modes: Any = ("product", "ratio", "product", "ratio")
     guidances = [Guidance(0.5 * i, {"a": 1.0, "b": 0.3 * i}, modes[i], 0.01) for i in range(4)]
     samplings = [Sampling(**how), Sampling(temperature=0.0), Sampling(**how), Sampling(temperature=1.3)]
-    uniforms = torch.rand(4, 4, generator=generator, dtype=torch.float64)
-    together = draw_round(round_, guidances, samplings, uniforms, top=2)
+    each = keys(16, seed=1).view(4, 4)
+    together = draw_round(round_, guidances, samplings, each, top=2)
     for row, places in enumerate(together):
         for start in range(len(places)):
             part = round_.of_row(row, start)
-            (alone,) = draw_round(part, [guidances[row]], [samplings[row]], uniforms[row : row + 1, start:], top=2)
+            (alone,) = draw_round(part, [guidances[row]], [samplings[row]], each[row : row + 1, start:], top=2)
             assert [place.drawn.id for place in alone] == [place.drawn.id for place in places[start:]]
             for mine, other in zip(alone, places[start:], strict=True):
                 assert mine.drawn.logprob == pytest.approx(other.drawn.logprob, abs=1e-12)
@@ -92,8 +93,8 @@ def test_a_row_is_drawn_as_if_alone_and_a_place_as_if_first(how: dict[str, Any])
 def test_a_forced_token_is_said_with_the_numbers_of_any_other() -> None:
     patient = log([0.5, 0.25, 0.25]).expand(2, 1, 3)
     round_ = Round(torch.empty(2, 0, dtype=torch.long), patient)
-    uniforms = torch.tensor([[0.9], [0.9]], dtype=torch.float64)
-    (forced,), (drawn,) = draw_round(round_, [Guidance()] * 2, [Sampling()] * 2, uniforms, forced=[1, None])
+    same = torch.full((2, 1), key_for(2, [0.5, 0.25, 0.25]))
+    (forced,), (drawn,) = draw_round(round_, [Guidance()] * 2, [Sampling()] * 2, same, forced=[1, None])
     assert (forced.drawn.id, drawn.drawn.id) == (1, 2)
     assert forced.drawn.logprob == pytest.approx(math.log(0.25))
     assert forced.flip

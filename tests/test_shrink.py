@@ -26,6 +26,7 @@ from llmdoctor.training.shrink import agreement, first_layers, kl_per_token, shr
 from llmdoctor.training.shrunk import MARKER, shrunk_from_another
 from llmdoctor.training.train import train
 from tests.test_decode import CONFIGS, PROMPTS, doctor_of, patient_of, tiny
+from tests.test_guidance import keys
 from tests.test_head import twins
 from tests.test_speculative import Erratic, run, same
 
@@ -81,15 +82,19 @@ def test_the_kl_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(*gradients)
 
 
-def test_agreement_is_the_share_of_uniform_numbers_that_draw_the_same() -> None:
+def test_agreement_is_the_share_of_keys_that_draw_the_same() -> None:
     generator = torch.Generator().manual_seed(3)
     one, other = (2 * torch.randn(2, 3, 12, generator=generator)).log_softmax(-1)
-    u = (torch.arange(20_000) + 0.5) / 20_000
+    own = keys(40_000, seed=5)
     for a, b, found in zip(one, other, agreement(one, other), strict=True):
-        tokens = [draw(side.expand(len(u), -1), Sampling(), u) for side in (a, b)]
-        assert float((tokens[0] == tokens[1]).double().mean()) == pytest.approx(float(found), abs=1e-3)
+        tokens = [draw(side.expand(len(own), -1), Sampling(), own) for side in (a, b)]
+        assert float((tokens[0] == tokens[1]).double().mean()) == pytest.approx(float(found), abs=0.01)  # 4 sigma
     assert torch.allclose(agreement(one, one), torch.ones(3, dtype=torch.float64))
-    assert bool((agreement(one, other) <= torch.minimum(one.exp(), other.exp()).sum(-1) + 1e-6).all())
+    overlap = torch.minimum(one.exp(), other.exp()).sum(-1)  # 1 - TV
+    assert bool((agreement(one, other) <= overlap + 1e-6).all())
+    assert bool((agreement(one, other) >= overlap / (2 - overlap) - 1e-6).all())
+    cut = one.masked_fill(one < -2, -torch.inf).log_softmax(-1)  # tokens of probability 0
+    assert torch.allclose(agreement(cut, cut), torch.ones(3, dtype=torch.float64))
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def same(left: list[list[Step]], right: list[list[Step]]) -> None:
 def test_a_doctor_equal_to_the_patient_has_every_draft_accepted(
     how: dict[str, Any], strengths: tuple[float, float]
 ) -> None:
-    """Draft and draw are then the same law, patient^(alpha + beta), with the same uniform numbers."""
+    """Draft and draw are then the same law, patient^(alpha + beta), with the same random keys."""
     model = tiny("llama", seed=3)
     guidance, drafting = Guidance(strengths[0], {"doctor": strengths[1]}), Erratic(3)
     run(patient_of(model), [doctor_of(model)], PROMPTS, guidance, drafting, max_new_tokens=40, **how)

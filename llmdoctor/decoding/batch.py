@@ -155,7 +155,7 @@ class Batch:
                 self._fail(row, error)
             rows.clear()
             return
-        yield from self._emit(models, rows, round_, _uniforms(rows, 1), _Clock(self._now))
+        yield from self._emit(models, rows, round_, _keys(rows, 1), _Clock(self._now))
         if rows and self._models is not None:
             self._models.join(models)
         elif rows:
@@ -178,13 +178,13 @@ class Batch:
         count, slots = len(rows), models.slots
         with clock:
             guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
-            uniforms_B_J = _uniforms(rows, length + 1)
-            round_, late = models.propose(length, guidances, samplings, uniforms_B_J)
+            keys_B_J = _keys(rows, length + 1)
+            round_, late = models.propose(length, guidances, samplings, keys_B_J)
         if models.knows_late:  # only now can the last token be shown, and the guidance of the next one be asked for
             for row, values in zip(rows, late, strict=True):
                 yield from self._show_pending(row, values)
             self._ask(rows)
-        accepted = yield from self._emit(models, rows, round_, uniforms_B_J, clock)
+        accepted = yield from self._emit(models, rows, round_, keys_B_J, clock)
         if drafting:
             tested = sum(min(own + 1, length) for own in accepted)
             drafting.record(count, slots, length, sum(accepted), tested, clock.seconds)
@@ -197,7 +197,7 @@ class Batch:
         yield from self._steps(row, place, {**values, **late})
 
     def _emit(
-        self, models: Ensemble, rows: list[Row], round_: Round, uniforms_B_J: torch.Tensor, clock: "_Clock"
+        self, models: Ensemble, rows: list[Row], round_: Round, keys_B_J: torch.Tensor, clock: "_Clock"
     ) -> Generator[Step, None, list[int]]:
         """Draw and yield the tokens of a round, and bring the models behind them. Rows that end are taken off ``rows``.
 
@@ -207,7 +207,7 @@ class Batch:
             rows.clear()
             return []
         with clock:
-            drawn = self._draw(round_, rows, uniforms_B_J)
+            drawn = self._draw(round_, rows, keys_B_J)
         found = [len(places) - 1 for row, places in zip(rows, drawn, strict=True) if not row.ended]
         for i, row in enumerate(rows):
             place = 0
@@ -216,7 +216,7 @@ class Batch:
                 if place and self._ask([row]) and row.guidance is not used and row.guidance != used:
                     # it changed since the last token was shown: draw the rest of the round again under the new one
                     rest = round_.of_row(i, place)
-                    drawn[i][place:] = self._draw(rest, [row], _uniforms([row], rest.length + 1))[0]
+                    drawn[i][place:] = self._draw(rest, [row], _keys([row], rest.length + 1))[0]
                 if row.ended or place == len(drawn[i]) - 1:
                     break  # the last token was not drafted: the doctors have to read it before it is shown
                 yield from self._steps(row, drawn[i][place], drawn[i][place].values)
@@ -240,10 +240,10 @@ class Batch:
         rows[:] = [row for row in rows if not row.ended]
         return found
 
-    def _draw(self, round_: Round, rows: Sequence[Row], uniforms_B_J: torch.Tensor) -> list[list[Place]]:
+    def _draw(self, round_: Round, rows: Sequence[Row], keys_B_J: torch.Tensor) -> list[list[Place]]:
         forced = [row.request.first if row.position == 0 else None for row in rows]
         guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
-        return draw_round(round_, guidances, samplings, uniforms_B_J, top=self.top, forced=forced)
+        return draw_round(round_, guidances, samplings, keys_B_J, top=self.top, forced=forced)
 
     def _steps(self, row: Row, place: Place, values: Mapping[str, float]) -> Iterator[Step]:
         """Take a place's token: the steps that may be shown now."""
@@ -340,5 +340,5 @@ class _Clock:
         self.seconds += self._now() - self._began
 
 
-def _uniforms(rows: Sequence[Row], count: int) -> torch.Tensor:
-    return torch.tensor([row.ahead(count) for row in rows], dtype=torch.float64)
+def _keys(rows: Sequence[Row], count: int) -> torch.Tensor:
+    return torch.tensor([row.ahead(count) for row in rows])

@@ -137,7 +137,7 @@ class Ensemble:
         length: int,
         guidances: Sequence[Guidance],
         samplings: Sequence[Sampling],
-        uniforms_B_J: Tensor,
+        keys_B_J: Tensor,
     ) -> tuple[Round, list[dict[str, float]]]:
         """Draft ``length`` tokens for every row with one model, and let all models read them.
 
@@ -151,7 +151,7 @@ class Ensemble:
             if mask_B_L is not None:
                 mask_B_L = torch.nn.functional.pad(mask_B_L, (0, length), value=1)
             drafter = self._drafter(guidances)
-            drafts_B_K, drafted = self._draft(drafter, length, guidances, samplings, uniforms_B_J, mask_B_L)
+            drafts_B_K, drafted = self._draft(drafter, length, guidances, samplings, keys_B_J, mask_B_L)
             for role, cache in self._readers.items():
                 read = drafted if role == drafter else cache.feed(drafts_B_K, mask_B_L, length)
                 if name := self._names.get(role):
@@ -184,12 +184,12 @@ class Ensemble:
         length: int,
         guidances: Sequence[Guidance],
         samplings: Sequence[Sampling],
-        uniforms_B_J: Tensor,
+        keys_B_J: Tensor,
         mask_B_L: Tensor | None,
     ) -> tuple[Tensor, Read]:
         """Token ids [B, K] drawn from doctor^(alpha + beta), and what the doctor says after each of them.
 
-        Each draw uses the uniform number of its place, as the draw from the product will. Where patient and doctor
+        Each draw uses the key of its place, as the draw from the product will. Where patient and doctor
         agree, the product is about doctor^(alpha + beta), and both draws then give the same token. A draft model
         guesses the patient, and with it all doctors of mode "product".
         """
@@ -206,7 +206,7 @@ class Ensemble:
         reads: list[Read] = []
         slots = 0 if mask_B_L is None else mask_B_L.shape[1] - length
         for k in range(length):
-            ids_B_1 = draw_rows(powers_B_1 * logits_B_V, samplings, uniforms_B_J[:, k])[:, None]
+            ids_B_1 = draw_rows(powers_B_1 * logits_B_V, samplings, keys_B_J[:, k])[:, None]
             read = cache.feed(ids_B_1, None if mask_B_L is None else mask_B_L[:, : slots + k + 1])
             drafts.append(ids_B_1)
             reads.append(read)

@@ -70,23 +70,44 @@ def kl_divergence(product_B_V: Tensor, patient_B_V: Tensor) -> Tensor:
     return divergence_B
 
 
-def draw(product_B_V: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    """One token id per row [B]: temperature, top-k, top-p and min-p on the product, then the inverse of its CDF.
+def draw(product_B_V: Tensor, sampling: Sampling, keys_B: Tensor) -> Tensor:
+    """One token id per row [B]: temperature, top-k, top-p and min-p on the product, then the Gumbel-max draw.
 
-    ``uniforms_B`` in [0, 1) are the only randomness. With the same seed two distributions are drawn from with the same
-    numbers (common random numbers), so patient and guided answers differ by guidance and not by chance. Temperature 0
-    is the argmax.
+    ``keys_B`` (int64) are the only randomness: a key gives every token its own exponential number E, and the token with
+    the greatest probability / E is drawn (Gumbel-max, as -log E is Gumbel noise). Two distributions that are drawn from
+    with the same key often give the same token, with a probability of at least (1 - TV) / (1 + TV), TV their total
+    variation distance: so most drafts stand, and with the same seed patient and guided answers differ by guidance and
+    not by chance. Temperature 0 is the argmax.
     """
     if sampling.temperature == 0:
         return product_B_V.argmax(dim=-1)
     scores = _warpers(sampling)(None, product_B_V)  # type: ignore[arg-type]  # these warpers read no input ids
-    # float64, because in a vocabulary of 150,000 the rounding of a float32 sum exceeds many tokens' probabilities.
-    exact = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulative_B_V = scores.softmax(dim=-1).cumsum(dim=-1, dtype=exact)
-    # Scaled by the last entry, which rounding keeps from being exactly 1. With right=True a token of probability 0
-    # is never found, even if the uniform is 0.
-    target_B_1 = uniforms_B.to(cumulative_B_V)[:, None] * cumulative_B_V[:, -1:]
-    return torch.searchsorted(cumulative_B_V, target_B_1, right=True)[:, 0].clamp(max=product_B_V.shape[-1] - 1)
+    probs_B_V = scores.softmax(dim=-1)
+    if probs_B_V.device.type in ("cpu", "mps"):  # MPS has no float64
+        # row by row, because one row's numbers fit into the CPU's cache
+        rows = zip(probs_B_V.cpu().split(1), keys_B.cpu().split(1), strict=True)
+        return torch.cat([_winners(row, key) for row, key in rows]).to(probs_B_V.device)
+    return _winners(probs_B_V, keys_B.to(probs_B_V.device))
+
+
+def _winners(probs_B_V: Tensor, keys_B: Tensor) -> Tensor:
+    return probs_B_V.double().div_(exponentials(keys_B, probs_B_V.shape[-1])).argmax(dim=-1)
+
+
+def exponentials(keys_B: Tensor, size: int) -> Tensor:
+    """``size`` exponential numbers per key [B, size], float64: those that SplitMix64 gives when a key is its state.
+
+    A number depends on its key and its place only, not on the device. Torch's own generators have one state for all
+    rows, and other numbers on every device. Steele, Lea and Flood, "Fast splittable pseudorandom number generators".
+    """
+    places = torch.arange(1, size + 1, device=keys_B.device)
+    mixed = keys_B[:, None] + places * -0x61C8864680B583EB  # int64 wraps, so this is 0x9E3779B97F4A7C15
+    # the masks make the signed shift an unsigned one
+    mixed.bitwise_xor_((mixed >> 30) & (1 << 34) - 1).mul_(-0x40A7B892E31B1A47)  # 0xBF58476D1CE4E5B9
+    mixed.bitwise_xor_((mixed >> 27) & (1 << 37) - 1).mul_(-0x6B2FB644ECCEEE15)  # 0x94D049BB133111EB
+    mixed.bitwise_xor_((mixed >> 31) & (1 << 33) - 1)
+    # 53 bits, and a half so that no logarithm is of 0
+    return ((mixed >> 11) & (1 << 53) - 1).double().add_(0.5).mul_(2.0**-53).log_().neg_()
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:

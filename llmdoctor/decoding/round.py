@@ -1,7 +1,7 @@
 """One round of decoding as a value, and the tokens that are drawn from it: pure functions of tensors.
 
 A round holds what the models say about the next J = K + 1 places of every row: K drafted tokens and what follows each.
-The token at a place is drawn from the product of the models with that place's uniform number. As long as it is the
+The token at a place is drawn from the product of the models with that place's random key. As long as it is the
 drafted one, the models have already read what comes before the next place, so the next token can be drawn too. The
 first token that differs from its draft is still a proper draw; everything behind it has to be read again.
 """
@@ -82,19 +82,19 @@ def draw_round(
     round_: Round,
     guidances: Sequence[Guidance],
     samplings: Sequence[Sampling],
-    uniforms_B_J: Tensor,
+    keys_B_J: Tensor,
     *,
     top: int = 0,
     forced: Sequence[int | None] = (),
 ) -> list[list[Place]]:
     """Draw the tokens of every row: its drafted tokens as far as they agree with the draw, and one further token.
 
-    ``guidances`` and ``samplings`` hold one for each row. ``uniforms_B_J`` in [0, 1) is all the randomness: the token
-    of a place depends on its own number only, whatever was drafted. ``top`` asks for that many likeliest tokens.
+    ``guidances`` and ``samplings`` hold one for each row. ``keys_B_J`` (int64) are all the randomness: the token of
+    a place depends on its own key only, whatever was drafted. ``top`` asks for that many likeliest tokens.
     ``forced`` ids, one for each row or none at all, take the first place instead of a draw (None: draw).
     """
     product_B_J_V = _products(round_, guidances)
-    ids_B_J = _draws(product_B_J_V, samplings, uniforms_B_J)
+    ids_B_J = _draws(product_B_J_V, samplings, keys_B_J)
     for row, token in enumerate(forced):
         if token is not None:
             ids_B_J[row, 0] = token
@@ -142,15 +142,15 @@ def _products(round_: Round, guidances: Sequence[Guidance]) -> Tensor:
     )
 
 
-def _draws(logprobs_B_J_V: Tensor, samplings: Sequence[Sampling], uniforms_B_J: Tensor) -> Tensor:
+def _draws(logprobs_B_J_V: Tensor, samplings: Sequence[Sampling], keys_B_J: Tensor) -> Tensor:
     """Token ids [B, J]."""
     places, size = logprobs_B_J_V.shape[1:]
     flat_M_V = logprobs_B_J_V.reshape(-1, size)
     each = [sampling for sampling in samplings for _ in range(places)]
-    return draw_rows(flat_M_V, each, uniforms_B_J.flatten()).view(-1, places)
+    return draw_rows(flat_M_V, each, keys_B_J.flatten()).view(-1, places)
 
 
-def draw_rows(logprobs_B_V: Tensor, samplings: Sequence[Sampling], uniforms_B: Tensor) -> Tensor:
+def draw_rows(logprobs_B_V: Tensor, samplings: Sequence[Sampling], keys_B: Tensor) -> Tensor:
     """One token id per row [B], every row with its own sampling; rows that draw alike are drawn together."""
     first = samplings[0]
     groups: dict[tuple[float, ...], list[int]] = {}
@@ -158,10 +158,10 @@ def draw_rows(logprobs_B_V: Tensor, samplings: Sequence[Sampling], uniforms_B: T
         for row, how in enumerate(samplings):
             groups.setdefault((how.temperature, how.top_k, how.top_p, how.min_p), []).append(row)
     if len(groups) < 2:
-        return draw(logprobs_B_V, first, uniforms_B)
+        return draw(logprobs_B_V, first, keys_B)
     ids_B = torch.empty(len(logprobs_B_V), dtype=torch.long, device=logprobs_B_V.device)
     for rows in groups.values():
-        ids_B[rows] = draw(logprobs_B_V[rows], samplings[rows[0]], uniforms_B[rows])
+        ids_B[rows] = draw(logprobs_B_V[rows], samplings[rows[0]], keys_B[rows])
     return ids_B
 
 

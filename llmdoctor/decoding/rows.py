@@ -64,18 +64,18 @@ class Row:
         # a row's own stream: a character may be spread over several tokens
         self._texts = TextStream(patient.tokenizer)
         self._generator = torch.Generator().manual_seed(request.seed)
-        self._uniforms: list[float] = []  # of the next positions, drawn ahead
+        self._keys: list[int] = []  # of the next positions, drawn ahead
         self._last = request.prompt[-1]
         self.pending: tuple[Place, Mapping[str, float]] | None = None  # drawn, but not every doctor has read it
         self._held: list[GuidedToken] = []  # their text may be the beginning of a stop string
 
-    def ahead(self, count: int) -> list[float]:
-        """The uniform numbers of the next ``count`` draws; the same numbers until tokens are taken."""
+    def ahead(self, count: int) -> list[int]:
+        """The random keys of the next ``count`` draws; the same keys until tokens are taken."""
         used = self.drawn - self.position
-        # one draw at a time: the numbers must not depend on how many are asked for at once
-        while len(self._uniforms) < used + count:
-            self._uniforms.append(torch.rand((), generator=self._generator, dtype=torch.float64).item())
-        return self._uniforms[used : used + count]
+        # one draw at a time: the keys must not depend on how many are asked for at once
+        while len(self._keys) < used + count:
+            self._keys.append(int(torch.randint(torch.iinfo(torch.int64).max, (), generator=self._generator)))
+        return self._keys[used : used + count]
 
     @property
     def drawn(self) -> int:
@@ -97,7 +97,7 @@ class Row:
         token = self._token(place, values)
         self.position += 1
         self._last = token.id
-        del self._uniforms[0]
+        del self._keys[0]
         if token.id in self._patient.eos_ids:
             self.ended = "eos"
         elif self.position >= self.budget:

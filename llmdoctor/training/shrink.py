@@ -219,15 +219,16 @@ def kl_per_token(
 
 
 def agreement(one_M_V: Tensor, other_M_V: Tensor) -> Tensor:
-    """How likely two distributions [M, V] (log-probs) give the same token from one uniform number [M].
+    """How likely two distributions p and q [M, V] (log-probs) give the same token from one key [M].
 
-    This is the acceptance of a draft: `product.draw` puts the same number through both inverse CDFs, so the chance is
-    the overlap of the intervals that the CDFs give a token, added over the tokens.
+    This is the acceptance of a draft. In the Gumbel-max draw of `product.draw` both give token i with probability
+    1 / sum_j max(p_j / p_i, q_j / q_i). The first is the greater where p_j / q_j > p_i / q_i, so in the order of p / q
+    the sums are running sums.
     """
-    one, other = one_M_V.double().exp(), other_M_V.double().exp()
-    one_ends, other_ends = one.cumsum(dim=-1), other.cumsum(dim=-1)
-    start, end = torch.maximum(one_ends - one, other_ends - other), torch.minimum(one_ends, other_ends)
-    return (end - start).clamp(min=0).sum(dim=-1)
+    order = (one_M_V - other_M_V).argsort(dim=-1, descending=True)
+    p, q = (said.gather(-1, order).double().exp() for said in (one_M_V, other_M_V))
+    above, below = p.cumsum(dim=-1), q.flip(-1).cumsum(dim=-1).flip(-1) - q
+    return (1 / (above / p + below / q)).nan_to_num().sum(dim=-1)
 
 
 @torch.no_grad()

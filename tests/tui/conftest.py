@@ -40,7 +40,7 @@ def product(guidance: Guidance) -> list[float]:
 
 
 class FakeAssistant:
-    """Draws every token from the same known distributions; a token's uniform depends on seed and position only.
+    """Draws every token from the same known distributions; a token's randomness depends on seed and position only.
 
     ``gate`` (a semaphore) makes every token wait for a ``release``. Answers never end by themselves before
     ``shortest`` tokens. "fail" as a question raises UsageError at its fourth token, "crash" something unforeseen.
