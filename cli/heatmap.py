@@ -1,10 +1,10 @@
 """Token rewards on stdout: heatmaps on a terminal, else plain text with signs. Blue is rewarded, orange punished."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llmdoctor.show.colours import heat_style, scale_limit
-from llmdoctor.show.rewards import RewardedText
+from llmdoctor.show.colours import heat_style
+from llmdoctor.show.rewards import RewardedText, ShownPair, limits_of
 from llmdoctor.show.text import clean, prompt_end
 
 if TYPE_CHECKING:
@@ -15,11 +15,11 @@ _ROOM_FOR_TWO = 80  # columns needed to show responses side by side
 
 
 def plain_heatmap(prompt: str, responses: Iterable[RewardedText]) -> str:
-    """The responses with a + or - after every token that has a reward."""
+    """The responses with a + or - after every token that is marked: by its reward, or by its raw gap or probe."""
     lines = [f"prompt: {clean(prompt)}"]
     for response in responses:
         marked = "".join(
-            _with_sign(piece, reward) for piece, reward in zip(response.shown(), response.rewards, strict=True)
+            _with_sign(piece, reward) for piece, reward in zip(response.shown(), response.marks, strict=True)
         )
         lines += ["", f"{response.title}:", marked.strip()]
     return "\n".join(lines)
@@ -33,22 +33,22 @@ def _with_sign(piece: str, reward: float) -> str:
 
 
 def rich_heatmap(
-    prompt: str, responses: Sequence[RewardedText], width: int, limit: float | None = None
+    prompt: str, responses: Sequence[RewardedText], width: int, limits: Mapping[str, float] | None = None
 ) -> "RenderableType":
-    """The responses, every rewarded token on the colour of its reward, side by side if ``width`` columns suffice.
+    """The responses, every marked token on its colour, side by side if ``width`` columns suffice.
 
-    ``limit`` is the end of the colour scale, by default the greatest reward shown.
+    ``limits`` are the ends of the colour scales (`limits_of`), by default the greatest numbers shown.
     """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    limit = limit or scale_limit(reward for response in responses for reward in response.rewards)
+    limits = limits or limits_of([ShownPair("", prompt, tuple(responses))])
     texts = []
     for response in responses:
         text = Text()
-        for piece, reward in zip(response.shown(), response.rewards, strict=True):
-            text.append(piece, style=heat_style(reward, limit))
+        for piece, reward in zip(response.shown(), response.marks, strict=True):
+            text.append(piece, style=heat_style(reward, limits[response.shows]))
         texts.append(text)
     table = Table(box=box.ROUNDED, expand=True, title=Text(prompt_end(prompt), style="bold"), title_justify="left")
     if width >= _ROOM_FOR_TWO:
@@ -63,11 +63,22 @@ def rich_heatmap(
     return table
 
 
-def heat_legend(limit: float) -> "Text":
-    """What the colours of heatmaps mean, in one line."""
+_LEGEND = {
+    "reward": ("punished", "rewarded; unmarked: no reward"),
+    "gap": ("raw gap, nats:", "likelier under the positive face; unmarked: below a tenth of it"),
+    "probe": ("probe, log-odds:", "speaks for the answer; unmarked: below a tenth of it"),
+}
+
+
+def heat_legend(limits: Mapping[str, float]) -> "Text":
+    """What the colours of heatmaps mean, in one line for each number shown."""
     from rich.text import Text
 
-    text = Text(f"punished {-limit:.2g} ", style="dim")
-    for share in (-1.0, -0.6, -0.3, 0.3, 0.6, 1.0):
-        text.append("   ", style=f"not dim {heat_style(share, 1)}")
-    return text.append(f" {limit:+.2g} rewarded; unmarked: no reward")
+    text = Text(style="dim")
+    for shows, limit in limits.items():
+        low, high = _LEGEND[shows]
+        text.append(f"{chr(10) if text else ''}{low} {-limit:.2g} ")
+        for share in (-1.0, -0.6, -0.3, 0.3, 0.6, 1.0):
+            text.append("   ", style=f"not dim {heat_style(share, 1)}")
+        text.append(f" {limit:+.2g} {high}")
+    return text

@@ -18,7 +18,7 @@ from llmdoctor.cli.terminal import console, decorated, put, put_json, say, waiti
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.show.formats import short_name
 from llmdoctor.show.page import rewards_page
-from llmdoctor.show.rewards import ShownPair, limit_of
+from llmdoctor.show.rewards import ShownPair, limits_of
 from llmdoctor.show.text import prompt_end
 
 if TYPE_CHECKING:
@@ -68,6 +68,14 @@ def inspect(
     trust_remote_code: options.TrustRemoteCode = False,
     face: options.FaceNames = None,
     rewarding: options.Rewards,
+    show: Annotated[
+        list[str] | None,
+        option(
+            "--show",
+            "What is marked: reward, gap or probe; repeatable (default: reward; with --text reward and gap).",
+            metavar="WHAT",
+        ),
+    ] = None,
     as_json: options.Json = False,
     svg: Annotated[Path | None, option("--svg", "Write a picture instead.", metavar="FILE")] = None,
     html: Annotated[Path | None, option("--html", "Write a page instead.", metavar="FILE")] = None,
@@ -80,6 +88,8 @@ def inspect(
         raise UsageError("choose one of --json, --svg and --html")
     if pair is not None and worst is not None:
         raise UsageError("choose one of --pair and --worst")
+    if unknown := set(show or ()) - {"reward", "gap", "probe"}:
+        raise UsageError(f"--show: expected reward, gap or probe, got {min(unknown)!r}")
     if text is not None:
         if folder is not None or tui or diagnose or any(given is not None for given in (pair, contains, worst)):
             raise UsageError("--text looks at one answer: leave out DIR, its filters, --diagnose and --tui")
@@ -87,13 +97,25 @@ def inspect(
         model = override(chosen.patient, model=patient, **loading)
         given = {**rewarding, "faces": tuple(face) if face else None}
         _look_at(
-            text, prompt or "", chosen, profile, model, given, trust_remote_code, as_json=as_json, svg=svg, page=html
+            text,
+            prompt or "",
+            chosen,
+            profile,
+            model,
+            given,
+            trust_remote_code,
+            shows=tuple(show or ("reward", "gap")),
+            as_json=as_json,
+            svg=svg,
+            page=html,
         )
         return
     if folder is None:
         raise UsageError("expected a rewards folder, DIR, or an answer, --text")
     if prompt is not None:
         raise UsageError("--prompt goes with --text: a rewards folder holds its own prompts")
+    if show and (tui or diagnose):
+        raise UsageError("--show goes with the pairs: leave out --tui and --diagnose")
     if tui:
         options.require_screen("--tui", as_json or diagnose or (svg or html) is not None)
     with waiting("Reading the rewards ..."):
@@ -116,7 +138,7 @@ def inspect(
         raise typer.Exit(_browse(look, look.pick(pair, contains, limit or worst or _BROWSED)))
     wanted = worst or limit or (_SHOWN_ON_PAGE if html else _SHOWN)
     found = look.all(pair=pair, contains=contains, worst=worst is not None, limit=wanted)
-    _show(look, *found, contains, as_json=as_json, svg=svg, page=html)
+    _show(look, *found, contains, tuple(show or ("reward",)), as_json=as_json, svg=svg, page=html)
 
 
 def _show(
@@ -125,6 +147,7 @@ def _show(
     statistics: "Statistics",
     differences: "Sequence[FaceDifference]",
     contains: str | None,
+    shows: Sequence[str],
     *,
     as_json: bool,
     svg: Path | None,
@@ -132,23 +155,35 @@ def _show(
 ) -> None:
     """The pairs and the statistics, on stdout or in a file."""
     rewards, settings, weights = look.rewards, look.settings, look.weights
+    if "probe" in shows and rewards.probe is None:
+        from llmdoctor.token_rewards.formula import NO_PROBE
+
+        raise UsageError(f"--show probe: {NO_PROBE}")
     findings.warn(differences)
+    if statistics.tokens and not statistics.share_rewarded + statistics.share_punished:
+        say(_nothing_left(settings, "every token of these pairs"))
     if as_json:
         document: dict[str, Any] = {"folder": str(rewards.path), "settings": settings.model_dump(mode="json")}
         document |= {"weights": weights, "statistics": statistics.as_dict()}
         document |= {"face_differences": [difference.as_dict() for difference in differences]}
         put_json({**document, "pairs": [look.json(sides) for sides in shown], "meta": rewards.meta})
         return
-    pairs = [look.shown(sides) for sides in shown]
+    pairs = [
+        replace(
+            one,
+            name=one.name if what == "reward" else f"{one.name}, {what}",
+            sides=tuple(s.by(what) for s in one.sides),
+        )
+        for one in map(look.shown, shown)
+        for what in shows
+    ]
     heading = _heading(rewards, settings, weights, statistics, contains)
     if svg is not None:
         from rich.text import Text
 
-        from llmdoctor.token_rewards.summary import EDGES
-
-        top = limit_of(pairs)
+        top = limits_of(pairs)
         pictures = [rich_heatmap(_title(one), one.sides, 110, top) for one in pairs]
-        numbers = [Text("\n".join(heading)), Text(), rich_statistics(statistics, EDGES)]
+        numbers = [Text("\n".join(heading)), Text(), rich_statistics(statistics)]
         _write(svg, picture([*pictures, heat_legend(top), Text(), *numbers], "llmdoctor inspect"))
     elif page is not None:
         _write(page, rewards_page(pairs, heading=heading, statistics=statistics))
@@ -172,25 +207,32 @@ def _heading(
     return [counted, f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"]
 
 
+def _nothing_left(settings: "RewardSettings", which: str, most: float | None = None) -> str:
+    """Why nothing is marked, and what to do."""
+    reached = "" if most is None else f", the greatest importance here is {most:.2g}"
+    return (
+        f"note: tau {settings.tau:g} and theta {settings.theta:g} prune {which}{reached}. Lower them "
+        "(--tau 1 --theta 0.3); --show gap marks the raw gap"
+    )
+
+
 def _title(pair: ShownPair) -> str:
     return f"{prompt_end(pair.prompt)}  [pair {pair.name}]"
 
 
 def _print(heading: Sequence[str], pairs: Sequence[ShownPair], statistics: "Statistics") -> None:
-    from llmdoctor.token_rewards.summary import EDGES
-
     if not decorated(sys.stdout):
         for one in pairs:
             put(plain_heatmap(f"{one.prompt}  [pair {one.name}]", one.sides) + "\n")
-        put("\n".join([*heading, "", plain_statistics(statistics, EDGES)]))
+        put("\n".join([*heading, "", plain_statistics(statistics)]))
         return
     screen = console(sys.stdout)
-    top = limit_of(pairs)
+    top = limits_of(pairs)
     for one in pairs:
         screen.print(rich_heatmap(_title(one), one.sides, screen.width, top))
     screen.print(heat_legend(top))
     screen.print("\n" + "\n".join(heading) + "\n")
-    screen.print(rich_statistics(statistics, EDGES))
+    screen.print(rich_statistics(statistics))
 
 
 def _look_at(
@@ -202,6 +244,7 @@ def _look_at(
     given: "Mapping[str, Any]",
     trust_remote_code: bool,
     *,
+    shows: Sequence[str],
     as_json: bool,
     svg: Path | None,
     page: Path | None,
@@ -210,6 +253,8 @@ def _look_at(
     from llmdoctor.cli.extract import chosen_faces
     from llmdoctor.profile import override
 
+    if "probe" in shows:
+        raise UsageError("--show probe needs a rewards folder that extract --probe wrote: leave it out, or --text")
     settings = override(profile.rewards, **given)
     if settings.direction in {"fitted", "probe"}:
         raise UsageError(
@@ -229,16 +274,18 @@ def _look_at(
     item = token_rewards(scores, settings, weights)
     shown = rewarded_text(loaded.tokenizer, item)
     shown = replace(shown, title=shown.title.replace("chosen, ", "answer, ", 1))
+    if not item.rewards.any():
+        say(_nothing_left(settings, "every token of this answer", float(item.importance.max())))
     if as_json:
         document: dict[str, Any] = {"patient": model.model, "settings": settings.model_dump(mode="json")}
         document |= {"weights": weights, "prompt": prompt, "answer": text}
         put_json({**document, **json_side(item, shown)})
         return
-    one = ShownPair("", prompt or "no prompt", (shown,))
+    one = ShownPair("", prompt or "no prompt", tuple(shown.by(what) for what in shows))
     used = " ".join(f"{name}={weight:.3g}" for name, weight in weights.items())
     used = f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"
     source = f"scored by {model.model}\n{used}"
-    top = limit_of([one])
+    top = limits_of([one])
     if svg is not None:
         from rich.text import Text
 

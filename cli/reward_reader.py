@@ -28,11 +28,17 @@ class RewardReader:
         self, *, pair: str | None, contains: str | None, worst: bool, limit: int
     ) -> "tuple[list[tuple[TokenRewards, TokenRewards]], Statistics, tuple[FaceDifference, ...]]":
         """In one pass, holding ``limit`` pairs: those to show, and the statistics of all that match ``contains``."""
+        from llmdoctor.token_rewards.formula import PROBE
         from llmdoctor.token_rewards.summary import FaceDifferences, RewardCounter, margin
 
         ids = range(max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1))
         special = [i for i in self.tokenizer.all_special_ids if i in ids]
-        counter = RewardCounter(self.tokenizer.convert_ids_to_tokens(list(ids)), self.text, special)
+        counter = RewardCounter(
+            self.tokenizer.convert_ids_to_tokens(list(ids)),
+            self.text,
+            special,
+            "log-odds" if PROBE in self.weights else "nats",
+        )
         differences = FaceDifferences([name for name in self.weights if name in self.rewards.faces])
         first: list[tuple[TokenRewards, TokenRewards]] = []
         least: list[tuple[float, int, tuple[TokenRewards, TokenRewards]]] = []  # a heap, the least contradictory first
@@ -116,11 +122,14 @@ def rewarded_text(tokenizer: Any, item: "TokenRewards") -> RewardedText:
     title = f"{item.scores.side}, reward {float(item.rewards.sum()):+.2f}, gap {gap:+.2f}, {len(item.rewards)} tokens"
     pieces = token_texts(tokenizer, item.scores.response_ids)
     numbers = (tuple(map(float, values)) for values in (item.rewards, item.gaps, item.importance))
-    return RewardedText(title, tuple(pieces), *numbers)
+    probe = item.scores.probe
+    return RewardedText(title, tuple(pieces), *numbers, probe=() if probe is None else tuple(map(float, probe)))
 
 
 def json_side(item: "TokenRewards", shown: RewardedText) -> dict[str, Any]:
     """One response as ``--json`` gives it."""
     rows = zip(item.scores.response_ids, shown.pieces, shown.rewards, shown.gaps, shown.importance, strict=True)
     tokens = [{"id": int(i), "text": text, "reward": r, "gap": g, "importance": s} for i, text, r, g, s in rows]
+    for token, value in zip(tokens, shown.probe, strict=False):  # no probe, no values
+        token["probe"] = value
     return {"reward": float(item.rewards.sum()), "gap": float(item.gaps.sum()), "tokens": tokens}

@@ -1,6 +1,5 @@
 """The statistics of a rewards folder on stdout: tables on a terminal, else plain text."""
 
-from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -19,25 +18,25 @@ def _word(word: "Word") -> str:
     return f"{clean(word.text)} {word.reward:+.1f} in {word.count}"
 
 
-def plain_statistics(statistics: "Statistics", edges: Sequence[float]) -> str:
+def plain_statistics(statistics: "Statistics") -> str:
     """The statistics in plain letters, at most 80 columns where words are short."""
     lines = [f"{name + ':':<20} {text}" for name, text in overall_facts(statistics)]
-    lines += ["", "gap, nats      share of the tokens"]
-    for bar in gap_bars(statistics, edges):
+    lines += ["", f"{statistics.measure:<18} share of the tokens"]
+    for bar in gap_bars(statistics):
         cut = " ..." if bar.cut else ""
-        lines.append(f"{bar.label:<14} {bar.share:>6.1%} {'-.+'[bar.sign + 1] * round(40 * bar.length)}{cut}".rstrip())
+        lines.append(f"{bar.label:<18} {bar.share:>6.1%} {'-.+'[bar.sign + 1] * round(40 * bar.length)}{cut}".rstrip())
     for name, words in (("most rewarded", statistics.rewarded), ("most punished", statistics.punished)):
         lines += ["", f"{name} words (sum of rewards in how many places): "]
         lines[-1] += ", ".join(map(_word, words)) or "none"
     return "\n".join(lines)
 
 
-def rich_statistics(statistics: "Statistics", edges: Sequence[float]) -> "RenderableType":
+def rich_statistics(statistics: "Statistics") -> "RenderableType":
     """The statistics for a terminal."""
     from rich.console import Group
     from rich.text import Text
 
-    return Group(_facts(statistics), Text(), _gaps(statistics, edges), Text(), _words(statistics))
+    return Group(_facts(statistics), Text(), _gaps(statistics), Text(), _words(statistics))
 
 
 def _facts(statistics: "Statistics") -> "Table":
@@ -51,15 +50,15 @@ def _facts(statistics: "Statistics") -> "Table":
     return table
 
 
-def _gaps(statistics: "Statistics", edges: Sequence[float]) -> "Table":
+def _gaps(statistics: "Statistics") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("gap, nats", no_wrap=True)
+    table.add_column(statistics.measure, no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-    for bar in gap_bars(statistics, edges):
+    for bar in gap_bars(statistics):
         # A share too small for a full cell still gets a thin one: it is not zero.
         drawn = Text("█" * round(24 * bar.length) or ("▏" if bar.share else ""), style=scale_colour(bar.sign, 1))
         drawn.append(" …" if bar.cut else "")

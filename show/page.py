@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmdoctor.show import statistics as prepared
 from llmdoctor.show.colours import scale_colour
-from llmdoctor.show.rewards import ShownPair, limit_of
+from llmdoctor.show.rewards import ShownPair, limits_of
 from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
@@ -35,19 +35,17 @@ def rewards_page(
 
     ``heading`` is lines of text, ``diagnosis`` is HTML and goes into the page as it is.
     """
-    from llmdoctor.token_rewards.summary import EDGES
-
     return (
         _templates()
         .get_template("rewards.html")
         .render(
             pairs=pairs,
-            limit=limit_of(pairs),
+            limits={"reward": 1.0, **limits_of(pairs)},
             legend=_LEGEND,
             heading=heading,
             statistics=statistics,
             facts=statistics and prepared.overall_facts(statistics),
-            bars=statistics and prepared.gap_bars(statistics, EDGES),
+            bars=statistics and prepared.gap_bars(statistics),
             diagnosis=diagnosis,
         )
     )

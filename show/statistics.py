@@ -1,6 +1,5 @@
 """The statistics of a rewards folder prepared for showing."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,8 +21,9 @@ class Bar(NamedTuple):
         return self.sign == 0 and self.length == 1
 
 
-def gap_bars(statistics: "Statistics", edges: Sequence[float]) -> list[Bar]:
-    """The histogram of the gaps (nats), the greatest first. ``edges`` [E] separate its E + 1 bins."""
+def gap_bars(statistics: "Statistics") -> list[Bar]:
+    """The histogram of the gaps, the greatest first."""
+    edges = statistics.edges
     labels = [f"below {edges[0]:g}"]
     labels += [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
     labels += [f"above {edges[-1]:g}"]
@@ -43,10 +43,19 @@ def overall_facts(statistics: "Statistics") -> list[tuple[str, str]]:
         ("tokens", f"{statistics.tokens} in {statistics.pairs} pairs"),
         ("rewarded", f"{statistics.share_rewarded:.1%} of the tokens"),
         ("punished", f"{statistics.share_punished:.1%} of the tokens"),
-        ("gap", f"mean |gap| {statistics.mean_abs_gap:.3f}, root mean square {statistics.rms_gap:.3f} nats per token"),
+        (
+            "gap",
+            f"mean |gap| {_some(statistics.mean_abs_gap)}, root mean square {_some(statistics.rms_gap)} "
+            f"{statistics.unit} per token",
+        ),
         (
             "gap and label agree",
             f"in {statistics.agreement:.1%} of the pairs (sum of gaps), at {statistics.token_agreement:.1%} of the "
             "tokens with a reward",
         ),
     ]
+
+
+def _some(number: float) -> str:
+    """Three decimals, or as many as a small number needs."""
+    return f"{number:.3f}" if number >= 0.01 else f"{number:.2g}"

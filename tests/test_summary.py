@@ -10,7 +10,7 @@ import pytest
 
 from llmdoctor.records import PairScores, TokenRewards, TokenScores
 from llmdoctor.token_rewards import summary as engine
-from llmdoctor.token_rewards.summary import EDGES, FaceDifferences, RewardCounter, face_differences, margin
+from llmdoctor.token_rewards.summary import FaceDifferences, RewardCounter, face_differences, margin
 
 SPELLINGS = ["Ġkind", "ly", ".", "<|end|>", "▁Kind", "Hello", "Ġ", "Ċ", None]
 
@@ -61,12 +61,26 @@ def test_counts_are_those_of_a_naive_loop():
     assert found.share_punished == sum(r < 0 for r, _, _ in tokens) / len(tokens)
     assert found.mean_abs_gap == pytest.approx(sum(abs(g) for _, g, _ in tokens) / len(tokens))
     assert found.rms_gap == pytest.approx(math.sqrt(sum(g * g for _, g, _ in tokens) / len(tokens)))
-    ends = [-math.inf, *EDGES, math.inf]
+    ends = [-math.inf, *found.edges, math.inf]
     assert found.gaps == tuple(sum(low < g <= high for _, g, _ in tokens) for low, high in pairwise(ends))
     assert found.token_agreement == sum(g * label > 0 for _, g, label in paid) / len(paid)
     sums = [sum(map(float, c.gaps)) - sum(map(float, r.gaps)) for c, r in pairs]
     assert found.agreement == sum(s > 0 for s in sums) / 200
     assert [margin(*pair) for pair in pairs] == pytest.approx(sums)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0, 30.0])
+def test_the_histogram_goes_as_far_as_the_gaps(scale):
+    """At any scale most tokens are neither in the middle bin nor beyond the ends, and none is lost."""
+    counter = RewardCounter(SPELLINGS, text_of, [3])
+    gaps = (scale * np.linspace(-1, 1, 1001)).astype(np.float32)
+    counter.add(*(item(side, [0] * len(gaps), [0.0] * len(gaps), gaps) for side in ("chosen", "rejected")))
+    found = counter.result()
+    assert list(found.edges) == sorted(found.edges)
+    assert len(found.gaps) == len(found.edges) + 1
+    assert sum(found.gaps) == 2 * len(gaps)
+    assert found.gaps[len(found.gaps) // 2] + found.gaps[0] + found.gaps[-1] < 1.5 * len(gaps)
+    assert found.edges[-1] <= scale <= 4 * found.edges[-1]
 
 
 def test_ties_count_half():

@@ -23,7 +23,10 @@ parameters that does not follow system prompts, over HH-RLHF pairs; this is the 
 mean absolute gap separates them less well (0.081 and 0.048 against 0.033): faces that work decide a few tokens.
 """
 
-EDGES = (-3.0, -1.0, -0.3, -0.1, -0.03, 0.03, 0.1, 0.3, 1.0, 3.0)
+_LADDER = tuple(step * 10.0**power for power in range(-7, 3) for step in (1, 3))  # ends of the bins of |gap|
+_SIDE = 5  # bins of the histogram on either side of the middle one
+_BEYOND = 1 / 1000  # the histogram goes as far as this share of the tokens
+_ENDS = (*(-end for end in reversed(_LADDER)), *_LADDER)
 _WORDS_KEPT = 100_000  # distinct spellings remembered; beyond twice as many, those that earned least are forgotten
 # How tokenizers write the white space that a token begins with.
 _MARKS = ("Ġ", "▁", "Ċ", "ĉ", " ", "\n", "\t", "<0x0A>")
@@ -148,7 +151,8 @@ class Statistics:
     """Many pairs at given reward settings; gaps are in nats, weighted over the face pairs.
 
     ``share_rewarded`` is the part of the tokens with a reward above 0, ``share_punished`` below 0. ``gaps`` counts the
-    tokens between consecutive `EDGES` (and beyond either end). ``agreement`` is the part of the pairs whose chosen
+    tokens between consecutive ``edges`` (and beyond either end), which are chosen so that about a thousandth of the
+    tokens are beyond. ``unit`` is that of the gaps. ``agreement`` is the part of the pairs whose chosen
     response has the greater sum of gaps (ties count half), ``token_agreement`` the part of the tokens with a reward
     whose gap has the sign of their side's label. ``rewarded`` and ``punished`` are the words that earned and lost most
     over all their occurrences.
@@ -165,34 +169,46 @@ class Statistics:
     token_agreement: float
     rewarded: tuple[Word, ...]
     punished: tuple[Word, ...]
+    edges: tuple[float, ...] = (-3.0, -1.0, -0.3, -0.1, -0.03, 0.03, 0.1, 0.3, 1.0, 3.0)
+    unit: str = "nats"
+
+    @property
+    def measure(self) -> str:
+        """What the histogram counts, with its unit."""
+        return f"{'probe' if self.unit == 'log-odds' else 'gap'}, {self.unit}"
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
-        return {**asdict(self), "gap_edges": EDGES}
+        numbers = asdict(self)
+        return {**numbers, "gap_edges": numbers.pop("edges")}
 
 
 class RewardCounter:
     """Adds up `Statistics`, pair by pair, in constant memory.
 
     ``spellings`` [V] is how the tokenizer writes every token id (see `word_starts`), ``text_of`` turns ids into text,
-    ``special`` are the ids that have no text.
+    ``special`` are the ids that have no text. ``unit`` is that of the gaps: "nats", or "log-odds" for a probe.
     """
 
     def __init__(
-        self, spellings: Sequence[str | None], text_of: Callable[[list[int]], str], special: Iterable[int] = ()
+        self,
+        spellings: Sequence[str | None],
+        text_of: Callable[[list[int]], str],
+        special: Iterable[int] = (),
+        unit: str = "nats",
     ) -> None:
         self._begins_V, self._alone_V = word_starts(spellings, special)
-        self._text_of = text_of
+        self._text_of, self._unit = text_of, unit
         self._words: dict[bytes, list[float]] = {}
         self._sums = _GapSums()
-        self._gaps = np.zeros(len(EDGES) + 1, dtype=np.int64)
+        self._gaps = np.zeros(len(_ENDS) + 1, dtype=np.int64)
         self._rewarded = self._punished = self._alike = 0
 
     def add(self, chosen: TokenRewards, rejected: TokenRewards) -> None:
         """Count one pair."""
         self._sums.add(chosen.gaps, rejected.gaps)
         for item, label in ((chosen, 1), (rejected, -1)):
-            self._gaps += np.bincount(np.searchsorted(EDGES, item.gaps), minlength=len(self._gaps))
+            self._gaps += np.bincount(np.searchsorted(_ENDS, item.gaps), minlength=len(self._gaps))
             self._rewarded += int((item.rewards > 0).sum())
             self._punished += int((item.rewards < 0).sum())
             self._alike += int((item.gaps[item.rewards != 0] * label > 0).sum())
@@ -228,6 +244,7 @@ class RewardCounter:
             entry[0] += reward
             entry[1] += count
         spelt.pop("", None)
+        gaps, edges = self._histogram()
         made = [Word(text, round(reward, 4), int(count)) for text, (reward, count) in spelt.items()]
         return Statistics(
             pairs=sums.pairs,
@@ -236,12 +253,34 @@ class RewardCounter:
             share_punished=self._punished / tokens,
             mean_abs_gap=sums.mean_abs,
             rms_gap=sums.rms,
-            gaps=tuple(self._gaps.tolist()),
+            gaps=gaps,
             agreement=sums.agreement,
             token_agreement=self._alike / paid,
             rewarded=tuple(sorted((w for w in made if w.reward > 0), key=lambda w: (-w.reward, w.text))[:words]),
             punished=tuple(sorted((w for w in made if w.reward < 0), key=lambda w: (w.reward, w.text))[:words]),
+            edges=edges,
+            unit=self._unit,
         )
+
+    def _histogram(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The counts of the bins that the gaps fill, and the edges of these bins."""
+        middle = len(_LADDER)  # bin of the gaps next to zero
+        beyond_L = np.array(
+            [self._gaps[: middle - i].sum() + self._gaps[middle + i + 1 :].sum() for i in range(middle)]
+        )
+        last = max(int((beyond_L > _BEYOND * self._gaps.sum()).sum()), _SIDE) - 1
+        first = last - _SIDE + 1
+        left = self._gaps[middle - last : middle - first].tolist()
+        right = self._gaps[middle + first + 1 : middle + last + 1].tolist()
+        counts = (
+            int(self._gaps[: middle - last].sum()),
+            *left,
+            int(self._gaps[middle - first : middle + first + 1].sum()),
+            *right,
+            int(self._gaps[middle + last + 1 :].sum()),
+        )
+        ends = _LADDER[first : last + 1]
+        return counts, (*(-end for end in reversed(ends)), *ends)
 
 
 def word_starts(

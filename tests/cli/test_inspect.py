@@ -291,10 +291,10 @@ def test_a_folder_of_faces_that_hardly_differ_is_named(texts, run, monkeypatch):
 
 
 def test_bars_leave_the_tokens_around_zero_out_of_the_scale():
-    from llmdoctor.token_rewards.summary import EDGES, Statistics
+    from llmdoctor.token_rewards.summary import Statistics
 
     statistics = Statistics(1, 1000, 0, 0, 0, 0, (0, 0, 0, 0, 50, 900, 25, 25, 0, 0, 0), 1, 1, (), ())
-    rows = {name: (share, sign, length) for name, share, sign, length in gap_bars(statistics, EDGES)}
+    rows = {name: (share, sign, length) for name, share, sign, length in gap_bars(statistics)}
     assert rows["-0.03 to 0.03"] == (0.9, 0, 1.0)
     assert rows["0.03 to 0.1"] == (0.025, 1, 0.5)
     assert rows["-0.1 to -0.03"] == (0.05, -1, 1.0)

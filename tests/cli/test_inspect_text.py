@@ -60,6 +60,14 @@ def test_every_form(run, tmp_path):
     assert (tmp_path / "a.html").read_text().count('" title="reward') == marks
 
 
+def test_an_answer_whose_tokens_are_all_pruned_shows_its_raw_gap(run):
+    done = run("inspect", "--prompt", PROMPT, "--text", "Just sleep.")
+    assert "note: tau 40 and theta 0.3 prune every token of this answer" in done.stderr
+    assert "\nJust sleep.\n" in done.stdout  # by reward nothing is marked
+    assert "\nJ-ust sleep+.+" in done.stdout  # by gap; "ust" is below a tenth of the greatest
+    assert "raw gap" not in run("inspect", "--text", "Just sleep.", "--show", "reward").stdout
+
+
 def test_faces_of_profile_and_library(run):
     done = run("inspect", "--text", ANSWER, "--face", "safe", "--face", "polite", "--json")
     assert json.loads(done.stdout)["weights"] == {"safe": 0.5, "polite": 0.5}
@@ -71,6 +79,9 @@ def test_what_does_not_go_together(fails, clinic_rewards):
     fails(2, ["--text"], "inspect", "--text", ANSWER, "--worst", 3)
     fails(2, ["--prompt", "--text"], "inspect", clinic_rewards, "--prompt", PROMPT)
     fails(2, ["fitted", "labelled"], "inspect", "--text", ANSWER, "--direction", "fitted")
+    fails(2, ["--show", "'size'", "reward, gap or probe"], "inspect", "--text", ANSWER, "--show", "size")
+    fails(2, ["--show probe", "extract --probe"], "inspect", "--text", ANSWER, "--show", "probe")
+    fails(2, ["--show probe", "--probe"], "inspect", clinic_rewards, "--show", "probe")
     fails(2, ["empty"], "inspect", "--text", "")
     fails(2, ["--face", "'merry'"], "inspect", "--text", ANSWER, "--face", "merry")
 
