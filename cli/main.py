@@ -13,8 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from llmdoctor import __version__
-from llmdoctor.cli import chat, compare, extract, inspect, profiles, shrink, train
-from llmdoctor.cli.terminal import say
+from llmdoctor.cli import chat, compare, env, extract, inspect, options, profiles, push, shrink, train
+from llmdoctor.cli.terminal import narrate, say
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning
 from llmdoctor.show.text import clean
 
@@ -35,6 +35,7 @@ class _App(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run the command line and exit."""
         _prepare()
+        narrate(0)
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
             if code == 130:
@@ -48,6 +49,11 @@ class _App(TyperGroup):
             _fail(str(error), error.exit_code)
         except typer.Abort:
             sys.exit(130)
+        except SystemExit as ended:  # Typer and rich turn a closed pipe into exit code 1
+            if not isinstance(ended.__context__, BrokenPipeError):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still held goes nowhere
+            sys.exit(0)  # the reader has what it wants, as `head` does
         except OSError as error:
             reason = error.strerror or str(error)
             hint = ". Free some space and run again." if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
@@ -79,22 +85,36 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+EXAMPLES = (
+    'compare "How can I sleep better?" --seed 3',
+    "extract --limit 8 -o outputs/rewards",
+    "inspect outputs/rewards --worst 2",
+    "profiles show clinic",
+)
+"""Shown by ``llmdoctor --help``; the tests run them in this order."""
+
+_EPILOG = "\n\n".join(
+    ["Examples:", *(f"llmdoctor {line}" for line in EXAMPLES), "Every option can be set as LLMDOCTOR_<OPTION>."]
+)
+
 app = typer.Typer(
     name="llmdoctor",
     cls=_App,
     help="Align a frozen language model while it generates: a small doctor model steers every token of the patient.",
-    epilog="extract -> train -> chat / compare. Every option can be set as LLMDOCTOR_<OPTION>.",
+    epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
-app.command()(extract.extract)
-app.command()(train.train)
-app.command()(shrink.shrink)
-app.command()(chat.chat)
-app.command()(compare.compare)
-app.command()(inspect.inspect)
-app.add_typer(profiles.app, name="profiles")
+_TRY, _MAKE, _ABOUT = "Ask the guided model", "Make a doctor of your own", "Settings and help"
+app.command(rich_help_panel=_TRY)(chat.chat)
+app.command(rich_help_panel=_TRY)(compare.compare)
+app.command(rich_help_panel=_MAKE)(extract.extract)
+app.command(rich_help_panel=_MAKE)(inspect.inspect)
+app.command(rich_help_panel=_MAKE)(train.train)
+app.command(rich_help_panel=_MAKE)(shrink.shrink)
+app.command(rich_help_panel=_MAKE)(push.push)
+app.add_typer(profiles.app, name="profiles", rich_help_panel=_ABOUT)
+app.command(rich_help_panel=_ABOUT)(env.env)
 
 
 def _show_version(wanted: bool) -> None:
@@ -107,8 +127,10 @@ def _show_version(wanted: bool) -> None:
 def _root(
     context: typer.Context,
     _version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", "-V", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
+    _quiet: options.Quiet = False,
+    _verbose: options.Verbose = False,
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())

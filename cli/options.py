@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 import typer
 
-from llmdoctor.cli.terminal import waiting
-from llmdoctor.errors import UsageError
+from llmdoctor.cli.terminal import narrate, waiting
+from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
 from llmdoctor.schema import Settings, help_text
 from llmdoctor.settings import (
     COMBINATION,
@@ -95,6 +95,27 @@ def _option_type(annotation: Any) -> Any:
     return str
 
 
+def _narrate(level: int) -> Callable[[bool], bool]:
+    def act(wanted: bool) -> bool:
+        if wanted:
+            narrate(level)
+        return wanted
+
+    return act
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Only results, warnings and errors.", callback=_narrate(-1), is_eager=True),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Also what the libraries say, and the time.", callback=_narrate(1), is_eager=True
+    ),
+]
+
+
 def derived(command: Callable[..., None]) -> Callable[..., None]:
     """The command as Typer needs it: every `FieldOptions` group of its signature replaced by the group's options."""
     parameters: list[Parameter] = []
@@ -108,15 +129,54 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**given: Any) -> None:
+        del given["quiet"], given["verbose"]  # their callbacks have acted
         sections = {name: {key: given.pop(key) for key in keys} for name, keys in groups.items()}
         command(**given, **sections)
 
+    parameters += [
+        Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
+        Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=Verbose),
+    ]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-ProfileName = Annotated[str | None, option("--profile", "Profile name or YAML file (default: clinic).", metavar="NAME")]
+def complete_profile(incomplete: str) -> list[str]:
+    """The profiles whose names begin so, for the shell."""
+    from llmdoctor.profile import profile_names
+
+    return [name for name in profile_names() if name.startswith(incomplete)]
+
+
+def complete_doctor(incomplete: str) -> list[str]:
+    """Doctor folders below what was typed so far, for the shell."""
+    typed = Path(incomplete)
+    start = typed if incomplete.endswith("/") else typed.parent
+    below = [*start.glob("*/doctor.json"), *start.glob("*/*/doctor.json"), *start.glob("*/*/*/doctor.json")]
+    found = sorted(str(marker.parent) for marker in below if str(marker.parent).startswith(incomplete))
+    return found or sorted(f"{p}/" for p in start.glob("*/") if str(p).startswith(incomplete))
+
+
+def complete_beta(context: typer.Context, incomplete: str) -> list[str]:
+    """``helpful=``, for the doctors of the profile or the options typed so far."""
+    doctors = context.params.get("doctor")
+    try:
+        names = parse_doctors(doctors) if doctors else load(context.params.get("profile")).doctors
+    except LLMDoctorError:
+        return []
+    return [f"{name}=" for name in names if name.startswith(incomplete)]
+
+
+ProfileName = Annotated[
+    str | None,
+    option(
+        "--profile",
+        "Profile name or YAML file (default: clinic).",
+        metavar="NAME",
+        autocompletion=complete_profile,
+    ),
+]
 Json = Annotated[bool, option("--json", "JSON on stdout and nothing else.")]
 Patient = Annotated[str | None, field_option(PatientSettings, "model", "--patient", metavar="MODEL")]
 TrustRemoteCode = Annotated[bool, option("--trust-remote-code", "Run code that a model repository ships.")]
@@ -130,13 +190,25 @@ Seed = Annotated[
 ]
 FaceNames = Annotated[list[str] | None, option("--face", "Face pair to use; repeatable.", metavar="NAME")]
 Doctors = Annotated[
-    list[str] | None, option("--doctor", "Trained doctor, PATH or NAME=PATH; repeatable.", metavar="[NAME=]PATH")
+    list[str] | None,
+    option(
+        "--doctor",
+        "Trained doctor, PATH or NAME=PATH; repeatable.",
+        metavar="[NAME=]PATH",
+        autocompletion=complete_doctor,
+    ),
 ]
 DoctorBase = Annotated[
     str | None, option("--doctor-base", "Base model of the doctors, if not the one they name.", metavar="MODEL")
 ]
 Betas = Annotated[
-    list[str] | None, option("--beta", "Weight of the doctors: 0.8, or helpful=0.8; repeatable.", metavar="[NAME=]X")
+    list[str] | None,
+    option(
+        "--beta",
+        "Weight of the doctors: 0.8, or helpful=0.8; repeatable.",
+        metavar="[NAME=]X",
+        autocompletion=complete_beta,
+    ),
 ]
 
 Given = dict[str, Any]
@@ -238,6 +310,12 @@ def guided_profile(
         if not named:
             decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
         chosen = {name: DoctorSettings(checkpoint=path) for name, path in parse_doctors(doctors).items()}
+        for settings in chosen.values():  # before the hub is asked for a patient
+            if not (Path(settings.checkpoint).expanduser() / "doctor.json").is_file():
+                raise LoadError(
+                    f"there is no doctor at {settings.checkpoint}: expected a folder with doctor.json, as "
+                    "`llmdoctor train` writes"
+                )
     strengths = parse_betas(betas or (), tuple(chosen))
     return profile.model_copy(
         update={

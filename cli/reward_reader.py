@@ -121,9 +121,11 @@ def rewarded_text(tokenizer: Any, item: "TokenRewards") -> RewardedText:
     gap = float(item.gaps.sum())
     title = f"{item.scores.side}, reward {float(item.rewards.sum()):+.2f}, gap {gap:+.2f}, {len(item.rewards)} tokens"
     pieces = token_texts(tokenizer, item.scores.response_ids)
-    numbers = (tuple(map(float, values)) for values in (item.rewards, item.gaps, item.importance))
+    rewards, gaps, importance = (tuple(map(float, v)) for v in (item.rewards, item.gaps, item.importance))
     probe = item.scores.probe
-    return RewardedText(title, tuple(pieces), *numbers, probe=() if probe is None else tuple(map(float, probe)))
+    return RewardedText(
+        title, tuple(pieces), rewards, gaps, importance, () if probe is None else tuple(map(float, probe))
+    )
 
 
 def json_side(item: "TokenRewards", shown: RewardedText) -> dict[str, Any]:

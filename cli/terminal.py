@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PLAIN_INTERVAL = 10.0  # seconds between two progress lines where nothing may be animated
+_BEGAN = time.monotonic()
+_level = 0  # of narration: -1 warnings and errors alone, 1 with times
+
+
+def narrate(level: int) -> None:
+    """How much is said on stderr from here on: -1 warnings and errors alone, 1 also the times, and the libraries."""
+    global _level  # noqa: PLW0603 (of the process, as stderr itself is)
+    _level = level
+    if level > 0:
+        import warnings
+
+        os.environ.update(dict.fromkeys(("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"), "info"))
+        warnings.filterwarnings("default")
 
 
 def decorated(stream: IO[str]) -> bool:
@@ -32,8 +45,10 @@ def console(stream: IO[str]) -> "Console":
 
 def say(message: str) -> None:
     """A message on stderr. Of several processes (RANK) only the first prints."""
-    if _first_process():
-        print(clean(message), file=sys.stderr, flush=True)
+    if not _first_process() or (_level < 0 and not message.startswith(("warning:", "interrupted"))):
+        return
+    when = f"[{time.monotonic() - _BEGAN:6.1f} s] " if _level > 0 else ""
+    print(when + clean(message), file=sys.stderr, flush=True)
 
 
 def put(text: str) -> None:
@@ -63,7 +78,7 @@ def _first_process() -> bool:
 @contextmanager
 def waiting(message: str) -> Iterator[Callable[[str], None]]:
     """A spinner on stderr while something of unknown length runs; gives the function that changes its message."""
-    if not (_first_process() and decorated(sys.stderr)):
+    if _level < 0 or not (_first_process() and decorated(sys.stderr)):
         yield lambda _message: None
         return
     with console(sys.stderr).status(message) as status:
@@ -73,7 +88,7 @@ def waiting(message: str) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def progress(description: str, total: int | None, unit: str) -> Iterator["Advance"]:
     """Progress on stderr: a bar on a terminal, else a plain line every ten seconds."""
-    if not (_first_process() and decorated(sys.stderr)):
+    if _level < 0 or not (_first_process() and decorated(sys.stderr)):
         yield Advance(_plain_line(description), total, unit)
         return
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from platformdirs import user_config_path
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
@@ -24,6 +25,11 @@ _LEFTOVER = re.compile(
     r"\.(meta\.json|unfinished\.json|tokenizer|(rewards|states|probe)-\d+\.\w+|probe\.\w+)"
     r"\.[0-9a-f]{8}\.(partial|retired)"
 )
+
+
+def config_folder() -> Path:
+    """The folder of the user's own settings: ``tui.toml`` of the app, and ``profiles``."""
+    return user_config_path("llmdoctor")
 
 
 @contextmanager

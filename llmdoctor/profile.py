@@ -2,10 +2,12 @@
 
 The location of a model, data set or doctor that begins with ``./`` or ``../`` is relative to the profile's own file,
 and ``~/`` is the home folder. Anything else is kept as it is: a hub name, or a path relative to the working folder.
+
+``extends: OTHER``, a name or a path, takes every setting of another profile that this one does not state.
 """
 
 import os.path
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmdoctor.errors import ProfileError
+from llmdoctor.files import config_folder
 from llmdoctor.schema import Settings, SettingsT, complaint, hint
 from llmdoctor.settings import (
     DataSettings,
@@ -63,7 +66,17 @@ def override(settings: SettingsT, **changes: Any) -> SettingsT:
 
 
 def profile_names() -> list[str]:
-    """Names of the profiles that come with the package."""
+    """Names of the profiles that come with the package, then those of the user's own."""
+    own = {path.stem for path in user_profiles().glob("*.yaml")} if user_profiles().is_dir() else set()
+    return [*_shipped(), *sorted(own - set(_shipped()))]
+
+
+def user_profiles() -> Path:
+    """The folder of the user's own profiles, known by their names like those of the package."""
+    return config_folder() / "profiles"
+
+
+def _shipped() -> list[str]:
     return sorted(path.stem for path in _folder().glob("*.yaml") if path.name != _LIBRARY)
 
 
@@ -80,8 +93,10 @@ def library_faces() -> Mapping[str, FaceSettings]:
 def profile_path(name_or_path: str | Path) -> Path:
     """The file of a profile, given by its name (``clinic``) or path (``./mine.yaml``). Raises ProfileError."""
     text = str(name_or_path)
-    if text in profile_names():
+    if text in _shipped():
         return _folder() / f"{text}.yaml"
+    if text in profile_names():
+        return user_profiles() / f"{text}.yaml"
     path = Path(text).expanduser()
     if path.is_file():
         return path
@@ -96,11 +111,71 @@ def profile_path(name_or_path: str | Path) -> Path:
 def load_profile(name_or_path: str | Path = "clinic") -> Profile:
     """Read and check a profile. Raises ProfileError, which says in one line what is wrong with it."""
     path = profile_path(name_or_path)
-    document = _read_yaml(path)
+    document = _merged([document for _, document in _chain(path)])
     try:
         return Profile.model_validate({**document, "name": path.stem}, context={"folder": path.parent.absolute()})
     except ValidationError as error:
         raise ProfileError(f"profile {path.name}: {complaint(error, document, Profile)}") from error
+
+
+def origins(name_or_path: str | Path) -> dict[str, str]:
+    """The file that states each setting, by dotted name (``decode.alpha``). What is not in it has its default."""
+    found: dict[str, str] = {}
+
+    def note(values: Mapping[str, Any], prefix: str, file: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                note(value, f"{prefix}{key}.", file)
+            else:
+                found[f"{prefix}{key}"] = file
+
+    for path, document in _chain(profile_path(name_or_path)):
+        note(document, "", str(path))
+    return found
+
+
+def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The profile and what it extends, the most general first. Raises ProfileError."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    seen: list[Path] = []
+    while True:
+        if path.resolve() in seen:
+            raise ProfileError(f"profile {path.name}: extends itself: {' -> '.join(p.name for p in [*seen, path])}")
+        seen.append(path.resolve())
+        document = _read_yaml(path)
+        other = document.pop("extends", None)
+        # of every file but the first: relative to itself, not to the one that extends it
+        chain.append((path, _placed(document, path.parent.absolute()) if chain else document))
+        if other is None:
+            return chain[::-1]
+        if not isinstance(other, str) or not other:
+            raise ProfileError(f"profile {path.name}: 'extends' expected the name or path of a profile, got {other!r}")
+        path = profile_path(path.parent / other if other.startswith(("./", "../")) else other)
+
+
+_LOCATIONS = {"model", "source", "doctor", "checkpoint", "base", "draft_model"}
+
+
+def _placed(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with relative locations made absolute."""
+
+    def place(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _placed(value, folder)
+        near = key in _LOCATIONS and isinstance(value, str) and value.startswith(("./", "../"))
+        return str(folder / value) if near else value
+
+    return {key: place(key, value) for key, value in values.items()}
+
+
+def _merged(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Later documents over earlier ones, section by section."""
+    merged: dict[str, Any] = {}
+    for document in documents:
+        for key, value in document.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = _merged([merged[key], value]) if both else value
+    return merged
 
 
 def _folder() -> Path:

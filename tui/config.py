@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from platformdirs import user_config_path, user_data_path
+from platformdirs import user_data_path
 
 from llmdoctor.errors import UsageError
+from llmdoctor.files import config_folder
 from llmdoctor.show.lens import LENSES, Lens
 
 
@@ -30,7 +31,7 @@ class Config:
 
 def config_file() -> Path:
     """The path of the settings."""
-    return user_config_path("llmdoctor") / "tui.toml"
+    return config_folder() / "tui.toml"
 
 
 def sessions_file() -> Path:

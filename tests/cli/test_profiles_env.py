@@ -1,0 +1,133 @@
+"""Profiles of one's own, what a bug report needs, the shell's completion, and the examples of the help."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from llmdoctor.cli import main, terminal
+from llmdoctor.profile import load_profile
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch, tmp_path):
+    """A configuration folder of its own."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "config" / "llmdoctor" / "profiles"
+
+
+def test_a_new_profile_is_found_by_its_name_and_takes_over_what_it_does_not_state(run, fails, own):
+    assert run("profiles", "new", "mine").stdout.strip() == str(own / "mine.yaml")
+    assert run("profiles", "check", "mine").exit_code == 0
+    (own / "mine.yaml").write_text("extends: clinic\ndecode: {alpha: 2.0}\ndoctors: {safe: {beta: 0.1}}\n")
+    mine, clinic = load_profile("mine"), load_profile("clinic")
+    assert mine.decode == clinic.decode.replace(alpha=2.0)
+    assert mine.patient == clinic.patient  # its own folder, although the path is relative to the clinic's file
+    assert mine.doctors["safe"] == clinic.doctors["safe"].replace(beta=0.1)
+    assert mine.doctors["helpful"] == clinic.doctors["helpful"]
+    shown = json.loads(run("profiles", "show", "mine", "--origin", "--json").stdout)
+    assert shown["decode.alpha"] == {"value": 2.0, "from": str(own / "mine.yaml")}
+    assert shown["decode.mode"]["from"].endswith("clinic.yaml")
+    assert shown["decode.top_k"]["from"] is None
+    assert "mine" in run("profiles", "list").stdout
+    fails(2, ["'mine'", "another name"], "profiles", "new", "mine")
+    fails(2, ["'clinic'", "another name"], "profiles", "new", "clinic")
+
+
+def test_what_extends_cannot_be(fails, own):
+    own.mkdir(parents=True)
+    (own / "loop.yaml").write_text("extends: loop\n")
+    (own / "gone.yaml").write_text("extends: nowhere\n")
+    (own / "odd.yaml").write_text("extends: [clinic]\n")
+    (own / "typo.yaml").write_text("extends: clinic\ndecode: {alfa: 1}\n")
+    fails(2, ["loop.yaml", "extends itself"], "profiles", "check", "loop")
+    fails(2, ["'nowhere'"], "profiles", "check", "gone")
+    fails(2, ["odd.yaml", "'extends'"], "profiles", "check", "odd")
+    fails(2, ["typo.yaml", "decode.alfa", "decode.alpha"], "profiles", "check", "typo")
+
+
+def test_a_profile_that_is_wrong_does_not_hide_the_others(run, own):
+    own.mkdir(parents=True)
+    (own / "bad.yaml").write_text("patient: 3\n")
+    listed = run("profiles", "list")
+    assert listed.exit_code == 0
+    assert "clinic" in listed.stdout
+    assert "bad.yaml" in listed.stderr
+
+
+def test_the_schema_knows_every_section_and_setting(run):
+    schema = json.loads(run("profiles", "schema").stdout)
+    stated = yaml.safe_load(run("profiles", "show", "clinic").stdout)
+    assert set(stated) | {"extends"} == set(schema["properties"])
+    assert set(stated["decode"]) == set(schema["$defs"]["DecodeSettings"]["properties"])
+
+
+def test_env_names_versions_device_and_folders(run, own):
+    found = json.loads(run("env", "--json", env={"LLMDOCTOR_BETA": "secret"}).stdout)
+    assert found["packages"]["torch"]
+    assert found["device"]["dtype"]
+    assert found["folders"]["profiles"] == str(own)
+    assert found["variables"] == ["LLMDOCTOR_BETA"]
+    assert "secret" not in json.dumps(found)
+    assert "packages.torch: " in run("env").stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("chat --profile c", "clinic"), ("chat --beta h", "helpful="), ("chat --profile zz", "")]
+)
+def test_the_shell_completes_names(typed, offered, run):
+    words = f"llmdoctor {typed}"
+    asked = {"_LLMDOCTOR_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "3"}
+    assert run(env=asked, prog_name="llmdoctor").stdout.strip() == offered
+
+
+def test_quiet_keeps_warnings_and_results(run, monkeypatch):
+    asked = ("inspect", "--text", "Just sleep.", "--show", "gap")
+    assert "note:" in run(*asked).stderr
+    for quiet in (("-q", *asked), (*asked, "-q")):
+        done = run(*quiet)
+        assert done.stderr == ""
+        assert "raw gap" in done.stdout
+    assert "note:" in run(*asked).stderr  # of that run only
+    monkeypatch.setattr(terminal, "_level", -1)
+    terminal.say("warning: still said")
+
+
+def test_the_examples_of_the_help_run(run):
+    for line in main.EXAMPLES:
+        assert line in run("--help", env={"COLUMNS": "200", "TERM": "dumb"}).stdout
+        done = run(*shlex.split(line))
+        assert done.exit_code == 0, (line, done.output)
+        assert done.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    """As `llmdoctor profiles show | head -1`."""
+    program = subprocess.Popen(
+        [sys.executable, "-m", "llmdoctor", "profiles", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    assert program.wait(timeout=60) == 0
+
+
+def test_a_doctor_that_is_missing_is_said_before_a_hub_is_asked(fails, monkeypatch):
+    from llmdoctor.cli import options
+
+    monkeypatch.setattr(options, "assistant", lambda *_args, **_how: pytest.fail("loaded a model"))
+    fails(3, ["no doctor at nowhere", "doctor.json"], "compare", "Hi", "--patient", "org/name", "--doctor", "nowhere")
+
+
+def test_push_shows_what_it_would_send(run, fails):
+    from llmdoctor.profile import profile_path
+
+    folder = profile_path("clinic").parent / "clinic" / "helpful"
+    shown = json.loads(run("push", folder, "me/helpful", "--dry-run", "--json").stdout)
+    assert set(shown["files"]) == {file.name for file in folder.iterdir()}
+    assert shown["card"] == (folder / "README.md").read_text()
+    assert "model.safetensors" in run("push", folder, "me/helpful", "--dry-run").stdout
+    fails(2, ["org/name", "'helpful'"], "push", folder, "helpful", "--dry-run")
+    fails(3, ["no doctor at", "doctor.json"], "push", folder.parent, "me/helpful")
