@@ -33,6 +33,7 @@ from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
 from llmdoctor.training.shrunk import shrunk_from_another
 
 _BATCH_ROWS = 32
+_FOR_THIS_CALL = ("alpha", "beta", "dead_zone", "plausibility")  # guidance that `generate` takes one by one
 _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}
 
 
@@ -220,17 +221,29 @@ class LLMdoctor:
     @overload
     def generate(self, prompt: str, **sampling: Any) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str] | Sequence[Message], **sampling: Any) -> str | list[str]: ...
-    def generate(self, prompt: str | Sequence[str] | Sequence[Message], **sampling: Any) -> str | list[str]:
-        """The guided answer to a prompt or a conversation; for a list of prompts, their answers in order.
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]], **sampling: Any
+    ) -> str | list[str]: ...
+    def generate(
+        self, prompt: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]], **sampling: Any
+    ) -> str | list[str]:
+        """The guided answer to a prompt or a conversation; for a list of them, their answers in order.
 
-        ``sampling`` are fields of ``Sampling`` that replace the instance's own. ``guidance`` replaces all of the
-        instance's guidance, including the mode; ``doctor.guidance.replace(betas=...)`` keeps the rest. For a list of
-        prompts it may be a list, one for each. ``seed`` may be a list as well; otherwise prompt i has seed + i.
+        ``sampling`` are fields of ``Sampling`` that replace the instance's own. ``alpha``, ``beta``, ``dead_zone`` and
+        ``plausibility`` do the same for the guidance of this call; ``beta`` and ``dead_zone`` are a number for every
+        doctor or a mapping for those it names. ``guidance`` replaces all of the instance's guidance, including the
+        mode. For a list of prompts it may be a list, one for each. ``seed`` may be a list as well; otherwise prompt i
+        has seed + i. Raises UsageError for a value out of range and for what is no prompt.
         """
-        if isinstance(prompt, str) or not all(isinstance(item, str) for item in prompt):
-            return "".join(token.text for token in self.stream(prompt, **sampling))  # type: ignore[arg-type]
-        return [answer.text for answer in self.answer_all(prompt, **sampling)]  # type: ignore[arg-type]
+        if own := {name: sampling.pop(name) for name in _FOR_THIS_CALL if name in sampling}:
+            if "guidance" in sampling:
+                raise UsageError(f"choose one of guidance and {', '.join(own)}")
+            strengths = {f"{name}s": own.pop(name) for name in ("beta", "dead_zone") if name in own}
+            sampling["guidance"] = self._with(self.doctor_names, **strengths).replace(**own)
+            check_guidance(sampling["guidance"], self.doctor_names)
+        if not isinstance(prompt, str) and isinstance(prompt, Sequence) and not any(map(_is_message, prompt)):
+            return [answer.text for answer in self.answer_all(prompt, **sampling)]  # type: ignore[arg-type]
+        return "".join(token.text for token in self.stream(prompt, **sampling))  # type: ignore[arg-type]
 
     def answer_all(
         self,
@@ -408,7 +421,7 @@ class LLMdoctor:
         first: int | None = None,
     ) -> Iterator[Step]:
         ids = [
-            [*prompt_ids(self.patient.tokenizer, with_system(conversation(prompt), self.system_prompt)), *prefix]
+            [*prompt_ids(self.patient.tokenizer, with_system(_messages(prompt), self.system_prompt)), *prefix]
             for prompt in prompts
         ]
         doctors = self._doctors if guided else {}
@@ -429,7 +442,11 @@ class LLMdoctor:
     def _read(self, guidance: Guidance | Callable[[], Guidance] | None) -> Callable[[], Guidance]:
         if guidance is None:
             return self._own_guidance
-        return guidance if callable(guidance) else lambda: guidance
+        if callable(guidance):
+            return guidance
+        if not isinstance(guidance, Guidance):
+            raise UsageError(f"guidance: expected a Guidance, as doctor.guidance.replace(...) makes, got {guidance!r}")
+        return lambda: guidance
 
     def _own_guidance(self) -> Guidance:
         return self._guidance
@@ -443,6 +460,22 @@ class LLMdoctor:
             for field, given in strengths.items()
         }
         return self._guidance.replace(**changes)
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping)
+
+
+def _messages(prompt: Any) -> list[Message]:
+    """The prompt as messages. Raises UsageError for what is neither a text nor a conversation."""
+    if isinstance(prompt, str):
+        return conversation(prompt)
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise UsageError(f"expected a prompt: a text, or a list of messages, got {prompt!r}")
+    for message in prompt:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UsageError(f'expected messages like {{"role": "user", "content": "..."}}, got {message!r}')
+    return conversation(prompt)
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -3,13 +3,20 @@
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import socket
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants
 from transformers.utils.hub import cached_file
 
 from llmdoctor.errors import LoadError
@@ -17,6 +24,7 @@ from llmdoctor.gguf_file import read_header
 
 _PACKAGE = "package:"
 _HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.IGNORECASE)
+_PATIENCE = 4.0  # seconds in which the hub must be reached
 _EDGE = 1 << 20  # bytes of a weight file, at either end, that its fingerprint covers
 
 
@@ -55,6 +63,7 @@ class ModelSource:
         if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir():
             what = "no such file" if path.suffix.lower() == ".gguf" else "expected a folder with config.json"
             raise LoadError(f"there is no model at {name}: {what}, or a hub name like org/name")
+        hub_offline()
         return cls(name, name)
 
     @classmethod
@@ -155,11 +164,54 @@ class ModelSource:
         """Raise LoadError for a folder that holds no model, naming the GGUF in it if there is one."""
         if self.is_local and not (self.gguf or self.file("config.json") or self.file("adapter_config.json")):
             raise LoadError(f"cannot load the model {self.name}: the folder has no config.json{self._hint()}")
+        self.require_reach()
+
+    def require_reach(self) -> None:
+        """Raise LoadError for a model on the hub that is not in the cache while the hub cannot be asked."""
+        wanted = (self.gguf,) if self.gguf else ("config.json", "adapter_config.json")
+        if not self.is_local and hub_offline() and not any(self.file(name, download=False) for name in wanted):
+            raise LoadError(
+                f"cannot load the model {self.name}: {hub_offline()}, and it is not in the cache. Connect, or give a "
+                "folder"
+            )
 
 
 def model_fingerprint(source: str | Path) -> str:
     """Equal for the same weights and config, wherever they are stored: see `ModelSource.fingerprint`."""
     return ModelSource.of(source).fingerprint()
+
+
+@cache
+def hub_offline() -> str:
+    """Why the hub cannot be asked; empty if it can. Asked once: without a network every look-up would wait and retry.
+
+    From then on the libraries below are offline too, and find what is in the cache at once.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    host = urlsplit(constants.ENDPOINT)
+    if getproxies().get(host.scheme):
+        return ""  # it is the proxy's to connect
+    connected: list[bool] = []
+
+    def connect() -> None:
+        with (
+            suppress(OSError),
+            socket.create_connection(
+                (host.hostname or "", host.port or (80 if host.scheme == "http" else 443)), timeout=_PATIENCE
+            ),
+        ):
+            connected.append(True)
+
+    # in a thread: a name server that does not answer would be waited for much longer
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(_PATIENCE)
+    if connected:
+        return ""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    return f"{host.hostname} cannot be reached"
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +15,14 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging as transformers_logging
 
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError, VocabularyError
 from llmdoctor.gguf_file import cached_copy, discard_if_damaged, read_header
@@ -152,6 +160,7 @@ class Vocabulary:
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, wherever it is (see `ModelSource.of`). Raises LoadError."""
     where = ModelSource.of(source)
+    where.require_reach()
     if not where.gguf and not where.file("tokenizer_config.json") and where.base:  # an adapter without one of its own
         return load_tokenizer(where.base.name, trust_remote_code=trust_remote_code)
     tokenizer = _loaded(where, AutoTokenizer, "the tokenizer of", trust_remote_code=trust_remote_code)
@@ -182,6 +191,7 @@ def load_lm(
     Raises LoadError; UsageError for a dtype or device that does not exist here, and a ``tp_plan`` without `torchrun`.
     """
     where = ModelSource.of(source)
+    where.require_reach()
     placed = _placement(device, device_map, tp_plan)
     if attn_implementation:
         placed["attn_implementation"] = attn_implementation
@@ -271,7 +281,8 @@ def _from_gguf(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
 
 def _from_pretrained(where: ModelSource, kind: Any, what: str, place: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(place, **options)
+        with _without_bars():
+            return kind.from_pretrained(place, **options)
     except LLMDoctorError:
         raise
     except ImportError as error:
@@ -285,6 +296,25 @@ def _from_pretrained(where: ModelSource, kind: Any, what: str, place: str, **opt
         raise LoadError(f"cannot load {what} {where.name}: {first_line(error)}") from error
     except Exception as error:
         raise LoadError(f"cannot load {what} {where.name}: {first_line(error)}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No loading bars on stderr, unless LLMDOCTOR_BARS asks for them."""
+    if os.environ.get("LLMDOCTOR_BARS"):
+        yield
+        return
+    gguf: Any = modeling_gguf_pytorch_utils
+    shown, bar = transformers_logging.is_progress_bar_enabled(), gguf.tqdm
+    # transformers draws this one without asking its own switch
+    gguf.tqdm = partial(bar, disable=True)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _placement(device: str, device_map: str | Mapping[str, str | int] | None, tp_plan: str | None) -> dict[str, Any]:

@@ -217,6 +217,9 @@ def _parquet_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[tupl
 
 
 def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
+    from llmdoctor.model_source import hub_offline
+
+    hub_offline()  # before the libraries below read whether they may ask it
     from datasets import load_dataset
     from huggingface_hub import HfApi
 

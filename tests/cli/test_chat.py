@@ -181,3 +181,8 @@ def _colour_console(stream):
     from rich.console import Console
 
     return Console(file=stream, force_terminal=True, color_system="truecolor")
+
+
+def test_a_mistake_in_set_speaks_of_set(run):
+    for line in ("/set alpha=much", "/set colour=3", "/set"):
+        assert "error: /set: " in run("chat", "--plain", input=f"{line}\n").stderr
