@@ -76,6 +76,8 @@ def extract(
     source = _data(settings, data, split=split, label=label, columns=columns)
     probe = settings.rewards.direction == "probe" if probe is None else probe
     faces = chosen_faces(settings, face, needed=not probe)
+    if not data:
+        say(f"taking the pairs of the profile {settings.name}: {source.source} (--data names others)")
     shapes = _Shapes()
     _require_usable(source, shapes)
 
@@ -93,6 +95,7 @@ def extract(
             if torch.cuda.is_available():
                 model = override(model, device=f"cuda:{os.environ['LOCAL_RANK']}")
         loaded = load_patient(model.model, trust_remote_code=trust_remote_code, **model.loading())
+    before = _written(output)
     skips = _Skips()
     began = time.monotonic()
     with progress("Scoring", limit if processes == 1 else None, "pairs") as advance:
@@ -119,11 +122,21 @@ def extract(
     folder = RewardsFolder(output)
     report = {**_report(output, folder.meta, time.monotonic() - began), "probe": folder.probe and _told(folder.probe)}
     found = findings.after_extraction(output, options.fitting(settings, profile, loaded.fingerprint).rewards)
+    if before is not None and before == _written(output):
+        say(f"{output} was finished already by the same command: nothing was changed")
     if as_json:
         put_json({**report, **found.as_dict()})
     else:
         put(_summary(report))
         found.show()
+
+
+def _written(folder: Path) -> bytes | None:
+    """What says that a rewards folder is finished."""
+    try:
+        return (folder / "meta.json").read_bytes()
+    except OSError:
+        return None
 
 
 def _data(profile: "Profile", source: str | None, **how: str | None) -> "DataSettings":

@@ -1,9 +1,12 @@
 """``llmdoctor shrink``: a small model out of the patient's first layers, for doctors and drafts."""
 
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from llmdoctor.cli import options
 from llmdoctor.cli.options import FieldOptions, option
@@ -11,6 +14,9 @@ from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, wai
 from llmdoctor.errors import UsageError
 from llmdoctor.settings import ShrinkSettings
 from llmdoctor.show.formats import short_name
+
+if TYPE_CHECKING:
+    from llmdoctor.records import Message
 
 
 @options.derived
@@ -20,7 +26,10 @@ def shrink(
     patient: options.Patient = None,
     prompts: Annotated[
         Path | None,
-        option("--prompts", "File of prompts to learn from, one per line or .jsonl (default: those of the profile)."),
+        option(
+            "--prompts",
+            "File of prompts to learn from, one per line or .jsonl; - is stdin (default: those of the profile).",
+        ),
     ] = None,
     output: Annotated[
         Path,
@@ -52,7 +61,7 @@ def shrink(
         from llmdoctor.token_rewards.pairs import read_pairs, read_prompts
 
         if prompts is not None:
-            asked = read_prompts(prompts)
+            asked = _typed() if str(prompts) == "-" else read_prompts(prompts)
         else:
             assert settings.data is not None
             pairs = read_pairs(**settings.data.model_dump())
@@ -68,8 +77,19 @@ def shrink(
             model = override(model, dtype="float32")  # gradients through bfloat16 gain little there
         loaded = load_patient(model.model, trust_remote_code=trust_remote_code, **model.loading())
     say(f"shrinking {short_name(model.model)} on its answers to {len(asked)} prompts")
-    began = time.monotonic()
-    with progress("Answering", None, "answers") as answered, progress("Healing", None, "steps") as advance:
+    began, worked = time.monotonic(), False
+
+    def on_answer(done: int, total: int) -> None:
+        nonlocal worked
+        worked = True
+        answered(done=done, total=total)
+
+    def on_step(step: int, last: int, kl: float, speed: float) -> None:
+        nonlocal worked
+        worked = True
+        advance(f"KL {kl:.3f} nats per token, {speed:.0f} tokens/s", done=step, total=last)
+
+    with _goes_on(), progress("Answering", None, "answers") as answered, progress("Healing", None, "steps") as advance:
         made = shrunk(
             loaded,
             asked,
@@ -77,13 +97,32 @@ def shrink(
             chosen,
             device=model.device,
             fresh=fresh,
-            on_answer=lambda done, total: answered(done=done, total=total),
-            on_step=lambda step, last, kl, speed: advance(
-                f"KL {kl:.3f} nats per token, {speed:.0f} tokens/s", done=step, total=last
-            ),
+            on_answer=on_answer,
+            on_step=on_step,
         )
+    if not worked:
+        say(f"{output} holds this very model already: nothing was changed. --fresh makes it again")
     if as_json:
         put_json({"output": str(output), "seconds": round(time.monotonic() - began, 2), **made})
         return
     report = made["report"]
-    put("\n".join([f"wrote {output} in {time.monotonic() - began:.1f} s", *flat_lines(report)]))
+    what = f"wrote {output} in {time.monotonic() - began:.1f} s" if worked else f"{output} is finished"
+    put("\n".join([what, *flat_lines(report)]))
+
+
+def _typed() -> "list[str | list[Message]]":
+    """The lines of stdin."""
+    lines = [line.strip() for line in sys.stdin if line.strip()]
+    if not lines:
+        raise UsageError("--prompts -: stdin is empty, expected one prompt per line")
+    return [*lines]
+
+
+@contextmanager
+def _goes_on() -> Iterator[None]:
+    """Say after an interrupt what becomes of the work that was done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here, with the answers and steps that it has")
+        raise

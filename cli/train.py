@@ -64,10 +64,12 @@ def train(
 
     with waiting(f"Loading {short_name(chosen.doctor)} ..."):
         from llmdoctor.training.train import train as train_doctor
-    began = time.monotonic()
+    began, steps = time.monotonic(), 0
     with progress("Training", None, "steps") as advance:
 
         def on_step(step: "TrainStep") -> None:
+            nonlocal steps
+            steps += 1
             losses = f"loss {step.loss:.4g} (flow {step.subtb:.4g}, value {step.value:.4g})"
             if step.reward_accuracy is not None:
                 losses += f", held-out accuracy {step.reward_accuracy:.0%}"
@@ -92,8 +94,13 @@ def train(
         "seconds": round(time.monotonic() - began, 2),
         "doctor": made,
     }
+    if not steps:
+        say(f"{output} holds this very doctor already: nothing was changed. --fresh trains it again")
     if as_json:
-        put_json(report)
+        put_json({**report, "changed": bool(steps)})
+        return
+    if not steps:
+        put("\n".join([f"{output} is finished", *flat_lines(made.get("metrics") or {})]))
         return
     lines = [f"trained {short_name(chosen.doctor)} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"]
     put("\n".join(lines + flat_lines(made.get("metrics") or {})))

@@ -448,3 +448,32 @@ def test_a_character_that_the_beginning_opened_is_completed(assistant: LLMdoctor
     assert len(spelt) == 3
     token = next(assistant.stream("Hi", prefix_ids=spelt[:2], force_id=spelt[2], stop=("never",)))
     assert token.text == "日"
+
+
+def test_guidance_for_one_call_and_lists_of_conversations(assistant: LLMdoctor) -> None:
+    """As if the instance had that guidance; which it has not afterwards."""
+    before, name = assistant.guidance, assistant.doctor_names[0]
+    stronger = before.replace(alpha=0.5, betas={**before.betas, name: 2.0})
+    said = assistant.generate("Hi", alpha=0.5, beta={name: 2.0})
+    assert said == assistant.generate("Hi", guidance=stronger)
+    assert assistant.guidance == before
+    one = [{"role": "user", "content": "Hi"}]
+    assert assistant.generate([one, one], seed=[3, 3], alpha=0.5, beta={name: 2.0}) == [said, said]
+
+
+@pytest.mark.parametrize("prompt", [5, [5], [{"role": "user"}], [{"content": "Hi"}], [[{"role": "user"}]], [[]]])
+def test_what_is_no_prompt_is_one_line(assistant: LLMdoctor, prompt: Any) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        assistant.generate(prompt)
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": -1}, {"beta": {"quack": 1}}, {"beta": "much"}, {"guidance": {"alpha": 1}}])
+def test_a_wrong_strength_is_a_usage_error(assistant: LLMdoctor, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        assistant.generate("Hi", **wrong)
+
+
+def test_loading_draws_no_bars(folders: tuple[str, dict[str, Path]], capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    LLMdoctor(folders[0])
+    assert capfd.readouterr().err == ""

@@ -297,3 +297,21 @@ def test_a_small_model_leaves_the_other_cores_alone(
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_hub_out_of_reach_is_said_within_seconds(monkeypatch):
+    from huggingface_hub import constants
+
+    from llmdoctor.model_source import hub_offline
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for proxy in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    hub_offline.cache_clear()
+    try:
+        with pytest.raises(LoadError, match=r"127.0.0.1 cannot be reached, and it is not in the cache"):
+            load_tokenizer("org/name")
+    finally:
+        hub_offline.cache_clear()

@@ -4,11 +4,12 @@ A run writes to the working folder ``.NAME.training`` beside its doctor. ``run.j
 run, ``checkpoint-N`` what it was after step N.
 """
 
+import hashlib
 import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def last_checkpoint(work: Path) -> Path | None:
             continue
         complete.append(state.parent)
     return max(complete, key=checkpoint_step, default=None)
+
+
+def run_key(identity: Mapping[str, Any]) -> str:
+    """A short name for everything that decides what a run makes; a finished folder states it."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def finished(marker: Path, key: str) -> dict[str, Any] | None:
+    """What the marker file of a finished folder holds, if the same run made it."""
+    try:
+        held = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return held if isinstance(held, dict) and held.get("run") == key else None
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -35,6 +35,7 @@ from llmdoctor.records import Message
 from llmdoctor.settings import Sampling, ShrinkSettings
 from llmdoctor.text import conversation, prompt_ids
 from llmdoctor.training.batches import pad_rows
+from llmdoctor.training.checkpoints import finished, run_key
 from llmdoctor.training.doctor import states
 from llmdoctor.training.progress import Distance, Progress
 from llmdoctor.training.shrunk import MARKER
@@ -73,6 +74,8 @@ def shrink(
     drafted tokens that would stand at beta 0 (see `agreement`), parameters, own and shared, and the time of a step
     relative to the patient's.
 
+    A run that is finished already is not repeated.
+
     The same call continues a run that was stopped, from its answers and its last checkpoint; ``fresh`` starts again,
     and keeps only answers that it would draw again as they are.
 
@@ -94,6 +97,9 @@ def shrink(
         "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "settings": settings.model_dump(mode="json"),
     }
+    key = run_key({**identity, "version": __version__})
+    if not fresh and (done := finished(output / MARKER, key)):
+        return done
     started = time.monotonic()
     kept = output.with_name(f".{output.name}.answers.jsonl")
     spoken = _answers(patient, ids, settings, identity, kept, fresh=fresh, on_answer=on_answer)
@@ -111,6 +117,7 @@ def shrink(
         p.data = p.data.to(patient.model.dtype)
     meta = {
         "llmdoctor_version": __version__,
+        "run": key,
         "patient": patient.name,
         "patient_fingerprint": patient.fingerprint,
         "settings": settings.model_dump(mode="json"),

@@ -19,6 +19,7 @@ from llmdoctor.settings import RewardSettings, TrainSettings
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.training.batches import ScoredPair, hold_out, sides
+from llmdoctor.training.checkpoints import finished, run_key
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import MARKER, base_record, require_base_outside, save_doctor
 from llmdoctor.training.progress import draw_losses
@@ -49,7 +50,9 @@ def train(
 
     Until the doctor is done, checkpoints are kept beside it in ``.NAME.training``. The same call continues a run that
     was stopped and ends, on one device, with the same weights as an uninterrupted run; ``fresh`` starts from scratch
-    instead. An interrupt (Ctrl+C, SIGTERM) lets the current step end and keeps it; a second one stops at once.
+    instead. A run that is finished already is not repeated: what it wrote is returned.
+
+    An interrupt (Ctrl+C, SIGTERM) lets the current step end and keeps it; a second one stops at once.
     TensorBoard's files go to ``NAME.logs`` beside the doctor, unless TENSORBOARD_LOGGING_DIR names a folder.
 
     Raises LoadError (no such model or rewards, another tokenizer, another patient), DataError (no pair fits the
@@ -77,14 +80,18 @@ def train(
     work = output.with_name(f".{output.name}.training")
     new_folders = [path for path in output.parents if not path.exists()]  # the trainer makes them
     started = time.monotonic()
+    identity = _identity(folder, len(pairs), base_model, reward_settings, settings, weights)
+    key = run_key({**identity, "name": name or output.name, "version": __version__})
+    if not fresh and not work.exists() and (done := finished(output / MARKER, key)):
+        return done
     trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
     _log_beside(output, trainer)
-    identity = _identity(folder, len(pairs), base_model, reward_settings, settings, weights)
     trainer.run(work, identity, fresh=fresh, new_folders=new_folders)
 
     meta = {
         "llmdoctor_version": __version__,
         "name": name or output.name,
+        "run": key,
         **base_record(base_model, output),
         "tokenizer": {"fingerprint": doctor.vocabulary.fingerprint, "size": doctor.vocabulary.size},
         "settings": {

@@ -121,6 +121,28 @@ def test_a_doctor_that_is_missing_is_said_before_a_hub_is_asked(fails, monkeypat
     fails(3, ["no doctor at nowhere", "doctor.json"], "compare", "Hi", "--patient", "org/name", "--doctor", "nowhere")
 
 
+def test_a_finished_run_is_not_repeated(run, tmp_path):
+    """extract and train say so, and no byte changes."""
+
+    def held():
+        return {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in sorted(tmp_path.glob("*/*.json*"))}
+
+    rewards, doctor = tmp_path / "rewards", tmp_path / "doctor"
+    commands = (
+        ("extract", "--limit", 4, "-o", rewards),
+        ("train", "--rewards", rewards, "-o", doctor, "--max-steps", 1),
+    )
+    assert "pairs of the profile clinic" in run(*commands[0]).stderr  # which it takes without --data
+    assert run(*commands[1]).exit_code == 0
+    before = held()
+    for command in commands:
+        again = run(*command)
+        assert again.exit_code == 0
+        assert "nothing was changed" in again.stderr
+    assert held() == before
+    assert "nothing was changed" not in run(*commands[1], "--fresh").stderr
+
+
 def test_push_shows_what_it_would_send(run, fails):
     from llmdoctor.profile import profile_path
 
