@@ -310,12 +310,6 @@ def guided_profile(
         if not named:
             decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
         chosen = {name: DoctorSettings(checkpoint=path) for name, path in parse_doctors(doctors).items()}
-        for settings in chosen.values():  # before the hub is asked for a patient
-            if not (Path(settings.checkpoint).expanduser() / "doctor.json").is_file():
-                raise LoadError(
-                    f"there is no doctor at {settings.checkpoint}: expected a folder with doctor.json, as "
-                    "`llmdoctor train` writes"
-                )
     strengths = parse_betas(betas or (), tuple(chosen))
     return profile.model_copy(
         update={
@@ -331,6 +325,12 @@ def guided_profile(
 
 def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
     """The patient and its doctors, with a spinner while they load."""
+    for doctor in profile.doctors.values():  # before the hub is asked for a patient
+        if not (Path(doctor.checkpoint).expanduser() / "doctor.json").is_file():
+            raise LoadError(
+                f"there is no doctor at {doctor.checkpoint}: expected a folder with doctor.json, as `llmdoctor train` "
+                "writes"
+            )
     with waiting(f"Loading {', '.join([short_name(profile.patient.model), *profile.doctors])} ..."):
         return assistant(profile, trust_remote_code=trust_remote_code)
 
