@@ -67,7 +67,7 @@ class View:
         """What changed, and the settings."""
         m, diff = self.comparison.metrics, self.diff
         changed = (
-            f"{m['flips']} of {m['guided_tokens']} tokens are not the patient's first choice; "
+            f"guidance changed the likeliest token at {m['flips']} of {m['guided_tokens']} places; "
             f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
             f"KL {m['kl']:.1f} nats ({m['kl_per_token']:.2f} per token)"
         )

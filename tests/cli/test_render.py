@@ -104,7 +104,7 @@ def test_plain_comparison(comparison, token):
     view = View.of(comparison("Go away ", tokens))
     assert plain_comparison(view) == (
         "prompt: How?\n\npatient alone:\nGo [-away-]\n\nguided by helpful 0.8:\nGo {+to bed+}\n\n"
-        "2 of 4 tokens are not the patient's first choice; 1 word removed, 2 added, 1 kept; "
+        "guidance changed the likeliest token at 2 of 4 places; 1 word removed, 2 added, 1 kept; "
         "KL 1.0 nats (0.25 per token)\n"
         "alpha 1, beta helpful=0.8, temperature 1, seed 1"
     )

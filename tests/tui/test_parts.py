@@ -120,7 +120,7 @@ def test_exports_hold_the_conversation_and_no_markup_of_a_model():
     assert "&lt;script&gt;" in page
     text = render(session, "md", "value", None)
     assert "> <script>?" in text
-    assert "2 of 2 tokens are not the patient's first choice, KL 0.5 nats" in text
+    assert "guidance changed the likeliest token at 2 of 2 places, KL 0.5 nats" in text
     assert file_name(session, "md") == "llmdoctor-a-b-title-abc.md"
     with pytest.raises(UsageError, match="docx"):
         render(session, "docx", "value", None)
