@@ -526,26 +526,36 @@ def test_lenses_colour_mark_and_explain(make_app, drive):
 
     async def steps(d):
         await d.ask("Go")
-        assert "log V of helpful" in d.text()
-        value = styles()
-        assert set(value) == set(range(END))
-        assert value[6].bold  # log .33 + 2, the highest
-        assert value[0].underline  # log .02 + 2, the lowest
-        assert len({s.color.name for s in value.values()}) > 4
+        assert "changed by guidance (KL, nats)  0 ━━━━━━ +1" in d.text()
+        assert len({s.color.name for s in styles().values()}) == 1  # the fake doctors change every place alike
         await d.press("ctrl+l")
-        assert "log V of safe" in d.text()
         assert app.chat.query_one(Curve).high == pytest.approx(math.log(0.4) + 2)
-        for words in ("log safe / patient", "KL to the patient", "flips", "no colours", "log V of safe"):
+        await d.type("/set helpful=0 safe=0")
+        await d.press("f5")
+        await d.idle()
+        assert len({(s.color.name, s.bold) for s in styles().values()}) == 1
+        assert not app.chat.view("guided")._style(1, app.chat.view("guided").rich_style, dark=True).bold  # all grey
+        assert "0 flips, KL 0.0" in d.text()
+        await d.type("/set helpful=0.8 safe=0.4")
+        await d.press("f5")
+        await d.idle()
+        for words in ("log safe / patient", "log V of safe", "flips", "no colours", "changed by guidance"):
             await d.press("f3")
             assert words in d.text()
             if words == "log safe / patient":
+                assert "-2 ━━" in d.text()
                 ratio = styles()
                 assert ratio[0].underline  # .05 / .30
                 assert ratio[1].color.triplet.blue > ratio[1].color.triplet.red  # .40 / .20
+            if words == "log V of safe":
+                value = styles()
+                assert set(value) == set(range(END))
+                assert value[1].bold  # log .40 + 2, the highest
+                assert value[0].underline  # log .05 + 2, the lowest
+                assert len({s.color.name for s in value.values()}) > 4
             if words == "flips":
                 flips = styles()
-                assert all(style.bold for token, style in flips.items() if token != 0)
-                assert not flips[0].bold
+                assert all(style.bold for style in flips.values())  # they prefer another token everywhere
             if words == "no colours":
                 assert len({(s.color, s.bold) for s in styles().values()}) == 1
 

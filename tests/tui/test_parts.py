@@ -200,7 +200,7 @@ def test_the_desktops_clipboard_gets_the_text(tmp_path, monkeypatch):
     ("text", "words"),
     [
         ("theme = 'pink'", "no theme 'pink'"),
-        ("lens = 'pink'", "lens must be one of value"),
+        ("lens = 'pink'", "lens must be one of kl"),
         ("colour = 1", "unknown key 'colour'"),
         ("[keys]\n'chat.dance' = 'f5'", "no key binding 'chat.dance'"),
         ("[keys]\n'chat.rerun' = 5", "must hold lines"),

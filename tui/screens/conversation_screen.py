@@ -15,7 +15,7 @@ from llmdoctor.records import Speaker
 from llmdoctor.sessions import Reply, Session
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.show.formats import speaking_text
-from llmdoctor.show.lens import Lens
+from llmdoctor.show.lens import DEFAULT_LENS, Lens
 from llmdoctor.tui.answering import Answering
 from llmdoctor.tui.conversation import SIDES, Live
 from llmdoctor.tui.current_settings import CurrentSettings
@@ -71,7 +71,7 @@ class ConversationScreen(Screen[None]):
     def on_mount(self) -> None:
         """Begin to listen."""
         # The app reads its configuration after it has made this screen.
-        self.panes.lens = self.app.config.lens or "value"
+        self.panes.recolour(self.app.config.lens or DEFAULT_LENS, self.panes.doctor)
         self._frames = self.set_interval(FRAME, self.drain)
         self.show_all()
         self.prompt.focus()

@@ -10,7 +10,7 @@ from textual.containers import Horizontal
 
 from llmdoctor.records import Speaker
 from llmdoctor.sessions import Reply
-from llmdoctor.show.lens import Lens
+from llmdoctor.show.lens import DEFAULT_LENS, Lens, lens_limit
 from llmdoctor.tui import token_style
 from llmdoctor.tui.answering import Answering
 from llmdoctor.tui.conversation import SIDES, Live, Said, conversation, ending, pieces, side_facts, values_of
@@ -34,7 +34,7 @@ class Panes(Horizontal):
 
     def __init__(self, answering: Answering, doctor: str | None, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.lens: Lens = "value"
+        self.lens: Lens = DEFAULT_LENS
         self.doctor = doctor
         self.inspected: Speaker | None = None
         self.guided_by = ""
@@ -139,14 +139,15 @@ class Panes(Horizontal):
     def recolour(self, lens: Lens, doctor: str | None) -> None:
         """Colour by another score; the curve shows the doctor's value too."""
         self.lens, self.doctor = lens, doctor
+        self.view("guided").scale = lens_limit(lens)
         self.view("guided").recolour(self._score)
         turn, self._curve_turn = self._curve_turn, -1
         self._load_curve(turn)
 
     def legend(self) -> Text:
         """What the colours mean."""
-        limit, narrow = self.view("guided").limit, self.app.size.width < 72
-        return token_style.lens_legend(self.lens, self.doctor, limit, dark=self.app.current_theme.dark, narrow=narrow)
+        narrow, dark = self.app.size.width < 72, self.app.current_theme.dark
+        return token_style.lens_legend(self.lens, self.doctor, dark=dark, narrow=narrow)
 
     def _load_curve(self, turn: int) -> None:
         live = self._answering.live
