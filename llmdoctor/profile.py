@@ -26,6 +26,7 @@ from llmdoctor.settings import (
     RewardSettings,
     ShrinkSettings,
     TrainSettings,
+    WelcomeSettings,
 )
 
 
@@ -34,6 +35,7 @@ class Profile(Settings):
 
     name: str
     description: str = ""
+    welcome: WelcomeSettings = WelcomeSettings()
     patient: PatientSettings
     faces: dict[Name, FaceSettings] = Field(default_factory=dict)
     data: DataSettings | None = None

@@ -1,5 +1,6 @@
 """What the keys, the prompt and the sliders do in a conversation."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from textual import on
@@ -9,10 +10,13 @@ from llmdoctor.errors import LLMDoctorError
 from llmdoctor.tui import commands
 from llmdoctor.tui.debounce import Debounce
 from llmdoctor.tui.screens.conversation_screen import ConversationScreen
+from llmdoctor.tui.widgets.hints import Hint
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector
 from llmdoctor.tui.widgets.prompt import Prompt
 from llmdoctor.tui.widgets.slider import Slider
 from llmdoctor.tui.widgets.sliders import Sliders
+from llmdoctor.tui.widgets.token_view import TokenView
+from llmdoctor.tui.widgets.welcome import Examples, Welcome
 
 
 class ChatScreen(ConversationScreen):
@@ -46,10 +50,22 @@ class ChatScreen(ConversationScreen):
 
     @on(Prompt.Submitted)
     def _submitted(self, event: Prompt.Submitted) -> None:
+        examples = self.app.start.welcome.examples
         if event.text.startswith("/"):
             self.obey(event.text)
+        elif not self.turns and event.text.isdecimal() and 0 < int(event.text) <= len(examples):
+            self.send(examples[int(event.text) - 1])
         else:
             self.send(event.text)
+
+    @on(Welcome.Asked)
+    def _example(self, event: Welcome.Asked) -> None:
+        self.prompt.focus()
+        self.send(event.question)
+
+    def action_focus_prompt(self) -> None:
+        """To the text field."""
+        self.prompt.focus()
 
     def send(self, text: str) -> None:
         """Ask; while editing, instead of the last question."""
@@ -153,7 +169,7 @@ class ChatScreen(ConversationScreen):
         self.panes.step(direction)
 
     def action_other_pane(self) -> None:
-        """Where there is room for one pane only: the other one."""
+        """To the text of the other side."""
         self.panes.other_pane()
 
     def action_sliders(self) -> None:
@@ -209,6 +225,49 @@ class ChatScreen(ConversationScreen):
     def begin_command(self, name: str) -> None:
         """Put a command that needs arguments into the prompt."""
         self.prompt.put(f"/{name} ")
+
+    def hints(self) -> Sequence[Hint]:
+        """What the focus, and whether an answer runs or is there, make useful."""
+        key = self._key
+        common = [(key("chat.help"), "help", "screen.help")]
+        stop = [(key("chat.stop"), "stop", "screen.stop")] if self.live else []
+        lens = (key("chat.lens"), f"colour: {self.lens}", "screen.next_lens")
+        rerun = (key("chat.rerun"), "apply the sliders", "screen.rerun")
+        sliders = (key("chat.sliders"), "sliders", "screen.sliders")
+        inspect = (key("chat.inspect"), "tokens", "screen.inspect")
+        match self.focused:
+            case Slider():
+                back = (key("chat.sliders"), "back", "screen.sliders")
+                return [*stop, ("←→", "change", ""), ("Tab", "next", ""), rerun, back, *common, ("0-9", "type a value", ""),
+                        ("r", "reset", "")]  # fmt: skip
+            case Alternatives():
+                return [*stop, ("↑↓", "choose", ""), ("Enter", "say this instead", ""),
+                        (key("chat.stop"), "back to the text", "screen.stop"), *common]  # fmt: skip
+            case TokenView():
+                return [*stop, ("←→↑↓", "token", ""), ("Enter", "alternatives", "screen.alternatives"),
+                        (key("chat.other_pane"), "other side", "screen.other_pane"),
+                        (key("chat.inspect"), "close", "screen.inspect"), *common, lens]  # fmt: skip
+            case Examples():
+                return [("↑↓", "choose", ""), ("Enter", "ask", ""), ("Esc", "to the text field", ""), *common]
+        if self.editing:
+            return [("Enter", "send it again", ""), (key("chat.stop"), "leave it", "screen.stop"), *common]
+        if not self.turns:
+            count = len(self.app.start.welcome.examples)
+            examples = [(f"1-{count} Enter", "an example", "")] if count else []
+            sessions = (key("chat.sessions"), "saved conversations", "screen.sessions")
+            return [("Enter", "ask", ""), *examples, *common, sliders, sessions]
+        if self.live:
+            return [*stop, *common, sliders, inspect, lens]
+        return [*common, inspect, lens, sliders, (key("chat.rerun"), "again", "screen.rerun"),
+                (key("chat.regenerate"), "new seed", "screen.regenerate"),
+                (key("chat.edit"), "edit", "screen.edit"), (key("chat.copy"), "copy", "screen.copy"),
+                (key("chat.sessions"), "conversations", "screen.sessions"), ("^P", "all", "app.command_palette")]  # fmt: skip
+
+    def _key(self, name: str) -> str:
+        """The key of a binding, as one writes it: ``F5``, ``Esc``, ``^T``."""
+        key = self.app.config.keys.get(name) or next(b.key for b in self.BINDINGS if isinstance(b, Binding) and b.id == name)
+        first = key.split(",")[0].replace("ctrl+", "^")
+        return {"escape": "Esc"}.get(first, first.upper() if len(first) <= 3 else first)
 
     # Sliders
 
