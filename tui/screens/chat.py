@@ -44,7 +44,6 @@ class ChatScreen(ConversationScreen):
     def __init__(self) -> None:
         super().__init__()
         self.rerun = Debounce(self, self._rerun)
-        self.auto = False  # whether a slider that rests re-runs the answer
 
     # Asking, and asking again
 
@@ -148,17 +147,21 @@ class ChatScreen(ConversationScreen):
         elif isinstance(self.focused, Alternatives):
             self.view(self.panes.inspected or "guided").focus()
         elif self.panes.inspecting:
-            self.action_inspect()
+            self._close_inspector()
         else:
             self.prompt.focus()
 
     def action_inspect(self) -> None:
-        """Open or close the inspector."""
-        if self.panes.inspecting:
-            self.panes.close_inspector()
-            self.prompt.focus()
+        """Open the inspector, or go to it; from within close it."""
+        if self.panes.inspecting and self.focused is not self.prompt:
+            self._close_inspector()
         else:
             self.panes.inspect()
+
+    def _close_inspector(self) -> None:
+        self.peeking = False
+        self.panes.close_inspector()
+        self.prompt.focus()
 
     def action_alternatives(self) -> None:
         """From the text to the table."""

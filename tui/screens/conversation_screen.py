@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
 
 _STATUS_EVERY = 0.4  # seconds between two updates of the status line while tokens come
-_LOW, _ROOMY = 30, 45  # rows below which the curve is lower and the prompt has no margin; from which it is higher
+# Rows below which the curve is lower and the prompt has no margin; rows from which the curve is higher; columns from
+# which the inspector opens by itself.
+_LOW, _ROOMY, _WIDE = 30, 45, 180
 
 
 class ConversationScreen(Screen[None]):
@@ -52,6 +54,8 @@ class ConversationScreen(Screen[None]):
         self.settings = CurrentSettings(start, worker)
         self.answering = Answering(worker, self.history, self.settings, self)
         self.editing = False  # whether the next message replaces the last one
+        self.auto = False  # whether a slider that rests re-runs the answer
+        self.peeking = True  # whether the inspector opens by itself where there is room, until somebody closes it
         betas = start.guidance.betas
         speaking = next((name for name, beta in betas.items() if beta > 0), next(iter(betas), None))
         self.panes = Panes(self.answering, speaking, id="panes")
@@ -180,6 +184,14 @@ class ConversationScreen(Screen[None]):
             self.notify(error, severity="error", markup=False)
         self.save()
         self.show_status()
+        if self.peeking and self.focused is self.prompt and self._roomy:
+            self.panes.inspect()
+            self.prompt.focus()
+
+    @property
+    def _roomy(self) -> bool:
+        width, height = self.app.size
+        return width >= _WIDE and height >= _ROOMY
 
     # Saved conversations
 
@@ -248,9 +260,11 @@ class ConversationScreen(Screen[None]):
         acceptance = getattr(self.assistant, "acceptance", None)
         if isinstance(acceptance, float):
             parts.append(f"acceptance {acceptance:.0%}")
+        if self.auto:
+            parts.append("auto: sliders apply themselves")
         if self.session.title:
             parts.append(self.session.title)
-        hint = "F5 makes this answer again with the settings in use; /auto does so by itself" if self.stale else ""
+        hint = "F5 applies the new settings to this answer; /auto does so by itself" if self.stale else ""
         doing = "editing: Enter sends it again, Esc leaves it" if self.editing else self.answering.doing
         said = [(part, "bold") for part in (doing, hint) if part] + [(part, "") for part in parts]
         text = Text(" · ", no_wrap=True, overflow="ellipsis").join(Text(part, style) for part, style in said)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _SIDE_BY_SIDE = 72  # columns from which the sides are beside each other, else stacked
 _INSPECTOR_BESIDE = 150  # columns from which the inspector is beside them too, else below
-_ROOM_FOR_TITLES = 120  # columns from which the titles are written out
+_ROOM_FOR_TITLES = 132  # columns from which the titles are written out
 _LOW = 30  # rows below which the inspector takes the curve's room
 
 

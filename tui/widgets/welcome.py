@@ -44,29 +44,35 @@ class Welcome(VerticalScroll, can_focus=False):
         self._start = start
 
     def on_mount(self) -> None:
-        """What it is."""
+        """From the top, though the examples are the first that can have the focus."""
         self.border_title = "llmdoctor"
+        self.call_after_refresh(self.scroll_home, animate=False)
 
     def compose(self) -> ComposeResult:
         """The examples first: they are never out of view."""
         questions = self._start.welcome.examples
         if questions:
-            yield Static("Ask something below, or press an example (a click, or its number and Enter):")
+            yield Static("Ask something below, or press an example: a click, or its number and Enter.")
             shown = [Text.assemble((f"{i}", "bold"), f"  {clean(question)}") for i, question in enumerate(questions, 1)]
             yield Examples(*map(Option, shown), id="examples", compact=True)
-        yield Static(self._text())
+        yield Static(self._sees())
+        yield Static(self._knows())
 
-    def _text(self) -> Text:
-        said, doctors = self._start.welcome, ", ".join(self._start.doctors)
+    def _sees(self) -> Text:
+        doctors = ", ".join(self._start.doctors)
         guides = f"guided at every token by small doctors: {doctors}" if doctors else "without a doctor: nothing guides it"
-        text = Text.assemble(
+        return Text.assemble(
             ("Left", "bold"), ": the patient alone, a frozen language model. ",
             ("Right", "bold"), f": the same patient with the same random numbers, {guides}. ",
-            ("Colour", "bold"), ": guidance changed something; grey: it did not.\n",
+            ("Colour", "bold"), ": guidance changed something; grey: it did not.",
         )  # fmt: skip
-        text.append(clean(self._start.patient), "bold").append(f" can be asked about {clean(said.knows).rstrip('.')}")
+
+    def _knows(self) -> Text:
+        said = self._start.welcome
+        text = Text(clean(self._start.patient), "bold")
+        text = Text.assemble(text, f" can be asked about {clean(said.knows).rstrip('.')}")
         if said.topics:
-            text.append(f": {clean(', '.join(said.topics))}. Other questions get a notice, and an answer that misses them")
+            text.append(f": {clean(', '.join(said.topics))}. Any other question gets a notice")
         return text.append(".")
 
     @on(OptionList.OptionSelected)
