@@ -116,11 +116,8 @@ def changes(before: GuidedToken | None, token: GuidedToken, temperatures: tuple[
     return ", ".join(parts)
 
 
-def made_with(turn: Turn, guided: LiveReply | Reply, *, short: bool = False) -> str:
-    """The settings of an answer: ``helpful 0.8→1.2, safe 0.4 · alpha 1 · temperature 1``, as it began and goes on.
-
-    ``short``: ``β helpful 0.8→1.2, safe 0.4 · α 1 · T 1``.
-    """
+def made_with(turn: Turn, guided: LiveReply | Reply) -> str:
+    """The settings of an answer, as it began and goes on: ``helpful 0.8→1.2, safe 0.4 · α 1 · T 1``."""
     last = guided.tokens[-1] if guided.tokens else None
     alpha, betas = turn.guidance.alpha, turn.guidance.betas
     now = (last.alpha, last.betas) if last is not None else (alpha, betas)
@@ -129,9 +126,7 @@ def made_with(turn: Turn, guided: LiveReply | Reply, *, short: bool = False) -> 
     ]
     began = guided.temperatures[0][1] if guided.temperatures else turn.sampling.temperature
     ended = guided.temperatures[-1][1] if guided.temperatures else began
-    beta, alpha_is, temperature_is = ("β ", "α", "T") if short else ("", "alpha", "temperature")
-    betas_are = f"{beta}{', '.join(speaking)}" if speaking else "no doctor"
-    return f"{betas_are} · {alpha_is} {_change(alpha, now[0])} · {temperature_is} {_change(began, ended)}"
+    return f"{', '.join(speaking) or 'no doctor'} · α {_change(alpha, now[0])} · T {_change(began, ended)}"
 
 
 def _change(before: float, after: float) -> str:
@@ -185,9 +180,7 @@ def asked(turns: Sequence[Turn], number: int, welcome: WelcomeSettings) -> Itera
         yield Piece(f"⟨{OUTSIDE}⟩\n", "note")
 
 
-def conversation(
-    turns: Sequence[Turn], which: Speaker, live: Live | None, welcome: WelcomeSettings
-) -> Iterator[Piece]:
+def conversation(turns: Sequence[Turn], which: Speaker, live: Live | None, welcome: WelcomeSettings) -> Iterator[Piece]:
     """All turns of one side; the running answer without an ending."""
     for number, turn in enumerate(turns):
         yield from asked(turns, number, welcome)

@@ -46,7 +46,10 @@ class Start:
     def header(self) -> str:
         """``patient clinic/patient · doctors helpful, safe · profile clinic``."""
         doctors = self.doctors
-        parts = [f"patient {self.patient}", f"doctor{'s' * (len(doctors) > 1)} {', '.join(doctors)}" if doctors else "no doctor"]
+        parts = [
+            f"patient {self.patient}",
+            f"doctor{'s' * (len(doctors) > 1)} {', '.join(doctors)}" if doctors else "no doctor",
+        ]
         return " · ".join([*parts, *([f"profile {name}"] if (name := self.profile.get("name")) else [])])
 
 

@@ -268,7 +268,9 @@ class ChatScreen(ConversationScreen):
 
     def _key(self, name: str) -> str:
         """The key of a binding, as one writes it: ``F5``, ``Esc``, ``^T``."""
-        key = self.app.config.keys.get(name) or next(b.key for b in self.BINDINGS if isinstance(b, Binding) and b.id == name)
+        key = self.app.config.keys.get(name) or next(
+            b.key for b in self.BINDINGS if isinstance(b, Binding) and b.id == name
+        )
         first = key.split(",")[0].replace("ctrl+", "^")
         return {"escape": "Esc"}.get(first, first.upper() if len(first) <= 3 else first)
 

@@ -13,7 +13,18 @@ from llmdoctor.sessions import Reply
 from llmdoctor.show.lens import DEFAULT_LENS, Lens, lens_limit, lens_name
 from llmdoctor.tui import token_style
 from llmdoctor.tui.answering import Answering
-from llmdoctor.tui.conversation import SIDES, Live, Said, asked, conversation, ending, made_with, pieces, side_facts, values_of
+from llmdoctor.tui.conversation import (
+    SIDES,
+    Live,
+    Said,
+    asked,
+    conversation,
+    ending,
+    made_with,
+    pieces,
+    side_facts,
+    values_of,
+)
 from llmdoctor.tui.widgets.curve import Curve
 from llmdoctor.tui.widgets.inspector import Inspector
 from llmdoctor.tui.widgets.pane import Pane
@@ -25,8 +36,8 @@ if TYPE_CHECKING:
 
 _SIDE_BY_SIDE = 72  # columns from which the sides are beside each other, else stacked
 _INSPECTOR_BESIDE = 150  # columns from which the inspector is beside them too, else below
-_ROOM_FOR_TITLES = 132  # columns from which the titles are written out
-_LOW = 30  # rows below which the inspector takes the curve's room
+_ROOM_FOR_TITLES = 96  # columns from which the title of the guided side says so
+_LOW = 40  # rows below which the inspector takes the curve's room
 
 
 class Panes(Horizontal):
@@ -123,16 +134,15 @@ class Panes(Horizontal):
     def show_headings(self) -> None:
         """Who speaks, and with which settings the last answer was made."""
         turns = self._answering.history.turns
-        short = self.app.size.width < _ROOM_FOR_TITLES
-        made = made_with(turns[-1], self._answering.side("guided", len(turns) - 1), short=short) if turns else ""
-        self.pane("patient").border_title = "patient alone"
-        self.pane("guided").border_title = made if short else f"guided by {made}"
+        made = made_with(turns[-1], self._answering.side("guided", len(turns) - 1)) if turns else ""
+        self.pane("patient").show_title("patient alone")
+        self.pane("guided").show_title(made if self.app.size.width < _ROOM_FOR_TITLES else f"guided by {made}")
 
     def show_facts(self) -> None:
         """Counts and speeds, and the curve as far as it is."""
         if self._answering.live is not None:
             self._curve.refresh()
-            self.show_headings()
+        self.show_headings()
         last = len(self._answering.history.turns) - 1
         for which in SIDES:
             self.pane(which).show_facts(side_facts(self._answering.side(which, last), which) if last >= 0 else "")

@@ -26,7 +26,7 @@ class Sliders(Grid):
         # The betas are numbered: a doctor's name may hold characters that an id may not.
         for number, (name, beta) in enumerate(self._settings.guidance.betas.items()):
             yield Slider(f"β {name}", beta, high=3.0, name=name, id=f"slider-beta-{number}")
-        yield Slider("temperature", self._settings.sampling.temperature, high=2.0, id="slider-temperature")
+        yield Slider("T temperature", self._settings.sampling.temperature, high=2.0, id="slider-temperature")
 
     @on(Slider.Changed)
     def _changed(self, event: Slider.Changed) -> None:

@@ -15,7 +15,6 @@ from llmdoctor.show.text import clean
 from llmdoctor.tui.start import Start
 
 
-
 class Examples(OptionList):
     """The questions; a digit asks one as well."""
 
@@ -52,7 +51,7 @@ class Welcome(VerticalScroll, can_focus=False):
         """The examples first: they are never out of view."""
         questions = self._start.welcome.examples
         if questions:
-            yield Static("Ask something below, or press an example: a click, or its number and Enter.")
+            yield Static("Ask below, or press an example (a click, or its number and Enter):")
             shown = [Text.assemble((f"{i}", "bold"), f"  {clean(question)}") for i, question in enumerate(questions, 1)]
             yield Examples(*map(Option, shown), id="examples", compact=True)
         yield Static(self._sees())
@@ -60,10 +59,12 @@ class Welcome(VerticalScroll, can_focus=False):
 
     def _sees(self) -> Text:
         doctors = ", ".join(self._start.doctors)
-        guides = f"guided at every token by small doctors: {doctors}" if doctors else "without a doctor: nothing guides it"
+        guides = (
+            f"guided token by token by small doctors: {doctors}" if doctors else "without a doctor: nothing guides it"
+        )
         return Text.assemble(
             ("Left", "bold"), ": the patient alone, a frozen language model. ",
-            ("Right", "bold"), f": the same patient with the same random numbers, {guides}. ",
+            ("Right", "bold"), f": the same, {guides}. ",
             ("Colour", "bold"), ": guidance changed something; grey: it did not.",
         )  # fmt: skip
 
@@ -72,7 +73,7 @@ class Welcome(VerticalScroll, can_focus=False):
         text = Text(clean(self._start.patient), "bold")
         text = Text.assemble(text, f" can be asked about {clean(said.knows).rstrip('.')}")
         if said.topics:
-            text.append(f": {clean(', '.join(said.topics))}. Any other question gets a notice")
+            text.append(f": {clean(', '.join(said.topics))}; any other question gets a notice")
         return text.append(".")
 
     @on(OptionList.OptionSelected)
