@@ -167,8 +167,8 @@ class GuidedToken:
     """One token of an answer with everything a screen can show about it: plain numbers, no tensors.
 
     ``logprob`` is the product's, ``patient_logprob`` and ``doctor_logprobs[name]`` each model's own; all natural, at
-    temperature 1, before any filter. ``values[name]`` is log V(s_t) after this token. ``flip`` says that guidance changed
-    the likeliest token here: the product's argmax, before sampling, is not the patient's. ``kl`` is
+    temperature 1, before any filter. ``values[name]`` is log V(s_t) after this token. ``flip`` says that guidance
+    changed the likeliest token here: the product's argmax, before sampling, is not the patient's. ``kl`` is
     KL(product || patient) in nats. ``text`` is the printable piece: it is empty for special tokens and for bytes that
     do not yet complete a character.
     """

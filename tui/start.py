@@ -45,12 +45,9 @@ class Start:
     @property
     def header(self) -> str:
         """``patient clinic/patient · doctors helpful, safe · profile clinic``."""
-        doctors = self.doctors
-        parts = [
-            f"patient {self.patient}",
-            f"doctor{'s' * (len(doctors) > 1)} {', '.join(doctors)}" if doctors else "no doctor",
-        ]
-        return " · ".join([*parts, *([f"profile {name}"] if (name := self.profile.get("name")) else [])])
+        named = {"doctor" if len(self.doctors) == 1 else "doctors": ", ".join(self.doctors) or "none"}
+        shown = {"patient": self.patient, **named, "profile": self.profile.get("name")}
+        return " · ".join(f"{what} {name}" for what, name in shown.items() if name)
 
 
 def start_of(

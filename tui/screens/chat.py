@@ -106,6 +106,8 @@ class ChatScreen(ConversationScreen):
     def _recalled(self) -> None:
         if self.turns:
             self.action_edit()
+        elif examples := self.query(Examples):
+            examples.first().focus()
 
     def action_edit(self) -> None:
         """Put the last message into the prompt; sending it replaces it."""
@@ -241,8 +243,8 @@ class ChatScreen(ConversationScreen):
         match self.focused:
             case Slider():
                 back = (key("chat.sliders"), "back", "screen.sliders")
-                return [*stop, ("←→", "change", ""), ("Tab", "next", ""), rerun, back, *common, ("0-9", "type a value", ""),
-                        ("r", "reset", "")]  # fmt: skip
+                return [*stop, ("←→", "change", ""), ("Tab", "next", ""), rerun, back, *common,
+                        ("0-9", "type a value", ""), ("r", "reset", "")]  # fmt: skip
             case Alternatives():
                 return [*stop, ("↑↓", "choose", ""), ("Enter", "say this instead", ""),
                         (key("chat.stop"), "back to the text", "screen.stop"), *common]  # fmt: skip
@@ -264,13 +266,13 @@ class ChatScreen(ConversationScreen):
         return [*common, inspect, lens, sliders, (key("chat.rerun"), "again", "screen.rerun"),
                 (key("chat.regenerate"), "new seed", "screen.regenerate"),
                 (key("chat.edit"), "edit", "screen.edit"), (key("chat.copy"), "copy", "screen.copy"),
-                (key("chat.sessions"), "conversations", "screen.sessions"), ("^P", "all", "app.command_palette")]  # fmt: skip
+                (key("chat.sessions"), "conversations", "screen.sessions"),
+                ("^P", "all", "app.command_palette")]  # fmt: skip
 
     def _key(self, name: str) -> str:
         """The key of a binding, as one writes it: ``F5``, ``Esc``, ``^T``."""
-        key = self.app.config.keys.get(name) or next(
-            b.key for b in self.BINDINGS if isinstance(b, Binding) and b.id == name
-        )
+        own = next(binding.key for binding in self.BINDINGS if isinstance(binding, Binding) and binding.id == name)
+        key = self.app.config.keys.get(name, own)
         first = key.split(",")[0].replace("ctrl+", "^")
         return {"escape": "Esc"}.get(first, first.upper() if len(first) <= 3 else first)
 

@@ -122,9 +122,8 @@ class Curve(Widget):
         if not self.count:
             return Strip.blank(width + _LABEL, style)
         last = str(self.count)
-        title = next(
-            (t for t in (f" {self.title} after each token ", f" {self.title} ") if len(t) + len(last) < width - 2), ""
-        )
+        titles = f" {self.title} after each token ", f" {self.title} "
+        title = next((title for title in titles if len(title) + len(last) < width - 2), "")
         line = title.center(width - len(last) - 3, "─")
         return Strip([Segment(f"{'':{_LABEL}}1 {line} {last}"[: width + _LABEL], style)], width + _LABEL)
 

@@ -59,9 +59,7 @@ class Welcome(VerticalScroll, can_focus=False):
 
     def _sees(self) -> Text:
         doctors = ", ".join(self._start.doctors)
-        guides = (
-            f"guided token by token by small doctors: {doctors}" if doctors else "without a doctor: nothing guides it"
-        )
+        guides = f"guided token by token by small doctors: {doctors}" if doctors else "guided by nothing: no doctor"
         return Text.assemble(
             ("Left", "bold"), ": the patient alone, a frozen language model. ",
             ("Right", "bold"), f": the same, {guides}. ",
