@@ -264,7 +264,7 @@ class Panes(Horizontal):
         self.set_class(width < _SIDE_BY_SIDE, "stacked")
         self.set_class(below, "below")
         self.show_headings()
-        self._curve.display = not (below and height < _LOW)
+        self._curve.display = not below or (height >= _LOW and width >= _SIDE_BY_SIDE)
 
 
 def _other(which: Speaker) -> Speaker:

@@ -20,6 +20,10 @@ class Examples(OptionList):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "screen.focus_prompt", show=False)]
 
+    def on_focus(self) -> None:
+        """The first one can be asked at once."""
+        self.highlighted = 0
+
     def on_key(self, event: events.Key) -> None:
         """1, 2, 3."""
         if event.character and event.character.isdecimal() and 0 < int(event.character) <= self.option_count:
