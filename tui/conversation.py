@@ -83,15 +83,15 @@ class Live:
 
 
 def side_facts(side: LiveReply | Reply, which: Speaker) -> str:
-    """``120 tokens, 31/s, 12 flips, KL 8.3``."""
+    """``120 tokens, 12 flips, KL 8.3, 31/s``."""
     count, seconds = (
         (side.fresh, side.fresh_seconds) if isinstance(side, LiveReply) else (len(side.tokens), side.seconds)
     )
     parts = [f"{len(side.tokens)} tokens"]
-    if seconds > 0 and count:
-        parts.append(f"{count / seconds:.0f}/s")
     if which == "guided":
         parts += [f"{side.flips} flip{'' if side.flips == 1 else 's'}", f"KL {side.kl:.1f}"]
+    if seconds > 0 and count:
+        parts.append(f"{count / seconds:.0f}/s")
     return ", ".join(parts)
 
 

@@ -451,22 +451,20 @@ def test_both_sides_are_there_at_every_size_with_and_without_the_inspector(make_
     async def steps(d):
         await d.ask("Go")
         both = [app.chat.panes.pane(which) for which in ("patient", "guided")]
-        for size in ((80, 24), (90, 30), (120, 36), (200, 50), (60, 50)):
+        for size in ((90, 30), (120, 36), (60, 50), (80, 24)):
             await d.pilot.resize_terminal(*size)
-            await d.until(lambda s=size: app.size == s)
-            await d.pilot.pause(0.05)
-            for keys in ((), ("f2",)):
+            for keys in ([], ["f2"]):
                 await d.press(*keys)
                 for pane in both:
                     assert pane.view.size.height >= 3, (size, keys)
                     assert pane.view.size.width >= 30, (size, keys)
                     assert pane.region.right <= size[0], (size, keys)
-            await d.press("ctrl+t")
-            assert "patient's token" in d.text()
-            assert app.focused is app.chat.view("patient")
-            await d.press("ctrl+t")
-            assert app.focused is app.chat.view("guided")
             await d.press("f2")
+        await d.press("f2", "ctrl+t")
+        assert "patient's token" in d.text()
+        assert app.focused is app.chat.view("patient")
+        await d.press("ctrl+t")
+        assert app.focused is app.chat.view("guided")
 
     drive(app, steps, size=(80, 24))
 
