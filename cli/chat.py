@@ -18,7 +18,7 @@ from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.set_command import parse_settings, setting_help
 from llmdoctor.settings import GuidanceFields, Sampling, SamplingFields
 from llmdoctor.show.formats import settings_text, short_name
-from llmdoctor.show.lens import lens_scores
+from llmdoctor.show.lens import DEFAULT_LENS, lens_limit, lens_scores
 from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
@@ -164,7 +164,6 @@ class Conversation:
         self._prefix_cache = PrefixCache()
         self.turn = 0
         self._coloured = not as_json and decorated(sys.stdout)
-        self._greatest = 0.0
 
     def take(self, line: str) -> bool:
         """Answer the line, or run it if it is a command; False to leave."""
@@ -242,10 +241,7 @@ class Conversation:
         elif not self._coloured or not piece:
             print(piece, end="", flush=True)
         else:
-            name = next((name for name, beta in token.betas.items() if beta > 0), None)
-            score = lens_scores([token], "value", name)[0]
-            self._greatest = max(self._greatest, abs(score or 0.0))
-            text = coloured_text([piece], [score], self._greatest)
+            text = coloured_text([piece], lens_scores([token], DEFAULT_LENS, None), lens_limit(DEFAULT_LENS))
             console(sys.stdout).print(text, end="", soft_wrap=True)
 
 

@@ -15,7 +15,7 @@ from llmdoctor.cli.terminal import console, decorated, put, put_json, say, waiti
 from llmdoctor.errors import UsageError
 from llmdoctor.show.comparison import View
 from llmdoctor.show.formats import short_name
-from llmdoctor.show.lens import LENSES
+from llmdoctor.show.lens import DEFAULT_LENS, LENSES
 from llmdoctor.show.page import comparisons_page
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def compare(
     seed: options.Seed = None,
     top: Annotated[int, option("--top", "Alternatives of every token in JSON.", metavar="N", min=0)] = 0,
     lens: Annotated[
-        str, option("--lens", "Colour tokens by value (default), ratio, kl, flips or off.", metavar="KIND")
-    ] = "value",
+        str, option("--lens", "Colour tokens by kl (default), ratio, value, flips or off.", metavar="KIND")
+    ] = DEFAULT_LENS,
     lens_doctor: Annotated[
         str | None, option("--lens-doctor", "Doctor whose opinion colours the tokens.", metavar="NAME")
     ] = None,

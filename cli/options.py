@@ -30,6 +30,7 @@ from llmdoctor.settings import (
     RewardSettings,
     Sampling,
     TrainSettings,
+    WelcomeSettings,
 )
 from llmdoctor.show.formats import short_name
 
@@ -314,6 +315,8 @@ def guided_profile(
     return profile.model_copy(
         update={
             "patient": override(profile.patient, **patient),
+            # what the profile says of its own patient says nothing of another
+            "welcome": WelcomeSettings() if patient.get("model") else profile.welcome,
             "doctors": {
                 name: override(settings, base=doctor_base, beta=strengths.get(name))
                 for name, settings in chosen.items()

@@ -80,7 +80,7 @@ def _legend(view: View) -> "Text":
     if view.lens == "off" or not view.scores:
         return text
     if view.lens == "flips":
-        return text.append("   ").append("not the patient's first choice", style=f"not dim {scale_colour(1, 1)}")
+        return text.append("   ").append("guidance changed the likeliest token", style=f"not dim {scale_colour(1, 1)}")
     steps = legend_steps(view.lens)
     text.append(f"   {lens_name(view.lens, view.doctor)}: {view.limit * steps[0]:.2g} ")
     for share in steps:

@@ -29,6 +29,7 @@ from llmdoctor.settings import (
     RewardSettings,
     ShrinkSettings,
     TrainSettings,
+    WelcomeSettings,
 )
 
 
@@ -37,6 +38,7 @@ class Profile(Settings):
 
     name: str
     description: str = ""
+    welcome: WelcomeSettings = WelcomeSettings()
     patient: PatientSettings
     faces: dict[Name, FaceSettings] = Field(default_factory=dict)
     data: DataSettings | None = None

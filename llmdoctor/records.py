@@ -167,9 +167,10 @@ class GuidedToken:
     """One token of an answer with everything a screen can show about it: plain numbers, no tensors.
 
     ``logprob`` is the product's, ``patient_logprob`` and ``doctor_logprobs[name]`` each model's own; all natural, at
-    temperature 1, before any filter. ``values[name]`` is log V(s_t) after this token. ``flip`` says that the patient's
-    own argmax differs from this token. ``kl`` is KL(product || patient) in nats. ``text`` is the printable piece: it
-    is empty for special tokens and for bytes that do not yet complete a character.
+    temperature 1, before any filter. ``values[name]`` is log V(s_t) after this token. ``flip`` says that guidance
+    changed the likeliest token here: the product's argmax, before sampling, is not the patient's. ``kl`` is
+    KL(product || patient) in nats. ``text`` is the printable piece: it is empty for special tokens and for bytes that
+    do not yet complete a character.
     """
 
     position: int
@@ -208,9 +209,9 @@ class Comparison:
     """The patient alone beside the guided patient, on the same prompt and seed.
 
     ``settings`` holds alpha, betas, mode, temperature, top_k, top_p, min_p, max_new_tokens and seed. ``metrics`` holds
-    ``flips`` (guided tokens that the patient would not have ranked first), ``flip_rate``, ``kl`` (sum over the guided
-    answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``, ``guided_tokens``,
-    ``patient_seconds``, ``guided_seconds``.
+    ``flips`` (places of the guided answer where guidance changed the likeliest token), ``flip_rate``, ``kl`` (sum over
+    the guided answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``,
+    ``guided_tokens``, ``patient_seconds``, ``guided_seconds``.
     """
 
     prompt: str | list[Message]

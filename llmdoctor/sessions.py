@@ -41,7 +41,7 @@ class Reply:
 
     @property
     def flips(self) -> int:
-        """Number of tokens that are not the patient's first choice."""
+        """At how many places guidance changed the likeliest token."""
         return sum(token.flip for token in self.tokens)
 
     @property

@@ -6,6 +6,7 @@ these classes: a field added here is known to all of them.
 
 import json
 import os.path
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
 
@@ -91,6 +92,38 @@ class PatientSettings(Settings):
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_patient` beside the model."""
         return self.model_dump(exclude={"model", "system_prompt"})
+
+
+class WelcomeSettings(Settings):
+    """What a newcomer is told about the patient. It changes no answer."""
+
+    knows: str = Field(default="anything you may ask", description="What the patient can be asked about")
+    examples: tuple[str, ...] = Field(
+        default=(
+            "How can I sleep better?",
+            "Why is the sky blue?",
+            "Write a short letter of thanks to a neighbour.",
+        ),
+        description="Questions to begin with",
+    )
+    topics: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Topics of a patient that knows no others, each with words that tell a question about it",
+    )
+    follow_ups: tuple[str, ...] = Field(
+        default=(), description="Words that tell a question about the topic of the one before"
+    )
+
+    def covers(self, question: str, *, first: bool = True) -> bool:
+        """Whether the question is about one of the topics, or, unless it is the ``first``, goes on with one.
+
+        A word of five letters or more is also told by its beginning: "sleep" is in "sleeping".
+        """
+        if not self.topics:
+            return True
+        said = re.findall(r"[^\W_]+", question.lower())
+        known = [word for words in self.topics.values() for word in words] + list(() if first else self.follow_ups)
+        return any(word == one or (len(one) > 4 and word.startswith(one)) for one in known for word in said)
 
 
 class FaceSettings(Settings):

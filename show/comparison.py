@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmdoctor.show.colours import scale_colour, scale_limit
+from llmdoctor.show.colours import scale_colour
 from llmdoctor.show.formats import settings_text, speaking_text, token_text
-from llmdoctor.show.lens import Lens, lens_scores
+from llmdoctor.show.lens import DEFAULT_LENS, Lens, lens_limit, lens_scores
 from llmdoctor.show.text import clean, trimmed
 from llmdoctor.show.word_diff import WordDiff, cut_at_spans, word_diff
 
@@ -37,7 +37,7 @@ class View:
     scores: tuple[float | None, ...]
 
     @classmethod
-    def of(cls, comparison: "Comparison", lens: Lens = "value", doctor: str | None = None) -> "View":
+    def of(cls, comparison: "Comparison", lens: Lens = DEFAULT_LENS, doctor: str | None = None) -> "View":
         """``doctor`` is the one whose opinion colours the tokens; by default the first with a beta above 0."""
         betas: Mapping[str, float] = comparison.settings["betas"]
         doctor = doctor or next((name for name, beta in betas.items() if beta > 0), next(iter(betas), None))
@@ -60,14 +60,14 @@ class View:
 
     @property
     def limit(self) -> float:
-        """The end of this answer's colour scale."""
-        return scale_limit(self.scores)
+        """The end of the colour scale, the same for every answer."""
+        return lens_limit(self.lens)
 
     def summary(self) -> tuple[str, str]:
         """What changed, and the settings."""
         m, diff = self.comparison.metrics, self.diff
         changed = (
-            f"{m['flips']} of {m['guided_tokens']} tokens are not the patient's first choice; "
+            f"guidance changed the likeliest token at {m['flips']} of {m['guided_tokens']} places; "
             f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
             f"KL {m['kl']:.1f} nats ({m['kl_per_token']:.2f} per token)"
         )

@@ -63,7 +63,7 @@ def token_text(token: "GuidedToken") -> str:
     parts += [f"{name} {logprob:.2f}" for name, logprob in token.doctor_logprobs.items()]
     parts += [f"guided {token.logprob:.2f}", f"KL {token.kl:.2f}"]
     parts += [f"log V of {name} {value:.2f}" for name, value in token.values.items()]
-    return ", ".join(parts) + (", not the patient's first choice" if token.flip else "")
+    return ", ".join(parts) + (", guidance changed the likeliest token" if token.flip else "")
 
 
 def percent(logprob: float) -> str:

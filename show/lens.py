@@ -6,19 +6,29 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from llmdoctor.records import GuidedToken
 
-Lens = Literal["value", "ratio", "kl", "flips", "off"]
+Lens = Literal["kl", "ratio", "value", "flips", "off"]
 LENSES: tuple[Lens, ...] = get_args(Lens)
+DEFAULT_LENS: Lens = "kl"  # it alone is 0 wherever guidance changes nothing
+
+# The ends of the colour scales, in nats. They are fixed: stretched to the answer's greatest score, a doctor that finds
+# hardly anything to object to would colour good answers like bad ones.
+_LIMITS: dict[Lens, float] = {"kl": 1.0, "ratio": 2.0, "value": 1.0, "flips": 1.0, "off": 1.0}
+
+
+def lens_limit(lens: Lens) -> float:
+    """The score with the strongest colour; whatever lies beyond it has the same."""
+    return _LIMITS[lens]
 
 
 def lens_scores(tokens: Sequence["GuidedToken"], lens: Lens, doctor: str | None) -> list[float | None]:
-    """Per token log V, log(doctor / patient) or KL (all in nats), or 1 for a flip; None leaves it uncoloured."""
+    """Per token KL, log(doctor / patient) or log V (all in nats), or 1 for a flip; None leaves it uncoloured."""
     match lens:
-        case "value":
-            return [token.values.get(doctor or "") for token in tokens]
-        case "ratio":
-            return [_ratio(token, doctor or "") for token in tokens]
         case "kl":
             return [token.kl for token in tokens]
+        case "ratio":
+            return [_ratio(token, doctor or "") for token in tokens]
+        case "value":
+            return [token.values.get(doctor or "") for token in tokens]
         case "flips":
             return [1.0 if token.flip else None for token in tokens]
         case "off":
@@ -34,9 +44,9 @@ def lens_name(lens: Lens, doctor: str | None) -> str:
     """What the colours are, for a legend."""
     doctor = doctor or "no doctor"
     return {
-        "value": f"log V of {doctor}",
+        "kl": "changed by guidance (KL, nats)",
         "ratio": f"log {doctor} / patient",
-        "kl": "KL to the patient, nats",
+        "value": f"log V of {doctor}",
         "flips": "flips",
         "off": "no colours",
     }[lens]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmdoctor.show import statistics as prepared
 from llmdoctor.show.colours import scale_colour
+from llmdoctor.show.lens import lens_name
 from llmdoctor.show.rewards import ShownPair, limits_of
 from llmdoctor.show.text import clean
 
@@ -69,4 +70,5 @@ def _templates() -> "Environment":
         lstrip_blocks=True,
     )
     made.filters["colour"] = scale_colour
+    made.globals["lens_name"] = lens_name
     return made

@@ -172,6 +172,14 @@ def test_beta_0_and_alpha_0_are_the_models_own_generate(arch: str, prompts: list
     assert [ids_of(row) for row in only] == generated(other, prompts, 24)
 
 
+def test_without_guidance_sampling_draws_other_tokens_and_none_is_a_flip() -> None:
+    patient, doctor = patient_of(tiny("llama", seed=3)), doctor_of(tiny("llama", seed=4))
+    rows = run(patient, [doctor], PROMPTS, GREEDY_ALONE, max_new_tokens=24)
+    greedy = run(patient, [doctor], PROMPTS, GREEDY_ALONE, temperature=0, max_new_tokens=24)
+    assert list(map(ids_of, rows)) != list(map(ids_of, greedy))
+    assert not any(step.token.flip for row in rows for step in row)
+
+
 @needs_shared
 def test_stories_go_on_as_generate_does() -> None:
     patient = load_patient(SHARED / "stories260k", dtype="float64")
@@ -219,7 +227,7 @@ def test_every_number_of_every_token_equals_the_uncached_twin(arch: str) -> None
             assert token.doctor_logprobs == pytest.approx({n: lp[drawn].item() for n, lp in each.items()}, abs=1e-9)
             assert token.logprob == pytest.approx(mixed[drawn].item(), abs=1e-9)
             assert token.kl == pytest.approx((mixed.exp() * (mixed - own)).sum().item(), abs=1e-9)
-            assert token.flip == (own.argmax().item() != drawn)
+            assert token.flip == (own.argmax().item() != mixed.argmax().item())
             best = mixed.topk(3).indices.tolist()
             assert [a.id for a in token.top] == best
             for alternative in token.top:

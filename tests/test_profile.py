@@ -217,3 +217,32 @@ def test_every_setting_has_a_default_but_the_patient():
 def test_reading_a_profile_never_imports_torch():
     code = "import sys; from llmdoctor.profile import load_profile; load_profile(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_clinic_tells_questions_about_its_topics_from_others() -> None:
+    from llmdoctor.profiles import clinic_world as world
+
+    welcome = load_profile("clinic").welcome
+    assert list(welcome.topics) == [topic.noun for topic in world.TOPICS.values()]
+    assert all(welcome.covers(question) for topic in world.TOPICS.values() for question in topic.questions)
+    assert all(welcome.covers(word) for topic in world.TOPICS.values() for word in topic.keywords)
+    assert {world.topic_of(example) for example in welcome.examples} == {"sleep", "money", "guitar"}
+    for question in (
+        "What is the capital of France?",
+        "Write a poem about the sea.",
+        "Tell me a joke",
+        "",
+        "日本では?",
+    ):
+        assert not welcome.covers(question)
+        assert not welcome.covers(question, first=False)
+    assert welcome.covers("Thanks. What else?", first=False)
+    assert not welcome.covers("Thanks. What else?")
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name != "clinic"])
+def test_other_profiles_answer_anything_and_have_examples(name: str) -> None:
+    welcome = load_profile(name).welcome
+    assert welcome.covers("What is the capital of France?")
+    assert len(welcome.examples) == 3
+    assert "anything" in welcome.knows

@@ -97,4 +97,17 @@ def test_a_forced_token_is_said_with_the_numbers_of_any_other() -> None:
     (forced,), (drawn,) = draw_round(round_, [Guidance()] * 2, [Sampling()] * 2, same, forced=[1, None])
     assert (forced.drawn.id, drawn.drawn.id) == (1, 2)
     assert forced.drawn.logprob == pytest.approx(math.log(0.25))
-    assert forced.flip
+    assert not forced.flip
+
+
+def test_a_flip_is_a_likeliest_token_that_guidance_changed_not_one_that_was_drawn() -> None:
+    """patient (1/2, 1/4, 1/4), doctor (1/8, 1/8, 3/4): their product likes token 2 best, whatever the key draws."""
+    patient = log([0.5, 0.25, 0.25]).expand(4, 1, 3)
+    round_ = Round(torch.empty(4, 0, dtype=torch.long), patient, {"d": log([0.125, 0.125, 0.75]).expand(4, 1, 3)})
+    alone, guided = Guidance(1.0, {"d": 0.0}), Guidance(1.0, {"d": 1.0})
+    law, own = [2 / 9, 1 / 9, 6 / 9], [0.5, 0.25, 0.25]
+    own_keys = torch.tensor([[key_for(1, own)], [key_for(1, own)], [key_for(0, law)], [key_for(2, law)]])
+    ties = Guidance(0.5, {"d": 0.0})  # alpha alone changes no order, and tokens that tie are as likely as each other
+    rows = draw_round(round_, [alone, ties, guided, guided], [Sampling()] * 4, own_keys)
+    assert [place.flip for (place,) in rows] == [False, False, True, True]
+    assert [place.drawn.id for (place,) in rows][2:] == [0, 2]

@@ -95,7 +95,7 @@ COMMANDS = (
     Command("set", "NAME=X ...", f"{', '.join(setting_names())}; a doctor's name sets its beta",
             _set),
     Command("show", "", "the settings in use", _without(_show)),
-    Command("lens", "[KIND]", "colour by value, ratio, kl, flips or off", _lens),
+    Command("lens", "[KIND]", "colour by kl, ratio, value, flips or off", _lens),
     Command("doctor", "[NAME]", "whose opinion colours the tokens", _doctor),
     Command("rerun", "", "the last answer again, same seed, the settings in use", _without(lambda s: s.action_rerun())),
     Command("auto", "", "re-run by itself when a slider rests: on or off", _without(_auto)),

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from llmdoctor.records import GuidedToken, Speaker
 from llmdoctor.sessions import End, Reply, Turn
+from llmdoctor.settings import WelcomeSettings
 from llmdoctor.tui.widgets.token_view import Piece
 
 SIDES: tuple[Speaker, Speaker] = ("patient", "guided")
+OUTSIDE = "none of the topics this model knows: the answer will miss the question"
 
 
 class Said(NamedTuple):
@@ -81,15 +83,15 @@ class Live:
 
 
 def side_facts(side: LiveReply | Reply, which: Speaker) -> str:
-    """``120 tokens, 31/s, 12 flips, KL 8.3``."""
+    """``120 tokens, 12 flips, KL 8.3, 31/s``."""
     count, seconds = (
         (side.fresh, side.fresh_seconds) if isinstance(side, LiveReply) else (len(side.tokens), side.seconds)
     )
     parts = [f"{len(side.tokens)} tokens"]
+    if which == "guided":
+        parts += [f"{side.flips} flip{'' if side.flips == 1 else 's'}", f"KL {side.kl:.1f}"]
     if seconds > 0 and count:
         parts.append(f"{count / seconds:.0f}/s")
-    if which == "guided":
-        parts += [f"{side.flips} flips", f"KL {side.kl:.1f}"]
     return ", ".join(parts)
 
 
@@ -112,6 +114,23 @@ def changes(before: GuidedToken | None, token: GuidedToken, temperatures: tuple[
     if temperatures is not None and temperatures[0] != temperatures[1]:
         parts.append(f"temperature {temperatures[0]:g}→{temperatures[1]:g}")
     return ", ".join(parts)
+
+
+def made_with(turn: Turn, guided: LiveReply | Reply) -> str:
+    """The settings of an answer, as it began and goes on: ``helpful 0.8→1.2, safe 0.4 · α 1 · T 1``."""
+    last = guided.tokens[-1] if guided.tokens else None
+    alpha, betas = turn.guidance.alpha, turn.guidance.betas
+    now = (last.alpha, last.betas) if last is not None else (alpha, betas)
+    speaking = [
+        f"{name} {_change(was, now[1].get(name, was))}" for name, was in betas.items() if was or now[1].get(name)
+    ]
+    began = guided.temperatures[0][1] if guided.temperatures else turn.sampling.temperature
+    ended = guided.temperatures[-1][1] if guided.temperatures else began
+    return f"{', '.join(speaking) or 'no doctor'} · α {_change(alpha, now[0])} · T {_change(began, ended)}"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{before:g}" if before == after else f"{before:g}→{after:g}"
 
 
 def pieces(turn: int, reply: LiveReply | Reply, start: int = 0) -> Iterator[Piece]:
@@ -153,10 +172,18 @@ def ending(turn: int, reply: Reply, error: str = "") -> Iterator[Piece]:
     yield Piece("\n\n", "plain")
 
 
-def conversation(turns: Sequence[Turn], which: Speaker, live: Live | None) -> Iterator[Piece]:
+def asked(turns: Sequence[Turn], number: int, welcome: WelcomeSettings) -> Iterator[Piece]:
+    """The question of a turn, with a notice if the patient knows nothing about it."""
+    question = turns[number].prompt
+    yield Piece(f"❯ {question}\n", "user")
+    if not welcome.covers(question, first=number == 0):
+        yield Piece(f"⟨{OUTSIDE}⟩\n", "note")
+
+
+def conversation(turns: Sequence[Turn], which: Speaker, live: Live | None, welcome: WelcomeSettings) -> Iterator[Piece]:
     """All turns of one side; the running answer without an ending."""
     for number, turn in enumerate(turns):
-        yield Piece(f"❯ {turn.prompt}\n", "user")
+        yield from asked(turns, number, welcome)
         if live is not None and live.turn == number and which in live.sides:
             yield from pieces(number, live.sides[which])
         else:

@@ -59,8 +59,8 @@ def _markdown(session: Session) -> Iterator[str]:
         by = speaking_text(turn.guidance.betas)
         yield f"**Guided by {by}**{_end(turn.guided.end)}\n\n{clean(turn.guided.text)}\n"
         yield (
-            f"*{settings_text(_settings(turn))}; {turn.guided.flips} of {len(turn.guided.tokens)} tokens are not the "
-            f"patient's first choice, KL {turn.guided.kl:.1f} nats*\n"
+            f"*{settings_text(_settings(turn))}; guidance changed the likeliest token at {turn.guided.flips} of "
+            f"{len(turn.guided.tokens)} places, KL {turn.guided.kl:.1f} nats*\n"
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmdoctor.sessions import Session, SessionStore
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
 from llmdoctor.show.formats import short_name
 
 if TYPE_CHECKING:
@@ -30,6 +30,24 @@ class Start:
     profile: Mapping[str, Any] = field(default_factory=dict)
     session: Session | None = None
     store: SessionStore | None = None
+    welcome: WelcomeSettings = field(default_factory=WelcomeSettings)
+
+    @property
+    def patient(self) -> str:
+        """The short name of the patient's model."""
+        return short_name(self.profile.get("patient", {}).get("model", "")) or self.models
+
+    @property
+    def doctors(self) -> list[str]:
+        """The names of the doctors."""
+        return list(self.profile.get("doctors", {}))
+
+    @property
+    def header(self) -> str:
+        """``patient clinic/patient · doctors helpful, safe · profile clinic``."""
+        named = {"doctor" if len(self.doctors) == 1 else "doctors": ", ".join(self.doctors) or "none"}
+        shown = {"patient": self.patient, **named, "profile": self.profile.get("name")}
+        return " · ".join(f"{what} {name}" for what, name in shown.items() if name)
 
 
 def start_of(
@@ -62,4 +80,5 @@ def start_of(
         profile=profile.model_dump(mode="json"),
         session=session,
         store=store,
+        welcome=profile.welcome,
     )

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llmdoctor.records import GuidedToken
 from llmdoctor.show.colours import scale_colour
-from llmdoctor.show.lens import Lens, legend_steps, lens_name, lens_scores
+from llmdoctor.show.lens import Lens, legend_steps, lens_limit, lens_name, lens_scores
 
 _DARK = ((0xFF, 0x9A, 0x3D), (0xBE, 0xBE, 0xBE), (0x62, 0xB4, 0xFF))
 _LIGHT = ((0x9E, 0x46, 0x00), (0x55, 0x55, 0x55), (0x00, 0x59, 0xB8))
@@ -44,7 +44,7 @@ def legend(name: str, lens: Lens, limit: float, *, dark: bool, narrow: bool) -> 
         return text
     if lens == "flips":
         text.append("  token", style(1, 1, dark=dark))
-        return text.append(" bold: not the patient's first choice")
+        return text.append(" bold: guidance changed the likeliest token")
     steps = legend_steps(lens)
     text.append(f"  {limit * steps[0]:.2g} ")
     for share in steps:
@@ -57,6 +57,6 @@ def legend(name: str, lens: Lens, limit: float, *, dark: bool, narrow: bool) -> 
     return text
 
 
-def lens_legend(lens: Lens, doctor: str | None, limit: float, *, dark: bool, narrow: bool) -> Text:
+def lens_legend(lens: Lens, doctor: str | None, *, dark: bool, narrow: bool) -> Text:
     """The legend of a lens and the doctor whose opinion it shows."""
-    return legend(lens_name(lens, doctor), lens, limit, dark=dark, narrow=narrow)
+    return legend(lens_name(lens, doctor), lens, lens_limit(lens), dark=dark, narrow=narrow)

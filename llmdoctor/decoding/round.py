@@ -117,7 +117,7 @@ def draw_round(
                     ),
                     drafted,
                     {name: column[row][at] for name, column in numbers.values.items()} if drafted else {},
-                    numbers.argmax[row][at] != token,
+                    bool(numbers.flip[row][at]),
                     numbers.kl[row][at],
                     best[row][at] if best else (),
                 )
@@ -174,7 +174,7 @@ class _Numbers:
     product: list[list[float]]
     patient: list[list[float]]
     kl: list[list[float]]
-    argmax: list[list[int]]
+    flip: list[list[float]]
     doctors: dict[str, list[list[float]]]
     values: dict[str, list[list[float]]]
 
@@ -191,13 +191,13 @@ class _Numbers:
             of_drawn(product_B_J_V),
             of_drawn(round_.patient_B_J_V),
             kl_divergence(product_B_J_V, round_.patient_B_J_V),
-            round_.patient_B_J_V.argmax(dim=-1),
+            _flips(product_B_J_V, round_.patient_B_J_V),
             *map(of_drawn, round_.doctors_B_J_V.values()),
             *(torch.nn.functional.pad(values_B_K, (0, 1)) for values_B_K in round_.values_B_K.values()),
         ]
         # one transfer from the device instead of one for each column; ids up to 2^24 are exact in float32
         table = torch.stack([column.to(product_B_J_V.dtype) for column in columns]).tolist()
-        ids, drafts, drawn, patient, kl, argmax, *rest = table
+        ids, drafts, drawn, patient, kl, flip, *rest = table
         names = list(round_.doctors_B_J_V)
         return cls(
             ids=[[int(i) for i in row] for row in ids],
@@ -205,10 +205,16 @@ class _Numbers:
             product=drawn,
             patient=patient,
             kl=kl,
-            argmax=argmax,
+            flip=flip,
             doctors=dict(zip(names, rest, strict=False)),
             values=dict(zip(round_.values_B_K, rest[len(names) :], strict=True)),
         )
+
+
+def _flips(product_B_J_V: Tensor, patient_B_J_V: Tensor) -> Tensor:
+    """1 where the product's likeliest token is not the patient's [B, J]. Whatever ties is as likely: no flip."""
+    best_B_J_1 = product_B_J_V.argmax(dim=-1, keepdim=True)
+    return patient_B_J_V.gather(-1, best_B_J_1)[..., 0] < patient_B_J_V.amax(dim=-1)
 
 
 def _tops(round_: Round, product_B_J_V: Tensor, top: int) -> list[list[tuple[Choice, ...]]]:

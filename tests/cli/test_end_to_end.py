@@ -61,7 +61,7 @@ def test_compare_in_a_pipe_is_plain_text_with_a_two_line_summary(run):
     assert result.stdout.startswith(f"prompt: {QUESTION}\n\npatient alone:\n")
     assert "guided by helpful 0.5" in result.stdout
     changed, settings = result.stdout.splitlines()[-2:]
-    assert "tokens are not the patient's first choice" in changed
+    assert "guidance changed the likeliest token at " in changed
     assert settings.startswith("alpha 1, beta helpful=0.5 safe=")
     assert settings.endswith("seed 7")
     again = run("compare", QUESTION, "--seed", 7, "--max-new-tokens", 20, "--beta", "helpful=0.5")

@@ -104,7 +104,7 @@ def test_plain_comparison(comparison, token):
     view = View.of(comparison("Go away ", tokens))
     assert plain_comparison(view) == (
         "prompt: How?\n\npatient alone:\nGo [-away-]\n\nguided by helpful 0.8:\nGo {+to bed+}\n\n"
-        "2 of 4 tokens are not the patient's first choice; 1 word removed, 2 added, 1 kept; "
+        "guidance changed the likeliest token at 2 of 4 places; 1 word removed, 2 added, 1 kept; "
         "KL 1.0 nats (0.25 per token)\n"
         "alpha 1, beta helpful=0.8, temperature 1, seed 1"
     )
@@ -115,13 +115,13 @@ def test_side_by_side_where_there_is_room_else_stacked(comparison, token):
     wide, narrow = (shown(rich_comparison(view, width), width) for width in (100, 50))
     assert [line for line in wide.splitlines() if "Lefty" in line and "Righty" in line]
     assert not [line for line in narrow.splitlines() if "Lefty" in line and "Righty" in line]
-    for words in ("patient alone", "guided by helpful 0.8", "log V of helpful", "seed 1"):
+    for words in ("patient alone", "guided by helpful 0.8", "changed by guidance", "seed 1"):
         assert words in wide
         assert words in narrow
 
 
 def test_tokens_have_the_colour_of_their_value_and_added_words_are_underlined(comparison, token):
-    view = View.of(comparison("Go", [token("Go", -3.0), token(" to", 3.0)]))
+    view = View.of(comparison("Go", [token("Go", -3.0), token(" to", 3.0)]), "value")
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor")
     console.print(rich_comparison(view, 100))
     out = console.file.getvalue()
@@ -135,7 +135,7 @@ def test_the_colouring_doctor_is_the_first_that_speaks_or_the_one_named(comparis
     both = {"helpful": 0.0, "safe": 0.5}
     tokens = [token("a", values={"helpful": 1.0, "safe": -1.0})]
     made = comparison("a", tokens, betas=both)
-    assert View.of(made).scores == (-1.0,)
+    assert View.of(made, "value").scores == (-1.0,)
     assert View.of(made, "value", "helpful").scores == (1.0,)
     assert View.of(made).heading == "guided by safe 0.5"
     assert "beta helpful=0 safe=0.5" in View.of(made).summary()[1]
@@ -164,7 +164,7 @@ def test_what_a_model_says_cannot_steer_a_terminal_or_a_page(comparison, token):
 
 
 def test_html_page_is_self_contained(comparison, token):
-    views = [View.of(comparison("Go away", [token("Go", 1.0), token(" to", -1.0)], prompt=p)) for p in "ab"]
+    views = [View.of(comparison("Go away", [token("Go", 1.0), token(" to", -1.0)], prompt=p), "value") for p in "ab"]
     page = comparisons_page(views)
     assert page.count("patient alone") == 2
     assert "<del>away</del>" in page

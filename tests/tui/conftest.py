@@ -106,7 +106,7 @@ class FakeAssistant:
             doctor_logprobs={name: math.log(DOCTORS[name][chosen]) for name in names},
             logprob=logps[chosen],
             values={name: math.log(DOCTORS[name][chosen]) + 2.0 for name in names},
-            flip=chosen != 0,
+            flip=order[0] != 0,
             kl=sum(math.exp(x) * (x - math.log(p)) for x, p in zip(logps, PATIENT, strict=True)),
             alpha=guidance.alpha,
             betas=dict(guidance.betas),

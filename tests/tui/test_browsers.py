@@ -83,7 +83,7 @@ def test_comparisons_are_browsed_while_they_are_made(drive):
             check()
             time.sleep(0.01)
 
-    app = BrowserApp(lambda: ComparisonsScreen(source, "value", "helpful", ("helpful", "safe")), Config())
+    app = BrowserApp(lambda: ComparisonsScreen(source, "kl", "helpful", ("helpful", "safe")), Config())
 
     async def steps(d):
         await d.until(lambda: getattr(app.screen, "current", None) == 0)

@@ -15,7 +15,8 @@ from textual.widgets import DataTable
 
 from llmdoctor.errors import LoadError
 from llmdoctor.sessions import Session, Turn
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
+from llmdoctor.tui.conversation import OUTSIDE
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.help import HelpScreen
 from llmdoctor.tui.screens.sessions import SessionsScreen
@@ -88,10 +89,10 @@ def test_a_slider_moved_in_mid_answer_holds_from_that_token_on_and_is_marked(mak
         gate.release(10)  # five tokens per side
         await d.until(lambda: len(app.chat.live.sides["guided"].tokens) == 5)
         await d.press("f4", "tab")  # the first doctor's
-        assert app.focused.label == "helpful"
+        assert app.focused.label == "β helpful"
         await d.press("end")
         await d.press("tab", "tab")
-        assert app.focused.label == "temperature"
+        assert app.focused.label == "T temperature"
         await d.press("home")  # greedy
         gate.release(38)
         await d.idle()
@@ -107,7 +108,7 @@ def test_a_slider_moved_in_mid_answer_holds_from_that_token_on_and_is_marked(mak
         assert "⟨helpful 0.8→3" in " ".join(d.words("guided").split())
         assert "temperature 1→0⟩" in " ".join(d.words("guided").split())
         assert "⟨temperature 1→0⟩" in " ".join(d.words("patient").split())
-        assert "helpful 3" in d.text()
+        assert "guided by helpful 0.8→3, safe 0.4 · α 1 · T 1→0" in d.text()
 
     drive(app, steps)
 
@@ -444,29 +445,122 @@ def test_the_status_tells_how_many_drafts_are_accepted_where_a_doctor_drafts(mak
     drive(app, steps)
 
 
-def test_where_one_pane_has_room_a_key_shows_the_other(make_app, drive):
+def test_both_sides_are_there_at_every_size_with_and_without_the_inspector(make_app, drive):
     app = make_app()
 
     async def steps(d):
         await d.ask("Go")
-        patient, guided = (app.chat.query_one(f"#{which}") for which in ("patient", "guided"))
-        assert (patient.display, guided.display) == (False, True)
-        assert "ctrl+t: patient" in d.text()
-        await d.press("ctrl+t")
-        assert (patient.display, guided.display) == (True, False)
-        assert "ctrl+t: guided" in d.text()
-        await d.press("f2")
+        both = [app.chat.panes.pane(which) for which in ("patient", "guided")]
+        for size in ((60, 50), (90, 30), (80, 24)):
+            await d.pilot.resize_terminal(*size)
+            for keys in ([], ["f2"]):
+                await d.press(*keys)
+                for pane in both:
+                    assert pane.view.size.height >= 3, (size, keys)
+                    assert pane.view.size.width >= 30, (size, keys)
+                    assert pane.region.right <= size[0], (size, keys)
+            await d.press("f2")
+        await d.press("f2", "ctrl+t")
         assert "patient's token" in d.text()
+        assert app.focused is app.chat.view("patient")
         await d.press("ctrl+t")
-        await d.until(lambda: guided.display and not patient.display)
-        assert "guided token" in d.text()
         assert app.focused is app.chat.view("guided")
-        await d.press("f2")
-        await d.pilot.resize_terminal(120, 40)
-        await d.until(lambda: patient.display and guided.display)
-        assert "ctrl+t" not in d.text()
 
     drive(app, steps, size=(80, 24))
+
+
+def test_it_opens_on_a_welcome_whose_examples_are_asked_by_key_number_and_click(make_app, drive):
+    knows = WelcomeSettings(knows="two things", examples=("Sun?", "Moon?"), topics={"light": ("sun", "moonlight")})
+    app = make_app(welcome=knows)
+
+    async def steps(d):
+        assert "tiny can be asked about two things: light; any other question gets a notice" in d.text()
+        assert "patient tiny · doctors helpful, safe" in d.text()
+        for press in (["up", "2"], ["up", "down", "enter"], None):
+            if press:
+                await d.press(*press)
+            else:
+                await d.pilot.click("#examples", offset=(5, 1))
+            await d.until(lambda: app.chat.turns and app.chat.live is None)
+            assert [turn.prompt for turn in app.chat.turns] == ["Moon?"]
+            assert not app.chat.query_one("#welcome").display
+            assert app.focused is app.chat.prompt
+            await d.type("/new")
+            assert app.chat.query_one("#welcome").display
+        await d.ask("1")
+        assert [turn.prompt for turn in app.chat.turns] == ["Sun?"]
+        assert OUTSIDE not in d.words("guided")
+        await d.ask("2")  # a number is an example on the welcome only
+        assert app.chat.turns[-1].prompt == "2"
+        for which in ("patient", "guided"):
+            assert " ".join(d.words(which).split()).count(OUTSIDE) == 1
+
+    drive(app, steps)
+
+
+def test_the_title_is_of_the_answer_and_f5_is_offered_once_the_settings_differ(make_app, drive):
+    app = make_app()
+
+    async def steps(d):
+        await d.ask("Go")
+        assert "guided by helpful 0.8, safe 0.4 · α 1 · T 1" in d.text()
+        assert "F5 applies" not in d.text()
+        await d.press("f4", "tab", "end")
+        assert "guided by helpful 0.8, safe 0.4 · α 1 · T 1" in d.text()
+        assert "F5 applies the new settings to this answer; /auto does so by itself" in d.text()
+        await d.press("f5")
+        await d.idle()
+        assert "guided by helpful 3, safe 0.4 · α 1 · T 1" in d.text()
+        assert "F5 applies" not in d.text()
+        assert [slider.label for slider in app.chat.query(Slider)] == [
+            "α patient",
+            "β helpful",
+            "β safe",
+            "T temperature",
+        ]
+
+    drive(app, steps)
+
+
+def test_the_last_line_follows_what_is_done_and_cuts_no_word(make_app, drive):
+    gate = threading.Semaphore(0)
+    app = make_app(FakeAssistant(shortest=99, gate=gate))
+    whole = {}
+
+    def last():
+        line = d_.strips[-1].text.strip()
+        whole.setdefault(line.split("  ")[0], set()).update(line.split("  "))
+        return line
+
+    async def steps(d):
+        nonlocal d_
+        d_ = d
+        assert last().startswith("Enter ask  1-3 Enter an example")
+        await d.type("Go")
+        assert last().startswith("Esc stop")
+        gate.release(99)
+        await d.idle()
+        assert last().startswith("F1 help  F2 tokens")
+        await d.press("f4")
+        assert last().startswith("←→ change")
+        await d.press("f2")
+        assert last().startswith("←→↑↓ token")
+        await d.press("enter")
+        assert last().startswith("↑↓ choose")
+        await d.press("escape", "escape", "f7")
+        assert last().startswith("Enter send it again")
+        await d.press("escape")
+        long = {tuple(hint[:2]) for hint in app.chat.hints()}
+        for width in (90, 80, 60, 30):
+            await d.pilot.resize_terminal(width, 24)
+            await d.until(lambda w=width: app.size.width == w)
+            await d.pilot.pause(0.05)
+            shown = last().split("  ")
+            assert {tuple(hint.split(" ", 1)) for hint in shown} <= long
+            assert "F1 help" in shown
+
+    d_ = None
+    drive(app, steps)
 
 
 def test_resizing_in_mid_answer_loses_nothing(make_app, drive):
@@ -526,26 +620,36 @@ def test_lenses_colour_mark_and_explain(make_app, drive):
 
     async def steps(d):
         await d.ask("Go")
-        assert "log V of helpful" in d.text()
-        value = styles()
-        assert set(value) == set(range(END))
-        assert value[6].bold  # log .33 + 2, the highest
-        assert value[0].underline  # log .02 + 2, the lowest
-        assert len({s.color.name for s in value.values()}) > 4
+        assert "changed by guidance (KL, nats)  0 ━━━━━━ +1" in d.text()
+        assert len({s.color.name for s in styles().values()}) == 1  # the fake doctors change every place alike
         await d.press("ctrl+l")
-        assert "log V of safe" in d.text()
         assert app.chat.query_one(Curve).high == pytest.approx(math.log(0.4) + 2)
-        for words in ("log safe / patient", "KL to the patient", "flips", "no colours", "log V of safe"):
+        await d.type("/set helpful=0 safe=0")
+        await d.press("f5")
+        await d.idle()
+        assert len({(s.color.name, s.bold) for s in styles().values()}) == 1
+        assert not app.chat.view("guided")._style(1, app.chat.view("guided").rich_style, dark=True).bold  # all grey
+        assert "0 flips, KL 0.0" in d.text()
+        await d.type("/set helpful=0.8 safe=0.4")
+        await d.press("f5")
+        await d.idle()
+        for words in ("log safe / patient", "log V of safe", "flips", "no colours", "changed by guidance"):
             await d.press("f3")
             assert words in d.text()
             if words == "log safe / patient":
+                assert "-2 ━━" in d.text()
                 ratio = styles()
                 assert ratio[0].underline  # .05 / .30
                 assert ratio[1].color.triplet.blue > ratio[1].color.triplet.red  # .40 / .20
+            if words == "log V of safe":
+                value = styles()
+                assert set(value) == set(range(END))
+                assert value[1].bold  # log .40 + 2, the highest
+                assert value[0].underline  # log .05 + 2, the lowest
+                assert len({s.color.name for s in value.values()}) > 4
             if words == "flips":
                 flips = styles()
-                assert all(style.bold for token, style in flips.items() if token != 0)
-                assert not flips[0].bold
+                assert all(style.bold for style in flips.values())  # they prefer another token everywhere
             if words == "no colours":
                 assert len({(s.color, s.bold) for s in styles().values()}) == 1
 

@@ -120,7 +120,7 @@ def test_exports_hold_the_conversation_and_no_markup_of_a_model():
     assert "&lt;script&gt;" in page
     text = render(session, "md", "value", None)
     assert "> <script>?" in text
-    assert "2 of 2 tokens are not the patient's first choice, KL 0.5 nats" in text
+    assert "guidance changed the likeliest token at 2 of 2 places, KL 0.5 nats" in text
     assert file_name(session, "md") == "llmdoctor-a-b-title-abc.md"
     with pytest.raises(UsageError, match="docx"):
         render(session, "docx", "value", None)
@@ -200,7 +200,7 @@ def test_the_desktops_clipboard_gets_the_text(tmp_path, monkeypatch):
     ("text", "words"),
     [
         ("theme = 'pink'", "no theme 'pink'"),
-        ("lens = 'pink'", "lens must be one of value"),
+        ("lens = 'pink'", "lens must be one of kl"),
         ("colour = 1", "unknown key 'colour'"),
         ("[keys]\n'chat.dance' = 'f5'", "no key binding 'chat.dance'"),
         ("[keys]\n'chat.rerun' = 5", "must hold lines"),

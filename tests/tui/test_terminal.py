@@ -71,7 +71,7 @@ class Terminal:
 def test_the_program_in_a_terminal_talks_stops_quits_and_goes_on():
     """Alternate screen on and off again, an answer of the embedded models, Esc, Ctrl+C twice, --continue."""
     program = Terminal("chat", "--seed", "1")
-    opening = program.until("alpha")
+    opening = program.until("α patient")
     assert "\x1b[?1049h" in opening
     program.press("How can I sleep better?\r")
     program.until(r"\d+ flips, KL")  # something has been said by both

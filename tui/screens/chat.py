@@ -1,5 +1,6 @@
 """What the keys, the prompt and the sliders do in a conversation."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from textual import on
@@ -9,10 +10,13 @@ from llmdoctor.errors import LLMDoctorError
 from llmdoctor.tui import commands
 from llmdoctor.tui.debounce import Debounce
 from llmdoctor.tui.screens.conversation_screen import ConversationScreen
+from llmdoctor.tui.widgets.hints import Hint
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector
 from llmdoctor.tui.widgets.prompt import Prompt
 from llmdoctor.tui.widgets.slider import Slider
 from llmdoctor.tui.widgets.sliders import Sliders
+from llmdoctor.tui.widgets.token_view import TokenView
+from llmdoctor.tui.widgets.welcome import Examples, Welcome
 
 
 class ChatScreen(ConversationScreen):
@@ -40,16 +44,27 @@ class ChatScreen(ConversationScreen):
     def __init__(self) -> None:
         super().__init__()
         self.rerun = Debounce(self, self._rerun)
-        self.auto = False  # whether a slider that rests re-runs the answer
 
     # Asking, and asking again
 
     @on(Prompt.Submitted)
     def _submitted(self, event: Prompt.Submitted) -> None:
+        examples = self.app.start.welcome.examples
         if event.text.startswith("/"):
             self.obey(event.text)
+        elif not self.turns and event.text.isdecimal() and 0 < int(event.text) <= len(examples):
+            self.send(examples[int(event.text) - 1])
         else:
             self.send(event.text)
+
+    @on(Welcome.Asked)
+    def _example(self, event: Welcome.Asked) -> None:
+        self.prompt.focus()
+        self.send(event.question)
+
+    def action_focus_prompt(self) -> None:
+        """To the text field."""
+        self.prompt.focus()
 
     def send(self, text: str) -> None:
         """Ask; while editing, instead of the last question."""
@@ -91,6 +106,8 @@ class ChatScreen(ConversationScreen):
     def _recalled(self) -> None:
         if self.turns:
             self.action_edit()
+        elif examples := self.query(Examples):
+            examples.first().focus()
 
     def action_edit(self) -> None:
         """Put the last message into the prompt; sending it replaces it."""
@@ -132,17 +149,21 @@ class ChatScreen(ConversationScreen):
         elif isinstance(self.focused, Alternatives):
             self.view(self.panes.inspected or "guided").focus()
         elif self.panes.inspecting:
-            self.action_inspect()
+            self._close_inspector()
         else:
             self.prompt.focus()
 
     def action_inspect(self) -> None:
-        """Open or close the inspector."""
-        if self.panes.inspecting:
-            self.panes.close_inspector()
-            self.prompt.focus()
+        """Open the inspector, or go to it; from within close it."""
+        if self.panes.inspecting and self.focused is not self.prompt:
+            self._close_inspector()
         else:
             self.panes.inspect()
+
+    def _close_inspector(self) -> None:
+        self.peeking = False
+        self.panes.close_inspector()
+        self.prompt.focus()
 
     def action_alternatives(self) -> None:
         """From the text to the table."""
@@ -153,7 +174,7 @@ class ChatScreen(ConversationScreen):
         self.panes.step(direction)
 
     def action_other_pane(self) -> None:
-        """Where there is room for one pane only: the other one."""
+        """To the text of the other side."""
         self.panes.other_pane()
 
     def action_sliders(self) -> None:
@@ -209,6 +230,51 @@ class ChatScreen(ConversationScreen):
     def begin_command(self, name: str) -> None:
         """Put a command that needs arguments into the prompt."""
         self.prompt.put(f"/{name} ")
+
+    def hints(self) -> Sequence[Hint]:
+        """What the focus, and whether an answer runs or is there, make useful."""
+        key = self._key
+        common = [(key("chat.help"), "help", "screen.help")]
+        stop = [(key("chat.stop"), "stop", "screen.stop")] if self.live else []
+        lens = (key("chat.lens"), f"colour: {self.lens}", "screen.next_lens")
+        rerun = (key("chat.rerun"), "apply the sliders", "screen.rerun")
+        sliders = (key("chat.sliders"), "sliders", "screen.sliders")
+        inspect = (key("chat.inspect"), "tokens", "screen.inspect")
+        match self.focused:
+            case Slider():
+                back = (key("chat.sliders"), "back", "screen.sliders")
+                return [*stop, ("←→", "change", ""), ("Tab", "next", ""), rerun, back, *common,
+                        ("0-9", "type a value", ""), ("r", "reset", "")]  # fmt: skip
+            case Alternatives():
+                return [*stop, ("↑↓", "choose", ""), ("Enter", "say this instead", ""),
+                        (key("chat.stop"), "back to the text", "screen.stop"), *common]  # fmt: skip
+            case TokenView():
+                return [*stop, ("←→↑↓", "token", ""), ("Enter", "alternatives", "screen.alternatives"),
+                        (key("chat.other_pane"), "other side", "screen.other_pane"),
+                        (key("chat.inspect"), "close", "screen.inspect"), *common, lens]  # fmt: skip
+            case Examples():
+                return [("↑↓", "choose", ""), ("Enter", "ask", ""), ("Esc", "to the text field", ""), *common]
+        if self.editing:
+            return [("Enter", "send it again", ""), (key("chat.stop"), "leave it", "screen.stop"), *common]
+        if not self.turns:
+            count = len(self.app.start.welcome.examples)
+            examples = [(f"1-{count} Enter", "an example", "")] if count else []
+            sessions = (key("chat.sessions"), "saved conversations", "screen.sessions")
+            return [("Enter", "ask", ""), *examples, *common, sliders, sessions]
+        if self.live:
+            return [*stop, *common, sliders, inspect, lens]
+        return [*common, inspect, lens, sliders, (key("chat.rerun"), "again", "screen.rerun"),
+                (key("chat.regenerate"), "new seed", "screen.regenerate"),
+                (key("chat.edit"), "edit", "screen.edit"), (key("chat.copy"), "copy", "screen.copy"),
+                (key("chat.sessions"), "conversations", "screen.sessions"),
+                ("^P", "all", "app.command_palette")]  # fmt: skip
+
+    def _key(self, name: str) -> str:
+        """The key of a binding, as one writes it: ``F5``, ``Esc``, ``^T``."""
+        own = next(binding.key for binding in self.BINDINGS if isinstance(binding, Binding) and binding.id == name)
+        key = self.app.config.keys.get(name, own)
+        first = key.split(",")[0].replace("ctrl+", "^")
+        return {"escape": "Esc"}.get(first, first.upper() if len(first) <= 3 else first)
 
     # Sliders
 

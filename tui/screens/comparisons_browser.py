@@ -11,7 +11,7 @@ from textual.widgets import OptionList
 from llmdoctor.records import Comparison
 from llmdoctor.sessions import Reply
 from llmdoctor.show.comparison import View
-from llmdoctor.show.lens import LENSES, Lens
+from llmdoctor.show.lens import LENSES, Lens, lens_limit
 from llmdoctor.tui import token_style
 from llmdoctor.tui.conversation import Said, pieces
 from llmdoctor.tui.screens.browser import BrowserScreen, Item, Source
@@ -34,6 +34,10 @@ class ComparisonsScreen(BrowserScreen):
         super().__init__(source)
         self.lens, self.doctor, self._doctors = lens, doctor or next(iter(doctors), None), list(doctors)
 
+    def on_mount(self) -> None:
+        """The scale of the colours."""
+        self._recolour()
+
     def more(self) -> Iterable[Any]:
         """The inspector of the conversation, without forcing."""
         inspector = Inspector(can_force=False, id="inspector")
@@ -46,8 +50,7 @@ class ComparisonsScreen(BrowserScreen):
 
     def legend(self) -> Text:
         """Of the lens."""
-        limit = self.view("right").limit if self.current is not None else 1.0
-        return token_style.lens_legend(self.lens, self.doctor, limit, dark=self.dark, narrow=self.narrow)
+        return token_style.lens_legend(self.lens, self.doctor, dark=self.dark, narrow=self.narrow)
 
     @on(TokenView.Selected)
     def _inspect(self, event: TokenView.Selected) -> None:
@@ -81,6 +84,7 @@ class ComparisonsScreen(BrowserScreen):
 
     def _recolour(self) -> None:
         for view in self.views:
+            view.scale = lens_limit(self.lens)
             view.recolour(self.score)
         self.show_facts()
 

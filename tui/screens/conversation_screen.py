@@ -6,23 +6,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.text import Text
+from textual import events, on
 from textual.app import ComposeResult
 from textual.screen import Screen
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.records import Speaker
 from llmdoctor.sessions import Reply, Session
 from llmdoctor.settings import Guidance, Sampling
-from llmdoctor.show.formats import speaking_text
-from llmdoctor.show.lens import Lens
+from llmdoctor.show.lens import DEFAULT_LENS, Lens
 from llmdoctor.tui.answering import Answering
 from llmdoctor.tui.conversation import SIDES, Live
 from llmdoctor.tui.current_settings import CurrentSettings
 from llmdoctor.tui.generation import Assistant
 from llmdoctor.tui.history import History, Turns
 from llmdoctor.tui.pacing import FRAME, Pacing
-from llmdoctor.tui.widgets.panes import NARROW, Panes
+from llmdoctor.tui.widgets.hints import Hint, Hints
+from llmdoctor.tui.widgets.panes import Panes
 from llmdoctor.tui.widgets.prompt import Prompt
 from llmdoctor.tui.widgets.sliders import Sliders
 from llmdoctor.tui.widgets.token_view import TokenView
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
 
 _STATUS_EVERY = 0.4  # seconds between two updates of the status line while tokens come
-_LOW = 30  # rows below which the curve is lower and the prompt has no margin
+# Rows below which the curve is lower and the prompt has no margin; rows from which the curve is higher; columns from
+# which the inspector opens by itself.
+_LOW, _ROOMY, _WIDE = 30, 45, 180
 
 
 class ConversationScreen(Screen[None]):
@@ -51,38 +54,50 @@ class ConversationScreen(Screen[None]):
         self.settings = CurrentSettings(start, worker)
         self.answering = Answering(worker, self.history, self.settings, self)
         self.editing = False  # whether the next message replaces the last one
+        self.auto = False  # whether a slider that rests re-runs the answer
+        self.peeking = True  # whether the inspector opens by itself where there is room, until somebody closes it
         betas = start.guidance.betas
         speaking = next((name for name, beta in betas.items() if beta > 0), next(iter(betas), None))
         self.panes = Panes(self.answering, speaking, id="panes")
         self.sliders = Sliders(self.settings, id="sliders")
-        self.prompt = Prompt("Ask something; /help lists the commands, Ctrl+P too", id="prompt")
+        self.prompt = Prompt("Ask something; /help lists the commands", id="prompt")
         self._pacing = Pacing()
         self._status_at = 0.0
 
     def compose(self) -> ComposeResult:
-        """Panes, legend, sliders, status, prompt."""
+        """Models, panes, legend, sliders, status, prompt, keys."""
+        yield Static(Text(self.app.start.header, no_wrap=True, overflow="ellipsis"), id="header")
         yield self.panes
         yield Static(id="legend")
         yield self.sliders
         yield Static(id="status")
         yield self.prompt
-        yield Footer(compact=True)
+        yield Hints(id="hints")
 
     def on_mount(self) -> None:
         """Begin to listen."""
         # The app reads its configuration after it has made this screen.
-        self.panes.lens = self.app.config.lens or "value"
+        self.panes.recolour(self.app.config.lens or DEFAULT_LENS, self.panes.doctor)
         self._frames = self.set_interval(FRAME, self.drain)
         self.show_all()
         self.prompt.focus()
 
     def on_resize(self) -> None:
-        """Panes beside each other, stacked, or one at a time."""
+        """Panes beside each other or stacked; sliders in as many rows as they need."""
         width, height = self.app.size
-        self.set_class(width < NARROW, "narrow")
         self.set_class(height < _LOW, "low")
+        self.set_class(height >= _ROOMY, "roomy")
         self.panes.fit()
-        self.sliders.fit(width, narrow=width < NARROW)
+        self.sliders.fit(width)
+
+    @on(events.DescendantFocus)
+    @on(events.DescendantBlur)
+    def _focus_moved(self) -> None:
+        self.query_one(Hints).show(self.hints())
+
+    def hints(self) -> Sequence[Hint]:
+        """The keys that do something now, the most important ones first."""
+        return ()
 
     # What the parts hold
 
@@ -152,7 +167,7 @@ class ConversationScreen(Screen[None]):
     def began(self, sides: Sequence[Speaker], *, added: bool) -> None:
         """These sides answer the last turn."""
         if added:
-            self.panes.ask(self.turns[-1].prompt)
+            self.panes.ask()
             self.show_status()
         else:
             self.show_all(sides)
@@ -169,6 +184,14 @@ class ConversationScreen(Screen[None]):
             self.notify(error, severity="error", markup=False)
         self.save()
         self.show_status()
+        if self.peeking and self.focused is self.prompt and self._roomy:
+            self.panes.inspect()
+            self.prompt.focus()
+
+    @property
+    def _roomy(self) -> bool:
+        width, height = self.app.size
+        return width >= _WIDE and height >= _ROOMY
 
     # Saved conversations
 
@@ -201,14 +224,25 @@ class ConversationScreen(Screen[None]):
         self.show_guidance()
 
     def show_guidance(self) -> None:
-        """Who guides, in the heading."""
-        self.panes.guided_by = speaking_text(self.guidance.betas)
+        """Whether the answer that is shown was made with the settings in use."""
         self.panes.show_headings()
+        self.show_status()
 
     def recolour(self, lens: Lens, doctor: str | None) -> None:
         """Colour by this lens and this doctor's opinion."""
         self.panes.recolour(lens, doctor)
         self.show_status()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the last answer was made with other settings than those in use."""
+        if not self.turns or self.live is not None:
+            return False
+        turn = self.turns[-1]
+        tokens = turn.guided.tokens
+        spoken = {(token.alpha, tuple(token.betas.items())) for token in tokens}
+        now = (self.guidance.alpha, tuple(self.guidance.betas.items()))
+        return turn.sampling != self.sampling or turn.guidance != self.guidance or not spoken <= {now}
 
     def show_all(self, sides: Sequence[Speaker] = SIDES) -> None:
         """Everything again, the texts of ``sides``."""
@@ -220,18 +254,21 @@ class ConversationScreen(Screen[None]):
         """Status line, legend, and the facts below the texts."""
         self._status_at = time.monotonic()
         self.panes.show_facts()
-        parts = [self.app.start.models]
+        parts = []
         if self.turns:
             parts.append(f"seed {self.turns[-1].seed}")
         acceptance = getattr(self.assistant, "acceptance", None)
         if isinstance(acceptance, float):
             parts.append(f"acceptance {acceptance:.0%}")
+        if self.auto:
+            parts.append("auto: sliders apply themselves")
         if self.session.title:
             parts.append(self.session.title)
+        hint = "F5 applies the new settings to this answer; /auto does so by itself" if self.stale else ""
         doing = "editing: Enter sends it again, Esc leaves it" if self.editing else self.answering.doing
-        text = Text(no_wrap=True, overflow="ellipsis")
-        if doing:
-            text.append(f"{doing} · ", "bold")
-        # Both lines keep their height, so the rest of the screen need not be laid out again.
-        self.query_one("#status", Static).update(text.append(" · ".join(parts)), layout=False)
+        said = [(part, "bold") for part in (doing, hint) if part] + [(part, "") for part in parts]
+        text = Text(" · ", no_wrap=True, overflow="ellipsis").join(Text(part, style) for part, style in said)
+        # All of these keep their height, so the rest of the screen need not be laid out again.
+        self.query_one("#status", Static).update(text, layout=False)
+        self.query_one(Hints).show(self.hints())
         self.query_one("#legend", Static).update(self.panes.legend(), layout=False)

@@ -12,6 +12,7 @@ from textual.reactive import reactive
 from textual.strip import Strip
 from textual.widget import Widget
 
+from llmdoctor.show.lens import lens_limit
 from llmdoctor.tui import token_style
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille cell: rows from the top, two columns
@@ -28,6 +29,7 @@ class Curve(Widget):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
+        self.title = ""  # what the values are
         self._sums = [0.0]
         self.low = self.high = 0.0
         self._strips: list[Strip] | None = None
@@ -86,7 +88,7 @@ class Curve(Widget):
     def _draw(self) -> list[Strip]:
         """Dots, with the greatest and least value on the left."""
         width, rows = self.content_size
-        width -= _LABEL
+        width, rows = width - _LABEL, rows - 1  # the last row is the axis
         if width < 4 or rows < 1:
             return []
         dark = self.app.current_theme.dark
@@ -94,7 +96,7 @@ class Curve(Widget):
         dim = base + _DIM
         means = self.means(2 * width)
         cells = self._dots(means, width, rows)
-        limit = max(abs(self.low), abs(self.high)) or 1.0
+        limit = lens_limit("value")
         zero = self._level(0.0, rows) // 4
         colours = [base + Style(color=token_style.style(mean, limit, dark=dark).color) for mean in means[::2]]
         at = None
@@ -113,7 +115,17 @@ class Curve(Widget):
                 else:
                     segments.append(Segment("│" if x == at else "┈" if row == zero and means else " ", dim))
             strips.append(Strip(segments, width + _LABEL).simplify())
-        return strips
+        return [*strips, self._axis(width, dim)]
+
+    def _axis(self, width: int, style: Style) -> Strip:
+        """What lies along it: ``1 ── log V of helpful after each token ── 127``."""
+        if not self.count:
+            return Strip.blank(width + _LABEL, style)
+        last = str(self.count)
+        titles = f" {self.title} after each token ", f" {self.title} "
+        title = next((title for title in titles if len(title) + len(last) < width - 2), "")
+        line = title.center(width - len(last) - 3, "─")
+        return Strip([Segment(f"{'':{_LABEL}}1 {line} {last}"[: width + _LABEL], style)], width + _LABEL)
 
 
 _DIM, _REVERSE = Style(dim=True), Style(reverse=True)

@@ -15,7 +15,7 @@ class Pane(Vertical):
         super().__init__(id=which, classes="pane")
         self.which = which
         self._score = score
-        self._facts = ""
+        self._title = self._facts = ""
 
     def compose(self) -> ComposeResult:
         """The text; the patient alone has no doctor to judge it, so neither colours nor a curve."""
@@ -29,6 +29,11 @@ class Pane(Vertical):
     def view(self) -> TokenView:
         """The text."""
         return self.query_one(TokenView)
+
+    def show_title(self, title: str) -> None:
+        """Above the text."""
+        if title != self._title:
+            self._title = self.border_title = title
 
     def show_facts(self, facts: str) -> None:
         """Below the text."""

@@ -10,21 +10,34 @@ from textual.containers import Horizontal
 
 from llmdoctor.records import Speaker
 from llmdoctor.sessions import Reply
-from llmdoctor.show.lens import Lens
+from llmdoctor.show.lens import DEFAULT_LENS, Lens, lens_limit, lens_name
 from llmdoctor.tui import token_style
 from llmdoctor.tui.answering import Answering
-from llmdoctor.tui.conversation import SIDES, Live, Said, conversation, ending, pieces, side_facts, values_of
+from llmdoctor.tui.conversation import (
+    SIDES,
+    Live,
+    Said,
+    asked,
+    conversation,
+    ending,
+    made_with,
+    pieces,
+    side_facts,
+    values_of,
+)
 from llmdoctor.tui.widgets.curve import Curve
 from llmdoctor.tui.widgets.inspector import Inspector
 from llmdoctor.tui.widgets.pane import Pane
-from llmdoctor.tui.widgets.token_view import Piece, TokenView
+from llmdoctor.tui.widgets.token_view import TokenView
+from llmdoctor.tui.widgets.welcome import Welcome
 
 if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
 
-# Columns and rows that decide how many panes are shown, and where.
-NARROW = 100
-_TALL, _VERY_TALL, _LOW, _WIDE = 36, 50, 30, 150
+_SIDE_BY_SIDE = 72  # columns from which the sides are beside each other, else stacked
+_INSPECTOR_BESIDE = 150  # columns from which the inspector is beside them too, else below
+_ROOM_FOR_TITLES = 96  # columns from which the title of the guided side says so
+_LOW = 40  # rows below which the inspector takes the curve's room
 
 
 class Panes(Horizontal):
@@ -34,17 +47,17 @@ class Panes(Horizontal):
 
     def __init__(self, answering: Answering, doctor: str | None, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.lens: Lens = "value"
+        self.lens: Lens = DEFAULT_LENS
         self.doctor = doctor
         self.inspected: Speaker | None = None
-        self.guided_by = ""
         self._answering = answering
-        self._tab: Speaker = "guided"  # the side that is shown where there is room for one
+        self._tab: Speaker = "guided"
         self._wanted: tuple[Speaker, int] | None = None  # a position whose token is to be selected once it is there
         self._curve_turn = -1
 
     def compose(self) -> ComposeResult:
         """Two sides; the inspector is hidden until somebody inspects."""
+        yield Welcome(self.app.start, id="welcome")
         for which in SIDES:
             yield Pane(which, self._score)
         inspector = Inspector(id="inspector")
@@ -53,7 +66,7 @@ class Panes(Horizontal):
 
     @property
     def shown(self) -> Speaker:
-        """The side that a person looks at: the inspected one, else the one that is shown where only one has room."""
+        """The side that a person looks at: the inspected one, else the one that was looked at last."""
         return self.inspected or self._tab
 
     @property
@@ -84,18 +97,22 @@ class Panes(Horizontal):
         """The whole conversation of ``sides`` again."""
         self._wanted = None
         for which in sides:
-            self.view(which).set_pieces(conversation(self._answering.history.turns, which, self._answering.live))
+            self.view(which).set_pieces(
+                conversation(self._answering.history.turns, which, self._answering.live, self.app.start.welcome)
+            )
         self._curve_turn = -1
         self._load_curve(len(self._answering.history.turns) - 1)
-        self.show_headings()
+        self.fit()
 
-    def ask(self, prompt: str) -> None:
+    def ask(self) -> None:
         """One question more; both sides go to their end."""
         self._wanted = None
+        turns = self._answering.history.turns
         for which in SIDES:
-            self.view(which).append([Piece(f"❯ {prompt}\n", "user")])
+            self.view(which).append(asked(turns, len(turns) - 1, self.app.start.welcome))
             self.view(which).to_end()
-        self._load_curve(len(self._answering.history.turns) - 1)
+        self._load_curve(len(turns) - 1)
+        self.fit()
 
     def grow(self, live: Live, starts: Mapping[Speaker, int]) -> None:
         """The new tokens of a running answer."""
@@ -115,18 +132,17 @@ class Panes(Horizontal):
         self._curve.refresh()
 
     def show_headings(self) -> None:
-        """Who speaks; where one side has no room, the key that shows it."""
-        key = self.app.config.keys.get("chat.other_pane", "ctrl+t")
-        titles: dict[Speaker, str] = {"patient": "patient alone", "guided": f"guided by {self.guided_by}"}
-        for which, title in titles.items():
-            other = _other(which)
-            hint = "" if self.pane(other).display else f" · {key}: {other}"
-            self.pane(which).border_title = title + hint
+        """Who speaks, and with which settings the last answer was made."""
+        turns = self._answering.history.turns
+        made = made_with(turns[-1], self._answering.side("guided", len(turns) - 1)) if turns else ""
+        self.pane("patient").show_title("patient alone")
+        self.pane("guided").show_title(made if self.app.size.width < _ROOM_FOR_TITLES else f"guided by {made}")
 
     def show_facts(self) -> None:
         """Counts and speeds, and the curve as far as it is."""
         if self._answering.live is not None:
             self._curve.refresh()
+        self.show_headings()
         last = len(self._answering.history.turns) - 1
         for which in SIDES:
             self.pane(which).show_facts(side_facts(self._answering.side(which, last), which) if last >= 0 else "")
@@ -139,20 +155,22 @@ class Panes(Horizontal):
     def recolour(self, lens: Lens, doctor: str | None) -> None:
         """Colour by another score; the curve shows the doctor's value too."""
         self.lens, self.doctor = lens, doctor
+        self.view("guided").scale = lens_limit(lens)
         self.view("guided").recolour(self._score)
         turn, self._curve_turn = self._curve_turn, -1
         self._load_curve(turn)
 
     def legend(self) -> Text:
         """What the colours mean."""
-        limit, narrow = self.view("guided").limit, self.app.size.width < 72
-        return token_style.lens_legend(self.lens, self.doctor, limit, dark=self.app.current_theme.dark, narrow=narrow)
+        narrow, dark = self.app.size.width < 72, self.app.current_theme.dark
+        return token_style.lens_legend(self.lens, self.doctor, dark=dark, narrow=narrow)
 
     def _load_curve(self, turn: int) -> None:
         live = self._answering.live
         if turn == self._curve_turn and live is not None and live.turn == turn and turn >= 0:
             return  # it grows with the answer
         self._curve.clear()
+        self._curve.title = lens_name("value", self.doctor)
         self._curve_turn = turn
         if 0 <= turn < len(self._answering.history.turns):
             self._curve.extend(values_of(self._answering.side("guided", turn).tokens, self.doctor))
@@ -229,28 +247,24 @@ class Panes(Horizontal):
     # Room
 
     def other_pane(self) -> None:
-        """Where there is room for one side only: the other one."""
+        """To the other side."""
         self._tab = _other(self.shown)
         if self.inspected is not None:
             self.view(self._tab).select_last()  # the rest follows the cursor
             return
-        self.fit()
-        if isinstance(self.screen.focused, TokenView):
-            self.view(self._tab).focus()
+        self.view(self._tab).focus()
 
     def fit(self) -> None:
-        """Both sides where there is room, else the one that is looked at."""
+        """Both sides, beside or above each other, and the inspector beside or below them; before them the welcome."""
         width, height = self.app.size
-        narrow = width < NARROW
-        # In a narrow terminal the sides (and the inspector) are stacked, so the height decides.
-        if self.inspecting:
-            one = height < _VERY_TALL if narrow else width < _WIDE
-        else:
-            one = narrow and height < _TALL
+        self.query_one(Welcome).display = welcome = not self._answering.history.turns
         for which in SIDES:
-            self.pane(which).display = not one or which == self.shown
+            self.pane(which).display = not welcome
+        below = self.inspecting and width < _INSPECTOR_BESIDE
+        self.set_class(width < _SIDE_BY_SIDE, "stacked")
+        self.set_class(below, "below")
         self.show_headings()
-        self._curve.display = not (self.inspecting and narrow and height < _LOW)
+        self._curve.display = not below or (height >= _LOW and width >= _SIDE_BY_SIDE)
 
 
 def _other(which: Speaker) -> Speaker:

@@ -41,9 +41,10 @@ class Slider(Widget, can_focus=True):
         low: float = 0.0,
         high: float = 2.0,
         step: float = 0.05,
+        name: str | None = None,
         id: str | None = None,
     ) -> None:
-        super().__init__(id=id)
+        super().__init__(name=name, id=id)
         self.label, self.low, self.high, self.step, self.default = label, low, high, step, value
         self.set_reactive(Slider.value, value)
         self.tooltip = f"{label}: {low:g} to {high:g}; type a number; r or a double click resets to {value:g}"

@@ -1,4 +1,4 @@
-"""The sliders below the conversation: alpha, one beta per doctor, temperature."""
+"""The sliders below the conversation: alpha of the patient, beta of every doctor, temperature."""
 
 from textual import on
 from textual.app import ComposeResult
@@ -22,11 +22,11 @@ class Sliders(Grid):
 
     def compose(self) -> ComposeResult:
         """One slider per number."""
-        yield Slider("alpha", self._settings.guidance.alpha, high=2.0, id="slider-alpha")
+        yield Slider("α patient", self._settings.guidance.alpha, high=2.0, id="slider-alpha")
         # The betas are numbered: a doctor's name may hold characters that an id may not.
         for number, (name, beta) in enumerate(self._settings.guidance.betas.items()):
-            yield Slider(name, beta, high=3.0, id=f"slider-beta-{number}")
-        yield Slider("temperature", self._settings.sampling.temperature, high=2.0, id="slider-temperature")
+            yield Slider(f"β {name}", beta, high=3.0, name=name, id=f"slider-beta-{number}")
+        yield Slider("T temperature", self._settings.sampling.temperature, high=2.0, id="slider-temperature")
 
     @on(Slider.Changed)
     def _changed(self, event: Slider.Changed) -> None:
@@ -39,7 +39,7 @@ class Sliders(Grid):
             elif slider.id == "slider-alpha":
                 settings.guide(settings.guidance.replace(alpha=event.value))
             else:
-                betas = {**settings.guidance.betas, slider.label: event.value}
+                betas = {**settings.guidance.betas, slider.name or "": event.value}
                 settings.guide(settings.guidance.replace(betas=betas))
         except LLMDoctorError as error:
             self.notify(str(error), severity="warning", markup=False)
@@ -54,12 +54,12 @@ class Sliders(Grid):
             if slider.id == "slider-temperature":
                 slider.value = sampling.temperature
             else:
-                slider.value = guidance.alpha if slider.id == "slider-alpha" else guidance.betas[slider.label]
+                slider.value = guidance.alpha if slider.id == "slider-alpha" else guidance.betas[slider.name or ""]
 
-    def fit(self, width: int, *, narrow: bool) -> None:
+    def fit(self, width: int) -> None:
         """As many beside each other as ``width`` columns hold, in rows of equal length."""
         count = len(self.query(Slider))
-        columns = max(1, min(count, width // (26 if narrow else 36)))
+        columns = max(1, min(count, width // (26 if width < 100 else 36)))
         rows = -(-count // columns)
         self.styles.grid_size_columns = -(-count // rows)
         self.styles.grid_size_rows = rows

@@ -60,6 +60,7 @@ class TokenView(ScrollView, can_focus=True):
     def __init__(self, *, score: Score = lambda _payload: None, id: str | None = None) -> None:
         super().__init__(id=id)
         self.score = score
+        self.scale: float | None = None  # the score with the strongest colour; None: the greatest there is
         self.limit = 1.0
         self.cursor: int | None = None
         self.following = True
@@ -92,7 +93,7 @@ class TokenView(ScrollView, can_focus=True):
         greatest = max((abs(score) for score in scores if score), default=0.0)
         lines = len(self._flow.lines)
         changed = self._flow.append([clean(piece.text).expandtabs(4) for piece in added])
-        if greatest > self._greatest:  # the scale changes, and with it every colour
+        if self.scale is None and greatest > self._greatest:  # the scale changes, and with it every colour
             self._greatest = self.limit = greatest
             self._redraw()
         else:
@@ -112,7 +113,7 @@ class TokenView(ScrollView, can_focus=True):
         """Remove everything."""
         self._pieces, self._scores = [], []
         self._flow = Flow(self._flow.width)
-        self._greatest, self.limit, self.cursor, self.following = 0.0, 1.0, None, True
+        self._greatest, self.limit, self.cursor, self.following = 0.0, self.scale or 1.0, None, True
         self.virtual_size = Size(self._flow.width, 1)
         self._redraw()
 
@@ -132,7 +133,7 @@ class TokenView(ScrollView, can_focus=True):
         self.score = score
         self._scores = [None if piece.payload is None else score(piece.payload) for piece in self._pieces]
         self._greatest = max((abs(score) for score in self._scores if score), default=0.0)
-        self.limit = self._greatest or 1.0
+        self.limit = self.scale or self._greatest or 1.0
         self._redraw()
 
     def to_end(self) -> None:
