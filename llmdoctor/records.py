@@ -152,6 +152,19 @@ class TokenRewards:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def covers(self, value: float) -> bool:
+        """Whether the value lies in the interval, ends included."""
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True, slots=True)
 class Alternative:
     """A token that could have been said at one position, with its natural log-probs at temperature 1."""
 
