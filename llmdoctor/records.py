@@ -18,7 +18,7 @@ All log-probabilities are natural logarithms.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -43,6 +43,21 @@ class Message(TypedDict):
     name: NotRequired[str]
     tool_calls: NotRequired[list[dict[str, Any]]]
     tool_call_id: NotRequired[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked in one conversation: user turns, each asked once the one before it is answered (MT-Bench has two).
+
+    The first turn is a text, or messages that end with a user turn. ``id`` is the record's own, else its line.
+    ``fields`` are the record's other columns, as they are.
+
+    >>> Question("81", ("Write a poem about tea.", "Now make it rhyme."), {"question_id": 81, "category": "writing"})
+    """
+
+    id: str
+    turns: tuple[str | list[Message], ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
