@@ -230,6 +230,12 @@ class Answer:
         """The record as plain JSON values."""
         return {"text": self.text, "tokens": [token.to_dict() for token in self.tokens], "finished": self.finished}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Answer":
+        """The answer that `to_dict` described."""
+        tokens = (GuidedToken(**{**t, "top": tuple(Alternative(**a) for a in t["top"])}) for t in data["tokens"])
+        return cls(data["text"], tuple(tokens), data["finished"])
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -238,7 +244,8 @@ class Comparison:
     ``settings`` holds alpha, betas, mode, temperature, top_k, top_p, min_p, max_new_tokens and seed. ``metrics`` holds
     ``flips`` (guided tokens that the patient would not have ranked first), ``flip_rate``, ``kl`` (sum over the guided
     answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``, ``guided_tokens``,
-    ``patient_seconds``, ``guided_seconds``.
+    ``patient_seconds``, ``guided_seconds``. ``id`` is the question's; ``turn`` and ``sample`` count from 1. The prompt
+    of a later turn follows, on each side, that side's own answers to the earlier ones.
     """
 
     prompt: str | list[Message]
@@ -246,6 +253,9 @@ class Comparison:
     patient: Answer
     guided: Answer
     metrics: Mapping[str, Any]
+    id: str = "1"
+    turn: int = 1
+    sample: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The object that ``compare --json`` prints."""
@@ -255,7 +265,15 @@ class Comparison:
             "patient": self.patient.to_dict(),
             "guided": self.guided.to_dict(),
             "metrics": dict(self.metrics),
+            "id": self.id,
+            "turn": self.turn,
+            "sample": self.sample,
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
+        """The comparison that `to_dict` described."""
+        return cls(**{**data, "patient": Answer.from_dict(data["patient"]), "guided": Answer.from_dict(data["guided"])})
 
 
 @dataclass(frozen=True, slots=True)
