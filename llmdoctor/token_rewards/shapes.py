@@ -457,8 +457,8 @@ def to_question(line: int, record: object, known: tuple[Shape, ...]) -> tuple[Qu
     if isinstance(record, Unusable):
         raise record
     if not isinstance(record, dict):
-        turns, unused = _turns_of(record)
-        return Question(str(line), turns), unused
+        turns, left_out = _turns_of(record)
+        return Question(str(line), turns), left_out
     if not record:
         raise Unusable(f"expected a text, or a column such as 'prompt', 'turns' or {_PROMPTS[-2]!r}, found nothing")
     columns = {name: value for name, value in from_cells(record).items() if value not in NOTHING}
