@@ -95,7 +95,7 @@ def test_compare_many_prompts_in_one_run(run, tmp_path):
     """Both turns are answered; stopped, the run goes on with the same answers; the files have their programs' keys."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     prompts.write_text(
-        '{"prompt": "How can I cook rice?", "dataset": "d"}\n{"question_id": 81, "turns": ["How can I relax?", "So?"]}\n'
+        '{"prompt": "How can I cook rice?","dataset": "d"}\n{"question_id": 81, "turns": ["How can I relax?", "So?"]}\n'
     )
     command = ("compare", "--prompts", prompts, "--max-new-tokens", 4, "--output", tmp_path / "a.jsonl")
     files = (
