@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from llmdoctor import LLMdoctor
+from llmdoctor.answers import distinct_n, entropy_n
 from llmdoctor.models import spare_threads
 from llmdoctor.profile import Profile, load_profile
-from llmdoctor.profiles.clinic_world import answer, distinct_n, entropy_n, gold, held_out_questions
+from llmdoctor.profiles.clinic_world import answer, gold, held_out_questions
 
 COLUMNS = ("gold helpful", "gold safe", "ungrammatical %", "distinct-4", "4-gram entropy", "words", "KL, nats")
 Answers = Callable[[Sequence[str], int], tuple[list[str], float]]

@@ -58,8 +58,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from llmdoctor.answers import distinct_n
 from llmdoctor.models import Patient, SplitLM, load_patient, token_log_probs
-from llmdoctor.profiles.clinic_world import distinct_n
 from llmdoctor.records import FacePair, Message, PreferencePair
 from llmdoctor.settings import DataSettings, RewardSettings, TrainSettings
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, with_system

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-    from llmdoctor.token_rewards.diagnosis import Diagnosis, Estimate, Example, FaceDiagnosis
+    from llmdoctor.records import Estimate
+    from llmdoctor.token_rewards.diagnosis import Diagnosis, Example, FaceDiagnosis
 
 _PLAIN_BAR = 31
 _UNICODE = ("█", "├", "─", "┤", "●", "│")

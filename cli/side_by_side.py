@@ -1,7 +1,9 @@
 """Comparisons on stdout: in panels on a terminal, else as plain text."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from llmdoctor.show.colours import scale_colour
 from llmdoctor.show.comparison import View
@@ -31,6 +33,35 @@ def plain_comparison(view: View) -> str:
             *view.summary(),
         ]
     )
+
+
+def markdown_comparison(view: View) -> str:
+    """The two answers as quotations, which no text of a model can leave."""
+
+    def quoted(text: str) -> str:
+        escaped = re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
+        return "\n".join(f"> {line}  " for line in escaped.splitlines() or [""])
+
+    parts = [f"## {' '.join(view.prompt.split())}", "", "patient alone:", "", quoted(view.patient), ""]
+    parts += [f"{view.heading}:", "", quoted("".join(view.guided)), ""]
+    return "\n".join([*parts, *(f"{line}  " for line in view.summary()), ""])
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """Each measure of both sides with its 95% interval, a line each."""
+    lines = [f"{summary['prompts']} prompts, {summary['answers']} answers (95% interval)"]
+    lines.append(f"{'':<20}{'patient alone':<28}guided")
+    for name in summary["guided"]:
+        cells = [_cell(summary[side].get(name)) for side in ("patient", "guided")]
+        lines.append(f"{name.replace('_', ' '):<20}{cells[0]:<28}{cells[1]}".rstrip())
+    return "\n".join(lines)
+
+
+def _cell(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return "-"
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.3g}" if math.isnan(low) else f"{value:.3g} ({low:.3g} to {high:.3g})"
 
 
 def rich_comparison(view: View, width: int) -> "RenderableType":
@@ -74,9 +105,10 @@ def _legend(view: View) -> "Text":
     from rich.text import Text
 
     text = Text(style="dim")
-    text.append("struck: only on the left", style=_REMOVED)
-    text.append("   ")
-    text.append("underlined: only on the right", style=_ADDED)
+    if view.marked:
+        text.append("struck: only on the left", style=_REMOVED)
+        text.append("   ")
+        text.append("underlined: only on the right", style=_ADDED)
     if view.lens == "off" or not view.scores:
         return text
     if view.lens == "flips":

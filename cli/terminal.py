@@ -59,15 +59,15 @@ def put(text: str) -> None:
 
 def put_json(data: Any) -> None:
     """One JSON document on one line of stdout."""
-    put(json.dumps(_finite(data), ensure_ascii=False, allow_nan=False))
+    put(json.dumps(finite(data), ensure_ascii=False, allow_nan=False))
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
     """The data with null for nan and infinity, which JSON does not have."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
@@ -76,10 +76,13 @@ def _first_process() -> bool:
 
 
 @contextmanager
-def waiting(message: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr while something of unknown length runs; gives the function that changes its message."""
+def waiting(message: str, plain: Callable[[str], None] = lambda _message: None) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while something of unknown length runs; gives the function that changes its message.
+
+    Where nothing may be animated, messages go to ``plain``, for example `every_ten_seconds`.
+    """
     if _level < 0 or not (_first_process() and decorated(sys.stderr)):
-        yield lambda _message: None
+        yield plain if _level >= 0 else lambda _message: None
         return
     with console(sys.stderr).status(message) as status:
         yield status.update
@@ -123,16 +126,22 @@ class Advance:
         self._show(self._done, self._total, f"{self._done}{of} {self._unit}", detail)
 
 
-def _plain_line(description: str) -> Callable[[int, int | None, str, str], None]:
+def every_ten_seconds() -> Callable[[str], None]:
+    """A function that says its message if ten seconds have passed since it was made, or since it last spoke."""
     spoken = time.monotonic()
 
-    def show(_done: int, _total: int | None, counted: str, detail: str) -> None:
+    def show(message: str) -> None:
         nonlocal spoken
         if time.monotonic() - spoken >= _PLAIN_INTERVAL:
             spoken = time.monotonic()
-            say(f"{description}: {counted}  {detail}".rstrip())
+            say(message)
 
     return show
+
+
+def _plain_line(description: str) -> Callable[[int, int | None, str, str], None]:
+    show = every_ten_seconds()
+    return lambda _done, _total, counted, detail: show(f"{description}: {counted}  {detail}".rstrip())
 
 
 def flat_lines(data: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,7 +1,6 @@
 """The facade of the library: load the models once, then generate, stream and compare."""
 
 import secrets
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any, overload
 
 from transformers import PreTrainedModel
 
+from llmdoctor.comparing import compared
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength
 from llmdoctor.decoding.prefix import PrefixCache
@@ -26,7 +26,7 @@ from llmdoctor.models import (
     shared_by_processes,
 )
 from llmdoctor.profile import Profile, load_profile
-from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Speaker
+from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Question, Speaker
 from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
@@ -252,6 +252,8 @@ class LLMdoctor:
         guided: bool = True,
         guidance: Guidance | Sequence[Guidance] | None = None,
         seed: int | Sequence[int] | None = None,
+        top: int = 0,
+        on_token: Callable[[GuidedToken], None] | None = None,
         **sampling: Any,
     ) -> list[Answer]:
         """Answers with all their tokens, decoded in batches. ``guided=False`` is the patient alone.
@@ -271,8 +273,10 @@ class LLMdoctor:
         for start in range(0, len(prompts), _BATCH_ROWS):
             rows = slice(start, start + _BATCH_ROWS)
             steps: list[list[Step]] = [[] for _ in prompts[rows]]
-            for step in self._decode(prompts[rows], settings, seeds[rows], guided=guided, read=reads[rows]):
+            for step in self._decode(prompts[rows], settings, seeds[rows], guided=guided, read=reads[rows], top=top):
                 steps[step.row].append(step)
+                if on_token:
+                    on_token(step.token)
             answers.extend(map(_answer, steps))
         return answers
 
@@ -358,54 +362,8 @@ class LLMdoctor:
         """
         settings = self.sampling.replace(**sampling)
         (seed,) = _seeds(settings.seed, 1)
-        settings = settings.replace(seed=seed)
-        # One snapshot for all: the record states the settings, so they must not change on the way.
-        guidance = self._guidance
-
-        def run(which: Speaker, rows: Sequence[str | Sequence[Message]]) -> tuple[list[Answer], float]:
-            started = time.perf_counter()
-            steps: list[list[Step]] = [[] for _ in rows]
-            reads = [lambda: guidance] * len(rows)
-            seeds = [seed] * len(rows)
-            for step in self._decode(rows, settings, seeds, read=reads, top=top, guided=which == "guided"):
-                steps[step.row].append(step)
-                if on_token:
-                    on_token(which, step.token)
-            return [_answer(own) for own in steps], (time.perf_counter() - started) / len(rows)
-
-        for start in range(0, len(prompts), _BATCH_ROWS):
-            rows = prompts[start : start + _BATCH_ROWS]
-            alone, alone_seconds = run("patient", rows)
-            guided, guided_seconds = run("guided", rows)
-            for prompt, one, other in zip(rows, alone, guided, strict=True):
-                yield self._comparison(prompt, settings, guidance, one, other, alone_seconds, guided_seconds)
-
-    def _comparison(
-        self,
-        prompt: str | Sequence[Message],
-        settings: Sampling,
-        guidance: Guidance,
-        alone: Answer,
-        guided: Answer,
-        alone_seconds: float,
-        guided_seconds: float,
-    ) -> Comparison:
-        flips = sum(token.flip for token in guided.tokens)
-        kl = sum(token.kl for token in guided.tokens)
-        length = len(guided.tokens)
-        metrics = {
-            "flips": flips,
-            "flip_rate": flips / length,
-            "kl": kl,
-            "kl_per_token": kl / length,
-            "mean_values": {n: sum(t.values[n] for t in guided.tokens) / length for n in self.doctor_names},
-            "patient_tokens": len(alone.tokens),
-            "guided_tokens": length,
-            "patient_seconds": alone_seconds,
-            "guided_seconds": guided_seconds,
-        }
-        described = guidance.to_dict() | settings.model_dump()
-        return Comparison(prompt if isinstance(prompt, str) else list(prompt), described, alone, guided, metrics)
+        questions = [Question(str(i), (p if isinstance(p, str) else list(p),)) for i, p in enumerate(prompts, start=1)]
+        return compared(self, questions, seed=seed, top=top, on_token=on_token, **settings.model_dump(exclude={"seed"}))
 
     def _decode(
         self,

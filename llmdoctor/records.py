@@ -18,7 +18,7 @@ All log-probabilities are natural logarithms.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -43,6 +43,21 @@ class Message(TypedDict):
     name: NotRequired[str]
     tool_calls: NotRequired[list[dict[str, Any]]]
     tool_call_id: NotRequired[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked in one conversation: user turns, each asked once the one before it is answered (MT-Bench has two).
+
+    The first turn is a text, or messages that end with a user turn. ``id`` is the record's own, else its line.
+    ``fields`` are the record's other columns, as they are.
+
+    >>> Question("81", ("Write a poem about tea.", "Now make it rhyme."), {"question_id": 81, "category": "writing"})
+    """
+
+    id: str
+    turns: tuple[str | list[Message], ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +167,19 @@ class TokenRewards:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def covers(self, value: float) -> bool:
+        """Whether the value lies in the interval, ends included."""
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True, slots=True)
 class Alternative:
     """A token that could have been said at one position, with its natural log-probs at temperature 1."""
 
@@ -203,6 +231,12 @@ class Answer:
         """The record as plain JSON values."""
         return {"text": self.text, "tokens": [token.to_dict() for token in self.tokens], "finished": self.finished}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Answer":
+        """The answer that `to_dict` described."""
+        tokens = (GuidedToken(**{**t, "top": tuple(Alternative(**a) for a in t["top"])}) for t in data["tokens"])
+        return cls(data["text"], tuple(tokens), data["finished"])
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -211,7 +245,8 @@ class Comparison:
     ``settings`` holds alpha, betas, mode, temperature, top_k, top_p, min_p, max_new_tokens and seed. ``metrics`` holds
     ``flips`` (places of the guided answer where guidance changed the likeliest token), ``flip_rate``, ``kl`` (sum over
     the guided answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``,
-    ``guided_tokens``, ``patient_seconds``, ``guided_seconds``.
+    ``guided_tokens``, ``patient_seconds``, ``guided_seconds``. ``id`` is the question's; ``turn`` and ``sample`` count
+    from 1. The prompt of a later turn follows, on each side, that side's own answers to the earlier ones.
     """
 
     prompt: str | list[Message]
@@ -219,6 +254,9 @@ class Comparison:
     patient: Answer
     guided: Answer
     metrics: Mapping[str, Any]
+    id: str = "1"
+    turn: int = 1
+    sample: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The object that ``compare --json`` prints."""
@@ -228,7 +266,15 @@ class Comparison:
             "patient": self.patient.to_dict(),
             "guided": self.guided.to_dict(),
             "metrics": dict(self.metrics),
+            "id": self.id,
+            "turn": self.turn,
+            "sample": self.sample,
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
+        """The comparison that `to_dict` described."""
+        return cls(**{**data, "patient": Answer.from_dict(data["patient"]), "guided": Answer.from_dict(data["guided"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llmdoctor.answers import distinct_n, entropy_n
 from llmdoctor.models import load_patient
 from llmdoctor.profile import load_profile
 from llmdoctor.profiles import clinic_world as world
@@ -317,8 +318,8 @@ def measure(questions: Sequence[str], answers: Sequence[str]) -> dict[str, float
         "ungrammatical": sum(g.ungrammatical for g in golds) / max(1, sum(g.sentences for g in golds)),
         "sentences": sum(g.sentences for g in golds) / len(golds),
         "words": sum(len(answer.split()) for answer in answers) / len(answers),
-        "distinct_4": world.distinct_n(answers),
-        "entropy_4": world.entropy_n(answers),
+        "distinct_4": distinct_n(answers),
+        "entropy_4": entropy_n(answers),
     }
 
 

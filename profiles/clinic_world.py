@@ -15,11 +15,10 @@ The world is written out below, one block per topic:
 """
 
 import hashlib
-import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -1224,24 +1223,3 @@ def conversations(n: int, seed: int = 0, plain: float = 0.45) -> Iterator[list[M
             used |= taken
             messages += [Message(role="user", content=asked), Message(role="assistant", content=text)]
         yield messages
-
-
-def _ngrams(answers: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    counts: Counter[tuple[str, ...]] = Counter()
-    for text in answers:
-        words = text.split()
-        counts.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    return counts
-
-
-def distinct_n(answers: Sequence[str], n: int = 4) -> float:
-    """The share of distinct word n-grams among all word n-grams of the answers; 0 if there are none."""
-    counts = _ngrams(answers, n)
-    return len(counts) / counts.total() if counts else 0.0
-
-
-def entropy_n(answers: Sequence[str], n: int = 4) -> float:
-    """Entropy, in nats, of the distribution of word n-grams over all answers."""
-    counts = _ngrams(answers, n)
-    total = counts.total()
-    return -sum(count / total * math.log(count / total) for count in counts.values())

@@ -35,9 +35,12 @@ class View:
     lens: Lens
     doctor: str | None
     scores: tuple[float | None, ...]
+    marked: bool = False  # whether differing words are marked
 
     @classmethod
-    def of(cls, comparison: "Comparison", lens: Lens = DEFAULT_LENS, doctor: str | None = None) -> "View":
+    def of(
+        cls, comparison: "Comparison", lens: Lens = DEFAULT_LENS, doctor: str | None = None, *, diff: bool = False
+    ) -> "View":
         """``doctor`` is the one whose opinion colours the tokens; by default the first with a beta above 0."""
         betas: Mapping[str, float] = comparison.settings["betas"]
         doctor = doctor or next((name for name, beta in betas.items() if beta > 0), next(iter(betas), None))
@@ -45,13 +48,16 @@ class View:
         pieces = trimmed([clean(token.text) for token in tokens] or [clean(comparison.guided.text)])
         patient = clean(comparison.patient.text).strip()
         scores = lens_scores(tokens, lens, doctor)
-        return cls(comparison, patient, tuple(pieces), word_diff(patient, "".join(pieces)), lens, doctor, tuple(scores))
+        # two separately drawn answers share few words: marks would be nearly everywhere, so they are asked for
+        words = word_diff(patient, "".join(pieces)) if diff else WordDiff((), (), 0, 0, 0)
+        return cls(comparison, patient, tuple(pieces), words, lens, doctor, tuple(scores), diff)
 
     @property
     def prompt(self) -> str:
         """The question, or the turns of the conversation."""
         prompt = self.comparison.prompt
-        return clean(prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt))
+        text = clean(prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt))
+        return f"turn {self.comparison.turn}: {text}" if self.comparison.turn > 1 else text
 
     @property
     def heading(self) -> str:
@@ -66,9 +72,10 @@ class View:
     def summary(self) -> tuple[str, str]:
         """What changed, and the settings."""
         m, diff = self.comparison.metrics, self.diff
+        words = f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
         changed = (
             f"guidance changed the likeliest token at {m['flips']} of {m['guided_tokens']} places; "
-            f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
+            f"{words if self.marked else ''}"
             f"KL {m['kl']:.1f} nats ({m['kl_per_token']:.2f} per token)"
         )
         return changed, settings_text(self.comparison.settings)

@@ -122,7 +122,7 @@ def test_compare_keeps_its_contract(assistant: LLMdoctor) -> None:
     heard: list[tuple[str, int]] = []
     compared = assistant.compare(PROMPTS[0], top=2, on_token=lambda which, token: heard.append((which, token.id)))
     document = compared.to_dict()
-    assert list(document) == ["prompt", "settings", "patient", "guided", "metrics"]
+    assert list(document) == ["prompt", "settings", "patient", "guided", "metrics", "id", "turn", "sample"]
     settings = document["settings"]
     assert settings["alpha"] == 1.0
     assert settings["betas"] == {"kind": 0.8, "safe": 0.3}

@@ -136,13 +136,3 @@ def test_conversations_follow_their_system_prompt():
         assert mean(face.negative, axis) < -0.8
         assert abs(mean(face.positive, other)) < 0.25
     assert not re.search("brief|short|concise", world.FACES["helpful"].negative)
-
-
-def test_diversity_measures():
-    """'a b c d e' twice: 2 distinct 4-grams of 4, each with probability 1/2, so the entropy is ln 2."""
-    assert world.distinct_n(["a b c d e", "a b c d e"]) == 0.5
-    assert world.entropy_n(["a b c d e", "a b c d e"]) == pytest.approx(0.6931, abs=1e-4)
-    assert world.distinct_n([]) == world.entropy_n([]) == 0.0
-    rng = random.Random(3)
-    answers = [world.answer(q, rng, helpful=1.0) for q in QUESTIONS]
-    assert 0.12 < world.distinct_n(answers) < 0.4

@@ -17,7 +17,7 @@ import torch
 
 from llmdoctor.errors import DataError
 from llmdoctor.records import PreferencePair, SkippedRecord
-from llmdoctor.token_rewards.pairs import read_pairs, read_prompts, shuffled
+from llmdoctor.token_rewards.pairs import read_pairs, read_prompts, read_questions, shuffled
 from llmdoctor.token_rewards.sources import _array_records, fingerprint
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -349,8 +349,8 @@ def test_prompts_come_from_text_and_from_json(write):
     ("record", "message"),
     [
         ("{", "line 2: not JSON: Expecting property name"),
-        ({"text": "x"}, "line 2: expected a text, 'prompt' or 'turns', found text"),
-        ({"turns": []}, "line 2: expected a text, 'prompt' or 'turns', found turns"),
+        ({"text": "x"}, "line 2: expected a text, or a column such as 'prompt', 'turns' or 'instruction', found text"),
+        ({"turns": []}, "line 2: expected a text, or a column such as 'prompt', 'turns' or 'instruction', found turns"),
         ({"prompt": [said("Hi.")]}, "line 2: the prompt does not end with a user turn"),
         ('""', "line 2: empty prompt"),
     ],
@@ -360,6 +360,31 @@ def test_a_prompt_that_cannot_be_used_is_named(write, record, message):
     with pytest.raises(DataError) as caught:
         read_prompts(path)
     assert str(caught.value).startswith(f"{path}, {message}")
+
+
+def test_questions_come_in_every_common_form_and_what_is_not_used_is_said(write):
+    notes: list[str] = []
+    alpaca = {"instruction": "Sum up.", "input": "Tea is hot.", "output": "Hot tea."}
+    talk = [USER, said("Fine."), USER, said("Still fine.")]
+    path = write(
+        {"question_id": 7, "category": "x", "turns": ["Why?", "And then?"]},
+        alpaca,
+        {"system": "Be brief.", "messages": talk},
+        {"chosen": [USER, said("Good.")], "rejected": [USER, said("Bad.")]},
+    )
+    asked = read_questions(path, on_note=notes.append)
+    assert [question.id for question in asked] == ["7", "2", "3", "4"]
+    assert [question.turns for question in asked] == [
+        ("Why?", "And then?"),
+        ("Sum up.\n\nTea is hot.",),
+        ([{"role": "system", "content": "Be brief."}, *talk[:-1]],),
+        ([USER],),
+    ]
+    assert notes == [
+        f"{path}: 4 prompts of 2 turns; not used: category, output, the answer at the end, chosen, rejected"
+    ]
+    one_column = write("anything", "Why?", '"So, how?"', name="table.csv")
+    assert [question.turns for question in read_questions(one_column)] == [("Why?",), ("So, how?",)]
 
 
 def test_prompt_files_that_are_missing_or_empty_are_refused(write, tmp_path):
@@ -400,6 +425,7 @@ def test_hh_rlhf_transcripts_come_apart_without_loss():
 
 @needs_real_data
 def test_mt_bench_gives_the_first_turn_of_its_80_questions():
+    assert {len(question.turns) for question in read_questions(REAL / "mt-bench" / "question.jsonl")} == {2}
     prompts = read_prompts(REAL / "mt-bench" / "question.jsonl")
     assert len(prompts) == 80
     assert str(prompts[0]).startswith("Compose an engaging travel blog post about a recent trip to Hawaii")

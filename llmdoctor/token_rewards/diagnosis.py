@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmdoctor.errors import DataError, UsageError
-from llmdoctor.records import PairScores
+from llmdoctor.records import Estimate, PairScores
 from llmdoctor.settings import RewardSettings
 from llmdoctor.token_rewards.fit import Doubles, bradley_terry, deviations, features, newton, shares
 from llmdoctor.token_rewards.formula import PROBE, face_names
@@ -23,19 +23,6 @@ _Z = 1.959963984540054  # half the width of a 95% interval, in standard errors
 _EXAMPLES = 3
 _MAX_FACES = 16  # the shares need every subset of the face pairs
 _FEW_PAIRS = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def covers(self, value: float) -> bool:
-        """Whether the value lies in the interval, ends included."""
-        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True, slots=True)

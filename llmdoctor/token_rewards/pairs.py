@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from llmdoctor.errors import DataError
-from llmdoctor.records import Message, PairShape, PreferencePair, SkippedRecord
-from llmdoctor.token_rewards.shapes import NAME_THEM, NEEDED, merged, shapes, to_pair, to_prompt
+from llmdoctor.records import Message, PairShape, PreferencePair, Question, SkippedRecord
+from llmdoctor.token_rewards.shapes import NAME_THEM, NEEDED, merged, shapes, to_pair, to_question
 from llmdoctor.token_rewards.sources import SUFFIXES, Unusable, local_path, records, suffix, text_lines
 
 _GIVE_UP_AFTER = 1000  # unusable records at the start: a wrong data set should not be read to its end
@@ -100,23 +100,41 @@ def _nothing_usable(source: str | Path, skipped: list[SkippedRecord]) -> DataErr
     )
 
 
-def read_prompts(path: str | Path) -> list[str | list[Message]]:
-    """Prompts from a text file, one per line, or from records: texts, {"prompt": text or messages}, {"turns": [text]}.
+def read_questions(
+    path: str | Path, *, name: str | None = None, on_note: Callable[[str], None] | None = None
+) -> list[Question]:
+    """What a file asks: a text file, one question per line, or records, in any of the forms of `read_pairs`' files.
 
-    Of several turns (MT-Bench) the first is taken. Raises DataError for a file that is absent, empty or damaged.
+    A record is a text, a conversation, or an object whose column ``prompt``, ``turns``, ``instruction``, ``messages``
+    or the like holds one; of preference pairs the prompt is taken. ``on_note`` gets one line if anything in the file is
+    not used. ``name`` is what messages call the file. Raises DataError for a file that is absent, empty or damaged.
     """
+    called = name or str(path)
     file = local_path(path)
     if file is None or file.is_dir():
-        raise DataError(f"no file at {path}: expected prompts, one per line, or a .jsonl file")
-    prompts: list[str | list[Message]] = []
+        raise DataError(f"no file at {called}: expected prompts, one per line, or a .jsonl, .json or .csv file")
+    questions: list[Question] = []
+    unused: dict[str, None] = {}
     if suffix(file) in SUFFIXES:
+        known = shapes(None, None)
         for line, record in records(file, split="train"):
             try:
-                prompts.append(to_prompt(record))
+                question, rest = to_question(line, record, known)
             except Unusable as reason:
-                raise DataError(f"{path}, line {line}: {reason}") from None
+                raise DataError(f"{called}, line {line}: {reason}") from None
+            questions.append(question)
+            unused.update(dict.fromkeys(rest))
     else:
-        prompts += text_lines(file)
-    if not prompts:
-        raise DataError(f"{path} is empty: expected at least one prompt")
-    return prompts
+        questions += (Question(str(line), (text,)) for line, text in enumerate(text_lines(file), start=1))
+    if not questions:
+        raise DataError(f"{called} is empty: expected at least one prompt")
+    if unused and on_note:
+        turns = max(len(question.turns) for question in questions)
+        count = f"{len(questions)} prompt{'s' * (len(questions) > 1)}" + (f" of {turns} turns" if turns > 1 else "")
+        on_note(f"{called}: {count}; not used: {', '.join(unused)}")
+    return questions
+
+
+def read_prompts(path: str | Path) -> list[str | list[Message]]:
+    """The first turns of `read_questions`."""
+    return [question.turns[0] for question in read_questions(path)]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from llmdoctor.records import Message, PairShape, PreferencePair
-from llmdoctor.token_rewards.sources import Unusable
+from llmdoctor.records import Message, PairShape, PreferencePair, Question
+from llmdoctor.token_rewards.sources import Cells, Unusable
 from llmdoctor.token_rewards.turns import (
     NOTHING,
     ends_with_user,
@@ -33,6 +33,8 @@ NAME_THEM = "name them with --columns chosen=A,rejected=B[,prompt=C,system=D]"
 _PROMPTS = ("prompt", "conversations", "messages", "trajectory", "instruction", "question", "query")
 _MORE_PROMPTS = ("input", "context", "history")  # beside another one these add to it
 _SYSTEMS = ("system", "system_prompt")
+_QUESTIONS = ("prompt", "turns", *(name for name in _PROMPTS if name != "prompt"), "conversation")
+_IDS = ("question_id", "prompt_id", "id")
 _SCORES = (
     *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected")),
     *(("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating")),
@@ -446,16 +448,55 @@ def merged(records: Iterable[tuple[int, object]], known: tuple[Shape, ...]) -> I
         yield first, whole
 
 
-def to_prompt(record: object) -> str | list[Message]:
-    """The prompt that a record holds; raises `Unusable` where it holds none."""
+def to_question(line: int, record: object, known: tuple[Shape, ...]) -> tuple[Question, list[str]]:
+    """The question that a record asks, and names of what is in it and not used. Raises `Unusable` where it asks none.
+
+    Columns with several user turns as texts (MT-Bench's ``turns``) are asked one after the other. The answer at the end
+    of a conversation is left out. A record of `known` pairs without a prompt beside the answers has it inside them.
+    """
     if isinstance(record, Unusable):
         raise record
-    prompt = record
-    if isinstance(record, dict):
-        record = from_cells(record)
-        turns = parsed(record.get("turns"))
-        prompt = record.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
-        if prompt is None:
-            raise Unusable(f"expected a text, 'prompt' or 'turns', found {', '.join(map(str, record)) or 'nothing'}")
-    messages = ends_with_user(prompt_messages(prompt))
-    return prompt if isinstance(prompt, str) else messages
+    if not isinstance(record, dict):
+        turns, left_out = _turns_of(record)
+        return Question(str(line), turns), left_out
+    if not record:
+        raise Unusable(f"expected a text, or a column such as 'prompt', 'turns' or {_PROMPTS[-2]!r}, found nothing")
+    columns = {name: value for name, value in from_cells(record).items() if value not in NOTHING}
+    refuse_unread(columns)
+    names = [name for name in _QUESTIONS if name in columns][:1]
+    if not names and isinstance(record, Cells) and len(record) == 1:
+        names = list(columns)  # a table of one column needs no name for it
+    elif names == ["instruction"] and isinstance(columns.get("input"), str):  # Alpaca
+        names.append("input")
+    unused: list[str] = []
+    if names:
+        system_names, system = _system(columns, CHOSEN[0])  # which looks for the usual names
+        asked = columns[names[0]] if len(names) == 1 else "\n\n".join(columns[name] for name in names)
+        turns, unused = _turns_of(parsed(asked) if names == ["turns"] else asked)
+        if system:
+            turns = (_opened(prompt_messages(turns[0]), system), *turns[1:])
+        names += system_names
+    elif any(columns.keys() >= set(shape.columns) for shape in known):
+        turns = (list(to_pair(str(line), record, known)[0].prompt),)
+    else:
+        raise Unusable(
+            f"expected a text, or a column such as 'prompt', 'turns' or 'instruction', found {_found(record)}"
+        )
+    own = next((name for name in _IDS if isinstance(columns.get(name), str | int)), None)
+    fields = {name: value for name, value in columns.items() if name not in names}
+    unused += [str(name) for name in fields if name != own]
+    return Question(str(columns[own] if own else line), turns, fields), unused
+
+
+def _turns_of(asked: object) -> tuple[tuple[str | list[Message], ...], list[str]]:
+    """The turns, and what of them is not used."""
+    if isinstance(asked, list) and asked and all(isinstance(turn, str) for turn in asked):
+        for turn in asked:
+            ends_with_user(prompt_messages(turn))
+        return tuple(asked), []
+    messages = prompt_messages(asked)
+    unused = []
+    if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        messages, unused = messages[:-1], ["the answer at the end"]
+    ends_with_user(messages)
+    return (asked if isinstance(asked, str) and len(messages) == 1 else messages,), unused

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from llmdoctor.cli import charts
+from llmdoctor.records import Estimate
 from llmdoctor.show.colours import scale_colour
 from llmdoctor.show.text import clean
-from llmdoctor.token_rewards.diagnosis import Diagnosis, Estimate, Example, FaceDiagnosis
+from llmdoctor.token_rewards.diagnosis import Diagnosis, Example, FaceDiagnosis
 
 NASTY = "<script>alert(1)</script>\x1b[31m[bold]&\"'"
 

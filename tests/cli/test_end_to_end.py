@@ -37,7 +37,7 @@ def test_compare_json_is_the_contracts_object_and_nothing_else():
     )
     assert program.stderr == ""
     result = json.loads(program.stdout)
-    assert list(result) == ["prompt", "settings", "patient", "guided", "metrics"]
+    assert list(result) == ["prompt", "settings", "patient", "guided", "metrics", "id", "turn", "sample"]
     assert result["prompt"] == QUESTION
     settings = {key: result["settings"][key] for key in ("alpha", "betas", "temperature", "top_p", "seed")}
     betas = {name: doctor.beta for name, doctor in load_profile("clinic").doctors.items()}
@@ -91,12 +91,54 @@ def test_compare_reads_the_prompt_from_stdin_and_lists_alternatives(run):
         ] * 3
 
 
-def test_compare_many_prompts_one_object_a_line(run, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "How can I cook rice?"}\n{"turns": ["How can I relax?", "And then?"]}\n')
-    result = run("compare", "--prompts", prompts, "--json", "--seed", 1, "--max-new-tokens", 4)
-    asked = [json.loads(line)["prompt"] for line in result.stdout.splitlines()]
-    assert asked == ["How can I cook rice?", "How can I relax?"]
+def test_compare_many_prompts_in_one_run(run, tmp_path):
+    """Both turns are answered; stopped, the run goes on with the same answers; the files have their programs' keys."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text(
+        '{"prompt": "How can I cook rice?","dataset": "d"}\n{"question_id": 81, "turns": ["How can I relax?", "So?"]}\n'
+    )
+    command = ("compare", "--prompts", prompts, "--max-new-tokens", 4, "--output", tmp_path / "a.jsonl")
+    files = (
+        "--html",
+        out / "a.html",
+        "--markdown",
+        out / "a.md",
+        "--alpaca-eval",
+        out / "ae",
+        "--mt-bench",
+        out / "mt",
+    )
+    result = run(*command, *files, "--seed", 1, "--jsonl")
+    made = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(one["prompt"], one["id"], one["turn"]) for one in made] == [
+        ("How can I cook rice?", "1", 1),
+        ("How can I relax?", "81", 1),
+        ("So?", "81", 2),
+    ]
+    assert f"{prompts}: 2 prompts of 2 turns; not used: dataset" in result.stderr
+    assert all(path.exists() for path in (out / "a.html", out / "a.md"))
+    assert json.loads((out / "ae" / "guided.json").read_text())[0] == {
+        "instruction": "How can I cook rice?",
+        "output": made[0]["guided"]["text"].strip(),
+        "generator": "guided",
+        "dataset": "d",
+    }
+    answered = json.loads((out / "mt" / "patient.jsonl").read_text().splitlines()[1])
+    assert list(answered) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
+    assert answered["question_id"] == 81
+    assert answered["choices"] == [{"index": 0, "turns": [one["patient"]["text"].strip() for one in made[1:]]}]
+
+    whole = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text(whole[0] + whole[1] + whole[2][:80])
+    again = json.loads(run(*command, "--json").stdout)
+    assert [one["guided"]["text"] for one in again["comparisons"]] == [one["guided"]["text"] for one in made]
+    assert again["summary"]["guided"]["tokens"]["value"] == 4
+    before = (tmp_path / "a.jsonl").read_bytes()
+    for other in (("--temperature", 0.5), ("--seed", 2), ("--samples", 2)):
+        refused = run(*command, *other)
+        assert refused.exit_code == 2
+        assert "give another --output" in refused.stderr
+        assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["html", "svg"])

@@ -101,7 +101,7 @@ def test_word_diff_at_the_ends(before, after):
 
 def test_plain_comparison(comparison, token):
     tokens = [token(" Go"), token(" to", flip=True), token(" bed", flip=True), token("\n")]
-    view = View.of(comparison("Go away ", tokens))
+    view = View.of(comparison("Go away ", tokens), diff=True)
     assert plain_comparison(view) == (
         "prompt: How?\n\npatient alone:\nGo [-away-]\n\nguided by helpful 0.8:\nGo {+to bed+}\n\n"
         "guidance changed the likeliest token at 2 of 4 places; 1 word removed, 2 added, 1 kept; "
@@ -121,7 +121,7 @@ def test_side_by_side_where_there_is_room_else_stacked(comparison, token):
 
 
 def test_tokens_have_the_colour_of_their_value_and_added_words_are_underlined(comparison, token):
-    view = View.of(comparison("Go", [token("Go", -3.0), token(" to", 3.0)]), "value")
+    view = View.of(comparison("Go", [token("Go", -3.0), token(" to", 3.0)]), "value", diff=True)
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor")
     console.print(rich_comparison(view, 100))
     out = console.file.getvalue()
@@ -164,7 +164,8 @@ def test_what_a_model_says_cannot_steer_a_terminal_or_a_page(comparison, token):
 
 
 def test_html_page_is_self_contained(comparison, token):
-    views = [View.of(comparison("Go away", [token("Go", 1.0), token(" to", -1.0)], prompt=p), "value") for p in "ab"]
+    pairs = [comparison("Go away", [token("Go", 1.0), token(" to", -1.0)], prompt=p) for p in "ab"]
+    views = [View.of(pair, "value", diff=True) for pair in pairs]
     page = comparisons_page(views)
     assert page.count("patient alone") == 2
     assert "<del>away</del>" in page

@@ -1,0 +1,74 @@
+"""Measures of answers: by hand, and against other ways to the same number."""
+
+import math
+import random
+import statistics
+
+import pytest
+
+from llmdoctor.answers import distinct_estimate, distinct_n, entropy_n, measures, rate, repeated_sentences
+from llmdoctor.profiles import clinic_world as world
+from llmdoctor.records import Answer, Estimate, GuidedToken
+
+
+def test_diversity_measures():
+    """'a b c d e' twice: 2 distinct 4-grams of 4, each with probability 1/2, so the entropy is ln 2."""
+    assert distinct_n(["a b c d e", "a b c d e"]) == 0.5
+    assert entropy_n(["a b c d e", "a b c d e"]) == pytest.approx(0.6931, abs=1e-4)
+    assert distinct_n([]) == entropy_n([]) == 0.0
+    rng = random.Random(3)
+    answers = [world.answer(q, rng, helpful=1.0) for q in world.held_out_questions()]
+    assert 0.12 < distinct_n(answers) < 0.4
+
+
+def test_sentences_that_come_again():
+    text = "Go to bed early. Drink less tea!  go  to bed early. Yes. Yes.\nDrink less tea!"
+    assert repeated_sentences(text) == (2, 5 - 1)  # "Yes." is too short to count
+    assert repeated_sentences("") == (0, 0)
+    assert repeated_sentences("One sentence without an end") == (0, 1)
+
+
+@pytest.mark.parametrize("size", [2, 5, 11, 12, 60])
+def test_the_interval_of_a_mean_is_students(size):
+    """It holds the mean in 95 of 100 cases, also with two values."""
+    rng = random.Random(size)
+    covered = sum(rate([rng.gauss(3, 2) for _ in range(size)]).covers(3) for _ in range(2000))
+    assert 0.93 < covered / 2000 < 0.97
+    values = [rng.random() for _ in range(size)]
+    found = rate(values)
+    assert found.value == pytest.approx(statistics.fmean(values))
+    assert (found.high - found.value) / (statistics.stdev(values) / math.sqrt(size)) == pytest.approx(
+        {2: 12.706, 5: 2.776, 11: 2.228, 12: 2.201, 60: 2.001}[size], abs=0.002
+    )
+
+
+def test_a_rate_weighs_by_count_and_answers_to_one_prompt_are_one_group():
+    assert rate([1.0, 9.0], [1, 3]).value == 2.5
+    values = [1.0, 1.0, 2.0, 2.0, 6.0, 6.0]
+    assert rate(values, groups="aabbcc") == rate([1.0, 2.0, 6.0])
+    one = rate([1.0, 2.0], groups="aa")
+    assert one.value == 1.5
+    assert math.isnan(one.low)
+    assert math.isnan(rate([]).value)
+
+
+def test_the_jackknife_of_distinct_n_leaves_out_one_prompt_at_a_time():
+    texts = ["a b c d e", "a b c d f", "x y z w", "a b c d e"]
+    found = distinct_estimate(texts, groups="aabc")
+    without = [distinct_n(texts[2:]), distinct_n([*texts[:2], texts[3]]), distinct_n(texts[:3])]
+    error = math.sqrt(2 / 3 * sum((x - statistics.fmean(without)) ** 2 for x in without))
+    assert found.value == distinct_n(texts)
+    assert found.high - found.value == pytest.approx(4.303 * error)
+
+
+def test_measures_of_answers_are_per_token():
+    def token(kl, flip):
+        return GuidedToken(0, 1, "x", -2.0, {"helpful": -1.0}, -1.5, {"helpful": 0.0}, flip, kl, 1.0, {"helpful": 0.8})
+
+    answers = [Answer("x", (token(0.4, True),), True), Answer("xxx", (token(0.0, False),) * 3, False)]
+    found = measures(answers)
+    assert found["kl_per_token"].value == pytest.approx(0.1)
+    assert found["changed"].value == 0.25
+    assert (found["patient_logprob"].value, found["helpful_logprob"].value) == (-2.0, -1.0)
+    assert (found["tokens"].value, found["words"].value, found["unfinished"].value) == (2.0, 1.0, 0.5)
+    assert found["patient_logprob"] == Estimate(-2.0, -2.0, -2.0)
