@@ -23,8 +23,8 @@ def measures(answers: Sequence[Answer], groups: Sequence[Hashable] | None = None
     ``groups`` names the prompt of every answer; by default each answer has a prompt of its own. ``tokens`` is the
     length of an answer. ``kl_per_token`` is KL(guided || patient), ``patient_logprob`` and, by doctor,
     ``NAME_logprob`` are the log-probs of the tokens under each model, all in nats per token. ``changed`` is the share
-    of tokens that are not the patient's first choice, in [0, 1]; ``unfinished`` the share of answers cut by the length
-    limit.
+    of places where guidance changed the likeliest token, in [0, 1]; ``unfinished`` the share of answers cut by the
+    length limit.
     """
     lengths = [len(answer.tokens) for answer in answers]
     doctors = answers[0].tokens[0].doctor_logprobs if answers and answers[0].tokens else {}

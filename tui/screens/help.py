@@ -12,12 +12,17 @@ from textual.widgets import Static
 
 from llmdoctor.tui.commands import COMMANDS
 
-_MARKS = """\
-Colour is the lens' score of a token: orange low, grey zero, blue high. bold: above a third of the scale; underlined:
-below minus a third. ⟨helpful 0.8→1.2⟩: set here, the tokens behind it were made with it. ⟨forced⟩: the next token was
-chosen by you. ∎: the end-of-answer token. Lenses: value is log V, the doctor's expectation of what the answer will be
-worth, after the token; ratio is log doctor/patient; kl is KL(guided || patient) in nats; flips are tokens that are
-not the patient's first choice. The left pane is the patient alone on its own conversation, with the same seed."""
+# one line each: the window wraps them
+_MARKS = (
+    "Colour is the lens' score of a token, on a fixed scale: orange low, grey zero, blue high. bold: above a third of "
+    "the scale; underlined: below minus a third.\n"
+    "⟨helpful 0.8→1.2⟩: set here, the tokens behind it were made with it. ⟨forced⟩: the next token was chosen by you. "
+    "∎: the end-of-answer token.\n"
+    "Lenses: kl is KL(guided || patient) in nats, how far guidance moved the next token; ratio is log doctor/patient; "
+    "value is log V, the doctor's expectation of what the answer will be worth, after the token; flips are places "
+    "where guidance changed the likeliest token.\n"
+    "The left side is the patient alone on its own conversation, with the same seed."
+)
 
 
 class HelpScreen(ModalScreen[None]):

@@ -74,7 +74,7 @@ class Inspector(Vertical):
         if forced:
             text.append("  forced", "bold")
         if token.flip:
-            text.append("  flip: not the patient's first choice")
+            text.append("  flip: guidance changed the likeliest token")
         for name, value in token.values.items():
             text.append(f"\nlog V of {name} {value:+.2f}")
             if before is not None and name in before.values:
