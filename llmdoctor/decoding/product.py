@@ -84,9 +84,10 @@ def draw(product_B_V: Tensor, sampling: Sampling, keys_B: Tensor) -> Tensor:
     scores = _warpers(sampling)(None, product_B_V)  # type: ignore[arg-type]  # these warpers read no input ids
     probs_B_V = scores.softmax(dim=-1)
     if probs_B_V.device.type in ("cpu", "mps"):  # MPS has no float64
-        # row by row, because one row's numbers fit into the CPU's cache
-        rows = zip(probs_B_V.cpu().split(1), keys_B.cpu().split(1), strict=True)
-        return torch.cat([_winners(row, key) for row, key in rows]).to(probs_B_V.device)
+        # few rows at once, because their numbers then fit into the CPU's cache
+        few = max(1, (1 << 16) // probs_B_V.shape[-1])
+        parts = zip(probs_B_V.cpu().split(few), keys_B.cpu().split(few), strict=True)
+        return torch.cat([_winners(*part) for part in parts]).to(probs_B_V.device)
     return _winners(probs_B_V, keys_B.to(probs_B_V.device))
 
 

@@ -107,7 +107,6 @@ def test_python_m_llmdoctor_and_a_reader_that_leaves_early():
         (["compare"], ["prompt", "--prompts"]),
         (["compare", "Hi", "--prompts", "x.txt"], ["prompt", "--prompts"]),
         (["compare", " "], ["prompt is empty"]),
-        (["compare", "Hi", "--json", "--svg", "x.svg"], ["--json", "--svg"]),
         (["compare", "Hi", "--lens", "xray"], ["--lens", "xray", "value"]),
         (["compare", "Hi", "--lens-doctor", "quack"], ["--lens-doctor", "quack", "helpful"]),
         (["compare", "Hi", "--beta", "nan"], ["beta", "finite", "nan"]),
