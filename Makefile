@@ -19,7 +19,7 @@ OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch
 .PHONY: demo demo-real test test-oldest check format clinic clean
 
 demo: $(READY)
-	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 3
+	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 5
 
 # The same on a real model, SmolLM2-135M-Instruct, with doctors for cheerful answers and for plain words.
 demo-real: $(READY)
