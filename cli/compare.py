@@ -138,13 +138,14 @@ def compare(
         elif not as_json and not files:
             _print(View.of(result, lens, lens_doctor, diff=diff), first=not collected)  # type: ignore[arg-type]
         collected.append(result)
-    views = [View.of(result, lens, lens_doctor, diff=diff) for result in collected]  # type: ignore[arg-type]
     summary = _summary(collected) if len(collected) > 1 else {}
     if as_json:
         comparisons = [result.to_dict() for result in collected]
         put_json(comparisons[0] if prompts is None and samples == 1 else {"comparisons": comparisons, **summary})
     elif summary and not jsonl:
         put("\n" + summary_table(summary["summary"]))
+    pages = html or svg or markdown
+    views = [View.of(result, lens, lens_doctor, diff=diff) for result in collected] if pages else []  # type: ignore[arg-type]
     if html is not None:
         _write(html, comparisons_page(views))
     if svg is not None:

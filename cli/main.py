@@ -87,7 +87,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 EXAMPLES = (
-    'compare "How can I sleep better?" --seed 3',
+    'compare "How can I sleep better?" --seed 5',
     "extract --limit 8 -o outputs/rewards",
     "inspect outputs/rewards --worst 2",
     "profiles show clinic",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 
 from llmdoctor.cli.terminal import narrate, waiting
-from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
+from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.schema import Settings, help_text
 from llmdoctor.settings import (
     COMBINATION,
@@ -328,12 +328,10 @@ def guided_profile(
 
 def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
     """The patient and its doctors, with a spinner while they load."""
+    from llmdoctor.files import require_doctor
+
     for doctor in profile.doctors.values():  # before the hub is asked for a patient
-        if not (Path(doctor.checkpoint).expanduser() / "doctor.json").is_file():
-            raise LoadError(
-                f"there is no doctor at {doctor.checkpoint}: expected a folder with doctor.json, as `llmdoctor train` "
-                "writes"
-            )
+        require_doctor(doctor.checkpoint)
     with waiting(f"Loading {', '.join([short_name(profile.patient.model), *profile.doctors])} ..."):
         return assistant(profile, trust_remote_code=trust_remote_code)
 

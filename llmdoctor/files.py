@@ -27,6 +27,18 @@ _LEFTOVER = re.compile(
 )
 
 
+DOCTOR = "doctor.json"
+"""The file that marks a doctor folder."""
+
+
+def require_doctor(folder: str | Path) -> Path:
+    """The doctor folder, its ``~`` expanded. Raises LoadError if it holds no doctor."""
+    path = Path(folder).expanduser()
+    if not (path / DOCTOR).is_file():
+        raise LoadError(f"there is no doctor at {folder}: expected a folder with {DOCTOR}, as `llmdoctor train` writes")
+    return path
+
+
 def config_folder() -> Path:
     """The folder of the user's own settings: ``tui.toml`` of the app, and ``profiles``."""
     return user_config_path("llmdoctor")

@@ -32,7 +32,7 @@ from llmdoctor.token_rewards.formula import alternative_rewards, token_rewards
 from llmdoctor.training import batches
 from llmdoctor.training import trainer as trainer_module
 from llmdoctor.training.batches import Pairs, ScoredResponse, hold_out, sides
-from llmdoctor.training.checkpoints import last_checkpoint
+from llmdoctor.training.checkpoints import finished, last_checkpoint
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import HEAD, load_doctor
 from llmdoctor.training.train import train
@@ -720,3 +720,13 @@ def test_two_processes_take_the_steps_of_one(world: Path, tmp_path: Path) -> Non
         theirs = load_file(tmp_path / "two" / name)
         for key, weights in load_file(tmp_path / "one" / name).items():
             torch.testing.assert_close(theirs[key], weights, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_without_its_weights_is_not_finished(tmp_path: Path) -> None:
+    marker = tmp_path / "doctor.json"
+    marker.write_text('{"run": "a"}')
+    (tmp_path / "value_head.safetensors").touch()
+    assert finished(marker, "a") is None
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert finished(marker, "a") == {"run": "a"}
+    assert finished(marker, "b") is None

@@ -38,7 +38,9 @@ def run_key(identity: Mapping[str, Any]) -> str:
 
 
 def finished(marker: Path, key: str) -> dict[str, Any] | None:
-    """What the marker file of a finished folder holds, if the same run made it."""
+    """What the marker file of a finished folder holds, if the same run made it and its weights are there."""
+    if {path.name for path in marker.parent.glob("*.safetensors")} <= {"value_head.safetensors"}:
+        return None
     try:
         held = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):

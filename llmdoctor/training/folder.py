@@ -15,12 +15,11 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.files import atomic_path, ensure_replaceable, read_json, write_json
+from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, read_json, require_doctor, write_json
 from llmdoctor.model_source import ModelSource, first_line
 from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer
 from llmdoctor.training.doctor import Doctor, HeadAdapter
 
-MARKER = "doctor.json"
 HEAD = "head.safetensors"
 
 
@@ -31,7 +30,7 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
     they are. Of a path, doctor.json has the absolute form and, as ``base_beside``, the one relative to the folder: they
     are hints of where the base may be. Raises StorageError; UsageError if the base lies in ``folder``.
     """
-    ensure_replaceable(folder, MARKER)
+    ensure_replaceable(folder, DOCTOR)
     base = base_record(str(meta["base_model"]), folder)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
@@ -49,7 +48,7 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
         save_file(head, temporary / "value_head.safetensors")
         if doctor.change is None:  # a head uses the tokenizer of its base
             tokenizer.save_pretrained(str(temporary))
-        write_json(temporary / MARKER, {**meta, **base})
+        write_json(temporary / DOCTOR, {**meta, **base})
         (temporary / "README.md").write_text(_card(base["base_model"], meta), encoding="utf-8")
 
 
@@ -128,12 +127,10 @@ def load_doctor(
     given the same ``bases``; their ``dtype`` and ``device`` must then be the same too. A patient that is one of
     ``bases`` is shared in the same way by the doctors trained on itself.
     """
-    folder = Path(checkpoint).expanduser()
-    if not (folder / MARKER).is_file():
-        raise LoadError(f"there is no doctor at {folder}: expected a folder with {MARKER}, as `llmdoctor train` writes")
-    meta = read_json(folder / MARKER)
+    folder = require_doctor(checkpoint)
+    meta = read_json(folder / DOCTOR)
     if not isinstance(meta, dict) or "base_model" not in meta or not isinstance(meta.get("settings", {}), dict):
-        raise LoadError(f"{folder / MARKER}: expected an object with base_model and settings; train the doctor again")
+        raise LoadError(f"{folder / DOCTOR}: expected an object with base_model and settings; train the doctor again")
     whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
     only_head = (folder / HEAD).is_file() or meta.get("settings", {}).get("train", {}).get("method") == "head"
     bases = {} if bases is None else bases
@@ -276,7 +273,7 @@ def _card(base: str, meta: Mapping[str, Any]) -> str:
         f"{what} on `{base}`, trained with TFPO (arXiv 2601.10416) to steer the patient "
         f"`{base if rewards.get('patient') == named else rewards.get('patient', '?')}` while it decodes.\n\n"
         f"Trained on {rewards.get('pairs', '?')} preference pairs, {metrics.get('steps', '?')} steps. Settings and "
-        f"metrics: `{MARKER}`.\n\n"
+        f"metrics: `{DOCTOR}`.\n\n"
         "```python\nfrom llmdoctor import LLMdoctor\n\n"
         f'doctor = LLMdoctor(patient_model="…", doctor_checkpoint="this folder", beta=0.8{mode})\n```\n'
     )

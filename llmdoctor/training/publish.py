@@ -7,19 +7,15 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
+from llmdoctor.files import require_doctor
 from llmdoctor.model_source import first_line
-
-_MARKER = "doctor.json"
 
 
 def files_of(folder: str | Path) -> dict[str, int]:
     """The files of a doctor folder that are sent, with their sizes in bytes. Raises LoadError if it holds no doctor."""
-    path = Path(folder).expanduser()
-    for name in (_MARKER, "README.md"):
-        if not (path / name).is_file():
-            raise LoadError(
-                f"there is no doctor at {folder}: expected a folder with {name}, as `llmdoctor train` writes"
-            )
+    path = require_doctor(folder)
+    if not (path / "README.md").is_file():
+        raise LoadError(f"{folder} has no model card: expected README.md, as `llmdoctor train` writes")
     found = (file for file in sorted(path.rglob("*")) if file.is_file())
     names = {file.relative_to(path).as_posix(): file.stat().st_size for file in found}
     return {name: size for name, size in names.items() if not any(part.startswith(".") for part in name.split("/"))}

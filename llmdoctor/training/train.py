@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 
 from llmdoctor import __version__
 from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
-from llmdoctor.files import atomic_path, ensure_replaceable
+from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint
 from llmdoctor.records import TokenScores, TrainStep
 from llmdoctor.settings import RewardSettings, TrainSettings
@@ -21,7 +21,7 @@ from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.training.batches import ScoredPair, hold_out, sides
 from llmdoctor.training.checkpoints import finished, run_key
 from llmdoctor.training.doctor import Doctor, new_doctor
-from llmdoctor.training.folder import MARKER, base_record, require_base_outside, save_doctor
+from llmdoctor.training.folder import base_record, require_base_outside, save_doctor
 from llmdoctor.training.progress import draw_losses
 from llmdoctor.training.shrunk import shrunk_from_another
 from llmdoctor.training.trainer import TFPOTrainer
@@ -60,7 +60,7 @@ def train(
     loss is not finite or explodes), StorageError. In each case ``output`` is unchanged and the last checkpoint is kept.
     """
     output = Path(output)
-    ensure_replaceable(output, MARKER)
+    ensure_replaceable(output, DOCTOR)
     require_base_outside(base_model, output)
     _require_reporters(settings.report_to)
     folder = RewardsFolder(rewards)
@@ -82,7 +82,7 @@ def train(
     started = time.monotonic()
     identity = _identity(folder, len(pairs), base_model, reward_settings, settings, weights)
     key = run_key({**identity, "name": name or output.name, "version": __version__})
-    if not fresh and not work.exists() and (done := finished(output / MARKER, key)):
+    if not fresh and not work.exists() and (done := finished(output / DOCTOR, key)):
         return done
     trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
     _log_beside(output, trainer)
