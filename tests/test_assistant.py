@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
+from llmdoctor.comparing import compared
 from llmdoctor.decoding.caches.recorded import RecordedKV
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import load_profile
+from llmdoctor.records import Question
 from llmdoctor.settings import TrainSettings
 from llmdoctor.training.doctor import new_doctor
 from llmdoctor.training.folder import save_doctor
@@ -477,3 +479,17 @@ def test_loading_draws_no_bars(folders: tuple[str, dict[str, Path]], capfd: pyte
     capfd.readouterr()
     LLMdoctor(folders[0])
     assert capfd.readouterr().err == ""
+
+
+def test_a_sample_is_what_its_own_seed_says_and_states_it(assistant: LLMdoctor) -> None:
+    made = list(compared(assistant, [Question("q", (PROMPTS[0],))], seed=7, samples=2))
+    assert [(one.sample, one.settings["seed"]) for one in made] == [(1, 7), (2, 8)]
+    for one in made:
+        alone = assistant.compare(PROMPTS[0], seed=one.settings["seed"])
+        assert (ids(one.patient.tokens), ids(one.guided.tokens)) == (
+            ids(alone.patient.tokens),
+            ids(alone.guided.tokens),
+        )
+    assert ids(made[0].patient.tokens) != ids(made[1].patient.tokens)
+    rest = list(compared(assistant, [Question("q", (PROMPTS[0],))], seed=7, samples=2, skip=1))
+    assert [ids(one.guided.tokens) for one in rest] == [ids(made[1].guided.tokens)]
