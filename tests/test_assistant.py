@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
-from llmdoctor.comparing import compared
+from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling, comparing
 from llmdoctor.decoding.caches.recorded import RecordedKV
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
@@ -482,7 +481,7 @@ def test_loading_draws_no_bars(folders: tuple[str, dict[str, Path]], capfd: pyte
 
 
 def test_a_sample_is_what_its_own_seed_says_and_states_it(assistant: LLMdoctor) -> None:
-    made = list(compared(assistant, [Question("q", (PROMPTS[0],))], seed=7, samples=2))
+    made = list(comparing.compared(assistant, [Question("q", (PROMPTS[0],))], seed=7, samples=2))
     assert [(one.sample, one.settings["seed"]) for one in made] == [(1, 7), (2, 8)]
     for one in made:
         alone = assistant.compare(PROMPTS[0], seed=one.settings["seed"])
@@ -491,5 +490,5 @@ def test_a_sample_is_what_its_own_seed_says_and_states_it(assistant: LLMdoctor) 
             ids(alone.guided.tokens),
         )
     assert ids(made[0].patient.tokens) != ids(made[1].patient.tokens)
-    rest = list(compared(assistant, [Question("q", (PROMPTS[0],))], seed=7, samples=2, skip=1))
+    rest = list(comparing.compared(assistant, [Question("q", (PROMPTS[0],))], seed=7, samples=2, skip=1))
     assert [ids(one.guided.tokens) for one in rest] == [ids(made[1].guided.tokens)]
