@@ -65,7 +65,7 @@ def test_greedy_answers_are_those_of_generate(n: int) -> None:
 
 
 def test_a_repetition_without_an_alternative_is_said() -> None:
-    """In mode "ratio" "a" and "b" are plausible behind one another only: no token that the patient would not say comes in."""
+    """Only "a" and "b" are plausible behind one another: nothing comes in that the patient would not say."""
     table = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     table[1, 2] = table[2, 1] = 50
     talker = bigram(table)
