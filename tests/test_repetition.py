@@ -21,15 +21,16 @@ def test_what_would_repeat_an_n_gram(n: int) -> None:
         assert repeating(ids, n) == expected
 
 
-def test_a_row_without_another_token_is_left_alone() -> None:
-    cut, sure = -torch.inf, 0.0
-    logprobs = torch.tensor([[-0.7, -0.7, -9.0], [-0.1, -2.3, -9.0], [sure, cut, cut]])
-    expected = torch.tensor([[cut, -0.7, -9.0], [-0.1, -2.3, -9.0], [sure, cut, cut]])
-    assert torch.equal(without(logprobs, [{0}, set(), {0}]), expected)
+def test_where_hardly_anything_else_is_possible_the_row_is_left_alone() -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.92, 0.05, 0.03], [0.88, 0.1, 0.02], [1.0, 0.0, 0.0]])
+    expected = probs.clone()
+    expected[0, 0] = expected[3, 0] = 0
+    found = without(probs.log(), [{0}, set(), {0}, {0}, {0}])
+    torch.testing.assert_close(found, expected.log(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.9}])
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", [2, 3, 4])
 def test_drafts_change_nothing_and_no_n_gram_comes_twice(n: int, how: dict[str, float]) -> None:
     """Of models that repeat themselves without it; in a batch whose prompts hold the n-grams of others."""
     patient, doctor = patient_of(tiny("llama", seed=3)), doctor_of(tiny("llama", seed=4))
@@ -73,3 +74,16 @@ def test_a_repetition_without_an_alternative_is_said() -> None:
     guidance = Guidance(1, {"doctor": 1}, "ratio", plausibility=0.05)
     (row,) = run(patient_of(talker), [doctor], [[1]], guidance, max_new_tokens=8, no_repeat_ngram=2)
     assert ids_of(row) == 4 * [2, 1]
+
+
+def test_a_continued_answer_does_not_repeat_its_beginning() -> None:
+    """The end of the prompt is the beginning of the answer; what stands before may be said again."""
+    patient = patient_of(tiny("llama", seed=3))
+    (whole,) = run(patient, [], [[1, 5]], Guidance(), temperature=0, max_new_tokens=20, no_repeat_ngram=1)
+    ids = ids_of(whole)
+    (rest,) = run(
+        patient, [], [[1, 5, *ids[:8]]], Guidance(), temperature=0, max_new_tokens=12, no_repeat_ngram=1, begun=8
+    )
+    assert ids_of(rest) == ids[8:]
+    (other,) = run(patient, [], [[1, 5, *ids[:8]]], Guidance(), temperature=0, max_new_tokens=12, no_repeat_ngram=1)
+    assert ids_of(other) != ids[8:]

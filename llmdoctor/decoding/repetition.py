@@ -9,6 +9,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+LEAST_REST = 0.1
+
 
 def repeating(ids: list[int], n: int) -> set[int]:
     """The tokens that, behind ``ids``, would end an n-gram that ``ids`` already holds. None for n = 0."""
@@ -28,12 +30,14 @@ def repeating(ids: list[int], n: int) -> set[int]:
 def without(logprobs_M_V: Tensor, forbidden: Iterable[Collection[int]]) -> Tensor:
     """The log-probs [M, V] with those of each row's forbidden tokens at -inf.
 
-    A row that would be left with no possible token stays as it is: then the repetition is all that can be said.
+    A row stays as it is where all other tokens together have less than `LEAST_REST` of the probability: within a word,
+    or a sentence that has begun, nothing else can be said, and anything else would be broken text. There
+    `no_repeat_ngram_size` of transformers is stricter.
     """
     places = [(row, token) for row, tokens in enumerate(forbidden) for token in tokens]
     if not places:
         return logprobs_M_V
     rows, tokens = torch.tensor(places, device=logprobs_M_V.device).unbind(dim=1)
     cut_M_V = logprobs_M_V.index_put((rows, tokens), logprobs_M_V.new_tensor(-torch.inf))
-    possible_M_1 = cut_M_V.amax(dim=-1, keepdim=True) > -torch.inf
+    possible_M_1 = cut_M_V.exp().sum(dim=-1, keepdim=True) >= LEAST_REST
     return torch.where(possible_M_1, cut_M_V, logprobs_M_V)

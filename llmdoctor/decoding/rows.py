@@ -40,7 +40,8 @@ class Request:
     """A prompt (token ids) to be answered, and how.
 
     ``guidance`` is called again for every token, so it may change between any two. All randomness comes from ``seed``.
-    ``first`` is the first token, instead of a draw.
+    ``first`` is the first token, instead of a draw. The last ``begun`` tokens of the prompt are the beginning of the
+    answer: they too are not repeated, where the sampling says so.
     """
 
     prompt: Sequence[int]
@@ -48,6 +49,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     first: int | None = None
+    begun: int = 0
 
 
 class Row:
@@ -65,7 +67,7 @@ class Row:
         # a row's own stream: a character may be spread over several tokens
         self._texts = TextStream(patient.tokenizer)
         self._generator = torch.Generator().manual_seed(request.seed)
-        self._ids: list[int] = []
+        self._ids = list(request.prompt[len(request.prompt) - request.begun :])  # of the answer
         self._keys: list[int] = []  # of the next positions, drawn ahead
         self._last = request.prompt[-1]
         self.pending: tuple[Place, Mapping[str, float]] | None = None  # drawn, but not every doctor has read it
