@@ -33,6 +33,7 @@ from llmdoctor.settings import (
     WelcomeSettings,
 )
 from llmdoctor.show.formats import short_name
+from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
@@ -147,7 +148,7 @@ def complete_profile(incomplete: str) -> list[str]:
     """The profiles whose names begin so, for the shell."""
     from llmdoctor.profile import profile_names
 
-    return [name for name in profile_names() if name.startswith(incomplete)]
+    return _harmless(name for name in profile_names() if name.startswith(incomplete))
 
 
 def complete_doctor(incomplete: str) -> list[str]:
@@ -156,7 +157,12 @@ def complete_doctor(incomplete: str) -> list[str]:
     start = typed if incomplete.endswith("/") else typed.parent
     below = [*start.glob("*/doctor.json"), *start.glob("*/*/doctor.json"), *start.glob("*/*/*/doctor.json")]
     found = sorted(str(marker.parent) for marker in below if str(marker.parent).startswith(incomplete))
-    return found or sorted(f"{p}/" for p in start.glob("*/") if str(p).startswith(incomplete))
+    return _harmless(found or sorted(f"{p}/" for p in start.glob("*/") if str(p).startswith(incomplete)))
+
+
+def _harmless(names: Iterable[str]) -> list[str]:
+    """Those that a terminal may show as they are: what the shell completes must be the name itself."""
+    return [name for name in names if name == clean(name)]
 
 
 def complete_beta(context: typer.Context, incomplete: str) -> list[str]:

@@ -17,6 +17,7 @@ from platformdirs import user_config_path
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
+from llmdoctor.harmless import json_text
 
 LOCK = ".lock"
 os.umask(_umask := os.umask(0o077))  # it can only be read by setting it, which is not for threads
@@ -177,7 +178,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write ``data`` as indented JSON, atomically. Raises StorageError."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(data, indent=2) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
+from textual.filter import LineFilter
 from textual.screen import Screen
 
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.sessions import Session, SessionStore, Summary
 from llmdoctor.show.lens import Lens
+from llmdoctor.show.text import clean
 from llmdoctor.tui import clipboard, export
 from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
 from llmdoctor.tui.generation import Worker
 from llmdoctor.tui.guard import quiet_terminal, written
 from llmdoctor.tui.start import Start
+from llmdoctor.tui.visible import VisibleControls
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -39,12 +42,17 @@ class DoctorApp(App[int]):
         Binding("f12", "picture", "Picture", show=False, priority=True, id="app.picture"),
     ]
     worker: Worker | None = None
+    _visible = VisibleControls()
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
         self._own_config = config
         self.config = config or Config()
         self._interrupted_at = 0.0
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's own, and the one that keeps control characters from the terminal."""
+        return [*super().get_line_filters(), self._visible]
 
     def on_mount(self) -> None:
         """Apply the configuration file."""
@@ -236,5 +244,5 @@ def run(app: App[int]) -> int:
         result = app.run()
         noise = written(log) if app.return_code else ""
     if noise:
-        print(noise, file=sys.stderr)
+        print(clean(noise), file=sys.stderr)
     return result if result is not None else app.return_code or 0
