@@ -7,10 +7,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from platformdirs import user_config_path
@@ -50,24 +52,79 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write a file or a folder to; it takes the place of ``path`` on success.
 
     On any failure the temporary is removed and ``path`` is as it was. A new folder replaces an existing one as a whole;
-    see `ensure_replaceable`. Raises StorageError for the system's write errors.
+    see `ensure_replaceable`. A device or FIFO, like /dev/stdout, is not replaced: it gets the bytes on success.
+    Raises StorageError for the system's write errors, UsageError for what cannot be written to.
     """
+    require_writable(path)
+    if is_stream(path):
+        with storage_errors(path), tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / "written"
+            yield temporary
+            _pour(temporary, path)
+        return
     target = Path(os.path.realpath(path))  # through links: a linked output stays on the disk that the link points to
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _finish(temporary)
-        _rename_over(temporary, target)
+        with storage_errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _finish(temporary)
+            _rename_over(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the system's write errors, also those that libraries disguise, into a StorageError that names ``path``."""
+    try:
+        yield
     except Exception as error:
         # A file inside a folder: name the folder that was asked for, not its temporary.
         cause = error.__cause__ if isinstance(error, StorageError) else error
-        reason = _write_error(cause, target)
+        reason = _write_error(cause, Path(os.path.realpath(path)))
         if reason is None:
             raise
         raise StorageError(f"cannot write {path}: {reason}") from cause
-    finally:
-        _remove(temporary)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether bytes can only be sent there: a character device, a FIFO, or a file that this process has open."""
+    # of the name, not of where its link leads: /dev/stdout is a stream even where it was sent to a file
+    if str(path) in _OPEN or path.parent in _OPEN_FOLDERS:
+        return True
+    mode = _mode(path)
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
+_OPEN = ("/dev/stdout", "/dev/stderr")
+_OPEN_FOLDERS = (Path("/dev/fd"), Path("/proc/self/fd"))
+
+
+def require_writable(path: Path) -> None:
+    """Raise UsageError for a socket or a disk, which are neither replaced nor written to."""
+    mode = _mode(path)
+    if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
+        raise UsageError(f"{path} is a {'socket' if stat.S_ISSOCK(mode) else 'disk'}: give the name of a file")
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):  # nothing is there, or the name is none
+        return 0
+
+
+def _pour(source: Path, stream: Path) -> None:
+    if source.is_dir():
+        raise UsageError(f"{stream} is no folder: choose another output folder")
+    with source.open("rb") as whole, open_stream(stream) as out:
+        shutil.copyfileobj(whole, out)
+
+
+def open_stream(path: Path) -> BinaryIO:
+    """A device or FIFO, to write to. Of a file it is the end: what others have written there stays."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
 
 
 def _finish(path: Path) -> None:
@@ -111,7 +168,7 @@ def _write_error(error: BaseException | None, target: Path) -> str | None:
         code = error.errno
     elif number:
         code = int(number[1])
-    elif isinstance(error, SafetensorError):
+    elif isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
         code = None
     else:
         return None
@@ -141,39 +198,64 @@ def ensure_replaceable(folder: Path, marker: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock ``folder``, which is made if it does not exist. Raises UsageError immediately if another process has it.
+def locked(folder: Path, *, beside: bool = False) -> Iterator[None]:
+    """Lock an output folder. Raises UsageError immediately if another process has it.
 
-    The lock ends with the process that holds it, however that ends. Half-written files that a killed writer of a
-    rewards folder left behind are removed. Folders made here are removed again if they are empty at the end.
+    The lock is a file in the folder, which is made if it does not exist; or ``beside`` it, for a folder that is written
+    by `atomic_path`. It ends with the process that holds it, however that ends. What a killed writer left half-written
+    there is removed. Folders made here are removed again if they are empty at the end.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    target = Path(os.path.realpath(folder))
+    file = target.with_name(f".{target.name}{LOCK}") if beside else folder / LOCK
+    made = [path for path in (file.parent, *file.parent.parents) if not path.exists()]
     # One object may be released in another thread than it was taken in: a generator holds it.
-    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+    lock = FileLock(file, timeout=0, thread_local=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UsageError(
-            f"another extract is writing to {folder}: wait for it to end, or choose another output folder"
+            f"another run is writing to {folder}: wait for it to end, or choose another output folder"
         ) from None
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{folder} is not a folder: choose another output folder") from error
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {_write_error(error, folder)}") from error
+    except NotImplementedError as error:
+        raise StorageError(f"cannot lock {folder}: its file system has no locks. Choose another folder") from error
     try:
-        for item in folder.iterdir():
-            if _LEFTOVER.fullmatch(item.name):
-                _remove(item)
+        if beside:
+            _clear_beside(target)
+        else:
+            _clear_within(folder)
         yield
     finally:
         # Remove the file while it is still locked. A process that has already opened it then notices that it is gone,
         # and locks a new one.
-        _remove(folder / LOCK)
+        _remove(file)
         lock.release()
         with suppress(OSError):
             for path in made:
                 path.rmdir()
+
+
+def _clear_within(folder: Path) -> None:
+    for item in folder.iterdir():
+        if _LEFTOVER.fullmatch(item.name):
+            _remove(item)
+
+
+def _clear_beside(target: Path) -> None:
+    """Remove the temporary folders of `atomic_path` that a killed process left; an old folder moved aside comes back.
+
+    Only for a target that is locked: those of a process that is alive look the same.
+    """
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.(partial|retired)")
+    for left in [item for item in target.parent.iterdir() if pattern.fullmatch(item.name)]:
+        if left.suffix == ".retired" and not target.exists():
+            left.rename(target)
+        else:
+            _remove(left)
 
 
 def write_json(path: Path, data: Any) -> None:
