@@ -20,9 +20,10 @@ def kept_answers(path: Path, command: Mapping[str, Any]) -> "list[Comparison]":
 
     A line that was cut by the stop is removed from the file. Raises UsageError for the file of another command.
     """
+    from llmdoctor.files import is_stream
     from llmdoctor.records import Comparison
 
-    if not path.exists():
+    if not path.exists() or is_stream(path):
         return []
     found, whole = [], 0
     with path.open("rb") as lines:

@@ -144,6 +144,15 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def require_files(*paths: Path | None) -> None:
+    """Raise UsageError for an output that cannot be one, before anything is loaded."""
+    from llmdoctor.files import require_file
+
+    for path in paths:
+        if path is not None:
+            require_file(path)
+
+
 def complete_profile(incomplete: str) -> list[str]:
     """The profiles whose names begin so, for the shell."""
     from llmdoctor.profile import profile_names

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from filelock import FileLock, Timeout
 from platformdirs import user_config_path
@@ -55,7 +56,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     see `ensure_replaceable`. A device or FIFO, like /dev/stdout, is not replaced: it gets the bytes on success.
     Raises StorageError for the system's write errors, UsageError for what cannot be written to.
     """
-    require_writable(path)
+    require_file(path, or_folder=True)
     if is_stream(path):
         with storage_errors(path), tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / "written"
@@ -101,11 +102,13 @@ _OPEN = ("/dev/stdout", "/dev/stderr")
 _OPEN_FOLDERS = (Path("/dev/fd"), Path("/proc/self/fd"))
 
 
-def require_writable(path: Path) -> None:
-    """Raise UsageError for a socket or a disk, which are neither replaced nor written to."""
+def require_file(path: Path, *, or_folder: bool = False) -> None:
+    """Raise UsageError for a folder, a socket or a disk, which are neither replaced by a file nor written to."""
     mode = _mode(path)
-    if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
-        raise UsageError(f"{path} is a {'socket' if stat.S_ISSOCK(mode) else 'disk'}: give the name of a file")
+    refused = {"socket": stat.S_ISSOCK, "disk": stat.S_ISBLK} | ({} if or_folder else {"folder": stat.S_ISDIR})
+    for name, is_one in refused.items():
+        if is_one(mode):
+            raise UsageError(f"{path} is a {name}: give the name of a file")
 
 
 def _mode(path: Path) -> int:
@@ -125,6 +128,15 @@ def _pour(source: Path, stream: Path) -> None:
 def open_stream(path: Path) -> BinaryIO:
     """A device or FIFO, to write to. Of a file it is the end: what others have written there stays."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A file of text in UTF-8 with its parent folders, or a device or FIFO, to add to. Raises UsageError, OSError."""
+    require_file(path)
+    if is_stream(path):
+        return io.TextIOWrapper(open_stream(path), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8")
 
 
 def _finish(path: Path) -> None:

@@ -5,6 +5,8 @@ import math
 import re
 from typing import Any
 
+from llmdoctor.errors import DataError
+
 _NONCHARACTERS = "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0, 0x110000, 0x10000))
 STEERING = re.compile(
     "["
@@ -20,6 +22,17 @@ MARK = "\N{REPLACEMENT CHARACTER}"
 def clean(text: str) -> str:
     """The text, equally long, with a visible mark for every character that could steer a terminal."""
     return text if text.isprintable() else STEERING.sub(MARK, text)
+
+
+def require_unicode(text: str, what: str) -> str:
+    """The text. Raises DataError if it holds bytes that were not UTF-8, or half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} is not Unicode: character {error.start + 1} is {text[error.start]!r}. Save or send it as UTF-8"
+        ) from None
+    return text
 
 
 def finite(data: Any) -> Any:

@@ -22,7 +22,7 @@ from llmdoctor.show.text import clean, one_line
 from llmdoctor.tui import clipboard, export
 from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
 from llmdoctor.tui.generation import Worker
-from llmdoctor.tui.guard import quiet_terminal, written
+from llmdoctor.tui.guard import quiet_terminal, take_any_bytes, written
 from llmdoctor.tui.start import Start
 from llmdoctor.tui.visible import VisibleControls
 
@@ -263,6 +263,7 @@ def run(app: App[int]) -> int:
     What other code wrote to the terminal meanwhile is hidden, and printed at the end if the app failed.
     """
     sys.setswitchinterval(_SWITCH)
+    take_any_bytes()
     with quiet_terminal() as log:
         result = app.run()
         noise = written(log) if app.return_code else ""

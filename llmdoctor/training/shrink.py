@@ -29,6 +29,7 @@ from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
 from llmdoctor.errors import DataError, LLMDoctorWarning, UsageError
 from llmdoctor.files import atomic_path, ensure_replaceable, locked, write_json
+from llmdoctor.harmless import clean
 from llmdoctor.model_source import first_line
 from llmdoctor.models import Patient, SplitLM, Vocabulary, by_chunks
 from llmdoctor.records import Message
@@ -157,7 +158,7 @@ def _shrink(
         student.save_pretrained(str(temporary))
         patient.tokenizer.save_pretrained(str(temporary))
         write_json(temporary / MARKER, meta)
-        (temporary / "README.md").write_text(_card(meta), encoding="utf-8")
+        (temporary / "README.md").write_text(clean(_card(meta)), encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     kept.unlink(missing_ok=True)
     return meta

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 from llmdoctor import __version__
 from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, locked
+from llmdoctor.harmless import require_unicode
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint
 from llmdoctor.records import TokenScores, TrainStep
 from llmdoctor.settings import RewardSettings, TrainSettings
@@ -64,6 +65,7 @@ def train(
     """
     output = Path(output)
     ensure_replaceable(output, DOCTOR)
+    require_unicode(name or "", "the name of the doctor")
     require_base_outside(base_model, output)
     _require_reporters(settings.report_to)
     first = os.environ.get("RANK", "0") == "0"  # of several processes it locks for all
