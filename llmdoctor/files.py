@@ -91,15 +91,15 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def is_stream(path: Path) -> bool:
     """Whether bytes can only be sent there: a character device, a FIFO, or a file that this process has open."""
-    # of the name, not of where its link leads: /dev/stdout is a stream even where it was sent to a file
-    if str(path) in _OPEN or path.parent in _OPEN_FOLDERS:
-        return True
     mode = _mode(path)
-    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+    return _descriptor(path) is not None or stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
 
 
-_OPEN = ("/dev/stdout", "/dev/stderr")
-_OPEN_FOLDERS = (Path("/dev/fd"), Path("/proc/self/fd"))
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file that a name like /dev/stdout stands for, whatever it was sent to."""
+    named = {"/dev/stdout": "1", "/dev/stderr": "2"}.get(str(path))
+    number = named or (path.name if str(path.parent) in ("/dev/fd", "/proc/self/fd") else "")
+    return int(number) if number.isdecimal() and number.isascii() else None
 
 
 def require_file(path: Path, *, or_folder: bool = False) -> None:
@@ -126,8 +126,9 @@ def _pour(source: Path, stream: Path) -> None:
 
 
 def open_stream(path: Path) -> BinaryIO:
-    """A device or FIFO, to write to. Of a file it is the end: what others have written there stays."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
+    """A device or FIFO, to write to; an open file is written to from where it is."""
+    number = _descriptor(path)
+    return os.fdopen(os.open(path, os.O_WRONLY) if number is None else os.dup(number), "wb")
 
 
 def open_to_append(path: Path) -> TextIO:

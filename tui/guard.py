@@ -16,7 +16,7 @@ def full_screen(stdin: IO[str], stdout: IO[str]) -> bool:
 
 
 def take_any_bytes() -> None:
-    """Let typed bytes that are not UTF-8 reach the app as marks: they would end Textual's input, and with it the app."""
+    """Show typed bytes that are not UTF-8 as marks: they would end the thread that reads keys, and so the app."""
     with suppress(ImportError):  # on Windows there are no bytes
         from textual.drivers import linux_driver
 
