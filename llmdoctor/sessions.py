@@ -199,7 +199,9 @@ class SessionStore:
                 "SELECT prompt, seed, settings, patient, guided FROM turn WHERE session = ? ORDER BY number", (name,)
             ).fetchall()
         try:
-            held = _PROFILE.validate_json(profile)
+            held = json.loads(profile)
+            if not isinstance(held, dict):
+                raise ValueError("its profile is no object")
             loaded = Session(
                 _text(name), _text(title), _seconds(created), _seconds(updated), held, tuple(map(_turn, turns))
             )
@@ -313,7 +315,6 @@ def _row(turn: Turn) -> tuple[str, int, str, bytes, bytes]:
     return _text(turn.prompt), turn.seed, json.dumps(settings), _packed(turn.patient), _packed(turn.guided)
 
 
-_PROFILE = TypeAdapter(dict[str, Any])
 _REPLY = TypeAdapter(Reply)
 _LARGEST = 1 << 30  # bytes of one reply
 
