@@ -181,7 +181,9 @@ def _write_error(error: BaseException | None, target: Path) -> str | None:
         code = error.errno
     elif number:
         code = int(number[1])
-    elif isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
+    elif any(words in str(error) for words in _TORCH_WRITES):
+        return f"writing failed in the middle of a file ({_free_space(target)}). Free some space and run again."
+    elif isinstance(error, SafetensorError):
         code = None
     else:
         return None
@@ -191,6 +193,10 @@ def _write_error(error: BaseException | None, target: Path) -> str | None:
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{reason}. Choose a folder that you may write to."
     return f"{reason}. Check the path and run again."
+
+
+# torch.save gives no error number
+_TORCH_WRITES = ("PytorchStreamWriter failed writing", "basic_ios::clear", "unexpected pos", "inline_container.cc")
 
 
 def _free_space(target: Path) -> str:
