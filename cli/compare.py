@@ -82,7 +82,7 @@ def compare(
 ) -> None:
     """Answer a question without and with the doctors, and show token by token what changed."""
     files = [path for path in (html, svg, markdown, output, alpaca_eval, mt_bench) if path is not None]
-    options.require_files(html, svg, markdown, output)
+    options.require_outputs((html, svg, markdown, output), (alpaca_eval, mt_bench))
     if as_json and jsonl:
         raise UsageError("choose one of --json and --jsonl")
     if tui:

@@ -85,7 +85,7 @@ def inspect(
     """Show which tokens of the chosen and the rejected answers are rewarded, and what the rewards add up to."""
     from llmdoctor.profile import override
 
-    options.require_files(svg, html)
+    options.require_outputs((svg, html))
     if sum((as_json, svg is not None, html is not None)) > 1:
         raise UsageError("choose one of --json, --svg and --html")
     if pair is not None and worst is not None:

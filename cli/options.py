@@ -144,13 +144,14 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def require_files(*paths: Path | None) -> None:
+def require_outputs(files: Iterable[Path | None], folders: Iterable[Path | None] = ()) -> None:
     """Raise UsageError for an output that cannot be one, before anything is loaded."""
-    from llmdoctor.files import require_file
+    from llmdoctor.files import require_file, require_folder
 
-    for path in paths:
-        if path is not None:
-            require_file(path)
+    for path in filter(None, files):
+        require_file(path)
+    for path in filter(None, folders):
+        require_folder(path)
 
 
 def complete_profile(incomplete: str) -> list[str]:

@@ -111,6 +111,12 @@ def require_file(path: Path, *, or_folder: bool = False) -> None:
             raise UsageError(f"{path} is a {name}: give the name of a file")
 
 
+def require_folder(path: Path) -> None:
+    """Raise UsageError for something that is there and is no folder."""
+    if _mode(path) and not path.is_dir():
+        raise UsageError(f"{path} is not a folder: choose another output folder")
+
+
 def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode

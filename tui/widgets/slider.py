@@ -47,7 +47,7 @@ class Slider(Widget, can_focus=True):
         id: str | None = None,
     ) -> None:
         super().__init__(name=name, id=id)
-        self.label, self.low, self.high, self.step, self.default = label, low, high, step, value
+        self.label, self.low, self.high, self.step, self.default = clean(label), low, high, step, value
         self.set_reactive(Slider.value, value)
         hint = f"{label}: {low:g} to {high:g}; type a number; r or a double click resets to {value:g}"
         self.tooltip = Text(clean(hint))
