@@ -19,7 +19,7 @@ import typer
 
 from llmdoctor.cli.terminal import narrate, waiting
 from llmdoctor.errors import LLMDoctorError, UsageError
-from llmdoctor.schema import Settings, help_text
+from llmdoctor.schema import Settings, checked, help_text
 from llmdoctor.settings import (
     COMBINATION,
     GREATEST_SEED,
@@ -326,7 +326,7 @@ def guided_profile(
     if doctors:
         if not named:
             decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
-        chosen = {name: DoctorSettings(checkpoint=path) for name, path in parse_doctors(doctors).items()}
+        chosen = {name: checked(DoctorSettings, {"checkpoint": path}) for name, path in parse_doctors(doctors).items()}
     strengths = parse_betas(betas or (), tuple(chosen))
     return profile.model_copy(
         update={

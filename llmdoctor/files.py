@@ -20,7 +20,7 @@ from platformdirs import user_config_path
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
-from llmdoctor.harmless import json_text
+from llmdoctor.harmless import json_text, require_unicode
 
 LOCK = ".lock"
 os.umask(_umask := os.umask(0o077))  # it can only be read by setting it, which is not for threads
@@ -213,7 +213,11 @@ def _free_space(target: Path) -> str:
 
 
 def ensure_replaceable(folder: Path, marker: str) -> None:
-    """Raise UsageError for a folder that is not ours to replace: it holds something, but not the file ``marker``."""
+    """Raise UsageError for a folder that is not ours to replace: it holds something, but not the file ``marker``.
+
+    Raises DataError for a name that is not Unicode, which the libraries that write into it do not take.
+    """
+    require_unicode(str(folder), "the name of the output folder")
     if folder.is_dir():
         if (folder / marker).is_file() or not any(folder.iterdir()):
             return

@@ -1,4 +1,4 @@
-"""What the commands do to outputs that are no files, with bytes that are no text, without a network, and when killed."""
+"""The commands: outputs that are no files, bytes that are no text, no network, and a kill in the middle."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_what_is_no_folder_is_refused_and_stays_what_it_is(run, arguments, taken
     Path("file").write_text("years of work")
     result = run(*(clinic_rewards if part == "REWARDS" else part for part in arguments), taken)
     assert result.exit_code == 2, result.output + repr(result.exception)
-    assert [line for line in result.stderr.splitlines() if line.startswith("error:")][0].count(taken) == 1
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error:") and taken in line]) == 1
     assert Path("fifo").is_fifo()
     assert Path("file").read_text() == "years of work"
     assert Path("/dev/null").is_char_device()
@@ -136,15 +136,15 @@ def test_a_bad_line_in_a_conversation_is_told_and_the_next_one_is_answered(run):
     assert len(result.stdout.split()) >= 2
 
 
-def test_names_of_files_may_be_any_bytes(run, clinic_rewards):
-    """On POSIX a file's name is bytes."""
+def test_names_of_files_may_be_any_bytes_but_not_of_folders_that_libraries_write_into(run):
+    """On POSIX a file's name is bytes; safetensors, tokenizers and Arrow take Unicode alone."""
     assert run("compare", "Hi", *SHORT, "--html", f"{BAD}.html").exit_code == 0
-    assert run("extract", "--limit", 2, "-o", BAD).exit_code == 0
-    assert run("inspect", BAD).exit_code == 0
-    steps = ("--max-steps", 1, "--batch-size", 2)
-    result = run("train", "--rewards", BAD, "-o", f"{BAD}-doctor", "--name", "d", *steps)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    assert (Path(f"{BAD}-doctor") / "README.md").read_text(encoding="utf-8")
+    assert Path(f"{BAD}.html").exists()
+    for command in ("extract", "train", "shrink"):
+        result = run(command, "-o", BAD)
+        assert result.exit_code in (2, 3)
+        assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert len(list(Path().iterdir())) == 1
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_no_command_reaches_for_a_network_unless_a_hub_name_was_asked_for(run, n
         ("profiles", "show", "qwen2.5-7b"),
         ("profiles", "check", "clinic"),
         ("env",),
-        ("extract", "--limit", 2, "-o", tmp_path / "rewards", "--probe"),
+        ("extract", "--limit", 20, "-o", tmp_path / "rewards", "--probe"),
         ("inspect", clinic_rewards, "--html", tmp_path / "page.html"),
         ("inspect", clinic_rewards, "--diagnose"),
         ("inspect", "--text", "Go to bed.", "--prompt", "Hi"),
@@ -221,9 +221,9 @@ def test_compare_killed_in_the_middle_of_an_answer_leaves_whole_lines_and_goes_o
     killed.write_bytes(kept + kept[: len(kept) // 2])  # cut in the middle of a line, as a full buffer may be
     for output in (killed, tmp_path / "whole.jsonl"):
         subprocess.run(command(output), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    without_times = [
-        [{**json.loads(line), "metrics": None} for line in path.read_text(encoding="utf-8").splitlines()]
-        for path in (killed, tmp_path / "whole.jsonl")
+    said = [
+        [(one["prompt"], one["patient"]["text"], one["guided"]["text"]) for one in map(json.loads, output.open())]
+        for output in (killed, tmp_path / "whole.jsonl")
     ]
-    assert without_times[0] == without_times[1]
-    assert len(without_times[0]) == 3
+    assert said[0] == said[1]
+    assert len(said[0]) == 3
