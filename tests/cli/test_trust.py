@@ -184,7 +184,7 @@ def test_no_command_reaches_for_a_network_unless_a_hub_name_was_asked_for(run, n
         assert not no_network, (arguments, no_network)
     for page in (tmp_path / "page.html", tmp_path / "p.svg"):
         text = page.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
-        assert "http" not in text, "nor do the files that others open"
+        assert "://" not in text, "nor do the files that others open"
         assert "url(" not in text
 
 
