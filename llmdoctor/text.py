@@ -11,6 +11,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from llmdoctor.errors import DataError, LoadError
+from llmdoctor.harmless import require_unicode
 from llmdoctor.records import Message
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
@@ -40,17 +41,19 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     system prompt and an empty line if there is one. Several turns become paragraphs "Human: …" and "Assistant: …", and
     the last one is "Assistant:".
 
-    Raises DataError if the template refuses the conversation (some require that user and assistant alternate) or drops
-    a turn of a developer or tool, or if there is no template for such a turn.
+    Raises DataError if the conversation is not Unicode, the template refuses it (some require that user and assistant
+    alternate) or drops a turn of a developer or tool, or if there is no template for such a turn.
     """
+    for message in messages:
+        require_unicode(message["content"] or "", f"the {message['role']} turn")
     if tokenizer.chat_template is None:
         return list(tokenizer(_plain_layout(messages)).input_ids)
     return list(tokenizer(_templated(tokenizer, messages), add_special_tokens=False).input_ids)
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, text: str, end_id: int) -> list[int]:
-    """Token ids of a response, ending with the end-of-turn token [T]."""
-    return [*tokenizer(text, add_special_tokens=False).input_ids, end_id]
+    """Token ids of a response, ending with the end-of-turn token [T]. Raises DataError for text that is not Unicode."""
+    return [*tokenizer(require_unicode(text, "the answer"), add_special_tokens=False).input_ids, end_id]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, read_json, require_doctor, write_json
+from llmdoctor.harmless import clean
 from llmdoctor.model_source import ModelSource, first_line
 from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer
 from llmdoctor.training.doctor import Doctor, HeadAdapter
@@ -49,7 +50,7 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
         if doctor.change is None:  # a head uses the tokenizer of its base
             tokenizer.save_pretrained(str(temporary))
         write_json(temporary / DOCTOR, {**meta, **base})
-        (temporary / "README.md").write_text(_card(base["base_model"], meta), encoding="utf-8")
+        (temporary / "README.md").write_text(clean(_card(base["base_model"], meta)), encoding="utf-8")
 
 
 def require_base_outside(base: str | Path, folder: Path) -> None:
