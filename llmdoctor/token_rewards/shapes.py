@@ -32,7 +32,7 @@ NEEDED = "prompt + chosen + rejected, or the columns of a data set that `llmdoct
 NAME_THEM = "name them with --columns chosen=A,rejected=B[,prompt=C,system=D]"
 _PROMPTS = ("prompt", "conversations", "messages", "trajectory", "instruction", "question", "query")
 _MORE_PROMPTS = ("input", "context", "history")  # beside another one these add to it
-_SYSTEMS = ("system", "system_prompt")
+_SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 _QUESTIONS = ("prompt", "turns", *(name for name in _PROMPTS if name != "prompt"), "conversation")
 _IDS = ("question_id", "prompt_id", "id")
 _SCORES = (

@@ -23,6 +23,8 @@ _ROLES = {
     "observation": "tool",
 }
 NOTHING: tuple[Any, ...] = (None, "", "[]", [], {})
+_UNREAD = ("tools", "functions", *("image", "images", "audio", "audios", "video", "videos"), "documents", "files")
+_UNREAD_IN_TURNS = ("reasoning_content", "reasoning", "thinking", "refusal")  # said by the turn, but not its content
 _OPENING = ("system", "developer", "user")  # an answer that begins with one of these holds its own prompt
 _ANSWERED = ("user", "tool", "function")
 
@@ -63,14 +65,16 @@ def _joined(outer: list[Message], messages: list[Message]) -> list[Message]:
     raise Unusable("the prompt beside the answers differs from the one inside them")
 
 
-def _said(message: Message) -> tuple[str, str]:
-    return message["role"], message["content"].strip()
+def _said(message: Message) -> tuple[str, str, str]:
+    return message["role"], message["content"].strip(), json.dumps(message.get("tool_calls"), sort_keys=True)
 
 
 def prompt_messages(prompt: object) -> list[Message]:
     """The messages of a prompt; an assistant turn without text at its end, where the answer belongs, is left out."""
     if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's {"messages": [...], "tools": [...]}
         refuse_unread(prompt)
+        if prompt.get("system") not in NOTHING:
+            raise Unusable("a system prompt beside the messages of the prompt: put it into them")
         prompt = prompt["messages"]
     if not isinstance(prompt, str):
         return message_list(prompt)
@@ -85,7 +89,7 @@ def prompt_messages(prompt: object) -> list[Message]:
 
 def refuse_unread(columns: dict[str, Any]) -> None:
     """Raise `Unusable` where something stands beside the prompt that it needs and that a pair cannot hold."""
-    for name in ("tools", "functions", "image", "images"):
+    for name in _UNREAD:
         if columns.get(name) not in NOTHING:
             raise Unusable(f"{name!r} cannot be kept: only texts are read")
 
@@ -127,6 +131,9 @@ def message_list(value: object) -> list[Message]:
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise Unusable("a message without role and content")
+    refuse_unread(turn)
+    if unread := [name for name in _UNREAD_IN_TURNS if turn.get(name) not in NOTHING]:
+        raise Unusable(f"a message with {unread[0]!r}: only its content is read")
     role = turn.get("role") or turn.get("from")
     content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
     calls = parsed(turn.get("tool_calls")) or []
