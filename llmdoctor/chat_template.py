@@ -166,7 +166,7 @@ def _size(value: Any) -> float:
 class _Code(CodeGenerator):
     """Jinja's, with ``a ~ b`` as a call that can be bounded."""
 
-    def visit_Concat(self, node: Any, frame: Any) -> None:  # noqa: N802
+    def visit_Concat(self, node: Any, frame: Any) -> None:
         self.write("environment.concatenated((")
         for part in node.nodes:
             self.visit(part, frame)
@@ -196,7 +196,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         _require_room(size)
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         _require_bounded(owner if isinstance(owner, str | list | dict) else "", args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)

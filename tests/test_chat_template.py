@@ -24,8 +24,8 @@ def with_template(tokenizer, template):
     [
         "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}[model]",
         "{% for m in messages %}{{ m.content | map(attribute='text') | join }}{% endfor %}[model]",
-        "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{% endfor %}"
-        "[model]",
+        "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}"
+        "{% endfor %}[model]",
     ],
 )
 def test_a_template_that_wants_parts_gets_parts(tiny_tokenizer, template):

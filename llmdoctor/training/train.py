@@ -115,7 +115,7 @@ def train(
         },
     }
     if trainer.is_world_process_zero():
-        save_doctor(output, doctor, tokenizer, meta)
+        save_doctor(output, doctor, tokenizer, meta, trust_remote_code=trust_remote_code)
         with atomic_path(output / "losses.svg") as picture:
             draw_losses(trainer.progress.history, trainer.progress.evaluations, picture)
         shutil.rmtree(work, ignore_errors=True)
