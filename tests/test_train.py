@@ -746,9 +746,10 @@ def test_a_run_killed_while_it_saves_only_saves(world: Path, tmp_path: Path, mon
     def killed(*_: Any, **__: Any) -> None:
         raise SystemExit(137)
 
-    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+    with monkeypatch.context() as patched:
         patched.setattr("llmdoctor.training.train.save_doctor", killed)
-        run(world, tmp_path / "doctor", **settings)
+        with pytest.raises(SystemExit):
+            run(world, tmp_path / "doctor", **settings)
     steps: list[TrainStep] = []
     again = run(world, tmp_path / "doctor", steps=steps, **settings)
     assert steps == []

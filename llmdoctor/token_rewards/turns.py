@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast, get_args
 
 from llmdoctor.records import Message, Role
+from llmdoctor.schema import shown
 from llmdoctor.token_rewards.sources import Cells, Unusable
 
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -66,7 +67,11 @@ def _joined(outer: list[Message], messages: list[Message]) -> list[Message]:
 
 
 def _said(message: Message) -> tuple[str, str, str]:
-    return message["role"], message["content"].strip(), json.dumps(message.get("tool_calls"), sort_keys=True)
+    return (
+        message["role"],
+        message["content"].strip(),
+        json.dumps(message.get("tool_calls"), sort_keys=True, default=str),
+    )
 
 
 def prompt_messages(prompt: object) -> list[Message]:
@@ -143,8 +148,8 @@ def _message(turn: Any) -> Message:
         role, content, calls = "assistant", None, parsed(content)
     if not isinstance(content, str | list) and not (content is None and calls):
         raise Unusable("a message without role and content")
-    if role not in _ROLES:
-        raise Unusable(f"unknown role {role!r}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise Unusable(f"unknown role {shown(role)}")
     message = Message(role=cast(Role, _ROLES[role]), content=_text(content or ""))
     if calls:
         message["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
@@ -163,7 +168,7 @@ def _text(content: str | list[Any]) -> str:
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type") or "text" if isinstance(part, dict) else "text"
         if kind != "text" or not isinstance(text, str):
-            raise Unusable(f"a message with a part of type {kind!r}: only texts are read")
+            raise Unusable(f"a message with a part of type {shown(kind)}: only texts are read")
         texts.append(text)
     return "".join(texts)
 

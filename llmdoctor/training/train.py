@@ -164,6 +164,8 @@ def _fitting_pairs(
     context = getattr(doctor.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def fits(scores: TokenScores) -> bool:
+        if not len(scores.prompt_ids):  # log V of the first state is read behind it
+            raise LoadError(f"pair {scores.pair_id} in {folder.path} has an empty prompt: run extract again")
         return len(scores.prompt_ids) + len(scores.response_ids) <= context
 
     pairs = [sides(pair, settings, weights, ceiling) for pair in folder if fits(pair.chosen) and fits(pair.rejected)]
