@@ -468,7 +468,8 @@ def _continued(steps: Iterator[Step], tokenizer: Any, prefix: Sequence[int]) -> 
         whole.push(i)
     for step in steps:
         token = step.token
-        text, fresh = whole.push(token.id), part.push(token.id)
+        last = step.finish is not None
+        text, fresh = whole.push(token.id, last=last), part.push(token.id, last=last)
         # ``part`` repeats what the decoder did. Where they differ, a stop string cut the text: keep it as it is.
         text = text if fresh == token.text else token.text
         yield replace(token, position=token.position + len(prefix), text=text)

@@ -13,14 +13,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 from filelock import FileLock, Timeout
 from platformdirs import user_config_path
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
 from llmdoctor.harmless import json_text, require_unicode
+from llmdoctor.schema import shown
 
 LOCK = ".lock"
 os.umask(_umask := os.umask(0o077))  # it can only be read by setting it, which is not for threads
@@ -37,8 +39,8 @@ DOCTOR = "doctor.json"
 
 def require_doctor(folder: str | Path) -> Path:
     """The doctor folder, its ``~`` expanded. Raises LoadError if it holds no doctor."""
-    path = Path(folder).expanduser()
-    if not (path / DOCTOR).is_file():
+    path = user_path(folder)
+    if not present(path / DOCTOR):
         raise LoadError(f"there is no doctor at {folder}: expected a folder with {DOCTOR}, as `llmdoctor train` writes")
     return path
 
@@ -294,19 +296,85 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """What the JSON file holds. Raises LoadError when it is missing, unreadable or not JSON."""
+def user_path(path: str | Path) -> Path:
+    """The path with its ``~`` expanded, where it names a home folder; otherwise as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (that of Path raises for ~nobody)
+
+
+def present(path: Path) -> bool:
+    """Whether anything is there; False for what cannot be a path, as with a NUL or a name that is too long."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError unless the path is a file with bytes of its own: a FIFO would never end, nor would /dev/zero."""
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # a NUL
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a file", str(path))
+
+
+def read_text(path: Path, most: int = 1 << 28) -> str:
+    """A text file in UTF-8 of at most ``most`` bytes. Raises OSError; ValueError for other bytes or too many."""
+    require_regular(path)
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    return data.decode("utf-8-sig")
+
+
+def read_json(path: Path, schema: type[BaseModel] | None = None) -> Any:
+    """What the JSON file holds; with a ``schema``, an object that fits it (the object itself, without its defaults).
+
+    Raises LoadError when it is missing, unreadable, not JSON (which has no NaN) or does not fit.
+    """
+    try:
+        data = json.loads(read_text(path), parse_constant=_no_constant)
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise LoadError(f"cannot read {path}: not JSON (nested too deeply)") from error
     except ValueError as error:
         raise LoadError(f"cannot read {path}: not JSON ({error})") from error
+    if schema is None:
+        return data
+    if not isinstance(data, dict):
+        raise LoadError(f"{path}: expected a JSON object, got {shown(data)}")
+    try:
+        schema.model_validate(data)
+    except (ValidationError, RecursionError) as error:
+        raise LoadError(f"{path}: {_misfit(error)}") from error
+    return data
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"it has no {name}")
+
+
+def _misfit(error: ValidationError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))[:80]
+    if first["type"] == "missing":
+        return f"expected a key {key!r}, there is none"
+    return f"{key!r} {first['msg'].removeprefix('Input ')}, got {shown(first['input'])}"
 
 
 def file_checksum(path: Path) -> str:
     """Sha-256 of a file's bytes. Raises LoadError when it cannot be read."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -13,7 +13,7 @@ from llmdoctor.errors import LoadError
 from llmdoctor.models import Patient, not_numbers
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.settings import Guidance, Sampling
-from llmdoctor.text import TextStream, token_texts
+from llmdoctor.text import TextStream, text_behind
 
 Finish = Literal["eos", "stop", "length"]
 ReadGuidance = Callable[[], Guidance]
@@ -118,10 +118,11 @@ class Row:
         drawn = place.drawn
         if math.isnan(drawn.logprob):
             raise LoadError(not_numbers("the models' log-probs"))
+        last = drawn.id in self._patient.eos_ids or self.position + 1 >= self.budget
         return GuidedToken(
             position=self.position,
             id=drawn.id,
-            text=self._texts.push(drawn.id),
+            text=self._texts.push(drawn.id, last=last),
             patient_logprob=drawn.patient_logprob,
             doctor_logprobs=drawn.doctor_logprobs,
             logprob=drawn.logprob,
@@ -133,8 +134,7 @@ class Row:
             top=tuple(
                 Alternative(
                     id=choice.id,
-                    # spelt behind the token before it: some pieces begin with a space only there
-                    text=token_texts(self._patient.tokenizer, [self._last, choice.id])[1],
+                    text=text_behind(self._patient.tokenizer, self._last, choice.id),
                     patient_logprob=choice.patient_logprob,
                     doctor_logprobs=choice.doctor_logprobs,
                     logprob=choice.logprob,

@@ -148,7 +148,7 @@ def _train(
         },
     }
     if trainer.is_world_process_zero():
-        save_doctor(output, doctor, tokenizer, meta)
+        save_doctor(output, doctor, tokenizer, meta, trust_remote_code=trust_remote_code)
         with atomic_path(output / "losses.svg") as picture:
             draw_losses(trainer.progress.history, trainer.progress.evaluations, picture)
         shutil.rmtree(work, ignore_errors=True)
@@ -197,6 +197,8 @@ def _fitting_pairs(
     context = getattr(doctor.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def fits(scores: TokenScores) -> bool:
+        if not len(scores.prompt_ids):  # log V of the first state is read behind it
+            raise LoadError(f"pair {scores.pair_id} in {folder.path} has an empty prompt: run extract again")
         return len(scores.prompt_ids) + len(scores.response_ids) <= context
 
     pairs = [sides(pair, settings, weights, ceiling) for pair in folder if fits(pair.chosen) and fits(pair.rejected)]

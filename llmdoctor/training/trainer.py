@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from llmdoctor.errors import StorageError, TrainingError
 from llmdoctor.files import storage_errors
@@ -78,7 +78,8 @@ class ResumableTrainer(Trainer):
             with finishing_the_step(self.progress), storage_errors(work):
                 if checkpoint:
                     self.progress.restore(checkpoint)
-                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                if checkpoint is None or not self._ended_with(checkpoint):
+                    self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if self.progress.interrupted:
                 raise KeyboardInterrupt
             require_finite(self.model, self.state.global_step, self.settings)
@@ -98,6 +99,23 @@ class ResumableTrainer(Trainer):
         finally:
             if first and last_checkpoint(work) is None:
                 shutil.rmtree(work, ignore_errors=True)
+
+    def _ended_with(self, checkpoint: Path) -> bool:
+        """Whether a run ended with this checkpoint, and was killed later. Its weights and state are then taken.
+
+        The Trainer would take another step, and would not notice that the run has ended until after it.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        stopping: Any = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+        waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        patience = self.settings.patience
+        if state.global_step < state.max_steps and (patience is None or waited < patience):
+            return False
+        best = self.args.load_best_model_at_end and state.best_global_step
+        weights = checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
+        self.state = state
+        self._load_from_checkpoint(str(weights))
+        return True
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write a checkpoint's trained weights, not the frozen base. Raises TrainingError unless all are finite."""
