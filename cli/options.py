@@ -319,6 +319,7 @@ def guided_profile(
     ``named`` False: nobody chose the profile. It is then the clinic's, whose mode and plausibility are chosen for its
     own doctors; doctors given as options get the defaults of `DecodeSettings`.
     """
+    from llmdoctor.files import require_doctor
     from llmdoctor.profile import override
 
     chosen = dict(profile.doctors)
@@ -328,6 +329,8 @@ def guided_profile(
             decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
         chosen = {name: checked(DoctorSettings, {"checkpoint": path}) for name, path in parse_doctors(doctors).items()}
     strengths = parse_betas(betas or (), tuple(chosen))
+    for one in chosen.values():  # before a screen opens, and before the hub is asked for a patient
+        require_doctor(one.checkpoint)
     return profile.model_copy(
         update={
             "patient": override(profile.patient, **patient),
@@ -344,10 +347,6 @@ def guided_profile(
 
 def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
     """The patient and its doctors, with a spinner while they load."""
-    from llmdoctor.files import require_doctor
-
-    for doctor in profile.doctors.values():  # before the hub is asked for a patient
-        require_doctor(doctor.checkpoint)
     with waiting(f"Loading {', '.join([short_name(profile.patient.model), *profile.doctors])} ..."):
         return assistant(profile, trust_remote_code=trust_remote_code)
 

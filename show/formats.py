@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmdoctor.settings import DecodeSettings
+from llmdoctor.settings import DecodeSettings, WelcomeSettings
 
 if TYPE_CHECKING:
     from llmdoctor.records import GuidedToken
 
+# of a question that `WelcomeSettings.covers` refuses
+OUTSIDE = "none of the topics this model knows: the answer will miss the question"
 _WRITTEN_OUT = {"alpha", "mode", "plausibility", "temperature", "max_new_tokens"}  # the rest only where unusual
 
 
@@ -18,6 +20,12 @@ def short_name(model: str) -> str:
     if model.lower().endswith(".gguf"):
         return Path(model.rpartition(":")[2]).stem
     return "/".join(Path(model).parts[-2:])
+
+
+def knows_text(welcome: WelcomeSettings) -> str:
+    """What goes behind the model's name: `` can be asked about ...``."""
+    topics = f": {', '.join(welcome.topics)}; any other question gets a notice" if welcome.topics else ""
+    return f" can be asked about {welcome.knows.rstrip('.')}{topics}."
 
 
 def betas_text(betas: Mapping[str, float]) -> str:

@@ -14,7 +14,8 @@ from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
 from llmdoctor.profile import load_profile
 from llmdoctor.sessions import Session, Turn
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
+from llmdoctor.show.formats import OUTSIDE
 from llmdoctor.tui.start import start_of
 
 
@@ -60,11 +61,18 @@ def assistant(token, monkeypatch):
 
 def test_every_line_of_a_pipe_is_a_turn_and_stdout_is_the_answers(run, assistant):
     result = run("chat", "--seed", "3", "--top-p", "0.9", input="first\n\nsecond\n")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "one two three\none two three\n", "")
+    assert (result.exit_code, result.stdout) == (0, "one two three\none two three\n")
+    assert result.stderr == 2 * f"({OUTSIDE})\n"
     messages, sampling, _ = assistant.asked[1]
     assert [m["role"] for m in messages] == ["user", "assistant", "user"]
     assert [m["content"] for m in messages] == ["first", "one two three", "second"]
     assert (sampling["seed"], sampling["top_p"], sampling["max_new_tokens"]) == (3, 0.9, 240)
+
+
+def test_a_question_about_what_the_model_knows_has_no_notice(run, assistant):
+    result = run("chat", input="How can I sleep better?\nAny more?\n/reset\nAny more?\n")
+    assert result.stdout == 3 * "one two three\n"
+    assert result.stderr == f"the conversation starts again\n({OUTSIDE})\n"
 
 
 def test_reset_forgets_and_quit_leaves(run, assistant):
@@ -170,7 +178,7 @@ def test_ctrl_d_and_ctrl_c_at_the_prompt_leave_quietly(leaving, monkeypatch, cap
 def test_tokens_stream_in_colour_on_a_terminal(assistant, monkeypatch, capsys):
     monkeypatch.setattr(chat, "decorated", lambda _stream: True)
     monkeypatch.setattr(chat, "console", _colour_console)
-    talk = chat.Conversation(assistant, Sampling(seed=1), as_json=False)
+    talk = chat.Conversation(assistant, Sampling(seed=1), WelcomeSettings(), as_json=False)
     assert talk.take("hello")
     out = capsys.readouterr().out
     assert "\x1b[38;2;" in out
