@@ -84,8 +84,9 @@ def chat(
         )
     sampling = settings.decode.sampling(seed)
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
-    conversation = Conversation(assistant, sampling, settings.welcome, as_json=as_json)
     interactive = sys.stdin.isatty()
+    welcome = settings.welcome if interactive else WelcomeSettings()
+    conversation = Conversation(assistant, sampling, welcome, as_json=as_json)
     if interactive:
         say(f"{short_name(settings.patient.model)}{knows_text(settings.welcome)}")
         for question in settings.welcome.examples:
