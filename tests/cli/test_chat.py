@@ -14,7 +14,6 @@ from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
 from llmdoctor.profile import load_profile
 from llmdoctor.sessions import Session, Turn
-from llmdoctor.profile import load_profile
 from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
 from llmdoctor.show.formats import OUTSIDE
 from llmdoctor.tui.start import start_of
@@ -89,7 +88,7 @@ def test_set_changes_guidance_and_sampling(run, assistant):
     assert guidance.alpha == 0.5
     assert guidance.betas == {"helpful": 2.0, "safe": 0.9}
     assert (sampling["temperature"], sampling["top_k"], sampling["seed"]) == (0.0, 4, 5)
-    assert "alpha 0.5, beta helpful=2 safe=0.9, greedy, top-k 4, seed 5" in result.stderr
+    assert "alpha 0.5, beta helpful=2 safe=0.9, greedy, top-k 4, no-repeat-ngram 6, seed 5" in result.stderr
     assert result.stdout == "one two three\n"
 
 
