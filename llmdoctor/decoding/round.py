@@ -65,8 +65,8 @@ class Place:
     """The token drawn at one place of a row, as plain numbers.
 
     ``drafted`` says that it is the drafted token, so that the next place can be drawn from the same round. ``values``
-    is log V after it, empty where it is not drafted: the doctors have not read it yet. ``flip`` and ``kl`` are those of
-    `GuidedToken`; ``top`` are the likeliest tokens of the product.
+    is log V after it, empty where it is not drafted: the doctors have not read it yet. ``flip``, ``kl`` and
+    ``patient_id`` are those of `GuidedToken`; ``top`` are the likeliest tokens of the product.
     """
 
     drawn: Choice
@@ -74,6 +74,7 @@ class Place:
     values: Mapping[str, float]
     flip: bool
     kl: float
+    patient_id: int
     top: tuple[Choice, ...] = ()
 
 
@@ -119,6 +120,7 @@ def draw_round(
                     {name: column[row][at] for name, column in numbers.values.items()} if drafted else {},
                     bool(numbers.flip[row][at]),
                     numbers.kl[row][at],
+                    numbers.patient_ids[row][at],
                     best[row][at] if best else (),
                 )
             )
@@ -171,6 +173,7 @@ class _Numbers:
 
     ids: list[list[int]]
     drafts: list[list[int]]
+    patient_ids: list[list[int]]
     product: list[list[float]]
     patient: list[list[float]]
     kl: list[list[float]]
@@ -181,6 +184,7 @@ class _Numbers:
     @classmethod
     def of(cls, round_: Round, product_B_J_V: Tensor, ids_B_J: Tensor) -> "_Numbers":
         picked_B_J_1 = ids_B_J[..., None]
+        liked = round_.patient_B_J_V.max(dim=-1)
 
         def of_drawn(logprobs_B_J_V: Tensor) -> Tensor:
             return logprobs_B_J_V.gather(2, picked_B_J_1)[..., 0]
@@ -191,17 +195,19 @@ class _Numbers:
             of_drawn(product_B_J_V),
             of_drawn(round_.patient_B_J_V),
             kl_divergence(product_B_J_V, round_.patient_B_J_V),
-            _flips(product_B_J_V, round_.patient_B_J_V),
+            liked.indices,
+            _flips(product_B_J_V, round_.patient_B_J_V, liked.values),
             *map(of_drawn, round_.doctors_B_J_V.values()),
             *(torch.nn.functional.pad(values_B_K, (0, 1)) for values_B_K in round_.values_B_K.values()),
         ]
         # one transfer from the device instead of one for each column; ids up to 2^24 are exact in float32
         table = torch.stack([column.to(product_B_J_V.dtype) for column in columns]).tolist()
-        ids, drafts, drawn, patient, kl, flip, *rest = table
+        ids, drafts, drawn, patient, kl, patient_ids, flip, *rest = table
         names = list(round_.doctors_B_J_V)
         return cls(
             ids=[[int(i) for i in row] for row in ids],
             drafts=[row[:-1] for row in drafts],
+            patient_ids=[[int(i) for i in row] for row in patient_ids],
             product=drawn,
             patient=patient,
             kl=kl,
@@ -211,10 +217,10 @@ class _Numbers:
         )
 
 
-def _flips(product_B_J_V: Tensor, patient_B_J_V: Tensor) -> Tensor:
+def _flips(product_B_J_V: Tensor, patient_B_J_V: Tensor, greatest_B_J: Tensor) -> Tensor:
     """1 where the product's likeliest token is not the patient's [B, J]. Whatever ties is as likely: no flip."""
     best_B_J_1 = product_B_J_V.argmax(dim=-1, keepdim=True)
-    return patient_B_J_V.gather(-1, best_B_J_1)[..., 0] < patient_B_J_V.amax(dim=-1)
+    return patient_B_J_V.gather(-1, best_B_J_1)[..., 0] < greatest_B_J
 
 
 def _tops(round_: Round, product_B_J_V: Tensor, top: int) -> list[list[tuple[Choice, ...]]]:
