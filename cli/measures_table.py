@@ -27,8 +27,9 @@ def cell(estimate: Mapping[str, float] | None) -> str:
 
 
 def spoken(name: str) -> str:
-    """The name of a measure, or of a setting, in words."""
-    return name.replace("_", " ")
+    """The name of a measure in words: ``KL per token``, ``helpful log-prob``."""
+    words = name.replace("_", " ").replace("kl per", "KL per").replace("logprob", "log-prob")
+    return "repeating answers" if words == "repeating" else words
 
 
 def counted(number: int, noun: str) -> str:

@@ -36,11 +36,15 @@ def sweep_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of the table: a row per point, a column per setting and measure."""
     settings = list(points[0]["point"])
     names = list(dict.fromkeys(name for point in points for name in point["measures"]))
-    rows = [
-        [" ".join(_text(point["point"][name]) for name in settings), *(cell(point["measures"].get(n)) for n in names)]
-        for point in points
-    ]
-    return [" ".join(settings), *map(spoken, names)], rows
+    rows = [[settings_of(point), *(cell(point["measures"].get(name)) for name in names)] for point in points]
+    return [settings[0] if len(settings) == 1 else "", *map(spoken, names)], rows
+
+
+def settings_of(point: Point, *without: str) -> str:
+    """``helpful=0.5 safe=1``; the value alone where one setting is swept."""
+    shown = {name: value for name, value in point["point"].items() if name not in without}
+    texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in shown.items()}
+    return next(iter(texts.values())) if len(point["point"]) == 1 else " ".join(f"{n}={t}" for n, t in texts.items())
 
 
 def _number(text: str) -> float | str:
@@ -48,7 +52,3 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _text(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmdoctor.cli.charts import INK, PAPER, STYLE, svg_of
 from llmdoctor.cli.measures_table import spoken
+from llmdoctor.cli.sweep import Point, settings_of
 from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _LINES = ("-", "--", ":", "-.")
 Line = tuple[str, Sequence[float], Sequence[Mapping[str, Any]]]  # what else is set, the swept values, the measures
 
 
-def svg_sweep(points: Sequence[Mapping[str, Any]], heading: str, *, alone: bool = True) -> str:
+def svg_sweep(points: Sequence[Point], heading: str, *, alone: bool = True) -> str:
     """One SVG. A point has its ``point`` {setting: value} and its ``measures`` {name: {"value", "low", "high"}}.
 
     The first setting is the axis; every combination of the others is a line. Without ``alone`` it is part of a page.
@@ -50,10 +51,10 @@ def svg_sweep(points: Sequence[Mapping[str, Any]], heading: str, *, alone: bool 
         return svg_of(figure, "measures of the answers over a setting", alone=alone)
 
 
-def _lines(points: Sequence[Mapping[str, Any]], axis: str, places: Mapping[Any, float]) -> list[Line]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
+def _lines(points: Sequence[Point], axis: str, places: Mapping[Any, float]) -> list[Line]:
+    found: dict[str, list[Point]] = {}
     for point in points:
-        others = " ".join(f"{name}={value}" for name, value in point["point"].items() if name != axis)
+        others = settings_of(point, axis) if len(point["point"]) > 1 else ""
         found.setdefault(others, []).append(point)
     return [
         (others, [places[one["point"][axis]] for one in own], [one["measures"] for one in own])

@@ -23,9 +23,10 @@ def find_strength(
 ) -> list[Spent]:
     """Try strengths from 1 on until the KL is ``budget`` up to ``tolerance`` (a share of it); the best comes last.
 
-    KL grows with the strength, at first with its square, so the next one is found on a line through the known ones in
-    log KL over log strength, kept away from their ends so that it converges like bisection at worst. Answers change in
-    steps, so some budgets are met only nearly. Raises UsageError where no strength up to ``limit`` has that KL.
+    KL grows with the strength, at first with its square. The next strength is found on the line through two known ones
+    in log KL over log strength; between two, kept away from both, so that it converges like bisection at worst.
+    Answers change in steps, so some budgets are met only nearly. Raises UsageError where no strength up to ``limit``
+    has that KL.
     """
     tried: list[Spent] = []
     below: Spent | None = None
@@ -47,18 +48,26 @@ def find_strength(
             raise UsageError(
                 f"no beta has a KL of {budget:g} per token: the strongest guidance reaches {best.kl.value:.3g} nats"
             )
-        strength = limit if flat else _next(below, above, budget, limit)
+        strength = limit if flat else _next(tried, below, above, budget, limit)
 
 
-def _next(below: Spent | None, above: Spent | None, budget: float, limit: float) -> float:
+def _next(tried: list[Spent], below: Spent | None, above: Spent | None, budget: float, limit: float) -> float:
     if below and above:
         low, high = math.log(below.strength), math.log(above.strength)
         share = 0.5
         if below.kl.value > 0:
             share = math.log(budget / below.kl.value) / math.log(above.kl.value / below.kl.value)
         return math.exp(low + min(1 - _NEAREST, max(_NEAREST, share)) * (high - low))
-    known = below or above
-    assert known is not None
-    step = math.sqrt(budget / known.kl.value) if known.kl.value > 0 else _FIRST_STEP
-    step = min(_FIRST_STEP, max(1.1, step)) if below else max(1 / _FIRST_STEP, min(1 / 1.1, step))
-    return min(limit, known.strength * step)
+    last = tried[-1]
+    step = (budget / last.kl.value) ** (1 / _steepness(tried)) if last.kl.value > 0 else _FIRST_STEP
+    step = min(_FIRST_STEP, max(1.25, step)) if below else max(1 / _FIRST_STEP, min(0.8, step))
+    return min(limit, last.strength * step)
+
+
+def _steepness(tried: list[Spent]) -> float:
+    """d log KL / d log strength at the last two strengths; 2, as for weak guidance, where it is not known."""
+    kls = [one.kl.value for one in tried[-2:]]
+    if len(kls) < 2 or min(kls) <= 0:
+        return 2.0
+    found = math.log(kls[1] / kls[0]) / math.log(tried[-1].strength / tried[-2].strength)
+    return min(2.0, max(0.25, found))
