@@ -89,7 +89,7 @@ def compare(
     trust_remote_code: options.TrustRemoteCode = False,
     diff: Annotated[bool, option("--diff", "Mark the words in which the answers differ.")] = False,
     follow: Annotated[
-        bool, option("--follow", "Show what the patient would have said wherever guidance changed it.")
+        bool, option("--follow", "Show what the patient would have said instead, wherever guidance changed it.")
     ] = False,
     as_json: options.Json = False,
     jsonl: Annotated[bool, option("--jsonl", "JSON Lines on stdout: a comparison per line, as they are made.")] = False,
@@ -170,7 +170,7 @@ def compare(
 
     from llmdoctor.comparing import Run
 
-    command = _command(plans, asked, samples=samples, top=top, kl_budget=kl_budget)
+    command = _command(plans, asked, samples=samples, top=top, follow=follow, kl_budget=kl_budget)
     # a command that goes on where it was stopped needs no --seed: it takes the seed of the file
     answers, seed = kept_answers(output, command, seed) if output is not None else ({}, seed)
     asking = _Asking(output, command)
@@ -180,6 +180,7 @@ def compare(
         samples=samples,
         rows=rows,
         top=top,
+        follow=follow,
         known=answers,
         on_token=asking.on_token,
         on_answer=asking.on_answer,

@@ -254,6 +254,7 @@ class LLMdoctor:
         guidance: Guidance | Sequence[Guidance] | None = None,
         seed: int | Sequence[int] | None = None,
         top: int = 0,
+        follow: bool = False,
         rows: int = _BATCH_ROWS,
         on_token: Callable[[GuidedToken], None] | None = None,
         on_answer: Callable[[int, Answer], None] | None = None,
@@ -261,6 +262,7 @@ class LLMdoctor:
     ) -> list[Answer]:
         """Answers with all their tokens, decoded ``rows`` at a time. ``guided=False`` is the patient alone.
 
+        With ``follow`` the tokens' ``patient_id`` is what the patient alone would draw there with the same random numbers.
         ``on_answer`` gets every answer when it is finished, and the number of its prompt, from 0.
 
         ``guidance``, ``seed`` and ``sampling`` are as in ``generate``. A prompt's answer does not depend on the other
@@ -278,7 +280,8 @@ class LLMdoctor:
         for start in range(0, len(prompts), rows):
             part = slice(start, start + rows)
             steps: list[list[Step]] = [[] for _ in prompts[part]]
-            for step in self._decode(prompts[part], settings, seeds[part], guided=guided, read=reads[part], top=top):
+            how: dict[str, Any] = {"guided": guided, "read": reads[part], "top": top, "follow": follow}
+            for step in self._decode(prompts[part], settings, seeds[part], **how):
                 steps[step.row].append(step)
                 if on_token:
                     on_token(step.token)
@@ -398,6 +401,7 @@ class LLMdoctor:
         read: Sequence[Callable[[], Guidance]],
         guided: bool = True,
         top: int = 0,
+        follow: bool = False,
         prefix_cache: PrefixCache | None = None,
         prefix: Sequence[int] = (),
         first: int | None = None,
@@ -415,6 +419,7 @@ class LLMdoctor:
             sampling,
             seed=seeds,
             top=top,
+            follow=follow,
             drafting=(self._drafting if guided else self._drafting_alone) if self.speculation else None,
             draft_model=self._draft_model,
             prefix_cache=prefix_cache,

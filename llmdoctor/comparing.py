@@ -62,7 +62,7 @@ class Run:
     Each column has a conversation of its own: its second turn follows its own first answer. ``rows`` conversations are
     decoded together; what is said does not depend on it. Answers that are in ``known`` are not asked for; the others
     are added to it, and go to ``on_answer`` as they are finished. ``on_token`` gets the column's name and the token.
-    The seconds of an answer are those of its batch until it was finished, divided by the answers of the batch.
+    ``top`` and ``follow`` are those of `LLMdoctor.answer_all`. The seconds of an answer are those of its batch until it was finished, divided by the answers of the batch.
     """
 
     questions: Sequence[Question]
@@ -70,6 +70,7 @@ class Run:
     samples: int = 1
     rows: int = 32
     top: int = 0
+    follow: bool = False
     known: dict[Key, Timed] = field(default_factory=dict)
     on_token: Callable[[str, GuidedToken], None] | None = None
     on_answer: Callable[[Key, Timed], None] | None = None
@@ -139,6 +140,7 @@ class Run:
             guidance=column.guidance,
             seed=[column.seed(self.seed, key.sample) for key in keys],
             top=self.top,
+            follow=self.follow,
             rows=len(keys),
             on_token=on_token and (lambda token: on_token(column.name, token)),
             on_answer=keep,

@@ -198,8 +198,9 @@ class GuidedToken:
     temperature 1, before any filter. ``values[name]`` is log V(s_t) after this token. ``flip`` says that guidance
     changed the likeliest token here: the product's argmax, before sampling, is not the patient's. ``kl`` is
     KL(product || patient) in nats. ``text`` is the printable piece: it is empty for special tokens and for bytes that
-    do not yet complete a character. ``patient_id`` and ``patient_text`` are the token that the patient likes best here,
-    after the same text; -1 where an older record lacks it.
+    do not yet complete a character. ``patient_id`` and ``patient_text`` are what the patient alone would say here, after
+    the same text: its likeliest token, or, where the answer is followed, its own draw with the same random numbers. They
+    are -1 and "" in older records.
     """
 
     position: int
@@ -267,9 +268,9 @@ class Versus:
 class Comparison:
     """The patient alone beside the guided patient, on the same prompt and seed.
 
-    ``settings`` holds alpha, betas, mode, temperature, top_k, top_p, min_p, max_new_tokens and seed. ``metrics`` holds
-    ``flips`` (places of the guided answer where guidance changed the likeliest token), ``flip_rate``, ``kl`` (sum over
-    the guided answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``,
+    ``settings`` holds alpha, betas, mode, temperature, top_k, top_p, min_p, no_repeat_ngram, max_new_tokens and seed.
+    ``metrics`` holds ``flips`` (places of the guided answer where guidance changed the likeliest token), ``flip_rate``,
+    ``kl`` (sum over the guided answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``,
     ``guided_tokens``, ``patient_seconds``, ``guided_seconds``. ``id`` is the question's; ``turn`` and ``sample`` count
     from 1. The prompt of a later turn follows, on each side, that side's own answers to the earlier ones. ``vs`` are
     further answers.

@@ -40,8 +40,9 @@ def parse_settings(
     ``text`` may be in its parts already, as `setting_items` gives them.
 
     ``beta`` is for every doctor, ``beta.helpful`` or ``helpful`` for one; a later value beats an earlier one. ``off``
-    turns off what has no value by default (seed, stop, top_k, min_p). A value with spaces is quoted, ``\n`` is a line
-    break, and several ``stop=...`` in one line are several stop strings. A message begins with ``command``.
+    turns off what has no value by default (seed, stop, top_k, min_p, no_repeat_ngram). A value with spaces is quoted,
+    ``\n`` is a line break, and several ``stop=...`` in one line are several stop strings. A message begins with
+    ``command``.
     """
     try:
         items = setting_items(text) if isinstance(text, str) else text

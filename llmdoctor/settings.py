@@ -314,12 +314,20 @@ COMBINATION = frozenset(GuidanceFields.model_fields) - {"alpha"}
 
 
 class SamplingFields(Settings):
-    """How a token is drawn from the product: temperature, top-k, top-p and min-p, in this order, then the draw."""
+    """How a token is drawn from the product.
+
+    What would repeat an n-gram goes first, then temperature, top-k, top-p and min-p, in this order; then the draw.
+    """
 
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 is greedy")
     top_k: int = Field(default=0, ge=0, description="Keep the k likeliest tokens; 0 is off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the likeliest tokens that make up p")
     min_p: float = Field(default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest")
+    no_repeat_ngram: int = Field(
+        default=0,
+        ge=0,
+        description="Never say so many tokens in a row twice in an answer, unless nothing else is possible; 0 is off",
+    )
     max_new_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens")
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
         default=(), description="Strings that end the answer and are cut from it"

@@ -37,7 +37,7 @@ class View:
     doctor: str | None
     scores: tuple[float | None, ...]
     marked: bool = False  # whether differing words are marked
-    followed: bool = False  # whether what the patient would have said is shown at every place that guidance changed
+    followed: bool = False  # whether what the patient alone would have said is shown where it is something else
     name: str = ""  # of a further column: what differs from the first guided one
     others: "tuple[View, ...]" = ()
 
@@ -96,10 +96,10 @@ class View:
         """What changed, and the settings."""
         m, diff = self.comparison.metrics, self.diff
         words = f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
-        another = f"another token was said at {sum(map(_led_away, self.comparison.guided.tokens))} of them; "
+        away = f"it led away from the patient's own token at {sum(map(_led_away, self.comparison.guided.tokens))}; "
         changed = (
             f"guidance changed the likeliest token at {m['flips']} of {m['guided_tokens']} places; "
-            f"{another if self.followed else ''}{words if self.marked else ''}"
+            f"{away if self.followed else ''}{words if self.marked else ''}"
             f"KL {m['kl']:.1f} nats ({m['kl_per_token']:.2f} per token)"
         )
         return changed, settings_text(self.comparison.settings)
@@ -109,7 +109,9 @@ class View:
         left = "only on the left" if not self.others else "not in the first guided answer"
         meanings = [f"struck: {left}; underlined: not in the patient's answer"] if self.marked else []
         if self.followed:
-            meanings.append("struck and underlined: what the patient would most likely have said, and what was said")
+            meanings.append(
+                "struck, then underlined: what the patient would have said after the same text, and what was said"
+            )
         return "; ".join(meanings)
 
     def marked_patient(self) -> MarkedText:
@@ -144,8 +146,8 @@ class View:
 
 
 def _led_away(token: "GuidedToken") -> bool:
-    """Whether guidance changed the likeliest token, and another one than the patient's was said."""
-    return token.flip and token.patient_id not in (-1, token.id)
+    """Whether the patient alone would have said something else."""
+    return token.patient_id not in (-1, token.id)
 
 
 def _marked(text: str, start: int, spans: Sequence[Span], mark: Mark) -> MarkedText:

@@ -67,7 +67,7 @@ def token_text(token: "GuidedToken") -> str:
     if token.flip:
         parts.append("guidance changed the likeliest token")
     if token.patient_id not in (-1, token.id):
-        parts.append(f"the patient's likeliest is {visible(token.patient_text)!r}")
+        parts.append(f"the patient would say {visible(token.patient_text)!r}")
     return ", ".join(parts)
 
 

@@ -6,13 +6,14 @@ drafted one, the models have already read what comes before the next place, so t
 first token that differs from its draft is still a proper draw; everything behind it has to be read again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from llmdoctor.decoding.product import draw, kl_divergence, product
+from llmdoctor.decoding.repetition import without
 from llmdoctor.settings import Guidance, Sampling
 
 
@@ -87,20 +88,28 @@ def draw_round(
     *,
     top: int = 0,
     forced: Sequence[int | None] = (),
+    forbidden: Sequence[Sequence[Collection[int]]] = (),
+    follow: bool = False,
 ) -> list[list[Place]]:
     """Draw the tokens of every row: its drafted tokens as far as they agree with the draw, and one further token.
 
     ``guidances`` and ``samplings`` hold one for each row. ``keys_B_J`` (int64) are all the randomness: the token of
     a place depends on its own key only, whatever was drafted. ``top`` asks for that many likeliest tokens.
-    ``forced`` ids, one for each row or none at all, take the first place instead of a draw (None: draw).
+    ``forced`` ids, one for each row or none at all, take the first place instead of a draw (None: draw). ``forbidden``
+    ids, by row and place or none at all, are not drawn while there are others (`repetition.without`). With ``follow``
+    the ``patient_id`` of a place is what the patient alone would draw there with the same key, else its likeliest token.
     """
     product_B_J_V = _products(round_, guidances)
-    ids_B_J = _draws(product_B_J_V, samplings, keys_B_J)
+    ids_B_J = _draws(product_B_J_V, samplings, keys_B_J, forbidden)
+    if follow:
+        patient_ids_B_J = _draws(round_.patient_B_J_V, samplings, keys_B_J, forbidden)
+    else:
+        patient_ids_B_J = round_.patient_B_J_V.argmax(dim=-1)
     for row, token in enumerate(forced):
         if token is not None:
             ids_B_J[row, 0] = token
     # everything is worked out on the device first, for all places: it costs less than a look at each token
-    numbers = _Numbers.of(round_, product_B_J_V, ids_B_J)
+    numbers = _Numbers.of(round_, product_B_J_V, ids_B_J, patient_ids_B_J)
     best = _tops(round_, product_B_J_V, top) if top else None
     rows = []
     for row, ids in enumerate(numbers.ids):
@@ -144,10 +153,15 @@ def _products(round_: Round, guidances: Sequence[Guidance]) -> Tensor:
     )
 
 
-def _draws(logprobs_B_J_V: Tensor, samplings: Sequence[Sampling], keys_B_J: Tensor) -> Tensor:
+def _draws(
+    logprobs_B_J_V: Tensor,
+    samplings: Sequence[Sampling],
+    keys_B_J: Tensor,
+    forbidden: Sequence[Sequence[Collection[int]]],
+) -> Tensor:
     """Token ids [B, J]."""
     places, size = logprobs_B_J_V.shape[1:]
-    flat_M_V = logprobs_B_J_V.reshape(-1, size)
+    flat_M_V = without(logprobs_B_J_V.reshape(-1, size), (tokens for row in forbidden for tokens in row))
     each = [sampling for sampling in samplings for _ in range(places)]
     return draw_rows(flat_M_V, each, keys_B_J.flatten()).view(-1, places)
 
@@ -182,9 +196,8 @@ class _Numbers:
     values: dict[str, list[list[float]]]
 
     @classmethod
-    def of(cls, round_: Round, product_B_J_V: Tensor, ids_B_J: Tensor) -> "_Numbers":
+    def of(cls, round_: Round, product_B_J_V: Tensor, ids_B_J: Tensor, patient_ids_B_J: Tensor) -> "_Numbers":
         picked_B_J_1 = ids_B_J[..., None]
-        liked = round_.patient_B_J_V.max(dim=-1)
 
         def of_drawn(logprobs_B_J_V: Tensor) -> Tensor:
             return logprobs_B_J_V.gather(2, picked_B_J_1)[..., 0]
@@ -195,8 +208,8 @@ class _Numbers:
             of_drawn(product_B_J_V),
             of_drawn(round_.patient_B_J_V),
             kl_divergence(product_B_J_V, round_.patient_B_J_V),
-            liked.indices,
-            _flips(product_B_J_V, round_.patient_B_J_V, liked.values),
+            patient_ids_B_J,
+            _flips(product_B_J_V, round_.patient_B_J_V),
             *map(of_drawn, round_.doctors_B_J_V.values()),
             *(torch.nn.functional.pad(values_B_K, (0, 1)) for values_B_K in round_.values_B_K.values()),
         ]
@@ -217,10 +230,10 @@ class _Numbers:
         )
 
 
-def _flips(product_B_J_V: Tensor, patient_B_J_V: Tensor, greatest_B_J: Tensor) -> Tensor:
+def _flips(product_B_J_V: Tensor, patient_B_J_V: Tensor) -> Tensor:
     """1 where the product's likeliest token is not the patient's [B, J]. Whatever ties is as likely: no flip."""
     best_B_J_1 = product_B_J_V.argmax(dim=-1, keepdim=True)
-    return patient_B_J_V.gather(-1, best_B_J_1)[..., 0] < greatest_B_J
+    return patient_B_J_V.gather(-1, best_B_J_1)[..., 0] < patient_B_J_V.amax(dim=-1)
 
 
 def _tops(round_: Round, product_B_J_V: Tensor, top: int) -> list[list[tuple[Choice, ...]]]:

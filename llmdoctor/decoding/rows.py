@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from llmdoctor.decoding.repetition import repeating
 from llmdoctor.decoding.round import Place
 from llmdoctor.errors import LoadError
 from llmdoctor.models import Patient, not_numbers
@@ -64,6 +65,7 @@ class Row:
         # a row's own stream: a character may be spread over several tokens
         self._texts = TextStream(patient.tokenizer)
         self._generator = torch.Generator().manual_seed(request.seed)
+        self._ids: list[int] = []
         self._keys: list[int] = []  # of the next positions, drawn ahead
         self._last = request.prompt[-1]
         self.pending: tuple[Place, Mapping[str, float]] | None = None  # drawn, but not every doctor has read it
@@ -76,6 +78,11 @@ class Row:
         while len(self._keys) < used + count:
             self._keys.append(int(torch.randint(torch.iinfo(torch.int64).max, (), generator=self._generator)))
         return self._keys[used : used + count]
+
+    def forbidden(self, drafts: Sequence[int]) -> list[set[int]]:
+        """The tokens that would repeat, at the next place and behind each of ``drafts``."""
+        n = self.sampling.no_repeat_ngram
+        return [repeating([*self._ids, *drafts[:k]], n) if n else set() for k in range(len(drafts) + 1)]
 
     @property
     def drawn(self) -> int:
@@ -97,6 +104,7 @@ class Row:
         token = self._token(place, values)
         self.position += 1
         self._last = token.id
+        self._ids.append(token.id)
         del self._keys[0]
         if token.id in self._patient.eos_ids:
             self.ended = "eos"
