@@ -262,8 +262,8 @@ class LLMdoctor:
     ) -> list[Answer]:
         """Answers with all their tokens, decoded ``rows`` at a time. ``guided=False`` is the patient alone.
 
-        With ``follow`` the tokens' ``patient_id`` is what the patient alone would draw there with the same random numbers.
-        ``on_answer`` gets every answer when it is finished, and the number of its prompt, from 0.
+        With ``follow`` the ``patient_id`` of a token is what the patient alone would draw there with the same random
+        numbers. ``on_answer`` gets every answer when it is finished, and the number of its prompt, from 0.
 
         ``guidance``, ``seed`` and ``sampling`` are as in ``generate``. A prompt's answer does not depend on the other
         prompts. Raises UsageError if the lists differ in length.

@@ -62,7 +62,8 @@ class Run:
     Each column has a conversation of its own: its second turn follows its own first answer. ``rows`` conversations are
     decoded together; what is said does not depend on it. Answers that are in ``known`` are not asked for; the others
     are added to it, and go to ``on_answer`` as they are finished. ``on_token`` gets the column's name and the token.
-    ``top`` and ``follow`` are those of `LLMdoctor.answer_all`. The seconds of an answer are those of its batch until it was finished, divided by the answers of the batch.
+    ``top`` and ``follow`` are those of `LLMdoctor.answer_all`. The seconds of an answer are
+    those of its batch until it was finished, divided by the answers of the batch.
     """
 
     questions: Sequence[Question]

@@ -198,9 +198,9 @@ class GuidedToken:
     temperature 1, before any filter. ``values[name]`` is log V(s_t) after this token. ``flip`` says that guidance
     changed the likeliest token here: the product's argmax, before sampling, is not the patient's. ``kl`` is
     KL(product || patient) in nats. ``text`` is the printable piece: it is empty for special tokens and for bytes that
-    do not yet complete a character. ``patient_id`` and ``patient_text`` are what the patient alone would say here, after
-    the same text: its likeliest token, or, where the answer is followed, its own draw with the same random numbers. They
-    are -1 and "" in older records.
+    do not yet complete a character. ``patient_id`` and ``patient_text`` are what the patient alone would say here,
+    after the same text: its likeliest token, or, where the answer is followed, its own draw with the same random
+    numbers; -1 and "" in older records.
     """
 
     position: int

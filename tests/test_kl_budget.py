@@ -45,7 +45,7 @@ def test_a_budget_between_two_steps_is_met_as_nearly_as_can_be() -> None:
 
 
 def test_a_budget_that_no_strength_has_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="the strongest guidance reaches 0.6 nats"):
+    with pytest.raises(UsageError, match=r"the strongest guidance reaches 0\.6 nats"):
         find_strength(lambda x: estimate(CURVES["saturates"](x)), 0.7, limit=1e4)
     with pytest.raises(UsageError, match="reaches 0 nats"):
         find_strength(lambda _: estimate(0.0), 0.1, limit=1e4)

@@ -29,10 +29,11 @@ class Batch:
     """Prompts that are answered together, each as if it were alone.
 
     Every row has its own guidance, sampling, budget, stop strings and seed. ``top`` asks for that many alternatives to
-    every token, ``follow`` for what the patient alone would draw in its place. ``drafting`` lets a doctor draft ahead; the tokens stay the same, up to the rounding of the models' own
-    arithmetic. ``draft_model``, with the patient's tokens, drafts in place of a doctor. ``with_bases`` is needed for
-    mode "ratio". ``prefix_cache`` keeps the caches of one prompt for the next; such a batch holds one row at a time.
-    Raises UsageError for ``with_bases`` where a doctor has no base.
+    every token, ``follow`` for what the patient alone would draw in its place. ``drafting`` lets a doctor draft ahead;
+    the tokens stay the same, up to the rounding of the models' own arithmetic. ``draft_model``, with the patient's
+    tokens, drafts in place of a doctor. ``with_bases`` is needed for mode "ratio". ``prefix_cache`` keeps the caches of
+    one prompt for the next; such a batch holds one row at a time. Raises UsageError for ``with_bases`` where a doctor
+    has no base.
 
         batch = Batch(patient, doctors)
         batch.join([Request(prompt, lambda: guidance, sampling, seed=1)])

@@ -38,8 +38,8 @@ def decode(
     ``drafting`` lets a doctor, or ``draft_model``, draft ahead; without it every token costs one forward of every
     model. Both ways draw the same tokens from the same seed, up to the rounding of the models' own arithmetic. Where
     drafts cannot be taken back (recurrent states, with a warning; a batch over a sliding window) the plain path is
-    used. ``top`` and ``follow`` are those of `Batch`. ``prefix_cache`` keeps the caches of a single prompt for the next one. ``first`` is the first token instead of
-    a draw.
+    used. ``top`` and ``follow`` are those of `Batch`. ``prefix_cache`` keeps the caches of a single prompt for the next
+    one. ``first`` is the first token instead of a draw.
 
     Raises UsageError for guidance that names no doctor or lacks its bases, for a prompt that is empty or fills the
     context, and for lists of another length than ``prompts``. While it runs: UsageError when guidance becomes wrong,

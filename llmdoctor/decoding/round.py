@@ -97,7 +97,7 @@ def draw_round(
     a place depends on its own key only, whatever was drafted. ``top`` asks for that many likeliest tokens.
     ``forced`` ids, one for each row or none at all, take the first place instead of a draw (None: draw). ``forbidden``
     ids, by row and place or none at all, are not drawn while there are others (`repetition.without`). With ``follow``
-    the ``patient_id`` of a place is what the patient alone would draw there with the same key, else its likeliest token.
+    the ``patient_id`` of a place is what the patient alone would draw there with its key, else its likeliest token.
     """
     product_B_J_V = _products(round_, guidances)
     ids_B_J = _draws(product_B_J_V, samplings, keys_B_J, forbidden)
