@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmdoctor.settings import DecodeSettings, WelcomeSettings
+from llmdoctor.show.text import visible
 
 if TYPE_CHECKING:
     from llmdoctor.records import GuidedToken
@@ -71,7 +72,11 @@ def token_text(token: "GuidedToken") -> str:
     parts += [f"{name} {logprob:.2f}" for name, logprob in token.doctor_logprobs.items()]
     parts += [f"guided {token.logprob:.2f}", f"KL {token.kl:.2f}"]
     parts += [f"log V of {name} {value:.2f}" for name, value in token.values.items()]
-    return ", ".join(parts) + (", guidance changed the likeliest token" if token.flip else "")
+    if token.flip:
+        parts.append("guidance changed the likeliest token")
+    if token.patient_id not in (-1, token.id):
+        parts.append(f"the patient would say {visible(token.patient_text)!r}")
+    return ", ".join(parts)
 
 
 def percent(logprob: float) -> str:
