@@ -192,7 +192,7 @@ def compare(
     if sweep:
         _sweep(points, plans, models, run, asking, pages, as_json=as_json, jsonl=jsonl)
     else:
-        budget = {}
+        budget: dict[str, Any] = {}
         if kl_budget is not None:
             settings, budget = _within(kl_budget, plans[1], models, run, asking)
             plans = [*sides(settings), *(further(plan.name, settings, flag="--vs") for plan in others)]
@@ -203,8 +203,7 @@ def compare(
     for kind, folder in exports.items():
         for name, content in EXPORTS[kind](run, [plan.name for plan in plans]) if folder is not None else ():
             _write(Path(folder or ".") / name, content)
-    if asking.answers and output is not None:
-        say(f"wrote {output}")
+    asking.end()
 
 
 def _command(plans: Sequence[Plan], asked: "Sequence[Question]", **options: Any) -> str:
@@ -233,6 +232,12 @@ class _Asking:
         self._run: Run | None = None
         self._show: Callable[[str], None] = lambda _message: None
         self._plain: Callable[[str], None] | None = None
+
+    def end(self) -> None:
+        """No more answers: the reader of a FIFO waits for this."""
+        if self._file is not None:
+            self._file.close()
+            say(f"wrote {self._output}")
 
     def begin(self, run: "Run", plans: Sequence[Plan]) -> None:
         """The answers that follow are those of these columns."""
@@ -269,7 +274,7 @@ class _Asking:
         assert self._run is not None
         plan = self._plans[key.column]
         column = Column(plan.name, None, plan.guidance, plan.sampling)
-        if self._file is None:  # and open to the end: the reader of a FIFO would take closing for the end
+        if self._file is None:
             self._file = open_to_append(self._output)
         settings = column.settings(column.seed(self._run.seed, key.sample))
         put_answer(self._file, self._run, key, timed, settings, self._command)

@@ -47,7 +47,7 @@ def test_every_file_that_compare_and_inspect_write_may_be_a_fifo_or_a_device(run
     assert texts["html"].rstrip().endswith("</html>")
     assert texts["svg"].rstrip().endswith("</svg>")
     assert texts["markdown"].startswith("## Hi")
-    assert json.loads(texts["output"])["prompt"] == "Hi"
+    assert [json.loads(line)["prompt"] for line in texts["output"].splitlines()] == ["Hi", "Hi"]
     for option in ("--html", "--svg"):
         result = run("inspect", clinic_rewards, option, "/dev/null")
         assert result.exit_code == 0, result.output
@@ -216,14 +216,14 @@ def test_compare_killed_in_the_middle_of_an_answer_leaves_whole_lines_and_goes_o
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     kept = killed.read_bytes()
-    assert all(json.loads(line)["guided"]["text"] for line in kept.splitlines())
+    assert all(json.loads(line)["answer"]["text"] for line in kept.splitlines())
     assert {path.name for path in tmp_path.iterdir()} <= {"prompts.txt", "killed.jsonl", "work"}
     killed.write_bytes(kept + kept[: len(kept) // 2])  # cut in the middle of a line, as a full buffer may be
     for output in (killed, tmp_path / "whole.jsonl"):
         subprocess.run(command(output), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     said = [
-        [(one["prompt"], one["patient"]["text"], one["guided"]["text"]) for one in map(json.loads, output.open())]
+        [(one["prompt"], one["column"], one["answer"]["text"]) for one in map(json.loads, output.open())]
         for output in (killed, tmp_path / "whole.jsonl")
     ]
     assert said[0] == said[1]
-    assert len(said[0]) == 3
+    assert len(said[0]) == 6
