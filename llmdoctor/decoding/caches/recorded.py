@@ -2,8 +2,8 @@
 
 The recorded step runs the same operations on the same weights without the Python between them; on the 12-layer clinic
 patient it is 2.7 times as fast, with bit-equal logits. The recorder is that of ``torch.jit.trace``, which torch has
-deprecated. It is used in this file only: ``torch.compile`` and ``torch.export`` take longer to start than a short answer
-takes. Where it is missing or fails, steps run as the model has them, and a warning says so.
+deprecated. It is used in this file only: ``torch.compile`` and ``torch.export`` take longer to start than a short
+answer takes. Where it is missing or fails, steps run as the model has them, and a warning says so.
 """
 
 import warnings
