@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -170,9 +171,8 @@ def test_no_command_reaches_for_a_network_unless_a_hub_name_was_asked_for(run, n
         ("profiles", "show", "qwen2.5-7b"),
         ("profiles", "check", "clinic"),
         ("env",),
-        ("extract", "--limit", 20, "-o", tmp_path / "rewards", "--probe"),
+        ("extract", "--limit", 2, "-o", tmp_path / "rewards"),
         ("inspect", clinic_rewards, "--html", tmp_path / "page.html"),
-        ("inspect", clinic_rewards, "--diagnose"),
         ("inspect", "--text", "Go to bed.", "--prompt", "Hi"),
         ("train", "--rewards", clinic_rewards, "-o", doctor, "--max-steps", 1, "--batch-size", 2),
         ("push", doctor, "org/name", "--dry-run"),
@@ -183,9 +183,8 @@ def test_no_command_reaches_for_a_network_unless_a_hub_name_was_asked_for(run, n
         assert result.exit_code == 0, (arguments, result.output, result.exception)
         assert not no_network, (arguments, no_network)
     for page in (tmp_path / "page.html", tmp_path / "p.svg"):
-        text = page.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
-        assert "://" not in text, "nor do the files that others open"
-        assert "url(" not in text
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"\b(src|href)\s*=|url\((?!#)|@import", text), "nor do the files that others open"
 
 
 @pytest.mark.parametrize("arguments", [("compare", "Hi", "--patient", "org/none"), ("extract", "--data", "org/none")])
