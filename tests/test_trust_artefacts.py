@@ -32,6 +32,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from llmdoctor.adapters import log_probs
+from llmdoctor.artefacts import AdapterConfig, DoctorFile, RewardsMeta
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
@@ -260,6 +261,19 @@ def test_pickles_are_never_unpickled(base, spoilt, copied, tmp_path):
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
+def each_odd(path: Path, key: str, schema: Any, load: Any) -> None:
+    """Every odd value in place of the key's own; what the schema lets pass is loaded too."""
+    whole = path.read_text()
+    for value in ODD:
+        path.write_text(whole)
+        spoil(path, key, value)
+        with suppress(LoadError):
+            read_json(path, schema)
+            fine_or_refused(load)
+            continue
+        refusal(lambda: read_json(path, schema))
+
+
 def spoil(path: Path, key: str, value: Any) -> None:
     data = json.loads(path.read_text())
     *parents, last = key.split(".")
@@ -270,25 +284,20 @@ def spoil(path: Path, key: str, value: Any) -> None:
     path.write_text(json.dumps(data))
 
 
-@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
 @pytest.mark.parametrize(
     "key", ["base_model", "name", "tokenizer", "settings", "settings.train", "base_fingerprint", "base_beside",
             "schema_version"]
 )  # fmt: skip
-def test_a_doctor_json_of_wrong_types_is_one_line(key, value, spoilt):
-    spoil(spoilt / "doctor.json", key, value)
-    fine_or_refused(lambda: load_doctor(spoilt))
+def test_a_doctor_json_of_wrong_types_is_one_line(key, spoilt):
+    each_odd(spoilt / "doctor.json", key, DoctorFile, lambda: load_doctor(spoilt))
 
 
-@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
 @pytest.mark.parametrize(
     "key", ["base_model_name_or_path", "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
             "target_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "auto_mapping", "bias"]
 )  # fmt: skip
-def test_an_adapter_config_of_wrong_types_is_one_line(key, value, spoilt):
-    spoil(spoilt / "adapter_config.json", key, value)
-    for load in (load_doctor, lambda folder: load_lm(folder, device="cpu")):
-        fine_or_refused(lambda load=load: load(spoilt))
+def test_an_adapter_config_of_wrong_types_is_one_line(key, spoilt):
+    each_odd(spoilt / "adapter_config.json", key, AdapterConfig, lambda: load_doctor(spoilt))
 
 
 @pytest.mark.parametrize(
@@ -412,14 +421,12 @@ def test_a_shard_that_no_patient_made_is_refused_and_named(name, column, words, 
     assert "rewards-00000.parquet" in text
 
 
-@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
 @pytest.mark.parametrize(
     "key", ["schema_version", "patient", "patient.fingerprint", "tokenizer", "tokenizer.size", "faces", "faces.f",
             "faces.f.positive", "dataset", "dataset.source", "shards", "counts", "skipped", "statistics"]
 )  # fmt: skip
-def test_a_meta_json_of_wrong_types_is_one_line(key, value, rewards):
-    spoil(rewards / "meta.json", key, value)
-    fine_or_refused(lambda: list(RewardsFolder(rewards)))
+def test_a_meta_json_of_wrong_types_is_one_line(key, rewards):
+    each_odd(rewards / "meta.json", key, RewardsMeta, lambda: list(RewardsFolder(rewards)))
 
 
 def test_a_shard_outside_of_the_folder_is_not_opened(rewards):
@@ -502,7 +509,7 @@ def test_what_is_no_file_is_refused_at_once(no_file, doctor, spoilt, rewards, tm
 
 
 @pytest.mark.parametrize(
-    "name", ["~nobody/x", "~nobody/x.jsonl", "./" + "x" * 3000, "./a\0b", "/proc/1/mem", "./\udcff"]
+    "name", ["~nobody/x", "~nobody/x.jsonl", "./" + "x" * 300, "./a\0b", "/proc/1/mem", "./\udcff"]
 )
 def test_a_path_that_cannot_be_is_one_line(name):
     for action in (load_patient, load_doctor, RewardsFolder, load_profile, lambda path: list(read_pairs(path))):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from llmdoctor.artefacts import ShrunkFile
 from llmdoctor.files import read_json
 from llmdoctor.model_source import ModelSource
 
@@ -15,7 +14,8 @@ def shrunk_from_another(base: str | Path, fingerprint: str, patient: str) -> str
     marker = where.file(MARKER, download=False)
     if marker is None or where.fingerprint() == fingerprint:  # it may be the patient itself
         return None
-    held = read_json(marker, ShrunkFile)
+    held = read_json(marker)
+    held = held if isinstance(held, dict) else {}
     if held.get("patient_fingerprint") == fingerprint:
         return None
     made_from = held.get("patient", "?")
