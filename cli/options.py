@@ -5,7 +5,6 @@ of it. An option that was not given is None; `llmdoctor.profile.override` change
 others, and checks them.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 
 from llmdoctor.cli.terminal import narrate, waiting
-from llmdoctor.errors import LLMDoctorError, UsageError
+from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
 from llmdoctor.schema import Settings, checked, help_text
 from llmdoctor.settings import (
     COMBINATION,
@@ -284,10 +283,12 @@ def parse_number(name: str, text: str) -> float:
 
 def parse_doctors(values: Sequence[str]) -> dict[str, str]:
     """``NAME=PATH`` or ``PATH``; without a name here, a doctor has the one in its doctor.json."""
+    from llmdoctor.files import present
+
     doctors: dict[str, str] = {}
     for value in values:
         name, equals, path = value.partition("=")
-        if not equals or "/" in name or Path(value).exists():
+        if not equals or "/" in name or present(Path(value)):
             name, path = _own_name(Path(value)), value
         if not name or not path:
             raise UsageError(f"--doctor: expected PATH or NAME=PATH, got {value!r}")
@@ -298,9 +299,12 @@ def parse_doctors(values: Sequence[str]) -> dict[str, str]:
 
 
 def _own_name(checkpoint: Path) -> str:
+    from llmdoctor.artefacts import DoctorFile
+    from llmdoctor.files import read_json, user_path
+
     try:
-        return str(json.loads((checkpoint / "doctor.json").read_text(encoding="utf-8")).get("name") or "doctor")
-    except (OSError, ValueError, AttributeError):
+        return str(read_json(user_path(checkpoint) / "doctor.json", DoctorFile).get("name") or "doctor")
+    except LoadError:
         return "doctor"  # loading the doctor reports what is wrong with its folder
 
 

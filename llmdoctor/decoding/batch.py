@@ -20,7 +20,7 @@ from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.round import Place, Round, draw_round
 from llmdoctor.decoding.rows import Request, Row, Step
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
-from llmdoctor.models import Patient, context_of
+from llmdoctor.models import Patient, context_of, require_embedded
 from llmdoctor.settings import Guidance
 from llmdoctor.training.folder import LoadedDoctor
 
@@ -94,6 +94,9 @@ class Batch:
         for request in requests:
             if not request.prompt:
                 raise UsageError("the prompt is empty: it has no token to continue from")
+            self.patient.require_embedded(request.prompt)
+            for name, doctor in self.doctors.items():
+                require_embedded(doctor.model, self.patient.tokenizer, request.prompt, f"the doctor {name}")
             if (room := self.context - len(request.prompt)) <= 0:
                 raise UsageError(
                     f"the prompt is {len(request.prompt)} tokens long and the models' context holds {self.context}: "
