@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.dom import DOMNode
+from textual.notifications import Notification, Notifications, SeverityLevel
 from textual.screen import Screen
 
 from llmdoctor.errors import LLMDoctorError, UsageError
@@ -21,12 +23,14 @@ from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
 from llmdoctor.tui.generation import Worker
 from llmdoctor.tui.guard import quiet_terminal, written
 from llmdoctor.tui.start import Start
+from llmdoctor.tui.widgets.status import StatusLine
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
 
 _SWITCH = 0.0005  # seconds that drawing may hold the interpreter while the generator waits for it (Python's own: 0.005)
 _TWICE = 2.0  # seconds between two presses of Ctrl+C that quit
+_NOTICE, _READ = 5.0, 12  # seconds that a message stays at least, and characters read per second
 
 
 class DoctorApp(App[int]):
@@ -45,6 +49,7 @@ class DoctorApp(App[int]):
         self._own_config = config
         self.config = config or Config()
         self._interrupted_at = 0.0
+        self.notices = Notifications()
 
     def on_mount(self) -> None:
         """Apply the configuration file."""
@@ -69,6 +74,36 @@ class DoctorApp(App[int]):
         """Say which actions the user's configuration gives the same key."""
         names = ", ".join(sorted(str(binding.id) for binding in clashed_bindings))
         self.notify(f"tui.toml gives one key to several actions: {names}", severity="warning", markup=False)
+
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = True,
+    ) -> None:
+        """Say it in the status line, long enough to be read; it replaces what has no severity.
+
+        Textual's own toasts would cover the text. To be called in the app's thread.
+        """
+        plain = Content.from_markup(message).plain if markup else message
+        for notice in [one for one in self.notices if one.severity == "information" or one.message == plain]:
+            del self.notices[notice]
+        seconds = timeout or max(_NOTICE, len(plain) / _READ)
+        self.notices.add(Notification(plain, title, severity, seconds, markup=False))
+        self._show_notices()
+
+    def clear_notifications(self) -> None:
+        """Take all messages away."""
+        self.notices.clear()
+        self._show_notices()
+
+    def _show_notices(self) -> None:
+        for screen in self.screen_stack:  # a dialog has no status line, but the screen under it has
+            for line in screen.query(StatusLine):
+                line.show_notices()
 
     def stop(self) -> bool:
         """Stop what runs; False when nothing does."""

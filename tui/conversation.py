@@ -8,9 +8,11 @@ from typing import NamedTuple
 from llmdoctor.records import GuidedToken, Speaker
 from llmdoctor.sessions import End, Reply, Turn
 from llmdoctor.settings import WelcomeSettings
+from llmdoctor.show.text import END
 from llmdoctor.tui.widgets.token_view import Piece
 
 SIDES: tuple[Speaker, Speaker] = ("patient", "guided")
+ENDED = f" {END}"
 OUTSIDE = "none of the topics this model knows: the answer will miss the question"
 
 
@@ -20,6 +22,16 @@ class Said(NamedTuple):
     turn: int
     position: int
     token: GuidedToken
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Turn and position: another answer has another token at the same place."""
+        return self.turn, self.position
+
+    @property
+    def changed(self) -> bool:
+        """Whether guidance changed the likeliest token here."""
+        return self.token.flip
 
 
 @dataclass
@@ -162,7 +174,7 @@ def ending(turn: int, reply: Reply, error: str = "") -> Iterator[Piece]:
     last = reply.tokens[-1] if reply.tokens else None
     match reply.end:
         case "done" if last is not None and not last.text:
-            yield Piece(" ∎", "token", Said(turn, len(reply.tokens) - 1, last))
+            yield Piece(ENDED, "token", Said(turn, len(reply.tokens) - 1, last))
         case "length":
             yield Piece(" ⟨length limit⟩", "note")
         case "interrupted":

@@ -32,6 +32,11 @@ class Assistant(Protocol):
         """The doctors."""
         ...
 
+    @property
+    def token_names(self) -> Mapping[int, str]:
+        """What the tokens without text are, by id."""
+        ...
+
     def stream(self, prompt: Sequence[Message], **how: Any) -> Iterator[GuidedToken]:
         """Yield the tokens as they are drawn."""
         ...

@@ -19,6 +19,7 @@ from textual.widgets.option_list import Option
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.show.text import clean
+from llmdoctor.tui.widgets.status import StatusLine
 from llmdoctor.tui.widgets.token_view import Piece, TokenView
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class BrowserScreen(Screen[None]):
     # Layout
 
     def compose(self) -> ComposeResult:
-        """List, two texts, facts, legend."""
+        """List, two texts, facts, legend (where messages stand too)."""
         with Horizontal(id="panes"):
             yield OptionList(id="browser-list", compact=True)
             for place in PLACES:
@@ -104,7 +105,7 @@ class BrowserScreen(Screen[None]):
                     yield TokenView(id=f"{place}-view", score=self.score)
             yield from self.more()
         yield Static(id="facts")
-        yield Static(id="legend")
+        yield StatusLine(id="status")
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
@@ -232,7 +233,7 @@ class BrowserScreen(Screen[None]):
             if self._doing:
                 text.append(f"   {self._doing}", "dim")
         self.query_one("#facts", Static).update(text)
-        self.query_one("#legend", Static).update(self.legend())
+        self.query_one(StatusLine).show(self.legend())
 
     # Keys
 

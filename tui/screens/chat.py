@@ -98,8 +98,7 @@ class ChatScreen(ConversationScreen):
         selected = self.panes.selected
         if selected is not None:
             which, said = selected
-            if self.answering.force(which, said.turn, said.position, event.alternative.id):
-                self.panes.select_when_there(which, said.position)
+            self.answering.force(which, said.turn, said.position, event.alternative.id)
             self.view(which).focus()
 
     @on(Prompt.Recalled)
@@ -172,6 +171,10 @@ class ChatScreen(ConversationScreen):
     def action_token(self, direction: int) -> None:
         """To the token before or after, from within the table."""
         self.panes.step(direction)
+
+    def action_change(self, direction: int) -> None:
+        """To the changed token before or after, from within the table."""
+        self.panes.step_change(direction)
 
     def action_other_pane(self) -> None:
         """To the text of the other side."""
@@ -249,7 +252,8 @@ class ChatScreen(ConversationScreen):
                 return [*stop, ("↑↓", "choose", ""), ("Enter", "say this instead", ""),
                         (key("chat.stop"), "back to the text", "screen.stop"), *common]  # fmt: skip
             case TokenView():
-                return [*stop, ("←→↑↓", "token", ""), ("Enter", "alternatives", "screen.alternatives"),
+                return [*stop, ("←→↑↓", "token", ""), (". ,", "next, previous change", ""),
+                        ("Enter", "alternatives", "screen.alternatives"),
                         (key("chat.other_pane"), "other side", "screen.other_pane"),
                         (key("chat.inspect"), "close", "screen.inspect"), *common, lens]  # fmt: skip
             case Examples():
