@@ -100,6 +100,7 @@ class Summary:
     created: float
     updated: float
     turns: int
+    questions: str = ""  # all of them, a line each
 
 
 def messages(turns: tuple[Turn, ...], which: Speaker, prompt: str) -> list[Message]:
@@ -190,8 +191,8 @@ class SessionStore:
         """All sessions, the most recent first."""
         with self._open() as db:
             rows = db.execute(
-                "SELECT id, title, created, updated, (SELECT count(*) FROM turn WHERE session = id) FROM session "
-                "ORDER BY updated DESC"
+                "SELECT id, title, created, updated, count(number), coalesce(group_concat(prompt, char(10)), '') "
+                "FROM session LEFT JOIN turn ON session = id GROUP BY id ORDER BY updated DESC"
             ).fetchall()
         return [Summary(*row) for row in rows]
 

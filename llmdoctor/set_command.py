@@ -28,18 +28,18 @@ def setting_help() -> Iterator[tuple[str, str]]:
 
 
 def parse_settings(
-    text: str, doctors: Sequence[str], guidance: Guidance, sampling: Sampling
+    text: str, doctors: Sequence[str], guidance: Guidance, sampling: Sampling, *, command: str = "/set"
 ) -> tuple[Guidance, Sampling]:
     r"""``alpha=1 beta=0.8 helpful=1.2 seed=5`` laid over the settings in use. Raises UsageError.
 
     ``beta`` is for every doctor, ``beta.helpful`` or ``helpful`` for one; a later value beats an earlier one. ``off``
     turns off what has no value by default (seed, stop, top_k, min_p). A value with spaces is quoted, ``\n`` is a line
-    break, and several ``stop=...`` in one line are several stop strings. A message begins with ``/set:``.
+    break, and several ``stop=...`` in one line are several stop strings. A message begins with ``command``.
     """
     try:
         return _parsed(text, doctors, guidance, sampling)
     except UsageError as error:
-        raise UsageError(f"/set: {error}") from error
+        raise UsageError(f"{command}: {error}") from error
 
 
 def _parsed(text: str, doctors: Sequence[str], guidance: Guidance, sampling: Sampling) -> tuple[Guidance, Sampling]:

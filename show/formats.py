@@ -20,6 +20,11 @@ def short_name(model: str) -> str:
     return "/".join(Path(model).parts[-2:])
 
 
+def counted(count: int, what: str) -> str:
+    """``1 token``, ``2 tokens``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def betas_text(betas: Mapping[str, float]) -> str:
     """All doctors, as one types them: ``helpful=0.8 safe=0``."""
     return " ".join(f"{name}={beta:g}" for name, beta in betas.items())

@@ -188,7 +188,11 @@ class ChatApp(DoctorApp):
         super().exit(*args, **how)
 
     def stop(self) -> bool:
-        """Stop the answer."""
+        """Stop the answer, in a comparison the answers."""
+        from llmdoctor.tui.screens.columns_screen import ColumnsScreen
+
+        if any(screen.stop() for screen in self.screen_stack if isinstance(screen, ColumnsScreen)):
+            return True
         if not self._has_chat or self.chat.live is None:
             return False
         self.chat.action_stop()
@@ -208,7 +212,11 @@ class ChatApp(DoctorApp):
 
     def load_session(self, session_id: str) -> Session:
         """A saved session."""
-        return self._saver.submit(self.store.load, session_id).result()
+        return self.later_session(session_id).result()
+
+    def later_session(self, session_id: str) -> Future[Session]:
+        """A saved session, once it has been read."""
+        return self._saver.submit(self.store.load, session_id)
 
     def saved_sessions(self) -> list[Summary]:
         """All saved sessions."""
@@ -251,12 +259,13 @@ class BrowserApp(DoctorApp):
 def binding_ids() -> dict[str, Binding]:
     """Every key binding that can be given another key, by its id."""
     from llmdoctor.tui.screens.chat import ChatScreen
+    from llmdoctor.tui.screens.columns_screen import ColumnsScreen
     from llmdoctor.tui.screens.sessions import SessionsScreen
     from llmdoctor.tui.widgets.inspector import Alternatives
     from llmdoctor.tui.widgets.slider import Slider
     from llmdoctor.tui.widgets.token_view import TokenView
 
-    owners = (DoctorApp, ChatScreen, TokenView, Alternatives, Slider, SessionsScreen)
+    owners = (DoctorApp, ChatScreen, TokenView, Alternatives, Slider, SessionsScreen, ColumnsScreen)
     bindings = (binding for owner in owners for binding in owner.BINDINGS)
     return {binding.id: binding for binding in bindings if isinstance(binding, Binding) and binding.id}
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from llmdoctor.records import GuidedToken, Speaker
 from llmdoctor.sessions import End, Reply, Turn
 from llmdoctor.settings import WelcomeSettings
+from llmdoctor.show.formats import counted
 from llmdoctor.show.text import END
 from llmdoctor.tui.widgets.token_view import Piece
 
@@ -99,9 +100,9 @@ def side_facts(side: LiveReply | Reply, which: Speaker) -> str:
     count, seconds = (
         (side.fresh, side.fresh_seconds) if isinstance(side, LiveReply) else (len(side.tokens), side.seconds)
     )
-    parts = [f"{len(side.tokens)} tokens"]
+    parts = [counted(len(side.tokens), "token")]
     if which == "guided":
-        parts += [f"{side.flips} flip{'' if side.flips == 1 else 's'}", f"KL {side.kl:.1f}"]
+        parts += [counted(side.flips, "flip"), f"KL {side.kl:.1f}"]
     if seconds > 0 and count:
         parts.append(f"{count / seconds:.0f}/s")
     return ", ".join(parts)

@@ -89,7 +89,7 @@ class FakeAssistant:
             self.open_streams -= 1
 
     def _token(self, position: int, how: Mapping[str, Any], forced: int | None) -> GuidedToken:
-        guidance = self._guidance if how["guided"] else Guidance()
+        guidance = (how.get("guidance") or self._guidance) if how["guided"] else Guidance()
         logps = product(guidance)
         temperature = how["temperature"]
         weights = [math.exp(logp / temperature) if temperature else logp == max(logps) for logp in logps]

@@ -230,6 +230,11 @@ class ChatScreen(ConversationScreen):
         except LLMDoctorError as error:
             self.notify(str(error), severity="error", markup=False)
 
+    def leave_columns(self, command: str | None) -> None:
+        """A comparison was left, maybe for a command."""
+        if command:
+            self.obey(command)
+
     def begin_command(self, name: str) -> None:
         """Put a command that needs arguments into the prompt."""
         self.prompt.put(f"/{name} ")

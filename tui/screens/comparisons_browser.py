@@ -11,7 +11,7 @@ from textual.widgets import OptionList
 from llmdoctor.records import Comparison
 from llmdoctor.sessions import Reply
 from llmdoctor.show.comparison import View
-from llmdoctor.show.lens import LENSES, Lens, lens_limit
+from llmdoctor.show.lens import LENSES, Lens, following, lens_limit
 from llmdoctor.tui import token_style
 from llmdoctor.tui.conversation import ENDED, Said, ending, pieces
 from llmdoctor.tui.screens.browser import BrowserScreen, Item, Source
@@ -74,14 +74,13 @@ class ComparisonsScreen(BrowserScreen):
 
     def action_next_lens(self) -> None:
         """The next kind of colour."""
-        self.lens = LENSES[(LENSES.index(self.lens) + 1) % len(LENSES)]
+        self.lens = following(LENSES, self.lens)
         self._recolour()
 
     def action_next_doctor(self) -> None:
         """The next doctor's opinion."""
         if self._doctors:
-            at = self._doctors.index(self.doctor) if self.doctor in self._doctors else -1
-            self.doctor = self._doctors[(at + 1) % len(self._doctors)]
+            self.doctor = following(self._doctors, self.doctor)
             self._recolour()
 
     def _recolour(self) -> None:

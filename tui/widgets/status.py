@@ -45,9 +45,10 @@ class StatusLine(Static):
     def _draw(self, *, layout: bool) -> None:
         said = [Text(" ".join(clean(one.message).split()), _STYLES[one.severity]) for one in self.app.notices]
         text = Text(_GAP).join(said)
-        if text.cell_len <= self.content_size.width - _LEFT:
-            parts = [part for part in (*said, self._status) if part]
-            text = Text(_GAP, no_wrap=True, overflow="ellipsis").join(parts)
+        width = self.content_size.width
+        if text.cell_len <= width - _LEFT:
+            text = Text(_GAP).join([part for part in (*said, self._status) if part])
+            text.truncate(max(1, width), overflow="ellipsis")
         self.update(text, layout=layout)
 
     def on_mount(self) -> None:
