@@ -39,8 +39,8 @@ class DoctorApp(App[int]):
     CSS_PATH: ClassVar[Any] = Path(__file__).with_name("app.tcss")
     TITLE = "llmdoctor"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+c", "interrupt", "Interrupt, twice: quit", show=False, priority=True, id="app.interrupt"),
-        Binding("f12", "picture", "Picture", show=False, priority=True, id="app.picture"),
+        Binding("ctrl+c", "interrupt", "Stop the answer; pressed twice, leave", show=False, priority=True, id="app.interrupt"),
+        Binding("f12", "picture", "Write the screen as a picture (SVG)", show=False, priority=True, id="app.picture"),
     ]
     worker: Worker | None = None
 

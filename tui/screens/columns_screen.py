@@ -38,12 +38,12 @@ class ColumnsScreen(Screen[str | None]):
     """Every column has its own conversation. None of it is kept: dismissed with a command to run there, or None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "leave", "Stop, or leave the comparison", id="compare.leave"),
+        Binding("escape", "leave", "Stop the answers; close what is open; leave", id="compare.leave"),
         Binding("f1", "help", "Help", priority=True, show=False),
-        Binding("f3", "next_lens", "Lens", priority=True, id="compare.lens"),
-        Binding("shift+f3,ctrl+l", "next_doctor", "Lens doctor", priority=True, id="compare.doctor"),
-        Binding("f6", "again", "New seed", priority=True, id="compare.again"),
-        Binding("ctrl+t", "other", "Next column", priority=True, id="compare.other"),
+        Binding("f3", "next_lens", "Colour by the next lens", priority=True, id="compare.lens"),
+        Binding("shift+f3,ctrl+l", "next_doctor", "Colour by the next doctor", priority=True, id="compare.doctor"),
+        Binding("f6", "again", "The last question again with another seed", priority=True, id="compare.again"),
+        Binding("ctrl+t", "other", "To the next column", priority=True, id="compare.other"),
         Binding("enter", "alternatives", "Alternatives", show=False),
     ]
     app: "ChatApp"  # type: ignore[assignment]

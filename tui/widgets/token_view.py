@@ -38,14 +38,14 @@ class TokenView(ScrollView, can_focus=True):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"token-view--user", "token-view--note"}
     ALLOW_SELECT = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left", "step(-1)", "Token", show=False, id="token.previous"),
-        Binding("right", "step(1)", "Token", show=False, id="token.next"),
-        Binding("up", "line(-1)", "Line", show=False, id="token.up"),
-        Binding("down", "line(1)", "Line", show=False, id="token.down"),
+        Binding("left", "step(-1)", "Token before", show=False, id="token.previous"),
+        Binding("right", "step(1)", "Token after", show=False, id="token.next"),
+        Binding("up", "line(-1)", "Line above", show=False, id="token.up"),
+        Binding("down", "line(1)", "Line below", show=False, id="token.down"),
         Binding("home,ctrl+home", "edge(0)", "First token", show=False, id="token.first"),
         Binding("end,ctrl+end", "edge(-1)", "Last token", show=False, id="token.last"),
-        Binding("full_stop", "change(1)", "Next change", show=False, id="token.next_change"),
-        Binding("comma", "change(-1)", "Previous change", show=False, id="token.previous_change"),
+        Binding("full_stop", "change(1)", "Next token that guidance changed", show=False, id="token.next_change"),
+        Binding("comma", "change(-1)", "Previous token that guidance changed", show=False, id="token.previous_change"),
     ]
 
     class Selected(Message):
