@@ -32,11 +32,6 @@ def spoken(name: str) -> str:
     return "repeating answers" if words == "repeating" else words
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 prompt``, ``2 prompts``."""
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
     """The rows in aligned columns; columns that do not fit follow in a table below, beside the first one again.
 
