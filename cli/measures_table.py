@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmdoctor.show.formats import counted
+
 _GAP = 2  # columns between two of a table
 _PLAIN_WIDTH = 100  # where there is no terminal that has one
 
