@@ -99,7 +99,7 @@ def compare(
     if lens_doctor is not None and lens_doctor not in settings.doctors:
         known = ", ".join(settings.doctors) or "none"
         raise UsageError(f"--lens-doctor: there is no doctor named {lens_doctor!r} (there are: {known})")
-    asked = _prompts(prompt, prompts)
+    asked = questions(prompt, prompts)
     if tui:
         from llmdoctor.tui.launch import browse_comparisons
 
@@ -130,7 +130,7 @@ def compare(
         how = {"seed": start, "samples": samples, "skip": len(done), "rows": rows, "top": top}
         results = chain(done, _compared(assistant, asked, total, len(done), **how))
     if output is not None:
-        results = _written(results, output, command, len(done))
+        results = written(results, output, command, len(done))
     collected: list[Comparison] = []
     for result in results:
         if jsonl:
@@ -147,16 +147,16 @@ def compare(
     pages = html or svg or markdown
     views = [View.of(result, lens, lens_doctor, diff=diff) for result in collected] if pages else []  # type: ignore[arg-type]
     if html is not None:
-        _write(html, comparisons_page(views))
+        write_file(html, comparisons_page(views))
     if svg is not None:
-        _write(svg, picture((rich_comparison(view, 110) for view in views), "llmdoctor compare"))
+        write_file(svg, picture((rich_comparison(view, 110) for view in views), "llmdoctor compare"))
     if markdown is not None:
         text = "\n".join(markdown_comparison(view) for view in views)
-        _write(markdown, text + (f"\n```\n{summary_table(summary['summary'])}\n```\n" if summary else ""))
+        write_file(markdown, text + (f"\n```\n{summary_table(summary['summary'])}\n```\n" if summary else ""))
     by_id = {question.id: question for question in asked}
     for folder, make in ((alpaca_eval, alpaca_eval_files), (mt_bench, mt_bench_files)):
         for name, content in make(collected, by_id) if folder is not None else ():
-            _write(Path(folder or ".") / name, content)
+            write_file(Path(folder or ".") / name, content)
 
 
 def _summary(comparisons: "Sequence[Comparison]") -> dict[str, Any]:
@@ -169,7 +169,8 @@ def _summary(comparisons: "Sequence[Comparison]") -> dict[str, Any]:
     return {"summary": {"prompts": len({one.id for one in comparisons}), "answers": len(comparisons), **found}}
 
 
-def _written(results: "Iterator[Comparison]", path: Path, command: dict[str, Any], kept: int) -> "Iterator[Comparison]":
+def written(results: "Iterator[Comparison]", path: Path, command: dict[str, Any], kept: int) -> "Iterator[Comparison]":
+    """The results, each written to ``path`` as it comes, but for the first ``kept``, which it holds already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for number, result in enumerate(results):
@@ -179,7 +180,8 @@ def _written(results: "Iterator[Comparison]", path: Path, command: dict[str, Any
     say(f"wrote {path}")
 
 
-def _prompts(prompt: str | None, file: str | None) -> "list[Question]":
+def questions(prompt: str | None, file: str | None) -> "list[Question]":
+    """The one prompt, or those of the file; "-" is stdin. Raises UsageError and DataError."""
     if (prompt is None) == (file is None):
         raise UsageError(
             'give either a prompt or --prompts FILE, for example: llmdoctor compare "How can I sleep better?"'
@@ -260,7 +262,8 @@ def _print(view: View, *, first: bool) -> None:
         put(plain_comparison(view))
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write the text, all or nothing, and say so."""
     from llmdoctor.files import atomic_path
 
     with atomic_path(path) as temporary:

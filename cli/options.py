@@ -326,22 +326,22 @@ def guided_profile(
     )
 
 
-def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
-    """The patient and its doctors, with a spinner while they load."""
+def load_assistant(profile: "Profile", *, trust_remote_code: bool, with_bases: bool = False) -> "LLMdoctor":
+    """The patient and its doctors, with a spinner while they load; ``with_bases`` as in `LLMdoctor`."""
     from llmdoctor.files import require_doctor
 
     for doctor in profile.doctors.values():  # before the hub is asked for a patient
         require_doctor(doctor.checkpoint)
     with waiting(f"Loading {', '.join([short_name(profile.patient.model), *profile.doctors])} ..."):
-        return assistant(profile, trust_remote_code=trust_remote_code)
+        return assistant(profile, trust_remote_code=trust_remote_code, with_bases=with_bases)
 
 
-def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
+def assistant(profile: "Profile", *, trust_remote_code: bool, with_bases: bool = False) -> "LLMdoctor":
     """The patient and its doctors; torch gets as many threads as models of their size can use."""
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.models import spare_threads
 
-    made = LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code)
+    made = LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code, with_bases=with_bases)
     spare_threads(made.patient.model)
     return made
 

@@ -25,9 +25,13 @@ def compared(
     rows: int = 32,
     top: int = 0,
     on_token: OnToken | None = None,
+    guidances: Sequence[Guidance] = (),
     **sampling: Any,
 ) -> Iterator[Comparison]:
     """The patient alone beside the guided patient: a comparison per turn of every question and sample, in this order.
+
+    ``guidances`` replace the assistant's own: every conversation is then compared with each of them in turn. What the
+    patient says alone is decoded once for all.
 
     Sample i of a question has seed + i. Each side has a conversation of its own: its second turn follows its own first
     answer. ``rows`` conversations are decoded together; what is said does not depend on it. The first ``skip``
@@ -35,25 +39,27 @@ def compared(
     its batch divided by the answers in it.
     """
     # One snapshot for all: the record states the settings, so they must not change on the way.
-    guidance, how = assistant.guidance, assistant.sampling.replace(**sampling, seed=None)
+    guidances, how = guidances or [assistant.guidance], assistant.sampling.replace(**sampling, seed=None)
     planned = [(question, seed + sample) for question, sample in product(questions, range(samples))]
     begin = 0
-    while begin < len(planned) and skip >= len(planned[begin][0].turns):
-        skip -= len(planned[begin][0].turns)
+    while begin < len(planned) and skip >= (count := len(guidances) * len(planned[begin][0].turns)):
+        skip -= count
         begin += 1
     for start in range(begin, len(planned), rows):
         chunk = planned[start : start + rows]
         alone = _conversations(assistant, chunk, None, how, top, on_token)
-        guided = _conversations(assistant, chunk, guidance, how, top, on_token)
-        for (question, own), ones, others in zip(chunk, alone, guided, strict=True):
-            described = guidance.to_dict() | how.replace(seed=own).model_dump()
-            for turn, (asked, one, other) in enumerate(zip(question.turns, ones, others, strict=True), start=1):
-                if skip:
-                    skip -= 1
-                    continue
-                metrics = _metrics(assistant.doctor_names, *one, *other)
-                prompt = asked if isinstance(asked, str) else list(asked)
-                yield Comparison(prompt, described, one[0], other[0], metrics, question.id, turn, own - seed + 1)
+        guided = [_conversations(assistant, chunk, guidance, how, top, on_token) for guidance in guidances]
+        for row, (question, own) in enumerate(chunk):
+            for guidance, said in zip(guidances, guided, strict=True):
+                described = guidance.to_dict() | how.replace(seed=own).model_dump()
+                turns = zip(question.turns, alone[row], said[row], strict=True)
+                for turn, (asked, one, other) in enumerate(turns, start=1):
+                    if skip:
+                        skip -= 1
+                        continue
+                    metrics = _metrics(assistant.doctor_names, *one, *other)
+                    prompt = asked if isinstance(asked, str) else list(asked)
+                    yield Comparison(prompt, described, one[0], other[0], metrics, question.id, turn, own - seed + 1)
 
 
 def _conversations(

@@ -52,6 +52,11 @@ def rewards_page(
     )
 
 
+def evaluation_page(report: str, picture: str) -> str:
+    """What ``eval`` found: its ``report`` as text, and its ``picture``, an SVG that goes into the page as it is."""
+    return _templates().get_template("evaluation.html").render(report=report, picture=picture)
+
+
 @lru_cache(maxsize=1)
 def _templates() -> "Environment":
     """The templates. Every text they print is cleaned of control characters, then escaped."""
