@@ -1,4 +1,4 @@
-"""``llmdoctor eval``: does a doctor work?"""
+"""``llmdoctor eval``: whether a doctor works, on held-out pairs and on prompts."""
 
 import hashlib
 from collections import Counter
@@ -12,7 +12,7 @@ import typer
 from llmdoctor.cli import options
 from llmdoctor.cli.compare import questions, write_file, written
 from llmdoctor.cli.compare_files import kept_answers
-from llmdoctor.cli.evaluation_report import drawing, text_report
+from llmdoctor.cli.evaluation_report import drawing, subject, tables, text_report
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import progress, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
@@ -185,7 +185,7 @@ def evaluate(
     if html is not None:
         from llmdoctor.show.page import evaluation_page
 
-        write_file(html, evaluation_page(text_report(report), drawing(report, alone=False)))
+        write_file(html, evaluation_page(subject(report), tables(report), drawing(report, alone=False)))
 
 
 def _tried(betas: str | None, settings: "Profile") -> "list[Guidance]":
@@ -230,7 +230,10 @@ def _judge(name: str, kind: str | None, device: str | None, *, trust_remote_code
     with waiting(f"Loading the judge {name} ..."):
         from llmdoctor.evaluation.judge import load_judge
 
-        return load_judge(name, kind, device=device or "auto", trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+        made = load_judge(name, kind, device=device or "auto", trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+        # asked once before anything is answered, so that a judge that cannot judge costs no answers
+        made.try_out()
+        return made
 
 
 def _preference(

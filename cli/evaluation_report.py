@@ -1,7 +1,8 @@
 """What ``eval`` found, as text and as a picture."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmdoctor.cli.charts import (
@@ -17,9 +18,8 @@ from llmdoctor.cli.charts import (
     percents,
     svg_element,
 )
-from llmdoctor.cli.side_by_side import summary_table
 from llmdoctor.show.colours import scale_colour
-from llmdoctor.show.formats import betas_text, short_name
+from llmdoctor.show.formats import betas_text, short_name, speaking_text
 from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
@@ -30,18 +30,34 @@ if TYPE_CHECKING:
 Found = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Table:
+    """A part of the report: a heading, lines of cells below their titles, and sentences about them."""
+
+    heading: str
+    titles: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
 def text_report(report: Found) -> str:
     """The whole report in plain letters."""
+    return clean("\n\n".join([subject(report), *("\n".join(_lines(table)) for table in tables(report))]))
+
+
+def subject(report: Found) -> str:
+    """Who was evaluated."""
     named = ", ".join(f"{name} ({short_name(folder)})" for name, folder in report["doctors"].items())
-    parts = [f"patient {short_name(report['patient'])}; doctors: {named}"]
-    if preference := report.get("preference"):
-        parts += ["\n".join(_preference(preference)), "\n".join(_verdicts(preference))]
-    if answers := report.get("answers"):
-        if len(answers["guided"]) > 1:
-            parts += _frontier(answers)
-        else:
-            parts.append(_one_setting(answers))
-    return clean("\n\n".join(parts))
+    return f"patient {short_name(report['patient'])}; doctor{'s' * (len(report['doctors']) > 1)} {named}"
+
+
+def tables(report: Found) -> list[Table]:
+    """The report in parts; every number has its 95% interval."""
+    parts = [_preference(report["preference"])] if report.get("preference") else []
+    answers = report.get("answers")
+    if answers and len(answers["guided"]) == 1:
+        return [*parts, _two_sides(answers), *_judged(answers)]
+    return [*parts, *(_frontier(answers) if answers else ())]
 
 
 def judges(preference: Found) -> "Iterator[tuple[str, Mapping[str, Estimate]]]":
@@ -54,14 +70,15 @@ def judges(preference: Found) -> "Iterator[tuple[str, Mapping[str, Estimate]]]":
     yield "the longer answer", _estimates(preference["longer"])
 
 
-def _preference(preference: Found) -> Iterator[str]:
-    yield f"{preference['pairs']} pairs of {preference['data']}"
-    yield from (f"skipped {count}: {reason}" for reason, count in preference["skipped"].items())
-    shorter = f"where it is the shorter one ({preference['shorter']})"
-    yield f"{'':<20}{'prefers the chosen answer':<30}{shorter}"
-    for name, found in judges(preference):
-        yield f"{name:<20}{percents(found['chosen']):<30}{_percents(found['shorter'])}".rstrip()
-    yield f"{'chance':<20}50.0%"
+def _preference(preference: Found) -> Table:
+    rows = [(name, percents(found["chosen"]), _percents(found["shorter"])) for name, found in judges(preference)]
+    skipped = (f"skipped {count}: {reason}" for reason, count in preference["skipped"].items())
+    return Table(
+        f"{preference['pairs']} pairs of {preference['data']} (95% interval)",
+        ("", "prefers the chosen answer", f"where it is the shorter one ({preference['shorter']})"),
+        (*rows, ("chance", "50.0%", "50.0%")),
+        (*skipped, *_verdicts(preference)),
+    )
 
 
 def _verdicts(preference: Found) -> Iterator[str]:
@@ -69,67 +86,74 @@ def _verdicts(preference: Found) -> Iterator[str]:
     for name, found in preference["doctors"].items():
         chosen = _estimates(found)["chosen"]
         beyond = _estimates(preference["beyond"][name])
-        others = {"base": "its untrained base", "longer": "the longer answer"}
-        against = ", ".join(f"{_points(beyond[other])} beyond {called}" for other, called in others.items())
         if chosen.low > 0.5:
             verdict = "prefers the chosen answer more often than chance"
         elif chosen.high < 0.5:
             verdict = "prefers the rejected answer more often than chance"
         else:
             verdict = "does no better than chance, as far as these pairs tell"
+        against = f"{_points(beyond['base'])} beyond its base, {_points(beyond['longer'])} beyond the longer answer"
         yield f"{name} {verdict}: {against}"
 
 
-def _one_setting(answers: Found) -> str:
-    (guided,) = answers["guided"]
-    sides = {"patient": answers["patient"]["measures"], "guided": guided["measures"]}
-    lines = [summary_table({"prompts": answers["prompts"], "answers": answers["answers"], **sides})]
-    if "judge" in guided:
-        lines += ["", *_judged(answers, _estimates(guided["judge"]))]
-    return "\n".join(lines)
+def _two_sides(answers: Found) -> Table:
+    (guided,) = (_estimates(setting["measures"]) for setting in answers["guided"])
+    patient = _estimates(answers["patient"]["measures"])
+    rows = [(n.replace("_", " "), _number(patient[n]) if n in patient else "-", _number(e)) for n, e in guided.items()]
+    heading = f"{answers['prompts']} prompts, {answers['answers']} answers (95% interval)"
+    label = f"guided by {speaking_text(answers['guided'][0]['betas'])}"
+    return Table(heading, ("", "patient alone", label), tuple(rows))
 
 
-def _judged(answers: Found, found: "Mapping[str, Estimate]") -> Iterator[str]:
-    yield f"judge {answers['judge']['name']} ({answers['judge']['kind']})"
-    yield f"{'guided wins':<20}{percents(found['win_rate'])}"
+def _judged(answers: Found) -> Iterator[Table]:
+    if "judge" not in answers:
+        return
+    found = _estimates(answers["guided"][0]["judge"])
+    rows = [("guided wins", percents(found["win_rate"]))]
     if "agreed" in found:
-        yield f"{'same in both orders':<20}{percents(found['agreed'])}"
-    if "gain" in found:
-        scores = {"patient_score": "score, patient", "guided_score": "score, guided", "gain": "difference"}
-        yield from (f"{called:<20}{_number(found[name])}" for name, called in scores.items())
+        rows.append(("same in both orders", percents(found["agreed"])))
+    names = {"patient_score": "score, patient", "guided_score": "score, guided", "gain": "difference"}
+    rows += [(called, _number(found[name])) for name, called in names.items() if name in found]
+    yield Table(_judge(answers), ("", ""), tuple(rows))
 
 
-def _frontier(answers: Found) -> Iterator[str]:
+def _judge(answers: Found) -> str:
+    return f"judge {answers['judge']['name']} ({answers['judge']['kind']})"
+
+
+def _frontier(answers: Found) -> Iterator[Table]:
     """Two tables with a line for every setting, so that each fits 80 columns."""
-    judge = answers.get("judge")
-    heads = [f"{answers['prompts']} prompts, {answers['answers']} answers per setting (95% interval)"]
-    heads += [f"judge {judge['name']} ({judge['kind']})"] if judge else []
-    first, second = [], []
+    heading = f"{answers['prompts']} prompts, {answers['answers']} answers per beta (95% interval)"
+    titles = ["beta"]
+    if "judge" in answers:
+        heading += f"; {_judge(answers)}"
+        titles += ["guided wins"] + ["score"] * (answers["judge"]["kind"] == "scalar")
+    worth, style = [], []
     for setting in answers["guided"]:
-        measured = _estimates(setting["measures"])
-        said = _estimates(setting.get("judge", {}))
+        measured, said = _estimates(setting["measures"]), _estimates(setting.get("judge", {}))
         won = [percents(said["win_rate"])] if said else []
         won += [_spread(said["guided_score"])] if "guided_score" in said else []
-        label = setting_label(answers, setting)
-        first.append([label, *won, _spread(measured["kl_per_token"]), _spread(measured["kl"])])
+        label = setting_label(setting)
+        worth.append((label, *won, _spread(measured["kl_per_token"]), _spread(measured["kl"])))
         names = ("tokens", "distinct_4", "repeated_sentences", "unfinished", "tokens_per_second")
-        second.append([label, *(_spread(measured[name]) for name in names)])
-    titles = ["beta", *(["guided wins"] if judge else [])]
-    titles += ["score"] if judge and judge["kind"] == "scalar" else []
-    yield "\n".join([*heads, *_table([*titles, "KL per token", "KL per answer"], first)])
-    yield "\n".join(_table(["beta", "tokens", "distinct-4", "repeated", "unfinished", "tokens/s"], second))
+        style.append((label, *(_spread(measured[name]) for name in names)))
+    yield Table(heading, (*titles, "KL per token", "KL per answer"), tuple(worth))
+    yield Table("", ("beta", "tokens", "distinct-4", "repeated", "unfinished", "tokens/s"), tuple(style))
 
 
-def setting_label(answers: Found, setting: Found) -> str:
+def setting_label(setting: Found) -> str:
     """The betas of a setting: one number where all doctors have the same."""
     betas = setting["betas"]
     return f"{next(iter(betas.values())):g}" if len(set(betas.values())) == 1 else betas_text(betas)
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True)]
-    for row in (titles, *rows):
+def _lines(table: Table) -> Iterator[str]:
+    yield from [table.heading] * bool(table.heading)
+    shown = (table.titles, *table.rows) if any(table.titles) else table.rows
+    widths = [max(map(len, column)) + 2 for column in zip(*shown, strict=True)]
+    for row in shown:
         yield "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from table.notes
 
 
 def _estimates(found: Found) -> "dict[str, Estimate]":
@@ -149,13 +173,18 @@ def _points(difference: "Estimate") -> str:
 
 
 def _number(estimate: "Estimate") -> str:
-    value, low, high = estimate.value, estimate.low, estimate.high
-    return f"{value:.3g}" if math.isnan(low) else f"{value:.3g} ({low:.3g} to {high:.3g})"
+    value, low, high = (_short(x) for x in (estimate.value, estimate.low, estimate.high))
+    return value if math.isnan(estimate.low) else f"{value} ({low} to {high})"
 
 
 def _spread(estimate: "Estimate") -> str:
     half = (estimate.high - estimate.low) / 2
-    return f"{estimate.value:.3g}" if math.isnan(half) else f"{estimate.value:.3g} ±{half:.2g}"
+    return _short(estimate.value) if math.isnan(half) else f"{_short(estimate.value)} ±{_short(half, 2)}"
+
+
+def _short(number: float, digits: int = 3) -> str:
+    """Three digits that count, without an exponent for the numbers of every day."""
+    return f"{float(f'{number:.{digits}g}'):g}"
 
 
 # The picture
@@ -194,17 +223,18 @@ def _draw_frontier(figure: "Figure", answers: Found, top: float) -> None:
     axes.spines[["right", "top"]].set_visible(False)
     axes.grid(color=INK, alpha=0.12)
     title, start, points = _points_of(answers)
-    xs, ys = ([_estimates(s["measures"])["kl"] for s in answers["guided"]], points)
-    axes.plot([0, *(x.value for x in xs)], [start, *(y.value for y in ys)], "-", color=INK, alpha=0.35, linewidth=1)
+    xs = [_estimates(setting["measures"])["kl"] for setting in answers["guided"]]
+    axes.plot([0, *(x.value for x in xs)], [start, *(y.value for y in points)], "-", color=INK, alpha=0.35, linewidth=1)
     axes.plot(0, start, "s", color=INK, markersize=5)
-    axes.annotate("patient alone", (0, start), (6, -11), textcoords="offset points")
-    for i, (setting, x, y) in enumerate(zip(answers["guided"], xs, ys, strict=True)):
+    axes.annotate("patient alone", (0, start), (6, -12), textcoords="offset points")
+    for i, (setting, x, y) in enumerate(zip(answers["guided"], xs, points, strict=True)):
         for ends, line in (((x.low, x.high), (y.value, y.value)), ((x.value, x.value), (y.low, y.high))):
             if not any(map(math.isnan, (*ends, *line))):
                 axes.plot(ends, line, "-", color=INK, alpha=0.6, linewidth=1)
         axes.plot(x.value, y.value, "o", color=scale_colour(1, 1), markersize=6, gid=f"setting-{i}")
-        label = f"beta {setting_label(answers, setting)}"
-        axes.annotate(label, (x.value, y.value), (6, 5), textcoords="offset points")
+        axes.annotate(
+            f"beta {setting_label(setting)}", (x.value, y.value), (0, 9), textcoords="offset points", ha="center"
+        )
     axes.set_xlabel("KL from the patient, nats per answer")
     axes.set_ylabel(title)
     axes.margins(0.08)

@@ -52,9 +52,13 @@ def rewards_page(
     )
 
 
-def evaluation_page(report: str, picture: str) -> str:
-    """What ``eval`` found: its ``report`` as text, and its ``picture``, an SVG that goes into the page as it is."""
-    return _templates().get_template("evaluation.html").render(report=report, picture=picture)
+def evaluation_page(subject: str, tables: Sequence[Any], picture: str) -> str:
+    """What ``eval`` found: who was evaluated, the parts of the report, and an SVG that goes into the page as it is.
+
+    Each of ``tables`` has a ``heading``, ``titles``, ``rows`` of cells, and ``notes``.
+    """
+    page = _templates().get_template("evaluation.html")
+    return page.render(subject=subject, tables=tables, picture=picture)
 
 
 @lru_cache(maxsize=1)

@@ -55,6 +55,11 @@ class Judge:
         for reply in self.ask(requests):
             yield read(reply)
 
+    def try_out(self) -> None:
+        """Ask about a made-up prompt. Raises UsageError for a judge that fails or replies with something else."""
+        answers = {"answer": "Yes."} if self.kind == "scalar" else {"a": "Yes.", "b": "No."}
+        list(self.replies([{"prompt": "Is tea good?", **answers}]))
+
     def _score(self, reply: Any) -> float:
         number = _number(_inside(reply, "score"))
         if number is None or not math.isfinite(number):

@@ -1,5 +1,6 @@
 """How often a doctor prefers the answer that people preferred. Nothing is generated."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +149,7 @@ def _log_probs(
 
 def _sums(logprobs_M: Tensor, lengths: Sequence[int]) -> list[float]:
     sums = [float(part.double().sum()) for part in logprobs_M.cpu().split(list(lengths))]
-    if any(total != total for total in sums):
+    if any(map(math.isnan, sums)):
         raise LoadError(not_numbers("the log-probs"))
     return sums
 
