@@ -41,11 +41,15 @@ class Readers:
     @torch.inference_mode()
     def read(self, rows: Sequence[Row]) -> tuple[dict[PreTrainedModel, Tensor], Tensor]:
         """What each model's head reads before every answer token [M, H], and the ids of these tokens [M]."""
-        batch = pad_rows([(torch.tensor(prompt), torch.tensor(answer, dtype=torch.long)) for prompt, answer in rows])
-        lengths_B = batch["response_lengths"]
-        mask_B_T = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        # the last token is not read: nothing comes after it
+        batch = pad_rows(
+            [(torch.tensor(prompt), torch.tensor(answer[:-1], dtype=torch.long)) for prompt, answer in rows]
+        )
+        lengths_B = torch.tensor([len(answer) for _, answer in rows])
         read = {}
         for model, split in self.splits.items():
             placed = {name: values.to(model.device) for name, values in batch.items()}
-            read[model] = states(split, **placed)[:, :-1][mask_B_T.to(model.device)]
-        return read, torch.tensor([token for _, answer in rows for token in answer])
+            states_B_T_H = states(split, **placed)
+            mask_B_T = torch.arange(states_B_T_H.shape[1]) < lengths_B[:, None]
+            read[model] = states_B_T_H[mask_B_T.to(model.device)]
+        return read, torch.tensor([token for _, answer in rows for token in answer], dtype=torch.long)
