@@ -39,8 +39,8 @@ def evaluate(
     doctor: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[[NAME=]DOCTOR]...",
-            help="Doctor folders (default: the doctors of the profile).",
+            metavar="DOCTOR",
+            help="Doctor folder, PATH or NAME=PATH; several are applied together (default: those of the profile).",
             show_default=False,
             autocompletion=options.complete_doctor,
         ),

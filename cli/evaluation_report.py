@@ -111,7 +111,7 @@ def _judged(answers: Found) -> Iterator[Table]:
     found = _estimates(answers["guided"][0]["judge"])
     rows = [("guided wins", percents(found["win_rate"]))]
     if "agreed" in found:
-        rows.append(("same in both orders", percents(found["agreed"])))
+        rows.append(("same in both orders", _percents(found["agreed"])))
     names = {"patient_score": "score, patient", "guided_score": "score, guided", "gain": "difference"}
     rows += [(called, _number(found[name])) for name, called in names.items() if name in found]
     yield Table(_judge(answers), ("", ""), tuple(rows))

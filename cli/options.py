@@ -7,6 +7,7 @@ others, and checks them.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,8 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
         Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=Verbose),
     ]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    # help would break the lines where the docstring does
+    run.__doc__ = re.sub(r"(?<=\S)\n *(?=\S)", " ", command.__doc__ or "")
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 

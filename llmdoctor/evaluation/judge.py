@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.model_source import ModelSource, first_line
-from llmdoctor.models import from_pretrained, pick_device, pick_dtype
+from llmdoctor.models import from_pretrained, pick_device
 
 Kind = Literal["scalar", "pairwise"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -112,7 +112,7 @@ class RewardModel:
             AutoModelForSequenceClassification,
             "the reward model",
             where.place,
-            dtype=pick_dtype("auto", placed),
+            dtype="float32" if placed.type == "cpu" else "auto",  # half precision makes ties of small differences
             output_loading_info=True,
             **how,
         )

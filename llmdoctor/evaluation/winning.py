@@ -16,19 +16,21 @@ class Verdict:
 
     ``win`` is 1 where the guided one is the better, 0 where the patient's is, and 1/2 for a tie; of a pairwise judge
     the mean of what it says in both orders, which cancels a liking for the first place. ``scores`` are those that a
-    scalar judge gives the patient and the guided answer. ``agreed``: a pairwise judge said the same in both orders.
+    scalar judge gives the patient and the guided answer. ``agreed`` says whether a pairwise judge said the same in both
+    orders; None where it was not asked, because both answers are the same.
     """
 
     win: float
     scores: tuple[float, float] | None = None
-    agreed: bool = True
+    agreed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """The verdicts over all prompts.
 
-    ``agreed`` is the share of prompts on which a pairwise judge said the same in both orders; None for a scalar one.
+    ``agreed`` is the share of different answers on which a pairwise judge said the same in both orders; nan if there
+    are none, and None for a scalar judge.
     ``patient_score``, ``guided_score`` and ``gain``, their difference, are those of a scalar judge.
     """
 
@@ -159,7 +161,7 @@ def _summary(verdicts: Sequence[Verdict], ids: Sequence[str]) -> Judged:
     win_rate = share([verdict.win for verdict in verdicts], groups)
     scores = [verdict.scores for verdict in verdicts if verdict.scores]
     if not scores:
-        return Judged(win_rate, agreed=share([float(verdict.agreed) for verdict in verdicts], groups))
+        return Judged(win_rate, agreed=share([float(one.agreed) for one in verdicts if one.agreed is not None]))
     patient, guided = zip(*scores, strict=True)
     gain = rate([b - a for a, b in scores], groups=groups)
     return Judged(win_rate, None, rate(patient, groups=groups), rate(guided, groups=groups), gain)
