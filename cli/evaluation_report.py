@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmdoctor.records import Estimate
 
 Found = Mapping[str, Any]
+_NAMES = {"kl": "KL per answer", "kl_per_token": "KL per token", "distinct_4": "distinct-4"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ def _verdicts(preference: Found) -> Iterator[str]:
 def _two_sides(answers: Found) -> Table:
     (guided,) = (_estimates(setting["measures"]) for setting in answers["guided"])
     patient = _estimates(answers["patient"]["measures"])
-    rows = [(n.replace("_", " "), _number(patient[n]) if n in patient else "-", _number(e)) for n, e in guided.items()]
+    rows = [
+        (_NAMES.get(name, name.replace("_", " ")), _number(patient[name]) if name in patient else "-", _number(found))
+        for name, found in guided.items()
+    ]
     heading = f"{answers['prompts']} prompts, {answers['answers']} answers (95% interval)"
     label = f"guided by {speaking_text(answers['guided'][0]['betas'])}"
     return Table(heading, ("", "patient alone", label), tuple(rows))

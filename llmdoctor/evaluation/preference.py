@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llmdoctor.answers import estimates_to_dict, rate, share
 from llmdoctor.assistant import LLMdoctor
@@ -17,6 +18,7 @@ from llmdoctor.records import Estimate, PreferencePair, SkippedRecord
 from llmdoctor.text import with_system
 from llmdoctor.token_rewards.encode import PairEncoder
 from llmdoctor.token_rewards.rows import chunks
+from llmdoctor.training.doctor import HeadAdapter
 
 _WINDOW = 512  # pairs that are sorted by length, and read, together
 
@@ -118,7 +120,7 @@ def _log_probs(
     assistant: LLMdoctor, readers: Readers, rows: Sequence[Row], on_pair: Callable[[], None]
 ) -> dict[str, list[float]]:
     """The log-prob of every row's answer under each model, by role: "patient", "doctor NAME", "base NAME"."""
-    voices = {"patient": (assistant.patient.model, None)}
+    voices: dict[str, tuple[PreTrainedModel, HeadAdapter | None]] = {"patient": (assistant.patient.model, None)}
     for name, doctor in assistant.doctors.items():
         assert doctor.base is not None
         voices |= {f"doctor {name}": (doctor.model, doctor.head), f"base {name}": (doctor.base, None)}

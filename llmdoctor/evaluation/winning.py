@@ -168,7 +168,10 @@ def _summary(verdicts: Sequence[Verdict], ids: Sequence[str]) -> Judged:
 
 
 def _measures(turns: Sequence[Comparison], side: Speaker) -> dict[str, Estimate]:
-    """`measures` of one side's answers; also ``kl`` per answer, and ``tokens_per_second`` over batches."""
+    """`measures` of one side's answers; also ``kl`` per answer, and ``tokens_per_second``.
+
+    The interval of the speed is over batches; it is nan for fewer than three.
+    """
     answers: list[Answer] = [getattr(one, side) for one in turns]
     groups = _groups([one.id for one in turns])
     tokens = [len(answer.tokens) for answer in answers]
@@ -176,7 +179,7 @@ def _measures(turns: Sequence[Comparison], side: Speaker) -> dict[str, Estimate]
     return {
         **measures(answers, groups),
         "kl": rate([sum(token.kl for token in answer.tokens) for answer in answers], groups=groups),
-        "tokens_per_second": rate(tokens, seconds, groups=seconds),
+        "tokens_per_second": rate(tokens, seconds, groups=seconds if len(set(seconds)) > 2 else [0] * len(seconds)),
     }
 
 
