@@ -104,11 +104,10 @@ def test_it_is_the_trainers_own_figure(tmp_path: Path) -> None:
     assert profile.data is not None
     patient = load_patient(profile.patient.model, dtype="float32")
     faces = {name: face.pair() for name, face in profile.faces.items()}
-    list(extract(patient, profile.data, faces, tmp_path / "rewards", limit=12))
+    list(extract(patient, profile.data, faces, tmp_path / "rewards", limit=8))
     rewards = RewardSettings()
-    settings = TrainSettings(
-        method="full", holdout=0.5, max_steps=3, checkpoint_every=3, batch_size=4, learning_rate=1e-2, keep_best=False
-    )
+    how: dict[str, Any] = {"max_steps": 1, "warmup_ratio": 0.0, "checkpoint_every": 1, "batch_size": 2, "holdout": 0.5}
+    settings = TrainSettings(method="full", learning_rate=1e-2, **how)
     made = train(
         tmp_path / "rewards",
         tmp_path / "doctor",
@@ -119,7 +118,7 @@ def test_it_is_the_trainers_own_figure(tmp_path: Path) -> None:
     scored = [sides(pair, rewards, {"helpful": 0.5, "safe": 0.5}) for pair in RewardsFolder(tmp_path / "rewards")]
     held_out = {chosen.pair_id for chosen, _ in hold_out(scored, settings.holdout, settings.seed)[1]}
     assert made["metrics"]["pairs_held_out"] == len(held_out) > 3
-    pairs = [pair for pair in read_pairs(**profile.data.model_dump(), limit=12) if pair.id in held_out]
+    pairs = [pair for pair in read_pairs(**profile.data.model_dump(), limit=8) if pair.id in held_out]
     assistant = LLMdoctor(profile.patient.model, tmp_path / "doctor", dtype="float32", with_bases=True)
     found = preferences(assistant, pairs).to_dict()["doctors"]["doctor"]["chosen"]
     assert found == pytest.approx(made["metrics"]["prefers_chosen"])
