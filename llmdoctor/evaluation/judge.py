@@ -102,7 +102,7 @@ class RewardModel:
     """A sequence classifier with one label, which scores conversations. Raises LoadError."""
 
     def __init__(self, source: str, *, device: str = "auto", trust_remote_code: bool = False) -> None:
-        where = ModelSource.of(source)
+        self._source, where = source, ModelSource.of(source)
         where.require_reach()
         placed = pick_device(device)
         how = {"trust_remote_code": trust_remote_code}
@@ -127,7 +127,12 @@ class RewardModel:
     def ask(self, requests: Sequence[Request]) -> Iterator[float]:
         """The score of every request's conversation."""
         for request in requests:
-            yield self._score(_messages(request["prompt"], request["answer"]))
+            try:
+                yield self._score(_messages(request["prompt"], request["answer"]))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a template that refuses the conversation, a text beyond the context, ...
+                raise UsageError(f"the reward model {self._source} failed: {first_line(error)}") from error
 
     @torch.inference_mode()
     def _score(self, messages: list[dict[str, Any]]) -> float:

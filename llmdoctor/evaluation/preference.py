@@ -135,7 +135,7 @@ def _log_probs(
                 logprobs_M = token_log_probs(
                     readers.splits[model],
                     hidden[model],
-                    ids_M.to(model.device),
+                    ids_M.to(hidden[model].device),
                     assistant.patient.vocabulary,
                     change=change,
                 )

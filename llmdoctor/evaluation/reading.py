@@ -51,5 +51,5 @@ class Readers:
             placed = {name: values.to(model.device) for name, values in batch.items()}
             states_B_T_H = states(split, **placed)
             mask_B_T = torch.arange(states_B_T_H.shape[1]) < lengths_B[:, None]
-            read[model] = states_B_T_H[mask_B_T.to(model.device)]
+            read[model] = states_B_T_H[mask_B_T.to(states_B_T_H.device)]
         return read, torch.tensor([token for _, answer in rows for token in answer], dtype=torch.long)
