@@ -143,3 +143,13 @@ def test_train_ends_with_how_it_did_and_what_to_run_next(run, tmp_path, clinic_r
     ran = run(*(filled.get(word, word) for word in again[1:]), *SHORT, "--limit", 3, "--label", "better_response_id")
     assert ran.exit_code == 0, ran.output
     assert "was trained on these very pairs" in ran.stderr
+
+
+def test_a_doctor_brings_the_patient_that_it_was_trained_for(fails, tmp_path):
+    doctor = tmp_path / "doctor"
+    doctor.mkdir()
+    meta = json.loads((CLINIC / "helpful" / "doctor.json").read_text())
+    meta["rewards"] = {"patient": "./elsewhere", "patient_fingerprint": "another"}
+    (doctor / "doctor.json").write_text(json.dumps(meta))
+    fails(3, ["no model at ./elsewhere"], "eval", doctor, "--prompts", "-", input="Hi?")
+    fails(3, ["no model at ./named"], "eval", doctor, "--prompts", "-", "--patient", "./named", input="Hi?")
