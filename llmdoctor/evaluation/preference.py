@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llmdoctor.answers import estimates_to_dict, rate, share
 from llmdoctor.assistant import LLMdoctor
-from llmdoctor.errors import DataError, LoadError
+from llmdoctor.errors import DataError, LoadError, UsageError
 from llmdoctor.evaluation.reading import Readers, Row
 from llmdoctor.models import not_numbers, token_log_probs
 from llmdoctor.records import Estimate, PreferencePair, SkippedRecord
@@ -86,7 +86,7 @@ def preferences(
     The assistant needs its doctors' bases: load it ``with_bases``. Pairs are tokenised as `extract` does it, after the
     assistant's system prompt; long prompts lose their beginning, and a pair that fits no context goes to ``on_skip``.
     Shares have Wilson's interval, as of one case per prompt. Memory holds some numbers per pair. Raises DataError if no
-    pair is left, and LoadError for log-probs that are not numbers.
+    pair is left, UsageError without the bases, and LoadError for log-probs that are not numbers.
     """
     readers = Readers(assistant, batch_tokens)
     encoder = PairEncoder(assistant.patient, {})
@@ -122,7 +122,8 @@ def _log_probs(
     """The log-prob of every row's answer under each model, by role: "patient", "doctor NAME", "base NAME"."""
     voices: dict[str, tuple[PreTrainedModel, HeadAdapter | None]] = {"patient": (assistant.patient.model, None)}
     for name, doctor in assistant.doctors.items():
-        assert doctor.base is not None
+        if doctor.base is None:
+            raise UsageError(f"the base of the doctor {name} is not loaded: load the assistant with_bases=True")
         voices |= {f"doctor {name}": (doctor.model, doctor.head), f"base {name}": (doctor.base, None)}
     found = {role: [0.0] * len(rows) for role in voices}
     read = 0

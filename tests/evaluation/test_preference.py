@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmdoctor import LLMdoctor
-from llmdoctor.errors import DataError
+from llmdoctor.errors import DataError, UsageError
 from llmdoctor.evaluation.preference import Preferences, preferences
 from llmdoctor.models import load_patient
 from llmdoctor.profile import load_profile, profile_path
@@ -96,6 +96,11 @@ def test_pairs_that_fit_no_context_are_told(clinic: LLMdoctor, pairs: Sequence[P
     assert [record.line for record in skipped] == [7]
     with pytest.raises(DataError, match="nothing to evaluate"):
         preferences(clinic, [long], on_skip=skipped.append)
+
+
+def test_without_the_bases_it_says_how_to_load_them(pairs: Sequence[PreferencePair]) -> None:
+    with pytest.raises(UsageError, match="with_bases=True"):
+        preferences(LLMdoctor.from_profile("clinic", dtype="float32", mode="product"), pairs)
 
 
 def test_it_is_the_trainers_own_figure(tmp_path: Path) -> None:
