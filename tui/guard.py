@@ -20,7 +20,7 @@ def take_any_bytes() -> None:
     with suppress(ImportError):  # on Windows there are no bytes
         from textual.drivers import linux_driver
 
-        linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[assignment]
+        linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[assignment, attr-defined]
 
 
 def _forgiving_decoder(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:
