@@ -106,7 +106,7 @@ class ModelSource:
         config, weights = self.file("adapter_config.json"), self.file("adapter_model.safetensors")
         if config is None or weights is None:
             raise LoadError(
-                f"cannot load the adapter {self.name}: it has no adapter_model.safetensors, or the hub cannot be reached"
+                f"cannot load the adapter {self.name}: it has no adapter_model.safetensors, or the hub is out of reach"
             )
         return config.parent
 
