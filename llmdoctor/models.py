@@ -118,7 +118,7 @@ def require_embedded(model: PreTrainedModel, tokenizer: Any, ids: Iterable[int],
 
     Some tokenizers have more tokens than their model: one that was added for pictures, or by hand without a resize.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast("Tensor", model.get_input_embeddings().weight).shape[0]
     if (greatest := max(ids, default=0)) >= rows:
         token = tokenizer.convert_ids_to_tokens(greatest)
         raise LoadError(
