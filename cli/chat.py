@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
     from llmdoctor.records import GuidedToken, Message
-    from llmdoctor.sessions import Session
+    from llmdoctor.sessions import Session, SessionStore
 
 _HELP = """\
 /set alpha=1 beta=0.8   change how the models speak; beta.helpful=0.8 or helpful=0.8 for one doctor; seed=off, stop=off
@@ -62,11 +62,11 @@ def chat(
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one talks
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the end of the process)
     screen = not plain and not as_json and "RANK" not in os.environ and _full_screen()
-    session = None
+    session = store = None
     if go_on or resume is not None:
         if not screen:
             raise UsageError("--continue and --resume need the full screen: a terminal, without --plain and --json")
-        session = _saved_session(None if go_on else resume)
+        store, session = _saved_session(None if go_on else resume)
     settings = options.guided_profile(
         options.load(profile) if session is None or profile else _profile_of(session),
         named=profile is not None,
@@ -79,7 +79,9 @@ def chat(
     if screen:
         from llmdoctor.tui import launch
 
-        raise typer.Exit(launch.chat(settings, seed=seed, session=session, trust_remote_code=trust_remote_code))
+        raise typer.Exit(
+            launch.chat(settings, seed=seed, session=session, store=store, trust_remote_code=trust_remote_code)
+        )
     sampling = settings.decode.sampling(seed)
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
     conversation = Conversation(assistant, sampling, as_json=as_json)
@@ -100,8 +102,8 @@ def _full_screen() -> bool:
     return full_screen(sys.stdin, sys.stdout)
 
 
-def _saved_session(name: str | None) -> "Session":
-    """The session whose id begins with ``name``, or the last one."""
+def _saved_session(name: str | None) -> "tuple[SessionStore, Session]":
+    """The session whose id begins with ``name``, or the last one, and the store that knows it from now on."""
     from llmdoctor.sessions import SessionStore
     from llmdoctor.tui.launch import sessions_file
 
@@ -111,7 +113,7 @@ def _saved_session(name: str | None) -> "Session":
         if not saved:
             raise UsageError("--continue: there is no saved conversation yet")
         name = saved[0].id
-    return store.load(name)
+    return store, store.load(name)
 
 
 def _profile_of(session: "Session") -> "Profile":

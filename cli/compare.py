@@ -17,6 +17,7 @@ from llmdoctor.cli.picture import svg as picture
 from llmdoctor.cli.side_by_side import markdown_comparison, plain_comparison, rich_comparison, summary_table
 from llmdoctor.cli.terminal import console, decorated, every_ten_seconds, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
+from llmdoctor.harmless import require_unicode
 from llmdoctor.show.comparison import View
 from llmdoctor.show.formats import short_name
 from llmdoctor.show.lens import DEFAULT_LENS, LENSES
@@ -81,6 +82,7 @@ def compare(
 ) -> None:
     """Answer a question without and with the doctors, and show token by token what changed."""
     files = [path for path in (html, svg, markdown, output, alpaca_eval, mt_bench) if path is not None]
+    options.require_outputs((html, svg, markdown, output), (alpaca_eval, mt_bench))
     if as_json and jsonl:
         raise UsageError("choose one of --json and --jsonl")
     if tui:
@@ -170,8 +172,9 @@ def _summary(comparisons: "Sequence[Comparison]") -> dict[str, Any]:
 
 
 def _written(results: "Iterator[Comparison]", path: Path, command: dict[str, Any], kept: int) -> "Iterator[Comparison]":
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    from llmdoctor.files import open_to_append
+
+    with open_to_append(path) as file:
         for number, result in enumerate(results):
             if number >= kept:
                 put_answer(file, result, command)
@@ -200,7 +203,7 @@ def _prompts(prompt: str | None, file: str | None) -> "list[Question]":
     text = sys.stdin.read().strip() if prompt == "-" else prompt or ""
     if not text.strip():
         raise UsageError("the prompt is empty")
-    return [Question("1", (text,))]
+    return [Question("1", (require_unicode(text, "the prompt"),))]
 
 
 def _compared(

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from llmdoctor.cli.terminal import finite, say
+from llmdoctor.cli.terminal import say
 from llmdoctor.errors import UsageError
+from llmdoctor.harmless import finite, json_text
 
 if TYPE_CHECKING:
     from llmdoctor.records import Comparison, Question
@@ -19,9 +20,10 @@ def kept_answers(path: Path, command: Mapping[str, Any]) -> "list[Comparison]":
 
     A line that was cut by the stop is removed from the file. Raises UsageError for the file of another command.
     """
+    from llmdoctor.files import is_stream
     from llmdoctor.records import Comparison
 
-    if not path.exists():
+    if not path.exists() or is_stream(path):
         return []
     found, whole = [], 0
     with path.open("rb") as lines:
@@ -45,7 +47,7 @@ def kept_answers(path: Path, command: Mapping[str, Any]) -> "list[Comparison]":
 
 def put_answer(file: IO[str], comparison: "Comparison", command: Mapping[str, Any]) -> None:
     """One line of ``--output``, on the disk before the next one is asked for."""
-    file.write(json.dumps(finite({**comparison.to_dict(), "command": command}), ensure_ascii=False) + "\n")
+    file.write(json_text(finite({**comparison.to_dict(), "command": command})) + "\n")
     file.flush()
 
 
@@ -64,7 +66,7 @@ def alpaca_eval_files(
             for one in comparisons
             if one.turn == one.sample == 1
         ]
-        yield f"{side}.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+        yield f"{side}.json", json_text(rows, indent=1) + "\n"
 
 
 def mt_bench_files(
@@ -85,7 +87,7 @@ def mt_bench_files(
             }
             for id, said in choices.items()
         ]
-        yield f"{side}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        yield f"{side}.jsonl", "".join(json_text(line) + "\n" for line in lines)
 
 
 def _text(prompt: Any) -> str:

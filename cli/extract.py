@@ -142,9 +142,10 @@ def _written(folder: Path) -> bytes | None:
 def _data(profile: "Profile", source: str | None, **how: str | None) -> "DataSettings":
     """The profile's data set, or the one named: it does not inherit the split, label and columns of the other."""
     from llmdoctor.profile import override
+    from llmdoctor.schema import checked
     from llmdoctor.settings import DataSettings
 
-    named = DataSettings(source=source) if source else profile.data
+    named = checked(DataSettings, {"source": source}) if source else profile.data
     if named is None:
         raise UsageError(f"profile {profile.name} names no preference pairs: give --data FILE")
     return override(named, **how)

@@ -16,6 +16,7 @@ from llmdoctor.cli.reward_reader import RewardReader, json_side, rewarded_text
 from llmdoctor.cli.statistics_table import plain_statistics, rich_statistics
 from llmdoctor.cli.terminal import console, decorated, put, put_json, say, waiting
 from llmdoctor.errors import DataError, UsageError
+from llmdoctor.harmless import require_unicode
 from llmdoctor.show.formats import short_name
 from llmdoctor.show.page import rewards_page
 from llmdoctor.show.rewards import ShownPair, limits_of
@@ -84,6 +85,7 @@ def inspect(
     """Show which tokens of the chosen and the rejected answers are rewarded, and what the rewards add up to."""
     from llmdoctor.profile import override
 
+    options.require_outputs((svg, html))
     if sum((as_json, svg is not None, html is not None)) > 1:
         raise UsageError("choose one of --json, --svg and --html")
     if pair is not None and worst is not None:
@@ -93,6 +95,8 @@ def inspect(
     if text is not None:
         if folder is not None or tui or diagnose or any(given is not None for given in (pair, contains, worst)):
             raise UsageError("--text looks at one answer: leave out DIR, its filters, --diagnose and --tui")
+        require_unicode(text, "--text")
+        require_unicode(prompt or "", "--prompt")
         chosen = options.load(profile)
         model = override(chosen.patient, model=patient, **loading)
         given = {**rewarding, "faces": tuple(face) if face else None}

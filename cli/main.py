@@ -48,6 +48,8 @@ class _App(TyperGroup):
             _fail(error.format_message() + hint, error.exit_code)
         except LLMDoctorError as error:
             _fail(str(error), error.exit_code)
+        except UnicodeError as error:
+            _fail(f"expected text in UTF-8: {error}", 2)
         except typer.Abort:
             sys.exit(130)
         except SystemExit as ended:  # Typer and rich turn a closed pipe into exit code 1
@@ -75,6 +77,8 @@ def _prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding lacks
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments: refused where it is used
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

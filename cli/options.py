@@ -19,7 +19,7 @@ import typer
 
 from llmdoctor.cli.terminal import narrate, waiting
 from llmdoctor.errors import LLMDoctorError, UsageError
-from llmdoctor.schema import Settings, help_text
+from llmdoctor.schema import Settings, checked, help_text
 from llmdoctor.settings import (
     COMBINATION,
     GREATEST_SEED,
@@ -33,6 +33,7 @@ from llmdoctor.settings import (
     WelcomeSettings,
 )
 from llmdoctor.show.formats import short_name
+from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
@@ -143,11 +144,21 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def require_outputs(files: Iterable[Path | None], folders: Iterable[Path | None] = ()) -> None:
+    """Raise UsageError for an output that cannot be one, before anything is loaded."""
+    from llmdoctor.files import require_file, require_folder
+
+    for path in filter(None, files):
+        require_file(path)
+    for path in filter(None, folders):
+        require_folder(path)
+
+
 def complete_profile(incomplete: str) -> list[str]:
     """The profiles whose names begin so, for the shell."""
     from llmdoctor.profile import profile_names
 
-    return [name for name in profile_names() if name.startswith(incomplete)]
+    return _harmless(name for name in profile_names() if name.startswith(incomplete))
 
 
 def complete_doctor(incomplete: str) -> list[str]:
@@ -156,7 +167,12 @@ def complete_doctor(incomplete: str) -> list[str]:
     start = typed if incomplete.endswith("/") else typed.parent
     below = [*start.glob("*/doctor.json"), *start.glob("*/*/doctor.json"), *start.glob("*/*/*/doctor.json")]
     found = sorted(str(marker.parent) for marker in below if str(marker.parent).startswith(incomplete))
-    return found or sorted(f"{p}/" for p in start.glob("*/") if str(p).startswith(incomplete))
+    return _harmless(found or sorted(f"{p}/" for p in start.glob("*/") if str(p).startswith(incomplete)))
+
+
+def _harmless(names: Iterable[str]) -> list[str]:
+    """Those that a terminal may show as they are: what the shell completes must be the name itself."""
+    return [name for name in names if name == clean(name)]
 
 
 def complete_beta(context: typer.Context, incomplete: str) -> list[str]:
@@ -310,7 +326,7 @@ def guided_profile(
     if doctors:
         if not named:
             decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
-        chosen = {name: DoctorSettings(checkpoint=path) for name, path in parse_doctors(doctors).items()}
+        chosen = {name: checked(DoctorSettings, {"checkpoint": path}) for name, path in parse_doctors(doctors).items()}
     strengths = parse_betas(betas or (), tuple(chosen))
     return profile.model_copy(
         update={

@@ -1,7 +1,5 @@
 """Output: results on stdout, messages and progress on stderr, decorated only on terminals that welcome it."""
 
-import json
-import math
 import os
 import sys
 import time
@@ -9,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from llmdoctor.show.text import clean
+from llmdoctor.harmless import finite, json_text
+from llmdoctor.show.text import clean, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,11 +35,11 @@ def decorated(stream: IO[str]) -> bool:
 
 
 def console(stream: IO[str]) -> "Console":
-    """A rich console on ``stream`` that neither highlights nor reads markup: what it prints may come from a model."""
-    from rich.console import Console
+    """A `CleanConsole` on ``stream``: what it prints may come from a model."""
+    from llmdoctor.cli.clean_console import CleanConsole
 
     colour = {} if decorated(stream) else {"color_system": None, "force_terminal": False}
-    return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False, **colour)  # type: ignore[arg-type]
+    return CleanConsole(file=stream, soft_wrap=False, **colour)
 
 
 def say(message: str) -> None:
@@ -52,23 +51,14 @@ def say(message: str) -> None:
 
 
 def put(text: str) -> None:
-    """A result on stdout."""
+    """A result on stdout, cleaned."""
     if _first_process():
-        print(text, flush=True)
+        print(clean(text), flush=True)
 
 
 def put_json(data: Any) -> None:
     """One JSON document on one line of stdout."""
-    put(json.dumps(finite(data), ensure_ascii=False, allow_nan=False))
-
-
-def finite(data: Any) -> Any:
-    """The data with null for nan and infinity, which JSON does not have."""
-    if isinstance(data, dict):
-        return {key: finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    put(json_text(finite(data)))
 
 
 def _first_process() -> bool:
@@ -84,8 +74,11 @@ def waiting(message: str, plain: Callable[[str], None] = lambda _message: None) 
     if _level < 0 or not (_first_process() and decorated(sys.stderr)):
         yield plain if _level >= 0 else lambda _message: None
         return
-    with console(sys.stderr).status(message) as status:
-        yield status.update
+    from rich.text import Text
+
+    # rich would read markup in a plain string
+    with console(sys.stderr).status(Text(one_line(message))) as status:
+        yield lambda said: status.update(Text(one_line(said)))
 
 
 @contextmanager
@@ -98,9 +91,9 @@ def progress(description: str, total: int | None, unit: str) -> Iterator["Advanc
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[counted]}  {task.fields[detail]}"),
+        TextColumn("{task.fields[counted]}  {task.fields[detail]}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console(sys.stderr), transient=True) as bar:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from transformers import PreTrainedModel
 
@@ -32,8 +32,9 @@ from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
 from llmdoctor.training.shrunk import shrunk_from_another
 
+_Given = TypeVar("_Given")
 _BATCH_ROWS = 32
-_FOR_THIS_CALL = ("alpha", "beta", "dead_zone", "plausibility")  # guidance that `generate` takes one by one
+_FOR_THIS_CALL = ("alpha", "beta", "dead_zone", "plausibility")  # guidance that a call takes one by one
 _DEFAULTS = {name: DoctorSettings.model_fields[name].default for name in ("beta", "dead_zone")}
 
 
@@ -232,15 +233,10 @@ class LLMdoctor:
         ``sampling`` are fields of ``Sampling`` that replace the instance's own. ``alpha``, ``beta``, ``dead_zone`` and
         ``plausibility`` do the same for the guidance of this call; ``beta`` and ``dead_zone`` are a number for every
         doctor or a mapping for those it names. ``guidance`` replaces all of the instance's guidance, including the
-        mode. For a list of prompts it may be a list, one for each. ``seed`` may be a list as well; otherwise prompt i
-        has seed + i. Raises UsageError for a value out of range and for what is no prompt.
+        mode. All methods that answer take these. For a list of prompts ``guidance`` may be a list, one for each.
+        ``seed`` may be a list as well; otherwise prompt i has seed + i. Raises UsageError for a value out of range and
+        for what is no prompt.
         """
-        if own := {name: sampling.pop(name) for name in _FOR_THIS_CALL if name in sampling}:
-            if "guidance" in sampling:
-                raise UsageError(f"choose one of guidance and {', '.join(own)}")
-            strengths = {f"{name}s": own.pop(name) for name in ("beta", "dead_zone") if name in own}
-            sampling["guidance"] = self._with(self.doctor_names, **strengths).replace(**own)
-            check_guidance(sampling["guidance"], self.doctor_names)
         if not isinstance(prompt, str) and isinstance(prompt, Sequence) and not any(map(_is_message, prompt)):
             return [answer.text for answer in self.answer_all(prompt, **sampling)]  # type: ignore[arg-type]
         return "".join(token.text for token in self.stream(prompt, **sampling))  # type: ignore[arg-type]
@@ -261,6 +257,7 @@ class LLMdoctor:
         ``guidance``, ``seed`` and ``sampling`` are as in ``generate``. A prompt's answer does not depend on the other
         prompts. Raises UsageError if the lists differ in length.
         """
+        guidance = self._of_this_call(guidance, sampling)
         settings = self.sampling.replace(**sampling)
         seeds = _seeds(settings.seed if seed is None else seed, len(prompts))
         each = [guidance] * len(prompts) if guidance is None or isinstance(guidance, Guidance) else guidance
@@ -295,8 +292,8 @@ class LLMdoctor:
         """Guided tokens as they are drawn, each with its numbers and its ``top`` most probable alternatives.
 
         ``guidance`` is fixed for the whole answer, or a function that is called for every token. By default it is the
-        instance's own, and follows its changes. ``guided=False`` is the patient alone. ``sampling`` are fields of
-        ``Sampling`` that replace the instance's own.
+        instance's own, and follows its changes. ``guided=False`` is the patient alone. ``sampling`` is as in
+        ``generate``.
 
         Give every turn of a conversation the same ``prefix_cache``: the models then read only what is new.
 
@@ -307,6 +304,7 @@ class LLMdoctor:
         Close the iterator to stop. Settings are checked by this call, not at the first token. Raises UsageError for a
         setting out of range and for an id that is not in the vocabulary.
         """
+        guidance = self._of_this_call(guidance, sampling)
         settings = self.sampling.replace(**sampling)
         (seed,) = _seeds(settings.seed, 1)
         if prefix_ids or force_id is not None:
@@ -395,6 +393,7 @@ class LLMdoctor:
             draft_model=self._draft_model,
             prefix_cache=prefix_cache,
             first=first,
+            begun=len(prefix),
         )
 
     def _read(self, guidance: Guidance | Callable[[], Guidance] | None) -> Callable[[], Guidance]:
@@ -405,6 +404,18 @@ class LLMdoctor:
         if not isinstance(guidance, Guidance):
             raise UsageError(f"guidance: expected a Guidance, as doctor.guidance.replace(...) makes, got {guidance!r}")
         return lambda: guidance
+
+    def _of_this_call(self, guidance: _Given, settings: dict[str, Any]) -> _Given | Guidance:
+        """The guidance of a call. Its parts are taken out of ``settings``, which are then those of the sampling."""
+        own = {name: settings.pop(name) for name in _FOR_THIS_CALL if name in settings}
+        if not own:
+            return guidance
+        if guidance is not None:
+            raise UsageError(f"choose one of guidance and {', '.join(own)}")
+        strengths = {f"{name}s": own.pop(name) for name in ("beta", "dead_zone") if name in own}
+        changed = self._with(self.doctor_names, **strengths).replace(**own)
+        check_guidance(changed, self.doctor_names)
+        return changed
 
     def _own_guidance(self) -> Guidance:
         return self._guidance
@@ -457,7 +468,8 @@ def _continued(steps: Iterator[Step], tokenizer: Any, prefix: Sequence[int]) -> 
         whole.push(i)
     for step in steps:
         token = step.token
-        text, fresh = whole.push(token.id), part.push(token.id)
+        last = step.finish is not None
+        text, fresh = whole.push(token.id, last=last), part.push(token.id, last=last)
         # ``part`` repeats what the decoder did. Where they differ, a stop string cut the text: keep it as it is.
         text = text if fresh == token.text else token.text
         yield replace(token, position=token.position + len(prefix), text=text)

@@ -2,21 +2,27 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 from filelock import FileLock, Timeout
 from platformdirs import user_config_path
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
+from llmdoctor.harmless import json_text, require_unicode
+from llmdoctor.schema import shown
 
 LOCK = ".lock"
 os.umask(_umask := os.umask(0o077))  # it can only be read by setting it, which is not for threads
@@ -33,8 +39,8 @@ DOCTOR = "doctor.json"
 
 def require_doctor(folder: str | Path) -> Path:
     """The doctor folder, its ``~`` expanded. Raises LoadError if it holds no doctor."""
-    path = Path(folder).expanduser()
-    if not (path / DOCTOR).is_file():
+    path = user_path(folder)
+    if not present(path / DOCTOR):
         raise LoadError(f"there is no doctor at {folder}: expected a folder with {DOCTOR}, as `llmdoctor train` writes")
     return path
 
@@ -49,24 +55,97 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write a file or a folder to; it takes the place of ``path`` on success.
 
     On any failure the temporary is removed and ``path`` is as it was. A new folder replaces an existing one as a whole;
-    see `ensure_replaceable`. Raises StorageError for the system's write errors.
+    see `ensure_replaceable`. A device or FIFO, like /dev/stdout, is not replaced: it gets the bytes on success.
+    Raises StorageError for the system's write errors, UsageError for what cannot be written to.
     """
+    require_file(path, or_folder=True)
+    if is_stream(path):
+        with storage_errors(path), tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / "written"
+            yield temporary
+            _pour(temporary, path)
+        return
     target = Path(os.path.realpath(path))  # through links: a linked output stays on the disk that the link points to
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _finish(temporary)
-        _rename_over(temporary, target)
+        with storage_errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _finish(temporary)
+            _rename_over(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the system's write errors, also those that libraries disguise, into a StorageError that names ``path``."""
+    try:
+        yield
     except Exception as error:
         # A file inside a folder: name the folder that was asked for, not its temporary.
         cause = error.__cause__ if isinstance(error, StorageError) else error
-        reason = _write_error(cause, target)
+        reason = _write_error(cause, Path(os.path.realpath(path)))
         if reason is None:
             raise
         raise StorageError(f"cannot write {path}: {reason}") from cause
-    finally:
-        _remove(temporary)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether bytes can only be sent there: a character device, a FIFO, or a file that this process has open."""
+    mode = _mode(path)
+    return _descriptor(path) is not None or stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file that a name like /dev/stdout stands for, whatever it was sent to."""
+    named = {"/dev/stdout": "1", "/dev/stderr": "2"}.get(str(path))
+    number = named or (path.name if str(path.parent) in ("/dev/fd", "/proc/self/fd") else "")
+    return int(number) if number.isdecimal() and number.isascii() else None
+
+
+def require_file(path: Path, *, or_folder: bool = False) -> None:
+    """Raise UsageError for a folder, a socket or a disk, which are neither replaced by a file nor written to."""
+    mode = _mode(path)
+    refused = {"socket": stat.S_ISSOCK, "disk": stat.S_ISBLK} | ({} if or_folder else {"folder": stat.S_ISDIR})
+    for name, is_one in refused.items():
+        if is_one(mode):
+            raise UsageError(f"{path} is a {name}: give the name of a file")
+
+
+def require_folder(path: Path) -> None:
+    """Raise UsageError for something that is there and is no folder."""
+    if _mode(path) and not path.is_dir():
+        raise UsageError(f"{path} is not a folder: choose another output folder")
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):  # nothing is there, or the name is none
+        return 0
+
+
+def _pour(source: Path, stream: Path) -> None:
+    if source.is_dir():
+        raise UsageError(f"{stream} is no folder: choose another output folder")
+    with source.open("rb") as whole, open_stream(stream) as out:
+        shutil.copyfileobj(whole, out)
+
+
+def open_stream(path: Path) -> BinaryIO:
+    """A device or FIFO, to write to; an open file is written to from where it is."""
+    number = _descriptor(path)
+    return os.fdopen(os.open(path, os.O_WRONLY) if number is None else os.dup(number), "wb")
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A file of text in UTF-8 with its parent folders, or a device or FIFO, to add to. Raises UsageError, OSError."""
+    require_file(path)
+    if is_stream(path):
+        return io.TextIOWrapper(open_stream(path), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8")
 
 
 def _finish(path: Path) -> None:
@@ -110,6 +189,8 @@ def _write_error(error: BaseException | None, target: Path) -> str | None:
         code = error.errno
     elif number:
         code = int(number[1])
+    elif any(words in str(error) for words in _TORCH_WRITES):
+        return f"writing failed in the middle of a file ({_free_space(target)}). Free some space and run again."
     elif isinstance(error, SafetensorError):
         code = None
     else:
@@ -122,6 +203,10 @@ def _write_error(error: BaseException | None, target: Path) -> str | None:
     return f"{reason}. Check the path and run again."
 
 
+# torch.save gives no error number
+_TORCH_WRITES = ("PytorchStreamWriter failed writing", "basic_ios::clear", "unexpected pos", "inline_container.cc")
+
+
 def _free_space(target: Path) -> str:
     try:
         return f"{shutil.disk_usage(target.parent).free / 1e6:,.0f} MB free"
@@ -130,7 +215,11 @@ def _free_space(target: Path) -> str:
 
 
 def ensure_replaceable(folder: Path, marker: str) -> None:
-    """Raise UsageError for a folder that is not ours to replace: it holds something, but not the file ``marker``."""
+    """Raise UsageError for a folder that is not ours to replace: it holds something, but not the file ``marker``.
+
+    Raises DataError for a name that is not Unicode, which the libraries that write into it do not take.
+    """
+    require_unicode(str(folder), "the name of the output folder")
     if folder.is_dir():
         if (folder / marker).is_file() or not any(folder.iterdir()):
             return
@@ -140,61 +229,152 @@ def ensure_replaceable(folder: Path, marker: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock ``folder``, which is made if it does not exist. Raises UsageError immediately if another process has it.
+def locked(folder: Path, *, beside: bool = False) -> Iterator[None]:
+    """Lock an output folder. Raises UsageError immediately if another process has it.
 
-    The lock ends with the process that holds it, however that ends. Half-written files that a killed writer of a
-    rewards folder left behind are removed. Folders made here are removed again if they are empty at the end.
+    The lock is a file in the folder, which is made if it does not exist; or ``beside`` it, for a folder that is written
+    by `atomic_path`. It ends with the process that holds it, however that ends. What a killed writer left half-written
+    there is removed. Folders made here are removed again if they are empty at the end.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    target = Path(os.path.realpath(folder))
+    file = target.with_name(f".{target.name}{LOCK}") if beside else folder / LOCK
+    made = [path for path in (file.parent, *file.parent.parents) if not path.exists()]
     # One object may be released in another thread than it was taken in: a generator holds it.
-    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+    lock = FileLock(file, timeout=0, thread_local=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UsageError(
-            f"another extract is writing to {folder}: wait for it to end, or choose another output folder"
+            f"another run is writing to {folder}: wait for it to end, or choose another output folder"
         ) from None
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{folder} is not a folder: choose another output folder") from error
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {_write_error(error, folder)}") from error
+    except NotImplementedError as error:
+        raise StorageError(f"cannot lock {folder}: its file system has no locks. Choose another folder") from error
     try:
-        for item in folder.iterdir():
-            if _LEFTOVER.fullmatch(item.name):
-                _remove(item)
+        if beside:
+            _clear_beside(target)
+        else:
+            _clear_within(folder)
         yield
     finally:
         # Remove the file while it is still locked. A process that has already opened it then notices that it is gone,
         # and locks a new one.
-        _remove(folder / LOCK)
+        _remove(file)
         lock.release()
         with suppress(OSError):
             for path in made:
                 path.rmdir()
 
 
+def _clear_within(folder: Path) -> None:
+    for item in folder.iterdir():
+        if _LEFTOVER.fullmatch(item.name):
+            _remove(item)
+
+
+def _clear_beside(target: Path) -> None:
+    """Remove the temporary folders of `atomic_path` that a killed process left; an old folder moved aside comes back.
+
+    Only for a target that is locked: those of a process that is alive look the same.
+    """
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.(partial|retired)")
+    for left in [item for item in target.parent.iterdir() if pattern.fullmatch(item.name)]:
+        if left.suffix == ".retired" and not target.exists():
+            left.rename(target)
+        else:
+            _remove(left)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write ``data`` as indented JSON, atomically. Raises StorageError."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(data, indent=2) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """What the JSON file holds. Raises LoadError when it is missing, unreadable or not JSON."""
+def user_path(path: str | Path) -> Path:
+    """The path with its ``~`` expanded, where it names a home folder; otherwise as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (that of Path raises for ~nobody)
+
+
+def present(path: Path) -> bool:
+    """Whether anything is there; False for what cannot be a path, as with a NUL or a name that is too long."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError unless the path is a file with bytes of its own: a FIFO would never end, nor would /dev/zero."""
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # a NUL
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a file", str(path))
+
+
+def read_text(path: Path, most: int = 1 << 28) -> str:
+    """A text file in UTF-8 of at most ``most`` bytes. Raises OSError; ValueError for other bytes or too many."""
+    require_regular(path)
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    return data.decode("utf-8-sig")
+
+
+def read_json(path: Path, schema: type[BaseModel] | None = None) -> Any:
+    """What the JSON file holds; with a ``schema``, an object that fits it (the object itself, without its defaults).
+
+    Raises LoadError when it is missing, unreadable, not JSON (which has no NaN) or does not fit.
+    """
+    try:
+        data = json.loads(read_text(path), parse_constant=_no_constant)
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise LoadError(f"cannot read {path}: not JSON (nested too deeply)") from error
     except ValueError as error:
         raise LoadError(f"cannot read {path}: not JSON ({error})") from error
+    if schema is None:
+        return data
+    if not isinstance(data, dict):
+        raise LoadError(f"{path}: expected a JSON object, got {shown(data)}")
+    try:
+        schema.model_validate(data)
+    except (ValidationError, RecursionError) as error:
+        raise LoadError(f"{path}: {_misfit(error)}") from error
+    return data
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"it has no {name}")
+
+
+def _misfit(error: ValidationError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))[:80]
+    if first["type"] == "missing":
+        return f"expected a key {key!r}, there is none"
+    return f"{key!r} {first['msg'].removeprefix('Input ')}, got {shown(first['input'])}"
 
 
 def file_checksum(path: Path) -> str:
     """Sha-256 of a file's bytes. Raises LoadError when it cannot be read."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -2,29 +2,34 @@
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
 from transformers.utils.hub import cached_file
 
+from llmdoctor.artefacts import AdapterConfig, Artefact
 from llmdoctor.errors import LoadError
+from llmdoctor.files import present, read_json, user_path
 from llmdoctor.gguf_file import read_header
+from llmdoctor.schema import shown
+from llmdoctor.tensors import refuse_pickles, tensor_count
 
 _PACKAGE = "package:"
 _HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.IGNORECASE)
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PATIENCE = 4.0  # seconds in which the hub must be reached
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts"}
 _EDGE = 1 << 20  # bytes of a weight file, at either end, that its fingerprint covers
 
 
@@ -53,14 +58,14 @@ class ModelSource:
         name = str(source)
         if name.startswith(_PACKAGE):
             return cls._at(name, _in_package(name))
-        path = Path(name).expanduser() if name.startswith("~") else Path(name)
-        if path.exists():
+        path = user_path(name) if name.startswith("~") else Path(name)
+        if present(path):
             return cls._at(name, path)
         if on_hub := _HUB_GGUF.fullmatch(name):
             return cls(name, on_hub[1], on_hub[2])
         # "outputs/docter" looks like a hub name, but if there is a folder "outputs" it is a misspelt path. The hub
         # would be asked for a path, with retries.
-        if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir():
+        if not _HUB_NAME.fullmatch(name) or present(path.parent):
             what = "no such file" if path.suffix.lower() == ".gguf" else "expected a folder with config.json"
             raise LoadError(f"there is no model at {name}: {what}, or a hub name like org/name")
         hub_offline()
@@ -70,7 +75,7 @@ class ModelSource:
     def _at(cls, name: str, path: Path) -> "ModelSource":
         if path.is_dir():
             return cls(name, str(path))
-        if path.suffix.lower() != ".gguf":
+        if path.suffix.lower() != ".gguf" or not path.is_file():
             raise LoadError(f"cannot load the model {name}: expected a folder with config.json, or a .gguf file")
         return cls(name, str(path.parent), path.name)
 
@@ -84,15 +89,51 @@ class ModelSource:
         """The base of a PEFT adapter; None for a whole model. Raises LoadError if the adapter names none."""
         if self.gguf or self.file("config.json") or not (config := self.file("adapter_config.json")):
             return None
-        base = _read_json(config, self).get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
+        base = self._read(config, AdapterConfig).get("base_model_name_or_path")
+        if not base:
             raise LoadError(f"cannot load the model {self.name}: its adapter_config.json names no base model")
         if base.startswith("."):  # relative to the adapter, as `save_doctor` writes it, or to the working folder
-            base = str(beside) if (beside := Path(self.place) / base).exists() else base
+            base = str(beside) if present(beside := Path(self.place) / base) else base
         found = ModelSource.of(base)
         if found.is_local and Path(found.place).resolve() == Path(self.place).resolve():
             raise LoadError(f"cannot load the model {self.name}: its adapter_config.json names itself as the base")
         return found
+
+    def folder(self) -> Path:
+        """Where an adapter's files are, downloaded if need be. Raises LoadError."""
+        if self.is_local:
+            return Path(self.place)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (found := self.file(name)):
+                raise LoadError(f"cannot load the adapter {self.name}: it has no {name}, or the hub cannot be reached")
+        return found.parent
+
+    def require_plausible(self) -> None:
+        """Raise LoadError, before memory is taken, for a folder whose config.json cannot belong to its weights."""
+        if self.gguf or not self.is_local:
+            return
+        folder = Path(self.place)
+        for item in folder.iterdir():
+            if not (item.is_file() or item.is_dir()):
+                raise LoadError(f"cannot load the model {self.name}: {item.name} is no file")
+        refuse_pickles(folder, f"the model {self.name}")
+        config = self._read(folder / "config.json", Artefact)
+        try:
+            count = sum(tensor_count(path) for path in folder.glob("*.safetensors"))
+        except LoadError as error:
+            raise LoadError(f"cannot load the model {self.name}: {error}") from error
+        for key, value in _numbers(config):
+            most = count if key in _LAYERS else 1 << 40
+            if abs(value) > most:
+                expected = f"at most {most:,}" + (", the number of its tensors" if key in _LAYERS else "")
+                problem = f"its config.json states {key} {shown(value)}, expected {expected}"
+                raise LoadError(f"cannot load the model {self.name}: {problem}")
+
+    def _read(self, path: Path, schema: type[Artefact]) -> dict[str, Any]:
+        try:
+            return cast("dict[str, Any]", read_json(path, schema))
+        except LoadError as error:
+            raise LoadError(f"cannot load the model {self.name}: {error}") from error
 
     def file(self, name: str, *, download: bool = True) -> Path | None:
         """One of the model's files, from the hub if need be; None if it has none of that name or cannot be reached."""
@@ -148,7 +189,7 @@ class ModelSource:
         if self.base:
             return self.base.quantization()
         config = self.file("config.json")
-        how = _read_json(config, self).get("quantization_config") if config else None
+        how = self._read(config, Artefact).get("quantization_config") if config else None
         if not isinstance(how, dict):
             return None
         bits = _bits(how)
@@ -245,7 +286,7 @@ def _in_package(name: str) -> Path:
 
 def _digest(files: Iterable[Path], *, named: bool = True) -> str:
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(file for file in files if file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name if named else ''}:{size}".encode())
         with file.open("rb") as stream:
@@ -255,16 +296,17 @@ def _digest(files: Iterable[Path], *, named: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path, source: ModelSource) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(
-            f"cannot load the model {source.name}: {path.name} is not JSON ({first_line(error)})"
-        ) from error
-    if not isinstance(data, dict):
-        raise LoadError(f"cannot load the model {source.name}: {path.name} holds no JSON object")
-    return data
+def _numbers(config: Any) -> Iterator[tuple[str, float]]:
+    """Names and values of all numbers in a config, however deep."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if isinstance(value, int | float):
+                yield key, value
+            else:
+                yield from _numbers(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value)
 
 
 def _bits(how: Any) -> int | None:

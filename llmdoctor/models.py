@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,9 +23,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from llmdoctor.adapters import merged_adapter
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError, VocabularyError
 from llmdoctor.gguf_file import cached_copy, discard_if_damaged, read_header
 from llmdoctor.model_source import ModelSource, first_line, model_fingerprint
+from llmdoctor.tensors import require_finite_weights
 
 __all__ = [
     "Patient",
@@ -210,13 +211,8 @@ def _load_lm(
 ) -> PreTrainedModel:
     if where.base:
         base = _load_lm(where.base, dtype, trust_remote_code, placed)
-        try:
-            adapted: Any = PeftModel.from_pretrained(base, where.place)  # type: ignore[arg-type]
-            return cast("PreTrainedModel", adapted.merge_and_unload())
-        except Exception as error:
-            raise LoadError(
-                f"cannot load the adapter {where.name} on {where.base.name}: {first_line(error)}"
-            ) from error
+        return merged_adapter(base, where.folder(), where.name)
+    where.require_plausible()
     loaded = _loaded(
         where,
         AutoModelForCausalLM,
@@ -224,9 +220,11 @@ def _load_lm(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        **({} if where.gguf else {"use_safetensors": True}),
         **placed,
     )
     model, report = loaded
+    require_finite_weights(model, f"the model {where.name}")
     # transformers only warns about these, and initialises them at random.
     if missing := sorted(report["missing_keys"]):
         raise LoadError(

@@ -17,8 +17,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmdoctor.errors import ProfileError
-from llmdoctor.files import config_folder
-from llmdoctor.schema import Settings, SettingsT, complaint, hint
+from llmdoctor.files import config_folder, present, read_text, user_path
+from llmdoctor.schema import Settings, SettingsT, complaint, hint, shown
 from llmdoctor.settings import (
     DataSettings,
     DecodeSettings,
@@ -99,8 +99,8 @@ def profile_path(name_or_path: str | Path) -> Path:
         return _folder() / f"{text}.yaml"
     if text in profile_names():
         return user_profiles() / f"{text}.yaml"
-    path = Path(text).expanduser()
-    if path.is_file():
+    path = user_path(text)
+    if present(path):
         return path
     # A path was meant: a list of profile names would not help.
     if path.suffix in (".yaml", ".yml") or "/" in text or os.sep in text:
@@ -151,7 +151,9 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         if other is None:
             return chain[::-1]
         if not isinstance(other, str) or not other:
-            raise ProfileError(f"profile {path.name}: 'extends' expected the name or path of a profile, got {other!r}")
+            raise ProfileError(
+                f"profile {path.name}: 'extends' expected the name or path of a profile, got {shown(other)}"
+            )
         path = profile_path(path.parent / other if other.startswith(("./", "../")) else other)
 
 
@@ -184,17 +186,52 @@ def _folder() -> Path:
     return Path(str(files("llmdoctor.profiles")))
 
 
+_MOST_BYTES, _MOST_NODES = 1 << 20, 20_000
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = _load_yaml(read_text(path, _MOST_BYTES))
     except OSError as error:
         raise ProfileError(f"profile {path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ProfileError(f"profile {path.name}: not YAML: nested too deeply") from error
+    # of odd values of a known tag, like !!timestamp x, PyYAML raises whatever its code happens to
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
+        problem = getattr(error, "problem", None) or str(error)[:200] or type(error).__name__
         raise ProfileError(f"profile {path.name}: not YAML{where}: {problem}") from error
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         got = "nothing" if document is None else f"a {type(document).__name__}"
         raise ProfileError(f"profile {path.name}: expected settings as `key: value` lines, got {got}")
     return document
+
+
+def _load_yaml(text: str) -> Any:
+    """What the YAML says. An alias counts as often as it is used: a few lines of them can stand for any size."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _nodes(node, {}) > _MOST_NODES:
+            raise ValueError(f"more than {_MOST_NODES:,} values, with its aliases written out")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _nodes(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many values the node stands for. Raises ValueError for one that holds itself, or half a surrogate pair."""
+    if id(node) in counted:
+        if counted[id(node)] == 0:
+            raise ValueError("a value that holds itself")
+        return counted[id(node)]
+    if isinstance(node, yaml.ScalarNode):
+        node.value.encode()  # "\ud800" is YAML, but no text
+        return 1
+    counted[id(node)] = 0
+    parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    counted[id(node)] = 1 + sum(_nodes(part, counted) for part in parts)
+    return counted[id(node)]

@@ -242,9 +242,9 @@ class Answer:
 class Comparison:
     """The patient alone beside the guided patient, on the same prompt and seed.
 
-    ``settings`` holds alpha, betas, mode, temperature, top_k, top_p, min_p, max_new_tokens and seed. ``metrics`` holds
-    ``flips`` (places of the guided answer where guidance changed the likeliest token), ``flip_rate``, ``kl`` (sum over
-    the guided answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``,
+    ``settings`` holds alpha, betas, mode, temperature, top_k, top_p, min_p, no_repeat_ngram, max_new_tokens and seed.
+    ``metrics`` holds ``flips`` (places of the guided answer where guidance changed the likeliest token), ``flip_rate``,
+    ``kl`` (sum over the guided answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``,
     ``guided_tokens``, ``patient_seconds``, ``guided_seconds``. ``id`` is the question's; ``turn`` and ``sample`` count
     from 1. The prompt of a later turn follows, on each side, that side's own answers to the earlier ones.
     """

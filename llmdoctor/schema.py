@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -54,9 +55,23 @@ def complaint(invalid: ValidationError, given: Mapping[str, Any], schema: type[S
         case "string_pattern_mismatch" if error["loc"][-1] == "[key]":
             return f"name {name!r} may hold only letters, digits, '_', '.' and '-'"
         case "model_type" | "dict_type":
-            return f"{name!r} expected `key: value` lines under it, got {error['input']!r}"
+            return f"{name!r} expected `key: value` lines under it, got {shown(error['input'])}"
     expected = re.sub("^Input |, (unable|got) .*", "", error["msg"])
-    return f"{name!r} {expected}, got {error['input']!r}"
+    return f"{name!r} {expected}, got {shown(error['input'])}"
+
+
+class _Shown(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring, self.maxother, self.maxlong, self.maxlevel = 80, 80, 40, 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 4000 else "a number of thousands of digits"
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it, cut to a line: what a stranger wrote may have any size."""
+    return _Shown().repr(value)
 
 
 def help_text(schema: type[Settings], name: str) -> str:

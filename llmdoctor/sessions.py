@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from llmdoctor.errors import StorageError, UsageError
-from llmdoctor.records import Alternative, GuidedToken, Message, Speaker
+from llmdoctor.records import GuidedToken, Message, Speaker
 from llmdoctor.schema import Settings
 from llmdoctor.settings import Guidance, Sampling
 
@@ -111,10 +113,13 @@ def messages(turns: tuple[Turn, ...], which: Speaker, prompt: str) -> list[Messa
     return [*known, {"role": "user", "content": prompt}]
 
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
+# ``revision`` is greater for every later save, whatever the clock does. It orders sessions, and tells whether another
+# program has saved one meanwhile. Version 1 had none.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS session (
-    id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, profile TEXT NOT NULL
+    id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, profile TEXT NOT NULL,
+    revision INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS turn (
     session TEXT NOT NULL REFERENCES session(id) ON DELETE CASCADE, number INTEGER NOT NULL, prompt TEXT NOT NULL,
@@ -133,36 +138,50 @@ class SessionStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self._seen: dict[str, tuple[Turn, ...]] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._forks: dict[str, str] = {}
 
     def save(self, session: Session) -> Session:
-        """Write the session, and return it with its new time, and the first question as the title if it had none."""
+        """Write the session, and return it with its new time, and the first question as the title if it had none.
+
+        Has another program saved it since it was loaded or saved here, the other's turns stay as they are. The session
+        is then written, and returned, as a new one with an id of its own; so it is when it is saved under the old id
+        again.
+        """
+        while session.id in self._forks:
+            session = replace(session, id=self._forks[session.id])
+        session = replace(session, updated=time.time())
         if not session.title and session.turns:
             session = replace(session, title=" ".join(session.turns[0].prompt.split())[:60])
-        session = replace(session, updated=time.time())
-        # Turns are immutable, and a changed turn is a new object. So the first turn that is not the very object saved
-        # before is where writing starts: a long conversation does not compress all its answers again for each new one.
-        seen = self._seen.get(session.id, ())
-        first = next(
-            (i for i, (a, b) in enumerate(zip(seen, session.turns, strict=False)) if a is not b),
-            min(len(seen), len(session.turns)),
-        )
+        asked, seen = session.id, self._seen.get(session.id)
         with self._open() as db:
-            row = (session.id, session.title, session.created, session.updated, json.dumps(session.profile))
-            db.execute(
-                "INSERT INTO session VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
-                "title = excluded.title, updated = excluded.updated, profile = excluded.profile",
-                row,
-            )
-            if db.execute("SELECT count(*) FROM turn WHERE session = ?", (session.id,)).fetchone()[0] < first:
-                # Another program has deleted turns in the meantime: write all of them.
+            db.execute("BEGIN IMMEDIATE")  # nobody else writes between what is read here and what is written
+            held = db.execute("SELECT title, revision FROM session WHERE id = ?", (asked,)).fetchone()
+            if held is None:  # a new one, or one that another program has deleted: all of it is written
                 first = 0
+            elif seen is not None and held[1] == seen.revision:
+                first = _first_changed(seen.turns, session.turns)
+                if session.title == seen.title:  # another program may have renamed it
+                    session = replace(session, title=_text(held[0]))
+            else:
+                session, first = replace(session, id=secrets.token_hex(4)), 0
+            revision = db.execute(
+                "SELECT max(?, 1 + coalesce(max(revision), 0)) FROM session", (time.time_ns(),)
+            ).fetchone()[0]
+            row = (session.id, _text(session.title), session.created, session.updated, json.dumps(session.profile))
+            db.execute(
+                "INSERT INTO session VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET title = excluded.title, "
+                "updated = excluded.updated, profile = excluded.profile, revision = excluded.revision",
+                (*row, revision),
+            )
             db.execute("DELETE FROM turn WHERE session = ? AND number >= ?", (session.id, first))
             db.executemany(
                 "INSERT INTO turn VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [(session.id, number, *_row(turn)) for number, turn in enumerate(session.turns) if number >= first],
             )
-        self._seen[session.id] = session.turns
+        if session.id != asked:
+            self._forks[asked] = session.id
+        self._seen[session.id] = _Seen(session.turns, session.title, revision)
         return session
 
     def load(self, session_id: str) -> Session:
@@ -170,20 +189,29 @@ class SessionStore:
         with self._open() as db:
             # substr, not LIKE: "%" and "_" in what the user typed are not wildcards.
             rows = db.execute(
-                "SELECT * FROM session WHERE substr(id, 1, ?) = ?", (len(session_id), session_id)
+                "SELECT * FROM session WHERE substr(id, 1, ?) = ?", (len(session_id), _text(session_id))
             ).fetchall()
             if len(rows) != 1 or not session_id:
                 several = f"{len(rows)} sessions begin with" if rows else "there is no session"
                 raise UsageError(f"{several} {session_id!r}; llmdoctor chat lists them on its session screen (F9)")
-            name, title, created, updated, profile = rows[0]
+            name, title, created, updated, profile, revision = rows[0]
             turns = db.execute(
                 "SELECT prompt, seed, settings, patient, guided FROM turn WHERE session = ? ORDER BY number", (name,)
             ).fetchall()
         try:
-            loaded = Session(name, title, created, updated, json.loads(profile), tuple(map(_turn, turns)))
-        except (ValueError, KeyError, TypeError, UsageError, zlib.error) as error:
-            raise StorageError(f"{self.path}: session {name} is damaged ({error}): delete it") from error
-        self._seen[name] = loaded.turns
+            held = json.loads(profile)
+            if not isinstance(held, dict):
+                raise ValueError("its profile is no object")
+            loaded = Session(
+                _text(name), _text(title), _seconds(created), _seconds(updated), held, tuple(map(_turn, turns))
+            )
+        except (ValueError, KeyError, TypeError, UsageError, RecursionError, OverflowError, zlib.error) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise StorageError(
+                f"{self.path}: session {name} is damaged ({reason}): delete it on the session screen (F9)"
+            ) from error
+        self._seen[loaded.id] = _Seen(loaded.turns, loaded.title, revision)
+        self._forks.pop(loaded.id, None)
         return loaded
 
     def list(self) -> list[Summary]:
@@ -191,14 +219,17 @@ class SessionStore:
         with self._open() as db:
             rows = db.execute(
                 "SELECT id, title, created, updated, (SELECT count(*) FROM turn WHERE session = id) FROM session "
-                "ORDER BY updated DESC"
+                "ORDER BY revision DESC"
             ).fetchall()
-        return [Summary(*row) for row in rows]
+        return [
+            Summary(_text(name), _text(title), _seconds(created), _seconds(updated), turns)
+            for name, title, created, updated, turns in rows
+        ]
 
     def rename(self, session_id: str, title: str) -> None:
         """Change the title of a session."""
         with self._open() as db:
-            db.execute("UPDATE session SET title = ? WHERE id = ?", (title, session_id))
+            db.execute("UPDATE session SET title = ? WHERE id = ?", (_text(title), session_id))
 
     def delete(self, session_id: str) -> None:
         """Delete a session and its turns."""
@@ -212,7 +243,10 @@ class SessionStore:
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not (self.path.is_file() or not self.path.exists()):  # a FIFO would never answer
+                raise OSError("it is not a file")
             db = sqlite3.connect(self.path, timeout=10)
+            db.text_factory = lambda held: held.decode("utf-8", "replace")  # one bad title does not hide the others
         except (OSError, sqlite3.Error) as error:
             raise self._failed(error) from error
         try:
@@ -220,31 +254,80 @@ class SessionStore:
                 version = db.execute("PRAGMA user_version").fetchone()[0]
                 if version > _SCHEMA_VERSION:
                     raise StorageError(f"{self.path} was written by a newer llmdoctor: update this one")
-                db.executescript(_SCHEMA)
-                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                if version < _SCHEMA_VERSION:
+                    _update(db)
                 # Conversations are private.
                 self.path.chmod(0o600)
                 yield db
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, OverflowError) as error:  # OverflowError: a number beyond 64 bits
             raise self._failed(error) from error
         finally:
             db.close()
 
     def _failed(self, error: Exception) -> StorageError:
-        return StorageError(f"the sessions in {self.path} cannot be read or written: {error}")
+        return StorageError(
+            f"the sessions in {self.path} cannot be read or written: {error}. If that does not pass, move the file "
+            "away, or let LLMDOCTOR_SESSIONS name another one"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a session was when it was last saved or loaded here."""
+
+    turns: tuple[Turn, ...]
+    title: str
+    revision: int
+
+
+def _first_changed(seen: tuple[Turn, ...], turns: tuple[Turn, ...]) -> int:
+    """Where writing starts: a long conversation does not compress all its answers again for each new one."""
+    # turns are immutable, and a changed turn is a new object
+    changed = (i for i, (a, b) in enumerate(zip(seen, turns, strict=False)) if a is not b)
+    return next(changed, min(len(seen), len(turns)))
+
+
+def _update(db: sqlite3.Connection) -> None:
+    """Bring the file of an older version, or an empty one, to this version."""
+    db.execute("BEGIN IMMEDIATE")
+    for statement in _SCHEMA.split(";"):
+        db.execute(statement)
+    # another program may have done it since the version was read
+    if "revision" not in [row[1] for row in db.execute("PRAGMA table_info(session)")]:
+        db.execute("ALTER TABLE session ADD COLUMN revision INTEGER NOT NULL DEFAULT 0")
+        db.execute("UPDATE session SET revision = CAST(1e9 * updated AS INTEGER)")
+    db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+    db.commit()
+
+
+def _text(held: Any) -> str:
+    """What a column of text holds, whatever was put there."""
+    return str(held).encode("utf-8", "replace").decode()
+
+
+def _seconds(held: Any) -> float:
+    """A time that a calendar has; 0 for anything else."""
+    return float(held) if isinstance(held, int | float) and 0 <= held < 1e11 else 0.0
 
 
 def _row(turn: Turn) -> tuple[str, int, str, bytes, bytes]:
     settings = {"sampling": turn.sampling.model_dump(), "guidance": turn.guidance.model_dump()}
-    return turn.prompt, turn.seed, json.dumps(settings), _packed(turn.patient), _packed(turn.guided)
+    return _text(turn.prompt), turn.seed, json.dumps(settings), _packed(turn.patient), _packed(turn.guided)
+
+
+_REPLY = TypeAdapter(Reply)
+_LARGEST = 1 << 30  # bytes of one reply
 
 
 def _packed(reply: Reply) -> bytes:
-    return zlib.compress(json.dumps(asdict(reply), ensure_ascii=False).encode(), level=3)
+    return zlib.compress(json.dumps(asdict(reply), ensure_ascii=False).encode("utf-8", "replace"), level=3)
 
 
-def _turn(row: tuple[str, int, str, bytes, bytes]) -> Turn:
+def _turn(row: tuple[Any, Any, Any, Any, Any]) -> Turn:
+    """Raises ValueError, KeyError, TypeError, UsageError or zlib.error for a row that holds no turn."""
     prompt, seed, settings, patient, guided = row
+    if not isinstance(prompt, str) or not isinstance(seed, int):
+        raise ValueError(f"a question of text and a seed were expected, got {type(prompt).__name__} and {seed!r}")
     how = json.loads(settings)
     # Fields that an older version did not store get their defaults.
     sampling, guidance = Sampling(**how["sampling"]), Guidance(**how["guidance"])
@@ -252,14 +335,8 @@ def _turn(row: tuple[str, int, str, bytes, bytes]) -> Turn:
 
 
 def _unpacked(packed: bytes) -> Reply:
-    stored = json.loads(zlib.decompress(packed))
-    return Reply(
-        tokens=tuple(
-            GuidedToken(**{**token, "top": tuple(Alternative(**other) for other in token["top"])})
-            for token in stored["tokens"]
-        ),
-        end=stored["end"],
-        seconds=stored["seconds"],
-        forced=tuple(stored["forced"]),
-        temperatures=tuple((at, value) for at, value in stored["temperatures"]),
-    )
+    unpacker = zlib.decompressobj()
+    stored = unpacker.decompress(packed, _LARGEST)
+    if not unpacker.eof:
+        raise ValueError("an answer is cut off, or larger than 1 GiB")
+    return _REPLY.validate_json(stored)

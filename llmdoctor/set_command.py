@@ -33,8 +33,9 @@ def parse_settings(
     r"""``alpha=1 beta=0.8 helpful=1.2 seed=5`` laid over the settings in use. Raises UsageError.
 
     ``beta`` is for every doctor, ``beta.helpful`` or ``helpful`` for one; a later value beats an earlier one. ``off``
-    turns off what has no value by default (seed, stop, top_k, min_p). A value with spaces is quoted, ``\n`` is a line
-    break, and several ``stop=...`` in one line are several stop strings. A message begins with ``/set:``.
+    turns off what has no value by default (seed, stop, top_k, min_p, no_repeat_ngram). A value with spaces is quoted,
+    ``\n`` is a line break, and several ``stop=...`` in one line are several stop strings. A message begins with
+    ``/set:``.
     """
     try:
         return _parsed(text, doctors, guidance, sampling)

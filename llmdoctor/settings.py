@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError, ValidationInfo
 
 from llmdoctor.errors import UsageError
-from llmdoctor.schema import Settings, complaint
+from llmdoctor.schema import Settings, complaint, shown
 
 if TYPE_CHECKING:
     from llmdoctor.records import FacePair
@@ -52,8 +52,8 @@ def _mapping(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             return json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"'device_map' expected a name or a JSON object, got {value!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'device_map' expected a name or a JSON object, got {shown(value)}") from error
     return value
 
 
@@ -152,7 +152,7 @@ def _column_names(value: Any) -> dict[str, str] | None:
         and all(isinstance(name, str) and name for name in parts.values())
     ):
         expected = "chosen=A,rejected=B[,prompt=C,system=D] with names of columns"
-        raise ValueError(f"columns: expected {expected}, got {value!r}")
+        raise ValueError(f"columns: expected {expected}, got {shown(value)}")
     return dict(parts)
 
 
@@ -194,7 +194,7 @@ class TrainSettings(Settings):
         default="relative", description="Flow relative to the doctor's base, or absolute as in the paper"
     )
     anchor: bool = Field(default=True, description="Fix log V at the end of an answer to 0")
-    rho: float = Field(default=10.0, gt=0, description="Scale of the rewards in log Q")
+    rho: float = Field(default=10.0, gt=0, le=1e30, description="Scale of the rewards in log Q")
     # with a low ceiling only the blame is left: good tokens are worth the same, and the doctor does not prefer the few
     # of them that the faces tell apart best
     ceiling: float | None = Field(
@@ -215,8 +215,8 @@ class TrainSettings(Settings):
         ge=0,
         description="Further token pairs with the same prefix that the value loss compares, per response",
     )
-    lora_rank: int = Field(default=16, ge=1, description="Rank of the adapter, or of the change")
-    lora_alpha: float = Field(default=32.0, gt=0, description="It is scaled by this over its rank")
+    lora_rank: int = Field(default=16, ge=1, le=1 << 16, description="Rank of the adapter, or of the change")
+    lora_alpha: float = Field(default=32.0, gt=0, le=1e6, description="It is scaled by this over its rank")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter (method lora)")
     lora_targets: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(_all_linear)] = Field(
         default="all-linear", description="Modules that get an adapter (method lora): their names, or all-linear"
@@ -314,12 +314,20 @@ COMBINATION = frozenset(GuidanceFields.model_fields) - {"alpha"}
 
 
 class SamplingFields(Settings):
-    """How a token is drawn from the product: temperature, top-k, top-p and min-p, in this order, then the draw."""
+    """How a token is drawn from the product.
+
+    What would repeat an n-gram goes first, then temperature, top-k, top-p and min-p, in this order; then the draw.
+    """
 
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature; 0 is greedy")
     top_k: int = Field(default=0, ge=0, description="Keep the k likeliest tokens; 0 is off")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the likeliest tokens that make up p")
     min_p: float = Field(default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest")
+    no_repeat_ngram: int = Field(
+        default=0,
+        ge=0,
+        description="Never say so many tokens in a row twice in an answer, unless nothing else is possible; 0 is off",
+    )
     max_new_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens")
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
         default=(), description="Strings that end the answer and are cut from it"

@@ -1,18 +1,11 @@
 """Text as it may be shown: what a model or a file says must not steer a terminal."""
 
+from llmdoctor.harmless import clean
+
+__all__ = ["END", "clean", "one_line", "prompt_end", "quoted", "trimmed"]
+
 END = "∎"  # stands for a token without text, such as the end of the answer
 _PROMPT_SHOWN = 400  # characters
-
-
-def clean(text: str) -> str:
-    """The text, equally long, with a replacement character for every control character but newline and tab."""
-    return text if text.isprintable() else "".join(map(_visible, text))
-
-
-def _visible(character: str) -> str:
-    # C0 controls, DEL and C1 controls: a terminal reads U+009B as the start of an escape sequence, like ESC [
-    harmless = character in "\n\t" or not (ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0)
-    return character if harmless else "\N{REPLACEMENT CHARACTER}"
 
 
 def one_line(text: str) -> str:

@@ -458,6 +458,9 @@ def test_guidance_for_one_call_and_lists_of_conversations(assistant: LLMdoctor) 
     said = assistant.generate("Hi", alpha=0.5, beta={name: 2.0})
     assert said == assistant.generate("Hi", guidance=stronger)
     assert assistant.guidance == before
+    assert said == "".join(token.text for token in assistant.stream("Hi", alpha=0.5, beta={name: 2.0}))
+    with pytest.raises(UsageError, match="choose one of guidance and beta"):
+        assistant.stream("Hi", beta=1.0, guidance=before)
     one = [{"role": "user", "content": "Hi"}]
     assert assistant.generate([one, one], seed=[3, 3], alpha=0.5, beta={name: 2.0}) == [said, said]
 

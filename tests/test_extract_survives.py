@@ -154,7 +154,7 @@ def test_two_runs_into_one_folder(patient: Patient, data: DataSettings, tmp_path
     for _ in range(6):
         next(first)
     held = read(out)
-    message = f"another extract is writing to {out}: wait for it to end, or choose"
+    message = f"another run is writing to {out}: wait for it to end, or choose"
     with pytest.raises(UsageError, match=message) as refused:
         next(extract(patient, data, FACES, out))
     assert "\n" not in str(refused.value)

@@ -43,7 +43,7 @@ def run(
     patient: Any, doctors: list[Any], prompts: list[list[int]], guidance: Any, drafting: Any = None, **how: Any
 ) -> list[list[Step]]:
     rows: list[list[Step]] = [[] for _ in prompts]
-    own = {key: how.pop(key) for key in ("seed", "top", "prefix_cache", "draft_model") if key in how}
+    own = {key: how.pop(key) for key in ("seed", "top", "prefix_cache", "draft_model", "begun") if key in how}
     for step in decode(
         patient,
         {doctor.name: doctor for doctor in doctors},

@@ -304,7 +304,7 @@ def test_a_lock_is_refused_at_once_and_ends_with_the_process_that_holds_it(tmp_p
     folder = tmp_path / "made" / "here"
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="another extract is writing to"), locked(folder):
+        with pytest.raises(UsageError, match="another run is writing to"), locked(folder):
             pass
         (folder / ".meta.json.0a1b2c3d.partial").write_text("{")
         holder.kill()

@@ -730,3 +730,35 @@ def test_a_folder_without_its_weights_is_not_finished(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").touch()
     assert finished(marker, "a") == {"run": "a"}
     assert finished(marker, "b") is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 3, "method": "head"},
+        {"max_steps": 20, "holdout": 0.4, "checkpoint_every": 1, "patience": 1, "learning_rate": 0.3},
+    ],
+)
+def test_a_run_killed_while_it_saves_only_saves(world: Path, tmp_path: Path, monkeypatch: Any, settings: Any) -> None:
+    """A finished run takes no further step: same weights, same report as that of a run that was let through."""
+    whole = run(world, tmp_path / "whole" / "doctor", **settings)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llmdoctor.training.train.save_doctor", killed)
+        with pytest.raises(SystemExit):
+            run(world, tmp_path / "doctor", **settings)
+    steps: list[TrainStep] = []
+    again = run(world, tmp_path / "doctor", steps=steps, **settings)
+    assert steps == []
+    own = ("seconds", "tokens_per_second")
+    assert {k: v for k, v in again["metrics"].items() if k not in own} == {
+        k: v for k, v in whole["metrics"].items() if k not in own
+    }
+    files = [path.name for path in (tmp_path / "whole" / "doctor").glob("*.safetensors")]
+    for name in files:
+        one, other = (load_file(folder / name) for folder in (tmp_path / "whole" / "doctor", tmp_path / "doctor"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not (tmp_path / ".doctor.training").exists()

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,21 +12,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
+from textual.filter import LineFilter
 from textual.screen import Screen
 
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.sessions import Session, SessionStore, Summary
 from llmdoctor.show.lens import Lens
+from llmdoctor.show.text import clean, one_line
 from llmdoctor.tui import clipboard, export
 from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
 from llmdoctor.tui.generation import Worker
-from llmdoctor.tui.guard import quiet_terminal, written
+from llmdoctor.tui.guard import quiet_terminal, take_any_bytes, written
 from llmdoctor.tui.start import Start
+from llmdoctor.tui.visible import VisibleControls
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
 
 _SWITCH = 0.0005  # seconds that drawing may hold the interpreter while the generator waits for it (Python's own: 0.005)
+_TOLD = 0.2  # seconds between two looks at what saving has to tell
 _TWICE = 2.0  # seconds between two presses of Ctrl+C that quit
 
 
@@ -39,12 +44,18 @@ class DoctorApp(App[int]):
         Binding("f12", "picture", "Picture", show=False, priority=True, id="app.picture"),
     ]
     worker: Worker | None = None
+    last_words: Sequence[str] = ()  # what could not be shown any more: printed once the terminal is as before
+    _visible = VisibleControls()
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
         self._own_config = config
         self.config = config or Config()
         self._interrupted_at = 0.0
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's own, and the one that keeps control characters from the terminal."""
+        return [*super().get_line_filters(), self._visible]
 
     def on_mount(self) -> None:
         """Apply the configuration file."""
@@ -123,16 +134,19 @@ class ChatApp(DoctorApp):
         self.store = start.store or SessionStore(sessions_file())
         self.worker = Worker(start.load, start.sampling, start.guidance)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="llmdoctor-sessions")
+        self._saved: deque[tuple[Session, Future[Session]]] = deque()
 
     def on_mount(self) -> None:
         """Show the conversation at once; the worker loads the models in the background."""
         from llmdoctor.tui.screens.chat import ChatScreen
 
         self.push_screen(ChatScreen())
+        self.set_interval(_TOLD, self._tell)
 
     def on_unmount(self) -> None:
         """End the saving thread, after it has written what is pending."""
         self._saver.shutdown(wait=True)
+        self.last_words = list(dict.fromkeys(filter(None, (_outcome(*self._saved.popleft()) for _ in [*self._saved]))))
 
     @property
     def chat(self) -> "ChatScreen":
@@ -161,13 +175,21 @@ class ChatApp(DoctorApp):
 
     def save(self, session: Session) -> None:
         """Write the session, in the background."""
+        # kept in a queue: the saving thread must never wait for the screen, which waits for it at the end
+        saving = self._saver.submit(self.store.save, session)
+        saving.add_done_callback(lambda saved: self._saved.append((session, saved)))
 
-        def done(future: Future[Session]) -> None:
-            error = future.exception()
-            if error is not None and self.is_running:
-                self.call_from_thread(self.notify, str(error), severity="error", markup=False)
-
-        self._saver.submit(self.store.save, session).add_done_callback(done)
+    def _tell(self) -> None:
+        """Say what went wrong with saving; a conversation that was forked is from here on the one that is open."""
+        while self._saved and self._has_chat:
+            session, saved = self._saved.popleft()
+            if not (outcome := _outcome(session, saved)):
+                continue
+            if saved.exception() is not None:
+                self.notify(outcome, severity="error", markup=False)
+            elif self.chat.session.id == session.id:
+                self.chat.session = replace(self.chat.session, id=saved.result().id)
+                self.notify(outcome, severity="warning", markup=False, timeout=15)
 
     # These go through the same thread as saving: they see the latest state of the conversation.
 
@@ -213,6 +235,15 @@ class BrowserApp(DoctorApp):
         self.push_screen(self._screen())
 
 
+def _outcome(session: Session, saved: Future[Session]) -> str:
+    """What there is to say of saving this session; empty where all went well."""
+    if (error := saved.exception()) is not None:
+        return str(error) if isinstance(error, LLMDoctorError) else f"not saved: {type(error).__name__}: {error}"
+    if (own := saved.result().id) == session.id:
+        return ""
+    return f"Somebody else has gone on with this conversation ({session.id}): yours is kept beside it, as {own}."
+
+
 def binding_ids() -> dict[str, Binding]:
     """Every key binding that can be given another key, by its id."""
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -232,9 +263,12 @@ def run(app: App[int]) -> int:
     What other code wrote to the terminal meanwhile is hidden, and printed at the end if the app failed.
     """
     sys.setswitchinterval(_SWITCH)
+    take_any_bytes()
     with quiet_terminal() as log:
         result = app.run()
         noise = written(log) if app.return_code else ""
     if noise:
-        print(noise, file=sys.stderr)
+        print(clean(noise), file=sys.stderr)
+    for words in getattr(app, "last_words", ()):
+        print(f"warning: {one_line(words)}", file=sys.stderr)
     return result if result is not None else app.return_code or 0

@@ -21,7 +21,8 @@ def osc52(text: str, environment: Mapping[str, str] = os.environ) -> str:
     tmux swallows it unless it is wrapped (its ``allow-passthrough``) or tmux takes it itself (``set-clipboard on``):
     both are sent.
     """
-    plain = f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
+    packed = base64.b64encode(text.encode("utf-8", "replace")).decode()
+    plain = f"\x1b]52;c;{packed}\x07"
     if environment.get("TMUX"):
         return plain + "\x1bPtmux;" + plain.replace("\x1b", "\x1b\x1b") + "\x1b\\"
     if environment.get("TERM", "").startswith("screen"):
@@ -35,7 +36,7 @@ def to_desktop(text: str) -> bool:
         if (path := shutil.which(name)) and (needs is None or os.environ.get(needs)):
             try:
                 done = subprocess.run(
-                    [path, *arguments], input=text.encode(), timeout=3, check=False,
+                    [path, *arguments], input=text.encode("utf-8", "replace"), timeout=3, check=False,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 )  # fmt: skip
             except (OSError, subprocess.TimeoutExpired):

@@ -46,12 +46,12 @@ def read_config(path: Path, *, themes: Mapping[str, object], bindings: Mapping[s
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Config()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {error}") from error
     if unknown := set(data) - {"theme", "lens", "keys"}:
         raise UsageError(f"{path}: unknown key {min(unknown)!r} (known: theme, lens, keys)")
     theme, lens, keys = data.get("theme"), data.get("lens"), data.get("keys", {})
-    if theme is not None and theme not in themes:
+    if theme is not None and (not isinstance(theme, str) or theme not in themes):
         raise UsageError(f"{path}: there is no theme {theme!r} (there are: {', '.join(sorted(themes))})")
     if lens is not None and lens not in LENSES:
         raise UsageError(f"{path}: lens must be one of {', '.join(LENSES)}, got {lens!r}")

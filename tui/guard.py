@@ -1,16 +1,30 @@
 """Keeps what native libraries print off the screen while the app has the terminal."""
 
+import codecs
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import IO
 
 
 def full_screen(stdin: IO[str], stdout: IO[str]) -> bool:
     """Whether a full-screen app can run: both are terminals, and the terminal can place its cursor."""
     return stdin.isatty() and stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
+
+
+def take_any_bytes() -> None:
+    """Show typed bytes that are not UTF-8 as marks: they would end the thread that reads keys, and so the app."""
+    with suppress(ImportError):  # on Windows there are no bytes
+        from textual.drivers import linux_driver
+
+        linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[attr-defined]
+
+
+def _forgiving_decoder(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:
+    return partial(codecs.getincrementaldecoder(encoding), errors="replace")
 
 
 @contextmanager

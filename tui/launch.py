@@ -9,7 +9,7 @@ from llmdoctor.tui.guard import full_screen
 
 if TYPE_CHECKING:
     from llmdoctor.profile import Profile
-    from llmdoctor.sessions import Session
+    from llmdoctor.sessions import Session, SessionStore
     from llmdoctor.show.lens import Lens
     from llmdoctor.show.rewards import ShownPair
 
@@ -19,12 +19,20 @@ PostComparison = Callable[[Comparison | str], None]
 Compare = Callable[[PostComparison, Callable[[], None]], None]
 
 
-def chat(profile: "Profile", *, seed: int | None, session: "Session | None", trust_remote_code: bool) -> int:
-    """Hold a conversation, a new one or ``session``; returns the exit code."""
+def chat(
+    profile: "Profile",
+    *,
+    seed: int | None,
+    session: "Session | None",
+    store: "SessionStore | None",
+    trust_remote_code: bool,
+) -> int:
+    """Hold a conversation, a new one or ``session``, which ``store`` has loaded; returns the exit code."""
     from llmdoctor.tui.app import ChatApp, run
     from llmdoctor.tui.start import start_of
 
-    return run(ChatApp(start_of(profile, seed=seed, session=session, trust_remote_code=trust_remote_code)))
+    start = start_of(profile, seed=seed, session=session, store=store, trust_remote_code=trust_remote_code)
+    return run(ChatApp(start))
 
 
 def browse_rewards(pairs: "Iterable[ShownPair]") -> int:

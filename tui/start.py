@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llmdoctor.sessions import Session, SessionStore
 from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
 from llmdoctor.show.formats import short_name
+from llmdoctor.show.text import one_line
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
@@ -47,7 +48,7 @@ class Start:
         """``patient clinic/patient · doctors helpful, safe · profile clinic``."""
         named = {"doctor" if len(self.doctors) == 1 else "doctors": ", ".join(self.doctors) or "none"}
         shown = {"patient": self.patient, **named, "profile": self.profile.get("name")}
-        return " · ".join(f"{what} {name}" for what, name in shown.items() if name)
+        return one_line(" · ".join(f"{what} {name}" for what, name in shown.items() if name))
 
 
 def start_of(

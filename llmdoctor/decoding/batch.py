@@ -243,7 +243,10 @@ class Batch:
     def _draw(self, round_: Round, rows: Sequence[Row], keys_B_J: torch.Tensor) -> list[list[Place]]:
         forced = [row.request.first if row.position == 0 else None for row in rows]
         guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
-        return draw_round(round_, guidances, samplings, keys_B_J, top=self.top, forced=forced)
+        forbidden: list[list[set[int]]] = []
+        if any(sampling.no_repeat_ngram for sampling in samplings):
+            forbidden = [row.forbidden(drafts) for row, drafts in zip(rows, round_.drafts_B_K.tolist(), strict=True)]
+        return draw_round(round_, guidances, samplings, keys_B_J, top=self.top, forced=forced, forbidden=forbidden)
 
     def _steps(self, row: Row, place: Place, values: Mapping[str, float]) -> Iterator[Step]:
         """Take a place's token: the steps that may be shown now."""

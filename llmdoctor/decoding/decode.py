@@ -27,6 +27,7 @@ def decode(
     draft_model: PreTrainedModel | None = None,
     prefix_cache: PrefixCache | None = None,
     first: int | None = None,
+    begun: int = 0,
 ) -> Iterator[Step]:
     """Decode all ``prompts`` (token ids) together and yield their tokens as they are drawn, row after row.
 
@@ -38,7 +39,7 @@ def decode(
     model. Both ways draw the same tokens from the same seed, up to the rounding of the models' own arithmetic. Where
     drafts cannot be taken back (recurrent states, with a warning; a batch over a sliding window) the plain path is
     used. ``prefix_cache`` keeps the caches of a single prompt for the next one. ``first`` is the first token instead of
-    a draw.
+    a draw. The last ``begun`` tokens of every prompt are the beginning of its answer.
 
     Raises UsageError for guidance that names no doctor or lacks its bases, for a prompt that is empty or fills the
     context, and for lists of another length than ``prompts``. While it runs: UsageError when guidance becomes wrong,
@@ -61,7 +62,7 @@ def decode(
         with_bases=any(read().mode == "ratio" for read in dict.fromkeys(reads)),
         prefix_cache=prefix_cache,
     )
-    batch.join([Request(*request, first) for request in zip(prompts, reads, samplings, seeds, strict=True)])
+    batch.join([Request(*request, first, begun) for request in zip(prompts, reads, samplings, seeds, strict=True)])
     return _rounds(batch)
 
 

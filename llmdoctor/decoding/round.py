@@ -6,13 +6,14 @@ drafted one, the models have already read what comes before the next place, so t
 first token that differs from its draft is still a proper draw; everything behind it has to be read again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from llmdoctor.decoding.product import draw, kl_divergence, product
+from llmdoctor.decoding.repetition import without
 from llmdoctor.settings import Guidance, Sampling
 
 
@@ -86,15 +87,17 @@ def draw_round(
     *,
     top: int = 0,
     forced: Sequence[int | None] = (),
+    forbidden: Sequence[Sequence[Collection[int]]] = (),
 ) -> list[list[Place]]:
     """Draw the tokens of every row: its drafted tokens as far as they agree with the draw, and one further token.
 
     ``guidances`` and ``samplings`` hold one for each row. ``keys_B_J`` (int64) are all the randomness: the token of
     a place depends on its own key only, whatever was drafted. ``top`` asks for that many likeliest tokens.
-    ``forced`` ids, one for each row or none at all, take the first place instead of a draw (None: draw).
+    ``forced`` ids, one for each row or none at all, take the first place instead of a draw (None: draw). ``forbidden``
+    ids, by row and place or none at all, are not drawn while there are others (`repetition.without`).
     """
     product_B_J_V = _products(round_, guidances)
-    ids_B_J = _draws(product_B_J_V, samplings, keys_B_J)
+    ids_B_J = _draws(product_B_J_V, samplings, keys_B_J, forbidden)
     for row, token in enumerate(forced):
         if token is not None:
             ids_B_J[row, 0] = token
@@ -142,10 +145,15 @@ def _products(round_: Round, guidances: Sequence[Guidance]) -> Tensor:
     )
 
 
-def _draws(logprobs_B_J_V: Tensor, samplings: Sequence[Sampling], keys_B_J: Tensor) -> Tensor:
+def _draws(
+    logprobs_B_J_V: Tensor,
+    samplings: Sequence[Sampling],
+    keys_B_J: Tensor,
+    forbidden: Sequence[Sequence[Collection[int]]],
+) -> Tensor:
     """Token ids [B, J]."""
     places, size = logprobs_B_J_V.shape[1:]
-    flat_M_V = logprobs_B_J_V.reshape(-1, size)
+    flat_M_V = without(logprobs_B_J_V.reshape(-1, size), (tokens for row in forbidden for tokens in row))
     each = [sampling for sampling in samplings for _ in range(places)]
     return draw_rows(flat_M_V, each, keys_B_J.flatten()).view(-1, places)
 

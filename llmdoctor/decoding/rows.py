@@ -7,12 +7,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from llmdoctor.decoding.repetition import repeating
 from llmdoctor.decoding.round import Place
 from llmdoctor.errors import LoadError
 from llmdoctor.models import Patient, not_numbers
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.settings import Guidance, Sampling
-from llmdoctor.text import TextStream, token_texts
+from llmdoctor.text import TextStream, text_behind
 
 Finish = Literal["eos", "stop", "length"]
 ReadGuidance = Callable[[], Guidance]
@@ -39,7 +40,8 @@ class Request:
     """A prompt (token ids) to be answered, and how.
 
     ``guidance`` is called again for every token, so it may change between any two. All randomness comes from ``seed``.
-    ``first`` is the first token, instead of a draw.
+    ``first`` is the first token, instead of a draw. The last ``begun`` tokens of the prompt are the beginning of the
+    answer: they too are not repeated, where the sampling says so.
     """
 
     prompt: Sequence[int]
@@ -47,6 +49,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     first: int | None = None
+    begun: int = 0
 
 
 class Row:
@@ -64,6 +67,7 @@ class Row:
         # a row's own stream: a character may be spread over several tokens
         self._texts = TextStream(patient.tokenizer)
         self._generator = torch.Generator().manual_seed(request.seed)
+        self._ids = list(request.prompt[len(request.prompt) - request.begun :])  # of the answer
         self._keys: list[int] = []  # of the next positions, drawn ahead
         self._last = request.prompt[-1]
         self.pending: tuple[Place, Mapping[str, float]] | None = None  # drawn, but not every doctor has read it
@@ -76,6 +80,11 @@ class Row:
         while len(self._keys) < used + count:
             self._keys.append(int(torch.randint(torch.iinfo(torch.int64).max, (), generator=self._generator)))
         return self._keys[used : used + count]
+
+    def forbidden(self, drafts: Sequence[int]) -> list[set[int]]:
+        """The tokens that would repeat, at the next place and behind each of ``drafts``."""
+        n = self.sampling.no_repeat_ngram
+        return [repeating([*self._ids, *drafts[:k]], n) if n else set() for k in range(len(drafts) + 1)]
 
     @property
     def drawn(self) -> int:
@@ -97,6 +106,7 @@ class Row:
         token = self._token(place, values)
         self.position += 1
         self._last = token.id
+        self._ids.append(token.id)
         del self._keys[0]
         if token.id in self._patient.eos_ids:
             self.ended = "eos"
@@ -108,10 +118,11 @@ class Row:
         drawn = place.drawn
         if math.isnan(drawn.logprob):
             raise LoadError(not_numbers("the models' log-probs"))
+        last = drawn.id in self._patient.eos_ids or self.position + 1 >= self.budget
         return GuidedToken(
             position=self.position,
             id=drawn.id,
-            text=self._texts.push(drawn.id),
+            text=self._texts.push(drawn.id, last=last),
             patient_logprob=drawn.patient_logprob,
             doctor_logprobs=drawn.doctor_logprobs,
             logprob=drawn.logprob,
@@ -123,8 +134,7 @@ class Row:
             top=tuple(
                 Alternative(
                     id=choice.id,
-                    # spelt behind the token before it: some pieces begin with a space only there
-                    text=token_texts(self._patient.tokenizer, [self._last, choice.id])[1],
+                    text=text_behind(self._patient.tokenizer, self._last, choice.id),
                     patient_logprob=choice.patient_logprob,
                     doctor_logprobs=choice.doctor_logprobs,
                     logprob=choice.logprob,

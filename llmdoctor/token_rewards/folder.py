@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from llmdoctor.artefacts import ProbeMeta, RewardsMeta
 from llmdoctor.errors import LoadError
-from llmdoctor.files import atomic_path, file_checksum, read_json
+from llmdoctor.files import atomic_path, file_checksum, present, read_json, require_regular, user_path
 from llmdoctor.records import Floats, PairScores, Side, TokenScores
+from llmdoctor.schema import shown
+from llmdoctor.tensors import read_tensors
 from llmdoctor.token_rewards.formula import PROBE
 
 SCHEMA_VERSION = 1
 PROBE_META = "probe.json"
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 _ROWS_AT_A_TIME = 64
+_ID_COLUMNS = ("prompt_ids", "response_ids", "alternative_ids")
+_SCORE_COLUMNS = ("positive", "negative", "alternative_positive", "alternative_negative")
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -76,11 +79,16 @@ def write_shard(folder: Path, index: int, pairs: Sequence[PairScores], faces: Se
     return path
 
 
-def read_shard(path: Path, faces: Sequence[str]) -> Iterator[PairScores]:
-    """Stream the pairs of one shard. Raises LoadError when it is damaged or lacks a face."""
+def read_shard(path: Path, faces: Sequence[str], size: int = 0) -> Iterator[PairScores]:
+    """Stream the pairs of one shard; ``size`` is that of the vocabulary, if known.
+
+    Raises LoadError when it is damaged, lacks a face, or holds what no patient says: log-probs that are not finite or
+    not one per token, ids that are no tokens, an empty response.
+    """
     try:
+        require_regular(path)
         with pq.ParquetFile(path) as shard:
-            rows = (row for batch in shard.iter_batches(_ROWS_AT_A_TIME) for row in _rows(batch, faces))
+            rows = (row for batch in shard.iter_batches(_ROWS_AT_A_TIME) for row in _rows(batch, faces, size))
             for chosen, rejected in zip(rows, rows, strict=True):  # one iterator twice: two rows at a time
                 if (chosen.side, rejected.side) != _SIDES or chosen.pair_id != rejected.pair_id:
                     raise ValueError(f"the two rows of pair {chosen.pair_id} are not together")
@@ -89,10 +97,18 @@ def read_shard(path: Path, faces: Sequence[str]) -> Iterator[PairScores]:
         raise _damaged(path, error) from error
 
 
-def _rows(batch: pa.RecordBatch, faces: Sequence[str]) -> Iterator[TokenScores]:
-    pair_ids, sides = batch.column("pair_id").to_pylist(), batch.column("side").to_pylist()
-    arrays = {name: _split(batch.column(name)) for name in batch.schema.names if name not in ("pair_id", "side")}
+def _rows(batch: pa.RecordBatch, faces: Sequence[str], size: int) -> Iterator[TokenScores]:
+    pair_ids, sides = (_texts(batch, name) for name in ("pair_id", "side"))
+    arrays = {name: _numbers(batch, name, size or 1 << 31) for name in _ID_COLUMNS}
+    arrays |= {f"{kind}.{face}": _numbers(batch, f"{kind}.{face}", None) for kind in _SCORE_COLUMNS for face in faces}
     for i, (pair_id, side) in enumerate(zip(pair_ids, sides, strict=True)):
+        length = len(arrays["response_ids"][i])
+        if not length:
+            raise ValueError(f"pair {pair_id} has an empty response")
+        for name, values in arrays.items():
+            alone = name == "alternative_ids" and not faces  # of a probe only: nothing was scored
+            if name != "prompt_ids" and not alone and len(values[i]) != length:
+                raise ValueError(f"pair {pair_id} has {length} tokens, but {len(values[i])} values in {name}")
         yield TokenScores(
             pair_id=pair_id,
             side=side,
@@ -106,8 +122,25 @@ def _rows(batch: pa.RecordBatch, faces: Sequence[str]) -> Iterator[TokenScores]:
         )
 
 
-def _split(column: pa.ListArray) -> list[np.ndarray[Any, Any]]:
+def _texts(batch: pa.RecordBatch, name: str) -> list[str]:
+    column = batch.column(name)
+    if not pa.types.is_string(column.type) or column.null_count:
+        raise ValueError(f"column {name} holds {column.type}, expected texts")
+    return list(column.to_pylist())
+
+
+def _numbers(batch: pa.RecordBatch, name: str, size: int | None) -> list[np.ndarray[Any, Any]]:
+    """The lists of a column: token ids below ``size``, or finite log-probs where that is None."""
+    column = batch.column(name)
+    kind = pa.float32() if size is None else pa.int32()
+    if column.type != pa.list_(kind) or column.null_count or column.values.null_count:
+        raise ValueError(f"column {name} holds {column.type}, expected lists of {kind}")
     values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+    used = values[offsets[0] : offsets[-1]]
+    if size is None and not np.isfinite(used).all():
+        raise ValueError(f"column {name} holds numbers that are not finite")
+    if size is not None and len(used) and not 0 <= used.min() <= used.max() < size:
+        raise ValueError(f"column {name} holds ids beyond the {size} tokens of the tokenizer")
     # Copies: Arrow's own memory is read-only, of which torch.from_numpy warns, and a view keeps the whole batch alive.
     return [values[start:stop].copy() for start, stop in pairwise(offsets)]
 
@@ -132,12 +165,10 @@ class RewardsFolder:
     probe: dict[str, Any] | None  # what probe.json says; None for a folder without a probe
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         self.meta = _read_meta(self.path)
         self.faces = tuple(self.meta["faces"])
-        self.probe = read_json(self.path / PROBE_META) if (self.path / PROBE_META).is_file() else None
-        if self.probe is not None and not isinstance(self.probe.get("files"), dict):
-            raise LoadError(f"{self.path / PROBE_META}: expected a key 'files': delete it and run extract again")
+        self.probe = read_json(self.path / PROBE_META, ProbeMeta) if present(self.path / PROBE_META) else None
         shards = self.meta["shards"]
         self._shards = [self.path / name for name in shards]
         self._unchecked = {self.path / name: sum for name, sum in shards.items()} if isinstance(shards, dict) else {}
@@ -157,7 +188,7 @@ class RewardsFolder:
             if checksum := self._unchecked.get(shard):
                 require_checksum(shard, checksum)
                 del self._unchecked[shard]  # training reads it many times: checking it once is enough
-            pairs = read_shard(shard, self.faces)
+            pairs = read_shard(shard, self.faces, self.meta["tokenizer"].get("size", 0))
             yield from pairs if self.probe is None else _with_probe(pairs, self._credits(index))
 
     def _credits(self, index: int) -> Floats:
@@ -167,10 +198,7 @@ class RewardsFolder:
         if path not in self._checked:
             require_checksum(path, str(self.probe["files"].get(path.name)))
             self._checked.add(path)
-        try:
-            rewards: Floats = load_file(path)["rewards"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise _damaged(path, error) from error
+        rewards: Floats = read_tensors(path, ("rewards",))["rewards"].numpy()
         return rewards
 
 
@@ -183,7 +211,14 @@ def _with_probe(pairs: Iterator[PairScores], rewards: Floats) -> Iterator[PairSc
             stop = start + len(side.response_ids)
             parts.append(replace(side, probe=rewards[start:stop].copy()))
             start = stop
+        if stop > len(rewards):
+            break
         yield PairScores(*parts)
+    if start != len(rewards):
+        raise LoadError(
+            f"the probe has {len(rewards)} rewards for a shard of other tokens: delete {PROBE_META} and run extract "
+            "again"
+        )
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -194,18 +229,25 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         if shard_paths(folder):
             raise LoadError(f"{folder} has no meta.json, extract has not finished: run the same extract command again")
         raise LoadError(f"{folder} is not a rewards folder: expected meta.json and rewards-00000.parquet in it")
-    meta = read_json(path)
+    meta: Any = read_json(path)
     version = meta.get("schema_version") if isinstance(meta, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise LoadError(
+            f"{path} was written by a later llmdoctor: expected schema_version {SCHEMA_VERSION}, got {version}: update "
+            "llmdoctor"
+        )
     if version != SCHEMA_VERSION:
-        raise LoadError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}: run extract again")
-    missing = [key for key in ("patient", "tokenizer", "faces", "shards") if key not in meta]
-    if missing:
-        raise LoadError(f"{path}: expected a key {missing[0]!r}, there is none: run extract again")
+        raise LoadError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {shown(version)}: run extract again")
+    try:
+        read_json(path, RewardsMeta)
+    except LoadError as error:
+        raise LoadError(f"{error}: run extract again") from error
     return dict(meta)
 
 
 def _count_rows(shard: Path, faces: Sequence[str]) -> int:
     try:
+        require_regular(shard)
         with pq.ParquetFile(shard) as file:
             columns = set(file.schema_arrow.names)
             lacking = [face for face in faces if not {f"positive.{face}", f"negative.{face}"} <= columns]

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from llmdoctor.errors import DataError, LoadError
 from llmdoctor.files import atomic_path
 from llmdoctor.records import Floats
+from llmdoctor.tensors import read_tensors
 from llmdoctor.token_rewards.fit import Doubles
 
 FOLDS = 10
@@ -35,6 +35,7 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _RANK = 256  # principal coordinates in which the fit is made: with fewer pairs than that it loses nothing
 _INNER = 3  # parts of the other folds, by which a fold's ridge is chosen
 _LEAST = 20
+_TENSORS = ("layers", "centre", "whole", "without", "tokens", "ridges")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,11 @@ class Probe:
     def load(cls, path: Path) -> "Probe":
         """Read what `save` wrote. Raises LoadError."""
         try:
-            held = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+            held = {name: tensor.numpy() for name, tensor in read_tensors(path, _TENSORS).items()}
+            depth, width = held["whole"].shape
+            shapes = [held["centre"].shape, *(one.shape for one in held["without"])]
+            if len(held["layers"]) != depth or any(shape != (depth, width) for shape in shapes):
+                raise ValueError("its directions have different shapes")
             return cls(
                 tuple(held["layers"].tolist()),
                 held["centre"],
@@ -84,7 +89,7 @@ class Probe:
                 float(held["tokens"][0]),
                 tuple(held["ridges"].tolist()),
             )
-        except (OSError, SafetensorError, KeyError) as error:
+        except (LoadError, ValueError, IndexError, TypeError) as error:
             raise LoadError(f"cannot read the probe {path}: {error}. Delete it and run extract again") from error
 
 

@@ -32,7 +32,7 @@ NEEDED = "prompt + chosen + rejected, or the columns of a data set that `llmdoct
 NAME_THEM = "name them with --columns chosen=A,rejected=B[,prompt=C,system=D]"
 _PROMPTS = ("prompt", "conversations", "messages", "trajectory", "instruction", "question", "query")
 _MORE_PROMPTS = ("input", "context", "history")  # beside another one these add to it
-_SYSTEMS = ("system", "system_prompt")
+_SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 _QUESTIONS = ("prompt", "turns", *(name for name in _PROMPTS if name != "prompt"), "conversation")
 _IDS = ("question_id", "prompt_id", "id")
 _SCORES = (
@@ -67,9 +67,9 @@ class Shape:
 def _number(value: object) -> float | None:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return None if math.isnan(number) else number
+    return number if math.isfinite(number) else None
 
 
 def _label(columns: Columns, name: str, low: float, high: float) -> float:
@@ -339,7 +339,11 @@ def to_pair(id: str, record: object, known: tuple[Shape, ...]) -> tuple[Preferen
     if chosen_text == rejected_text:
         raise Unusable("both answers are the same")
     messages = ends_with_user(_opened(messages, system))
-    if _LONE_SURROGATE.search(json.dumps([messages, chosen_text, rejected_text], ensure_ascii=False)):
+    try:
+        written = json.dumps([messages, chosen_text, rejected_text], ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise Unusable("a tool call that is not JSON") from None
+    if _LONE_SURROGATE.search(written):
         raise Unusable("not Unicode: half of a surrogate pair")
     pair = PreferencePair(id, tuple(messages), chosen_text, rejected_text)
     read = dict.fromkeys((*prompt_names, *system_names, *shape.columns))

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -19,9 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdoctor.errors import DataError
+from llmdoctor.files import present, require_regular, user_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST = 1 << 26  # bytes of a record
+_UNPACKED, _RATIO = 1 << 28, 500
+_ROWS = 32
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -39,11 +42,14 @@ def fingerprint(source: str | Path, *, split: str = "train", label: str | None =
     if path is None:
         digest = _digest_of([str(source), split, _hub_commit(str(source))])
     elif path.is_dir():
+        _require_regular_folder(path)
         files = sorted(item for item in path.rglob("*") if item.is_file())
         digest = _digest_of([[str(file.relative_to(path)), fingerprint(file)] for file in files])
     else:
-        with _reading(source), path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256")
+        with _reading(source):
+            require_regular(path)
+            with path.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256")
     if label is not None:
         digest.update(label.encode())
     return digest.hexdigest()
@@ -64,8 +70,8 @@ def _hub_commit(name: str) -> str | None:
 
 def local_path(source: str | Path) -> Path | None:
     """The file or folder that ``source`` means, or None when it reads as the name of a hub data set."""
-    path = Path(source).expanduser()
-    if path.exists():
+    path = user_path(source)
+    if present(path):
         return path
     if isinstance(source, Path) or source.startswith((".", "~", "/")) or suffix(path) in (*SUFFIXES, ".txt"):
         raise DataError(f"no data file at {source}: check the path")
@@ -87,6 +93,8 @@ def records(source: str | Path, split: str) -> Iterator[tuple[int, object]]:
     Raises DataError for a source that is absent, damaged, or in no known format.
     """
     path = local_path(source)
+    if path is not None and path.is_dir():
+        _require_regular_folder(path)
     if path is None or path.is_dir():
         yield from _hub_records(str(path or source), split)
         return
@@ -99,13 +107,20 @@ def records(source: str | Path, split: str) -> Iterator[tuple[int, object]]:
         elif suffix(path) != ".jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from enumerate(_array_records(stream), start=1)
         else:
-            yield from ((number, _parse(line)) for number, line in enumerate(stream, start=1) if line.strip())
+            yield from ((number, _parse(line)) for number, line in enumerate(_lines(stream), start=1) if line.strip())
 
 
 def text_lines(path: Path) -> Iterator[str]:
     """The lines of a text file that are not blank. Raises DataError where it cannot be read."""
     with _reading(path), _open(path) as lines:
-        yield from (text for line in lines if (text := line.decode("utf-8-sig").strip()))
+        yield from (text for line in _lines(lines) if (text := line.decode("utf-8-sig").strip()))
+
+
+def _require_regular_folder(folder: Path) -> None:
+    """Raise DataError for a folder that holds a FIFO, a device or a socket: reading it would never end."""
+    for item in folder.rglob("*"):
+        if not (item.is_file() or item.is_dir()):
+            raise DataError(f"{item} is no file: take it out of the folder of data")
 
 
 @contextmanager
@@ -123,12 +138,28 @@ def _reading(source: str | Path) -> Iterator[None]:
         raise DataError(f"{source}: not a table with a header row ({error})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{source}: not JSON ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{source}: not JSON (nested too deeply)") from error
+    except ValueError as error:
+        about = "not JSON" if isinstance(error, json.JSONDecodeError) else "cannot be read"
+        raise DataError(f"{source}: {about} ({str(error)[:200]})") from error
+
+
+def _lines(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[bytes]:
+    """The lines; what is compressed may hold one of any length, so a longer one than a record ends the reading."""
+    while line := stream.readline(_LONGEST + 1):
+        _require_short(len(line))
+        yield line
+
+
+def _require_short(length: int) -> None:
+    if length > _LONGEST:
+        raise ValueError(f"a record of more than {_LONGEST >> 20} MiB: split it, or look at what is in it")
 
 
 def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """The file's bytes, unpacked if it is gzip, whatever its name says."""
+    """The file's bytes, unpacked if it is gzip, whatever its name says. Raises OSError for what is no file."""
+    require_regular(path)
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if compressed else path.open("rb")
@@ -143,6 +174,8 @@ def _parse(line: bytes) -> object:
         return Unusable("not JSON: not UTF-8")
     except RecursionError:
         return Unusable("not JSON: nested too deeply")
+    except ValueError:
+        return Unusable("not JSON: a number of thousands of digits")
 
 
 def _array_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[object]:
@@ -157,6 +190,7 @@ def _array_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[object
                 if ended:
                     raise
                 # Double what is held: in blocks of one size, a long element would be parsed from its start for each.
+                _require_short(len(buffer))
                 more = text.read(max(1 << 16, len(buffer)))
                 buffer, ended = buffer + more, not more
                 continue
@@ -189,10 +223,16 @@ def _array_element(buffer: str, opening: str) -> tuple[object, int | None]:
 
 
 def _table_records(stream: gzip.GzipFile | io.BufferedReader, delimiter: str) -> Iterator[tuple[int, object]]:
-    csv.field_size_limit(1 << 30)  # its default of 128 KiB is less than a long conversation
+    csv.field_size_limit(_LONGEST)  # its default of 128 KiB is less than a long conversation
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+
+    def lines() -> Iterator[str]:
+        while line := text.readline(_LONGEST + 1):
+            _require_short(len(line))
+            yield line
+
     try:
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        rows = csv.reader(lines(), delimiter=delimiter, strict=True)
         header = next(rows, [])
         if repeated := [name for name in header if header.count(name) > 1]:
             raise csv.Error(f"two columns are named {repeated[0][:40]!r}")
@@ -207,12 +247,26 @@ def _table_records(stream: gzip.GzipFile | io.BufferedReader, delimiter: str) ->
         text.detach()
 
 
+def _require_packed(size: int, packed: int) -> None:
+    """Raise ValueError for what grows far more by unpacking than text or numbers do."""
+    if size > _UNPACKED and size > _RATIO * packed:
+        raise ValueError(f"it unpacks to {_RATIO} times its size and more, over {_UNPACKED >> 20} MiB: no data does")
+
+
 def _parquet_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[tuple[int, object]]:
     with tempfile.TemporaryFile() as unpacked:
         compressed = isinstance(stream, gzip.GzipFile)
         if compressed:  # Parquet is read from its end, and gzip cannot seek there
-            shutil.copyfileobj(stream, unpacked)
-        batches = pq.ParquetFile(unpacked if compressed else stream).iter_batches(256)
+            while block := stream.read(1 << 20):
+                unpacked.write(block)
+                _require_packed(unpacked.tell(), stream.fileobj.tell())  # type: ignore[union-attr]
+        file = pq.ParquetFile(unpacked if compressed else stream)
+        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+            columns = [group.column(i) for i in range(group.num_columns)]
+            for column in columns:
+                _require_packed(column.total_uncompressed_size, column.total_compressed_size)
+        # few rows at a time: where values repeat, a file may be far smaller than what a batch of it takes
+        batches = file.iter_batches(_ROWS)
         yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
 
 

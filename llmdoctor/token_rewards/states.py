@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.files import atomic_path, file_checksum, locked, write_json
 from llmdoctor.models import Patient, not_numbers, shared_by_processes
 from llmdoctor.records import Floats, Message, PairScores, Side, TokenScores
+from llmdoctor.tensors import read_tensors
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids
 from llmdoctor.token_rewards.encode import EncodedPair, EncodedResponse
 from llmdoctor.token_rewards.folder import PROBE_META, RewardsFolder, credit_path, read_shard, shard_paths
@@ -104,6 +104,8 @@ class StateReader:
 def _encoded(pair: PairScores, number: str) -> EncodedPair:
     def side(scores: TokenScores) -> EncodedResponse:
         prompt = scores.prompt_ids.tolist()
+        if not prompt:
+            raise LoadError(f"pair {scores.pair_id} has an empty prompt: run extract again")
         return EncodedResponse(number, scores.side, prompt, [prompt], scores.response_ids.tolist())
 
     return side(pair.chosen), side(pair.rejected)
@@ -189,8 +191,11 @@ def _fit(folder: Path, rewards: RewardsFolder, layers: Sequence[int]) -> dict[st
         prompts.append(pair.chosen.prompt_ids)
         lengths += [len(pair.chosen.response_ids), len(pair.rejected.response_ids)]
     try:
-        means = np.concatenate([load_file(_states_path(folder, i))["means"] for i in range(len(shard_paths(folder)))])
-    except (OSError, SafetensorError, KeyError) as error:
+        paths = (_states_path(folder, i) for i in range(len(shard_paths(folder))))
+        means = np.concatenate([read_tensors(path, ("means",))["means"].numpy() for path in paths])
+        if means.ndim != 3 or means.shape[:2] != (2 * len(ids), len(layers)):
+            raise ValueError(f"they are those of {len(means) // 2} other pairs or of other layers")
+    except (LoadError, ValueError, TypeError) as error:
         raise LoadError(
             f"cannot read the states in {folder}: {error}. Delete states-*.safetensors and run again"
         ) from error

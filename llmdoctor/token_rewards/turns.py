@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast, get_args
 
 from llmdoctor.records import Message, Role
+from llmdoctor.schema import shown
 from llmdoctor.token_rewards.sources import Cells, Unusable
 
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -23,6 +24,8 @@ _ROLES = {
     "observation": "tool",
 }
 NOTHING: tuple[Any, ...] = (None, "", "[]", [], {})
+_UNREAD = ("tools", "functions", *("image", "images", "audio", "audios", "video", "videos"), "documents", "files")
+_UNREAD_IN_TURNS = ("reasoning_content", "reasoning", "thinking", "refusal")  # said by the turn, but not its content
 _OPENING = ("system", "developer", "user")  # an answer that begins with one of these holds its own prompt
 _ANSWERED = ("user", "tool", "function")
 
@@ -63,14 +66,20 @@ def _joined(outer: list[Message], messages: list[Message]) -> list[Message]:
     raise Unusable("the prompt beside the answers differs from the one inside them")
 
 
-def _said(message: Message) -> tuple[str, str]:
-    return message["role"], message["content"].strip()
+def _said(message: Message) -> tuple[str, str, str]:
+    return (
+        message["role"],
+        message["content"].strip(),
+        json.dumps(message.get("tool_calls"), sort_keys=True, default=str),
+    )
 
 
 def prompt_messages(prompt: object) -> list[Message]:
     """The messages of a prompt; an assistant turn without text at its end, where the answer belongs, is left out."""
     if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's {"messages": [...], "tools": [...]}
         refuse_unread(prompt)
+        if prompt.get("system") not in NOTHING:
+            raise Unusable("a system prompt beside the messages of the prompt: put it into them")
         prompt = prompt["messages"]
     if not isinstance(prompt, str):
         return message_list(prompt)
@@ -85,7 +94,7 @@ def prompt_messages(prompt: object) -> list[Message]:
 
 def refuse_unread(columns: dict[str, Any]) -> None:
     """Raise `Unusable` where something stands beside the prompt that it needs and that a pair cannot hold."""
-    for name in ("tools", "functions", "image", "images"):
+    for name in _UNREAD:
         if columns.get(name) not in NOTHING:
             raise Unusable(f"{name!r} cannot be kept: only texts are read")
 
@@ -127,6 +136,9 @@ def message_list(value: object) -> list[Message]:
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise Unusable("a message without role and content")
+    refuse_unread(turn)
+    if unread := [name for name in _UNREAD_IN_TURNS if turn.get(name) not in NOTHING]:
+        raise Unusable(f"a message with {unread[0]!r}: only its content is read")
     role = turn.get("role") or turn.get("from")
     content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
     calls = parsed(turn.get("tool_calls")) or []
@@ -136,8 +148,8 @@ def _message(turn: Any) -> Message:
         role, content, calls = "assistant", None, parsed(content)
     if not isinstance(content, str | list) and not (content is None and calls):
         raise Unusable("a message without role and content")
-    if role not in _ROLES:
-        raise Unusable(f"unknown role {role!r}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise Unusable(f"unknown role {shown(role)}")
     message = Message(role=cast(Role, _ROLES[role]), content=_text(content or ""))
     if calls:
         message["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
@@ -156,7 +168,7 @@ def _text(content: str | list[Any]) -> str:
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type") or "text" if isinstance(part, dict) else "text"
         if kind != "text" or not isinstance(text, str):
-            raise Unusable(f"a message with a part of type {kind!r}: only texts are read")
+            raise Unusable(f"a message with a part of type {shown(kind)}: only texts are read")
         texts.append(text)
     return "".join(texts)
 

@@ -21,15 +21,20 @@ from llmdoctor.training.progress import Progress
 
 def last_checkpoint(work: Path) -> Path | None:
     """The newest complete checkpoint in a working folder; None when there is none."""
-    complete = []
+    return max(whole_checkpoints(work), key=checkpoint_step, default=None)
+
+
+def whole_checkpoints(work: Path) -> set[Path]:
+    """The complete checkpoints in a working folder."""
+    complete = set()
     # the trainer writes the state last: a checkpoint whose state can be read is complete
     for state in work.glob("checkpoint-*/trainer_state.json"):
         try:
             json.loads(state.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        complete.append(state.parent)
-    return max(complete, key=checkpoint_step, default=None)
+        complete.add(state.parent)
+    return complete
 
 
 def run_key(identity: Mapping[str, Any]) -> str:

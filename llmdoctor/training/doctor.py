@@ -157,6 +157,13 @@ class Doctor(nn.Module):
         """What the head reads at every state of every row [R, N, H]."""
         return states(self.split, input_ids, attention_mask, prompt_lengths, response_lengths)
 
+    def head_adapter(self) -> HeadAdapter | None:
+        """What method "head" adds to the base's logits; None for another method, and in `base_alone`."""
+        if self.change is None or not self.change.active:
+            return None
+        head = self.lm.get_output_embeddings()
+        return HeadAdapter.of(self.split, head, self.change.down.weight, self.change.up_H_R)
+
     def base_alone(self) -> AbstractContextManager[Any]:
         """A context in which the doctor is its base. A whole one stays as it is: use it before the first step."""
         if self.change is not None:
@@ -164,12 +171,8 @@ class Doctor(nn.Module):
         return self.lm.disable_adapter() if isinstance(self.lm, PeftModel) else nullcontext()
 
     def _log_probs(self, states_B_T_H: Tensor, targets_B_T: Tensor, mask_B_T: Tensor) -> Tensor:
-        adapter = None
-        if self.change is not None and self.change.active:
-            head = self.lm.get_output_embeddings()
-            adapter = HeadAdapter.of(self.split, head, self.change.down.weight, self.change.up_H_R)
         found = token_log_probs(
-            self.split, states_B_T_H[mask_B_T], targets_B_T[mask_B_T], self.vocabulary, change=adapter
+            self.split, states_B_T_H[mask_B_T], targets_B_T[mask_B_T], self.vocabulary, change=self.head_adapter()
         )
         return torch.zeros(mask_B_T.shape, dtype=found.dtype, device=found.device).masked_scatter(mask_B_T, found)
 

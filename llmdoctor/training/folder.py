@@ -4,31 +4,46 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmdoctor.adapters import alike, merged_adapter
+from llmdoctor.artefacts import DoctorFile
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, read_json, require_doctor, write_json
+from llmdoctor.harmless import clean
 from llmdoctor.model_source import ModelSource, first_line
 from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer
+from llmdoctor.tensors import read_tensors
 from llmdoctor.training.doctor import Doctor, HeadAdapter
 
 HEAD = "head.safetensors"
+SCHEMA_VERSION = 1
+_PROBE = 8  # tokens
+_HEAD_TENSORS = ("down.weight", "up.weight")
 
 
-def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase, meta: Mapping[str, Any]) -> None:
+def save_doctor(
+    folder: Path,
+    doctor: Doctor,
+    tokenizer: PreTrainedTokenizerBase,
+    meta: Mapping[str, Any],
+    *,
+    trust_remote_code: bool = False,
+) -> None:
     """Write the doctor folder, all or nothing: what was trained, value head, doctor.json, model card, and tokenizer.
 
     ``meta["base_model"]`` is the base, whose fingerprint doctor.json states. A hub name and a file of a package stay as
     they are. Of a path, doctor.json has the absolute form and, as ``base_beside``, the one relative to the folder: they
-    are hints of where the base may be. Raises StorageError; UsageError if the base lies in ``folder``.
+    are hints of where the base may be. What was written is loaded once, to see that it has the doctor's own log-probs.
+
+    Raises StorageError; UsageError if the base lies in ``folder``; LoadError for a doctor that loads as another one.
     """
     ensure_replaceable(folder, DOCTOR)
     base = base_record(str(meta["base_model"]), folder)
@@ -48,8 +63,52 @@ def save_doctor(folder: Path, doctor: Doctor, tokenizer: PreTrainedTokenizerBase
         save_file(head, temporary / "value_head.safetensors")
         if doctor.change is None:  # a head uses the tokenizer of its base
             tokenizer.save_pretrained(str(temporary))
-        write_json(temporary / DOCTOR, {**meta, **base})
-        (temporary / "README.md").write_text(_card(base["base_model"], meta), encoding="utf-8")
+        write_json(temporary / DOCTOR, {"schema_version": SCHEMA_VERSION, **meta, **base})
+        (temporary / "README.md").write_text(clean(_card(base["base_model"], meta)), encoding="utf-8")
+        _require_itself(temporary, doctor, str(meta["base_model"]), base["base_fingerprint"], trust_remote_code)
+
+
+@torch.no_grad()
+def _require_itself(
+    folder: Path, doctor: Doctor, base_model: str, base_fingerprint: str, trust_remote_code: bool
+) -> None:
+    """Load what was saved and compare its log-probs with the doctor's own. Raises LoadError if they differ."""
+    lm, was_training = doctor.lm, doctor.training
+    doctor.eval()
+    ids = torch.arange(_PROBE, device=lm.device)[None] % doctor.vocabulary.size
+    plain = getattr(doctor.split.backbone, "dtype", torch.float32)
+    try:
+        own = _doctor_log_probs(doctor, ids)
+        with doctor.base_alone():
+            base = _doctor_log_probs(doctor, ids)
+        # a head leaves its base as it is, so that it need not be loaded once more
+        kept = cast("PreTrainedModel", lm)
+        bases = {base_fingerprint: Base(kept, doctor.vocabulary)} if doctor.change is not None else None
+        dtype = str(plain).removeprefix("torch.")
+        loaded = load_doctor(
+            folder, base=None if bases else base_model, bases=bases, dtype=dtype, device=str(lm.device)
+        )
+        split = SplitLM.of(loaded.model)
+        hidden = split.hidden(ids, torch.ones_like(ids))
+        found = doctor.vocabulary.mask(loaded.logits(split.logits(hidden), hidden)).log_softmax(-1)
+    except torch.OutOfMemoryError:  # no room for a second one beside the trained one
+        return
+    finally:
+        doctor.train(was_training)
+    if not alike(found, own, base, plain):
+        raise LoadError(
+            "the doctor cannot be saved: loaded again it has other log-probs than the trained one. Train another kind "
+            "of adapter, or other lora_targets"
+        )
+
+
+def _doctor_log_probs(doctor: Doctor, ids_B_L: Tensor) -> Tensor:
+    """Log-probs behind every token [B, L, V] of the trained doctor."""
+    hidden = doctor.split.hidden(ids_B_L, torch.ones_like(ids_B_L))
+    logits = doctor.split.logits(hidden)
+    if (adapter := doctor.head_adapter()) is not None:
+        logits = adapter(logits, hidden)
+    return doctor.vocabulary.mask(logits).log_softmax(-1)
 
 
 def require_base_outside(base: str | Path, folder: Path) -> None:
@@ -128,9 +187,12 @@ def load_doctor(
     ``bases`` is shared in the same way by the doctors trained on itself.
     """
     folder = require_doctor(checkpoint)
-    meta = read_json(folder / DOCTOR)
-    if not isinstance(meta, dict) or "base_model" not in meta or not isinstance(meta.get("settings", {}), dict):
-        raise LoadError(f"{folder / DOCTOR}: expected an object with base_model and settings; train the doctor again")
+    meta = read_json(folder / DOCTOR, DoctorFile)
+    if (version := meta.get("schema_version", 1)) > SCHEMA_VERSION:
+        raise LoadError(
+            f"{folder / DOCTOR} was written by a later llmdoctor: expected schema_version {SCHEMA_VERSION} or less, "
+            f"got {version}: update llmdoctor"
+        )
     whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
     only_head = (folder / HEAD).is_file() or meta.get("settings", {}).get("train", {}).get("method") == "head"
     bases = {} if bases is None else bases
@@ -158,12 +220,12 @@ def load_doctor(
         if only_head:
             adapter = _head_adapter(folder, lm)
         elif not whole:
-            lm = PeftModel.from_pretrained(lm, str(folder)).merge_and_unload().eval().requires_grad_(False)  # type: ignore[operator]
-        head = load_file(folder / "value_head.safetensors", device=str(lm.device))
-        weight, bias = head["weight"], head["bias"]
+            lm = merged_adapter(lm, folder, str(folder)).eval().requires_grad_(False)
+        head = read_tensors(folder / "value_head.safetensors", ("weight", "bias"))
+        weight, bias = head["weight"].to(lm.device), head["bias"].to(lm.device)
         if weight.shape != (1, width := lm.get_output_embeddings().in_features) or bias.shape != (1,):
             raise ValueError(f"its value head has the shape {list(weight.shape)}; its base needs [1, {width}]")
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+    except (LoadError, ValueError, RuntimeError, AttributeError) as error:
         raise LoadError(f"cannot load the doctor {folder}: {first_line(error)}") from error
     return LoadedDoctor(
         name or str(meta.get("name") or "doctor"),
@@ -197,8 +259,8 @@ def _fingerprint(source: str) -> str:
 
 
 def _head_adapter(folder: Path, lm: PreTrainedModel) -> HeadAdapter:
-    """The change of method "head". Raises OSError, SafetensorError, KeyError or ValueError for one that is none."""
-    held = load_file(folder / HEAD, device=str(lm.device))
+    """The change of method "head". Raises LoadError or ValueError for one that is none."""
+    held = {name: tensor.to(lm.device) for name, tensor in read_tensors(folder / HEAD, _HEAD_TENSORS).items()}
     exact = torch.promote_types(lm.dtype, torch.float32)
     with torch.inference_mode():
         return HeadAdapter.of(

@@ -28,7 +28,8 @@ from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
 from llmdoctor.errors import DataError, LLMDoctorWarning, UsageError
-from llmdoctor.files import atomic_path, ensure_replaceable, write_json
+from llmdoctor.files import atomic_path, ensure_replaceable, locked, write_json
+from llmdoctor.harmless import clean
 from llmdoctor.model_source import first_line
 from llmdoctor.models import Patient, SplitLM, Vocabulary, by_chunks
 from llmdoctor.records import Message
@@ -79,8 +80,8 @@ def shrink(
     The same call continues a run that was stopped, from its answers and its last checkpoint; ``fresh`` starts again,
     and keeps only answers that it would draw again as they are.
 
-    Raises UsageError (more layers than the patient has, a patient that cannot be cut, another run that was stopped
-    here), DataError (too few prompts), TrainingError, StorageError. Then ``output`` is unchanged.
+    Raises UsageError (more layers than the patient has, a patient that cannot be cut, another run that was stopped or
+    goes on here), DataError (too few prompts), TrainingError, StorageError. Then ``output`` is unchanged.
     """
     output = Path(output)
     ensure_replaceable(output, MARKER)
@@ -100,6 +101,26 @@ def shrink(
     key = run_key({**identity, "version": __version__})
     if not fresh and (done := finished(output / MARKER, key)):
         return done
+    with locked(output, beside=True):
+        return _shrink(
+            patient, ids, student, output, settings, identity, key, device, fresh, on_answer=on_answer, on_step=on_step
+        )
+
+
+def _shrink(
+    patient: Patient,
+    ids: list[list[int]],
+    student: PreTrainedModel,
+    output: Path,
+    settings: ShrinkSettings,
+    identity: dict[str, Any],
+    key: str,
+    device: str,
+    fresh: bool,
+    *,
+    on_answer: Callable[[int, int], None] | None,
+    on_step: Callable[[int, int, float, float], None] | None,
+) -> dict[str, Any]:
     started = time.monotonic()
     kept = output.with_name(f".{output.name}.answers.jsonl")
     spoken = _answers(patient, ids, settings, identity, kept, fresh=fresh, on_answer=on_answer)
@@ -110,7 +131,7 @@ def shrink(
     work = output.with_name(f".{output.name}.training")
     progress = Progress(Distance, on_step and (lambda step, last, row, speed: on_step(step, last, row.loss, speed)))
     trainer = Distiller(patient, student, spoken[len(held_out) :], training, str(work), progress)
-    trainer.run(work, identity, fresh=fresh, new_folders=[path for path in output.parents if not path.exists()])
+    trainer.run(work, identity, fresh=fresh)
 
     student.eval().requires_grad_(False)
     for p in student.parameters():  # not the buffers: those of rotary positions are float32 in every model
@@ -122,7 +143,7 @@ def shrink(
         "patient_fingerprint": patient.fingerprint,
         "settings": settings.model_dump(mode="json"),
         "report": {
-            "layers": layers,
+            "layers": settings.layers,
             "of": patient.model.config.get_text_config().num_hidden_layers,
             **_sizes(student, patient.model),
             "step": _step_time(student) / _step_time(patient.model),
@@ -137,7 +158,7 @@ def shrink(
         student.save_pretrained(str(temporary))
         patient.tokenizer.save_pretrained(str(temporary))
         write_json(temporary / MARKER, meta)
-        (temporary / "README.md").write_text(_card(meta), encoding="utf-8")
+        (temporary / "README.md").write_text(clean(_card(meta)), encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     kept.unlink(missing_ok=True)
     return meta

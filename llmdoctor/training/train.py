@@ -1,10 +1,12 @@
 """Stage 2: train a doctor on token rewards."""
 
 import math
+import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 
 from llmdoctor import __version__
 from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
-from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable
+from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, locked
+from llmdoctor.harmless import require_unicode
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint
 from llmdoctor.records import TokenScores, TrainStep
 from llmdoctor.settings import RewardSettings, TrainSettings
@@ -56,13 +59,44 @@ def train(
     TensorBoard's files go to ``NAME.logs`` beside the doctor, unless TENSORBOARD_LOGGING_DIR names a folder.
 
     Raises LoadError (no such model or rewards, another tokenizer, another patient), DataError (no pair fits the
-    doctor's context), UsageError (another run was stopped here, a reporter that is not installed), TrainingError (the
-    loss is not finite or explodes), StorageError. In each case ``output`` is unchanged and the last checkpoint is kept.
+    doctor's context), UsageError (another run was stopped or goes on here, a reporter that is not installed),
+    TrainingError (the loss is not finite or explodes), StorageError. In each case ``output`` is unchanged and the last
+    checkpoint is kept.
     """
     output = Path(output)
     ensure_replaceable(output, DOCTOR)
+    require_unicode(name or "", "the name of the doctor")
     require_base_outside(base_model, output)
     _require_reporters(settings.report_to)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes it locks for all
+    with locked(output, beside=True) if first else nullcontext():
+        return _train(
+            rewards,
+            output,
+            base_model=base_model,
+            reward_settings=reward_settings,
+            settings=settings,
+            patient=patient,
+            name=name,
+            trust_remote_code=trust_remote_code,
+            fresh=fresh,
+            on_step=on_step,
+        )
+
+
+def _train(
+    rewards: Path,
+    output: Path,
+    *,
+    base_model: str,
+    reward_settings: RewardSettings,
+    settings: TrainSettings,
+    patient: str | None,
+    name: str | None,
+    trust_remote_code: bool,
+    fresh: bool,
+    on_step: Callable[[TrainStep], None] | None,
+) -> dict[str, Any]:
     folder = RewardsFolder(rewards)
     _require_patient(folder, patient)
     held = folder.meta["patient"]
@@ -78,7 +112,6 @@ def train(
     training, held_out = hold_out(pairs, settings.holdout, settings.seed)
 
     work = output.with_name(f".{output.name}.training")
-    new_folders = [path for path in output.parents if not path.exists()]  # the trainer makes them
     started = time.monotonic()
     identity = _identity(folder, len(pairs), base_model, reward_settings, settings, weights)
     key = run_key({**identity, "name": name or output.name, "version": __version__})
@@ -86,7 +119,7 @@ def train(
         return done
     trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
     _log_beside(output, trainer)
-    trainer.run(work, identity, fresh=fresh, new_folders=new_folders)
+    trainer.run(work, identity, fresh=fresh)
 
     meta = {
         "llmdoctor_version": __version__,
@@ -115,7 +148,7 @@ def train(
         },
     }
     if trainer.is_world_process_zero():
-        save_doctor(output, doctor, tokenizer, meta)
+        save_doctor(output, doctor, tokenizer, meta, trust_remote_code=trust_remote_code)
         with atomic_path(output / "losses.svg") as picture:
             draw_losses(trainer.progress.history, trainer.progress.evaluations, picture)
         shutil.rmtree(work, ignore_errors=True)
@@ -164,6 +197,8 @@ def _fitting_pairs(
     context = getattr(doctor.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def fits(scores: TokenScores) -> bool:
+        if not len(scores.prompt_ids):  # log V of the first state is read behind it
+            raise LoadError(f"pair {scores.pair_id} in {folder.path} has an empty prompt: run extract again")
         return len(scores.prompt_ids) + len(scores.response_ids) <= context
 
     pairs = [sides(pair, settings, weights, ceiling) for pair in folder if fits(pair.chosen) and fits(pair.rejected)]

@@ -4,21 +4,27 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from llmdoctor.errors import TrainingError
+from llmdoctor.errors import StorageError, TrainingError
+from llmdoctor.files import storage_errors
 from llmdoctor.models import pick_device
 from llmdoctor.records import TrainStep
 from llmdoctor.settings import TrainSettings
 from llmdoctor.training.batches import Collator, Pairs, ScoredPair, ScoredResponse, SetEpoch, pad_rows
-from llmdoctor.training.checkpoints import checkpoint_step, finishing_the_step, last_checkpoint, resume_point
+from llmdoctor.training.checkpoints import (
+    checkpoint_step,
+    finishing_the_step,
+    last_checkpoint,
+    resume_point,
+    whole_checkpoints,
+)
 from llmdoctor.training.doctor import Doctor, DoctorOutput
 from llmdoctor.training.losses import anchored, log_flow, state_mask, subtb, value_discrimination
 from llmdoctor.training.progress import Losses, Progress
@@ -57,21 +63,23 @@ class ResumableTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(progress)
 
-    def run(self, work: Path, identity: dict[str, Any], *, fresh: bool, new_folders: Sequence[Path]) -> None:
+    def run(self, work: Path, identity: dict[str, Any], *, fresh: bool) -> None:
         """Train to the end, from the last checkpoint in ``work`` if there is one of this ``identity``.
 
-        Raises KeyboardInterrupt after an interrupted step was kept, and TrainingError when weights are not finite. A
-        failed run without a checkpoint leaves neither ``work`` nor ``new_folders``, the parents that were made for it.
+        Raises KeyboardInterrupt after an interrupted step was kept, TrainingError when weights are not finite, and
+        StorageError when a checkpoint cannot be written; the last whole one is kept. A failed run without any does not
+        leave ``work``.
         """
         assert self.model is not None
         first = self.is_world_process_zero()
         try:
             checkpoint = resume_point(work, identity, fresh=fresh, first=first)
             self.accelerator.wait_for_everyone()  # all have looked before any process writes a checkpoint
-            with finishing_the_step(self.progress):
+            with finishing_the_step(self.progress), storage_errors(work):
                 if checkpoint:
                     self.progress.restore(checkpoint)
-                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                if checkpoint is None or not self._ended_with(checkpoint):
+                    self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if self.progress.interrupted:
                 raise KeyboardInterrupt
             require_finite(self.model, self.state.global_step, self.settings)
@@ -81,12 +89,33 @@ class ResumableTrainer(Trainer):
             kept = last_checkpoint(work)
             where = f", except the checkpoint of step {checkpoint_step(kept)} in {work}" if kept else ""
             raise TrainingError(f"{error}; nothing was written{where}") from error
+        except StorageError as error:
+            kept = last_checkpoint(work)
+            if first:
+                for half in set(work.glob("checkpoint-*")) - whole_checkpoints(work):
+                    shutil.rmtree(half, ignore_errors=True)
+            where = f" The checkpoint of step {checkpoint_step(kept)} in {work} is kept." if kept else ""
+            raise StorageError(f"{error}{where}") from error
         finally:
             if first and last_checkpoint(work) is None:
                 shutil.rmtree(work, ignore_errors=True)
-                with suppress(OSError):  # not empty: something else was put there meanwhile
-                    for path in new_folders:
-                        path.rmdir()
+
+    def _ended_with(self, checkpoint: Path) -> bool:
+        """Whether a run ended with this checkpoint, and was killed later. Its weights and state are then taken.
+
+        The Trainer would take another step, and would not notice that the run has ended until after it.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        stopping: Any = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+        waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        patience = self.settings.patience
+        if state.global_step < state.max_steps and (patience is None or waited < patience):
+            return False
+        best = self.args.load_best_model_at_end and state.best_global_step
+        weights = checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
+        self.state = state
+        self._load_from_checkpoint(str(weights))
+        return True
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write a checkpoint's trained weights, not the frozen base. Raises TrainingError unless all are finite."""

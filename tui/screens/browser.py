@@ -205,7 +205,7 @@ class BrowserScreen(Screen[None]):
         """The item with this number."""
         self.current = index
         for place, (heading, shown) in zip(PLACES, self.items[index].sides, strict=True):
-            self.query_one(f"#{place}").border_title = heading
+            self.query_one(f"#{place}").border_title = Text(clean(heading))  # type: ignore[assignment]
             view = self.view(place)
             view.clear()
             view.following = False  # one reads from the beginning

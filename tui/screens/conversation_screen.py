@@ -16,6 +16,7 @@ from llmdoctor.records import Speaker
 from llmdoctor.sessions import Reply, Session
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.show.lens import DEFAULT_LENS, Lens
+from llmdoctor.show.text import one_line
 from llmdoctor.tui.answering import Answering
 from llmdoctor.tui.conversation import SIDES, Live
 from llmdoctor.tui.current_settings import CurrentSettings
@@ -263,7 +264,7 @@ class ConversationScreen(Screen[None]):
         if self.auto:
             parts.append("auto: sliders apply themselves")
         if self.session.title:
-            parts.append(self.session.title)
+            parts.append(one_line(self.session.title))
         hint = "F5 applies the new settings to this answer; /auto does so by itself" if self.stale else ""
         doing = "editing: Enter sends it again, Esc leaves it" if self.editing else self.answering.doing
         said = [(part, "bold") for part in (doing, hint) if part] + [(part, "") for part in parts]

@@ -14,7 +14,7 @@ from textual.widgets import DataTable, Footer, Static
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.sessions import Summary
-from llmdoctor.show.text import clean
+from llmdoctor.show.text import one_line
 from llmdoctor.tui.export import KINDS
 from llmdoctor.tui.screens.dialogs import Ask, Choose
 
@@ -63,7 +63,7 @@ class SessionsScreen(Screen[str | None]):
         for one in self._rows:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated))
             mark = "●" if one.id == self._current else " "
-            title = clean(one.title).replace("\n", " ")
+            title = one_line(one.title)
             table.add_row(Text(mark), Text(title), Text(str(one.turns), justify="right"), Text(when), Text(one.id))
         table.move_cursor(row=max(0, min(row, len(self._rows) - 1)))
         what = (
@@ -92,7 +92,7 @@ class SessionsScreen(Screen[str | None]):
     def action_delete(self) -> None:
         """Ask, then delete it."""
         if one := self._chosen():
-            options = {"no": "Keep it", "yes": f"Delete “{clean(one.title)}”"}
+            options = {"no": "Keep it", "yes": f"Delete “{one_line(one.title)}”"}
             self.app.push_screen(Choose("Delete this conversation for good?", options), partial(self._delete, one))
 
     def _delete(self, one: Summary, answer: str | None) -> None:

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Region
@@ -13,6 +14,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from llmdoctor.show.lens import lens_limit
+from llmdoctor.show.text import one_line
 from llmdoctor.tui import token_style
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille cell: rows from the top, two columns
@@ -122,9 +124,10 @@ class Curve(Widget):
         if not self.count:
             return Strip.blank(width + _LABEL, style)
         last = str(self.count)
-        titles = f" {self.title} after each token ", f" {self.title} "
-        title = next((title for title in titles if len(title) + len(last) < width - 2), "")
-        line = title.center(width - len(last) - 3, "─")
+        shown = one_line(self.title)
+        titles = f" {shown} after each token ", f" {shown} "
+        title = next((title for title in titles if cell_len(title) + len(last) < width - 2), "")
+        line = title.center(width - len(last) - 3 - cell_len(title) + len(title), "─")
         return Strip([Segment(f"{'':{_LABEL}}1 {line} {last}"[: width + _LABEL], style)], width + _LABEL)
 
 

@@ -1,9 +1,11 @@
 """One side of the conversation in a frame: heading, text, and for the guided side the curve of a doctor's value."""
 
+from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Vertical
 
 from llmdoctor.records import Speaker
+from llmdoctor.show.text import clean
 from llmdoctor.tui.widgets.curve import Curve
 from llmdoctor.tui.widgets.token_view import Score, TokenView
 
@@ -33,9 +35,11 @@ class Pane(Vertical):
     def show_title(self, title: str) -> None:
         """Above the text."""
         if title != self._title:
-            self._title = self.border_title = title
+            self._title = title
+            self.border_title = Text(clean(title))  # type: ignore[assignment]  # in a str Textual reads markup
 
     def show_facts(self, facts: str) -> None:
         """Below the text."""
         if facts != self._facts:  # setting a subtitle draws all that is in the frame again
-            self._facts = self.border_subtitle = facts
+            self._facts = facts
+            self.border_subtitle = Text(clean(facts))  # type: ignore[assignment]

@@ -10,6 +10,8 @@ from textual.message import Message
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from llmdoctor.show.text import clean
+
 
 class Slider(Widget, can_focus=True):
     """``label ━━━━●──── 0.80``. A typed value may lie beyond ``high``; none lies below ``low``."""
@@ -45,9 +47,10 @@ class Slider(Widget, can_focus=True):
         id: str | None = None,
     ) -> None:
         super().__init__(name=name, id=id)
-        self.label, self.low, self.high, self.step, self.default = label, low, high, step, value
+        self.label, self.low, self.high, self.step, self.default = clean(label), low, high, step, value
         self.set_reactive(Slider.value, value)
-        self.tooltip = f"{label}: {low:g} to {high:g}; type a number; r or a double click resets to {value:g}"
+        hint = f"{label}: {low:g} to {high:g}; type a number; r or a double click resets to {value:g}"
+        self.tooltip = Text(clean(hint))
 
     def set_value(self, value: float) -> None:
         """Set the value, at least ``low``, and post Changed."""

@@ -1,0 +1,171 @@
+"""PEFT adapters: read in full or refused, and merged into their base without a change of what they say."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmdoctor.artefacts import AdapterConfig
+from llmdoctor.errors import LLMDoctorError, LoadError
+from llmdoctor.files import read_json
+from llmdoctor.model_source import first_line
+from llmdoctor.tensors import read_tensors, refuse_pickles, require_finite_weights
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SECONDS = 10.0  # in which the patterns of an adapter must have been compared with all names of modules
+_PROBE = 8  # tokens
+_PLAIN = re.compile(r"[\w.^$\\-]*")  # a pattern without repetition
+
+
+def merged_adapter(base: PreTrainedModel, folder: Path, name: str) -> PreTrainedModel:
+    """``base`` with the adapter of the folder merged into it. ``base`` itself is changed.
+
+    Raises LoadError, naming them, for tensors that are missing, that the adapter has no place for, or that are not
+    finite; for a pickle; for an adapter of a kind that cannot be merged without a change of its log-probs.
+    """
+    try:
+        config = read_json(folder / _CONFIG, AdapterConfig)
+        refuse_pickles(folder, name)
+        held = read_tensors(folder / _WEIGHTS)
+        _require_small(config, held)
+        _require_quick(config, [key for key, _ in base.named_modules()])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT only warns of what is checked below
+            adapted: Any = PeftModel.from_pretrained(base, str(folder)).eval()
+            if not callable(getattr(adapted.base_model, "merge_and_unload", None)):
+                raise LoadError(f"PEFT's {config.get('peft_type', 'LORA')} cannot be merged into a base model")
+            _require_all(adapted, folder, set(held))
+            return _merged(adapted)
+    except LLMDoctorError as error:
+        raise LoadError(f"cannot load the adapter {name}: {error}") from error
+    except Exception as error:
+        raise LoadError(f"cannot load the adapter {name}: {first_line(error)}") from error
+
+
+def _require_small(config: dict[str, Any], held: dict[str, Tensor]) -> None:
+    """Memory is taken for the ranks that the config states, before the tensors are compared with it."""
+    named = {key: config.get(key) for key in ("r", "init_r", "num_virtual_tokens", "n_frequency", "num_vectors")}
+    named |= {f"rank_pattern of {key[:40]}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
+    widest = max((size for tensor in held.values() for size in tensor.shape), default=0)
+    for key, rank in named.items():
+        if isinstance(rank, int) and rank > widest:
+            raise LoadError(f"{_CONFIG} states {key} {rank}, but no tensor is wider than {widest}")
+
+
+def _require_quick(config: dict[str, Any], names: list[str]) -> None:
+    """Raise LoadError for a regular expression that does not compile, or that runs away on the names of the modules.
+
+    Python's cannot be stopped from inside, so they are tried in another process.
+    """
+    patterns: list[str] = []
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        patterns += [value] if isinstance(value, str) else value or []
+    patterns += [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    suspects = [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]
+    for pattern in suspects:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise LoadError(f"{_CONFIG}: {pattern[:60]!r} is not a regular expression ({error})") from error
+    if not suspects:
+        return
+    program = (
+        "import re, sys, json\n"
+        "patterns, names = json.load(sys.stdin)\n"
+        "for p in patterns:\n"
+        "    for n in names: re.fullmatch(p, n); re.match(rf'(.*\\.)?({p})$', n)"
+    )
+    try:
+        text = json.dumps([suspects, names]).encode()
+        command = [sys.executable, "-I", "-c", program]
+        subprocess.run(command, input=text, timeout=_SECONDS, capture_output=True, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(
+            f"{_CONFIG}: a regular expression runs away on the names of the modules: {suspects[0][:60]!r}"
+        ) from error
+
+
+def _require_all(adapted: Any, folder: Path, held: set[str]) -> None:
+    report = adapted.load_adapter(str(folder), "default")  # once more: the first time it does not say what it found
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    prefix = getattr(adapted.base_model, "prefix", "") or "\0"
+    # PEFT knows its own names, old ones too, but counts no whole modules
+    weights = dict(adapted.named_parameters(remove_duplicate=False))
+    shared = {weight.data_ptr() for key, weight in weights.items() if key not in report.missing_keys}
+    # a weight that several modules share is in the file once
+    unread = [key for key in report.missing_keys if key not in weights or weights[key].data_ptr() not in shared]
+    missing = [_saved(key) for key in unread] + [k for k in expected if k not in held and prefix not in k]
+    for what, names in (("lacks", missing), ("has no place for", report.unexpected_keys)):
+        if names:
+            raise LoadError(f"{folder / _WEIGHTS} does not fit its config: it {what} {_listed(names)}")
+
+
+def _saved(key: str) -> str:
+    return key.replace(".default", "")
+
+
+def _listed(names: Iterable[str]) -> str:
+    every = sorted(names)
+    return ", ".join(name[:120] for name in every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
+
+
+@torch.no_grad()
+def _merged(adapted: Any) -> PreTrainedModel:
+    probe = torch.arange(_PROBE, device=adapted.device)[None] % adapted.config.get_text_config().vocab_size
+    own = log_probs(adapted, probe)
+    with adapted.disable_adapter():
+        base = log_probs(adapted, probe)
+    _untie(adapted)
+    merged = cast("PreTrainedModel", adapted.merge_and_unload())
+    require_finite_weights(merged, "the merged model (is lora_alpha far too great?)")
+    if not alike(log_probs(merged, probe), own, base, merged.dtype):
+        raise LoadError("merged into its base it has other log-probs than before: train another kind of adapter")
+    return merged
+
+
+def log_probs(model: nn.Module, ids_B_L: Tensor) -> Tensor:
+    """Log-probs of every token behind every prefix [B, L, V], float32."""
+    logits: Tensor = model(input_ids=ids_B_L, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+def alike(one: Tensor, other: Tensor, base: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two models' log-probs are equal but for rounding in ``dtype``, beside how far ``other`` is from its base.
+
+    The mean difference may be 0.001 in float32 and 0.1 in half precision, and a tenth of the change.
+    """
+    rounding = 1e-3 if torch.finfo(dtype).eps < 1e-5 else 0.1
+    return bool((one - other).abs().mean() <= rounding + 0.1 * (other - base).abs().mean())
+
+
+def _untie(adapted: Any) -> None:
+    """Give the head weights of its own, where one of head and embedding is adapted and the weights are the same.
+
+    Merged into shared weights, a change of the head would change the embedding too.
+    """
+    model = adapted.get_base_model()
+    pair = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in pair):
+        return
+    inner, head = (_innermost(module) for module in pair)
+    if inner is not None and head is not None and inner.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+def _innermost(module: Any) -> Any:
+    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module

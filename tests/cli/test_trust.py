@@ -1,0 +1,229 @@
+"""The commands: outputs that are no files, bytes that are no text, no network, and a kill in the middle."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+SHORT = ("--max-new-tokens", 3, "--seed", 1)
+
+
+@pytest.fixture
+def fifo():
+    """``fifo("name")``: a FIFO; what was written to it, once its writer has closed it."""
+    readers = {}
+
+    def make(name):
+        path = Path(name)
+        os.mkfifo(path)
+        read = []
+        readers[name] = threading.Thread(target=lambda: read.append(path.read_text(encoding="utf-8")), daemon=True)
+        readers[name].start()
+
+        def closed():
+            readers[name].join(20)
+            assert stat.S_ISFIFO(path.stat().st_mode)
+            return read[0]
+
+        return path, closed
+
+    return make
+
+
+def test_every_file_that_compare_and_inspect_write_may_be_a_fifo_or_a_device(run, fifo, clinic_rewards):
+    pipes = {kind: fifo(kind) for kind in ("html", "svg", "markdown", "output")}
+    given = [part for kind, (path, _) in pipes.items() for part in (f"--{kind}", path)]
+    result = run("compare", "Hi", *SHORT, *given)
+    assert result.exit_code == 0, result.output
+    texts = {kind: closed() for kind, (_, closed) in pipes.items()}
+    assert texts["html"].rstrip().endswith("</html>")
+    assert texts["svg"].rstrip().endswith("</svg>")
+    assert texts["markdown"].startswith("## Hi")
+    assert json.loads(texts["output"])["prompt"] == "Hi"
+    for option in ("--html", "--svg"):
+        result = run("inspect", clinic_rewards, option, "/dev/null")
+        assert result.exit_code == 0, result.output
+        path, closed = fifo(f"inspect{option}")
+        assert run("inspect", clinic_rewards, option, path).exit_code == 0
+        assert len(closed()) > 1000
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("compare", "Hi", option, "taken") for option in ("--html", "--svg", "--markdown", "--output")),
+        *(("inspect", "rewards", option, "taken") for option in ("--html", "--svg")),
+    ],
+)
+def test_a_folder_is_no_file_and_is_refused_before_anything_is_loaded(run, arguments):
+    (Path("taken") / "thesis").mkdir(parents=True)
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "taken is a folder: give the name of a file" in result.stderr
+    assert Path("taken", "thesis").is_dir()
+    assert "torch" not in result.output
+
+
+@pytest.mark.parametrize("taken", ["fifo", "/dev/null", "file"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compare", "Hi", "--alpaca-eval"),
+        ("compare", "Hi", "--mt-bench"),
+        ("extract", "--limit", 1, "-o"),
+        ("train", "--rewards", "REWARDS", "--max-steps", 1, "-o"),
+        ("shrink", "-o"),
+    ],
+)
+def test_what_is_no_folder_is_refused_and_stays_what_it_is(run, arguments, taken, clinic_rewards):
+    os.mkfifo("fifo")
+    Path("file").write_text("years of work")
+    result = run(*(clinic_rewards if part == "REWARDS" else part for part in arguments), taken)
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error:") and taken in line]) == 1
+    assert Path("fifo").is_fifo()
+    assert Path("file").read_text() == "years of work"
+    assert Path("/dev/null").is_char_device()
+    assert sorted(path.name for path in Path().iterdir()) == ["fifo", "file"]
+
+
+BAD = os.fsdecode(b"a\xff\xed\xa0\x80b")  # as Python gives an argument that is not UTF-8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed"),
+    [
+        (("compare", BAD), None),
+        (("compare", "-"), os.fsencode(BAD)),
+        (("compare", "--prompts", "-"), os.fsencode(BAD)),
+        (("inspect", "--text", BAD), None),
+        (("inspect", "--text", "x", "--prompt", BAD), None),
+        (("shrink", "--prompts", "-", "--layers", 1), os.fsencode(f"{BAD}\nMore\n")),
+        (("train", "--rewards", "REWARDS", "--name", BAD), None),
+        (("chat", "--profile", BAD), None),
+        (("profiles", "new", BAD), None),
+        (("compare", "Hi", "--doctor", BAD), None),
+        (("compare", "Hi", "--beta", f"{BAD}=1"), None),
+        (("compare", "Hi", "--lens", BAD), None),
+        (("extract", "--data", BAD), None),
+        (("extract", "--face", BAD), None),
+        (("push", BAD, BAD), None),
+        ((BAD,), None),
+    ],
+)
+def test_bytes_that_are_no_text_are_one_line(run, arguments, typed, clinic_rewards):
+    given = [clinic_rewards if part == "REWARDS" else part for part in arguments]
+    result = run(*given, **({"input": typed} if typed else {}))
+    assert result.exit_code in (2, 3), result.output + repr(result.exception)
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1, result.stderr
+    assert "Traceback" not in result.output
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_bad_line_in_a_conversation_is_told_and_the_next_one_is_answered(run):
+    result = run("chat", "--plain", *SHORT, input=os.fsencode(f"{BAD}\nHi\n"))
+    assert result.exit_code == 0
+    assert "error: the user turn is not Unicode: character 2 is" in result.stderr
+    assert len(result.stdout.split()) >= 2
+
+
+def test_names_of_files_may_be_any_bytes_but_not_of_folders_that_libraries_write_into(run):
+    """On POSIX a file's name is bytes; safetensors, tokenizers and Arrow take Unicode alone."""
+    assert run("compare", "Hi", *SHORT, "--html", f"{BAD}.html").exit_code == 0
+    assert Path(f"{BAD}.html").exists()
+    for command in ("extract", "train", "shrink"):
+        result = run(command, "-o", BAD)
+        assert result.exit_code in (2, 3)
+        assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert len(list(Path().iterdir())) == 1
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to reach a network fails and is kept."""
+    tried = []
+
+    def refuse(*where, **_how):
+        tried.append(where)
+        raise OSError("no network in this test")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("create_connection", "getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse)
+    return tried
+
+
+def test_no_command_reaches_for_a_network_unless_a_hub_name_was_asked_for(run, no_network, clinic_rewards, tmp_path):
+    doctor = tmp_path / "doctor"
+    for arguments in (
+        ("profiles", "list"),
+        ("profiles", "show", "qwen2.5-7b"),
+        ("profiles", "check", "clinic"),
+        ("env",),
+        ("extract", "--limit", 20, "-o", tmp_path / "rewards", "--probe"),
+        ("inspect", clinic_rewards, "--html", tmp_path / "page.html"),
+        ("inspect", clinic_rewards, "--diagnose"),
+        ("inspect", "--text", "Go to bed.", "--prompt", "Hi"),
+        ("train", "--rewards", clinic_rewards, "-o", doctor, "--max-steps", 1, "--batch-size", 2),
+        ("push", doctor, "org/name", "--dry-run"),
+        ("compare", "Hi", *SHORT, "--doctor", f"d={doctor}", "--svg", tmp_path / "p.svg"),
+        ("chat", "--plain", *SHORT),
+    ):
+        result = run(*arguments, input="Hi\n")
+        assert result.exit_code == 0, (arguments, result.output, result.exception)
+        assert not no_network, (arguments, no_network)
+    for page in (tmp_path / "page.html", tmp_path / "p.svg"):
+        text = page.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
+        assert "://" not in text, "nor do the files that others open"
+        assert "url(" not in text
+
+
+@pytest.mark.parametrize("arguments", [("compare", "Hi", "--patient", "org/none"), ("extract", "--data", "org/none")])
+def test_hf_hub_offline_is_honoured_where_a_hub_name_is_asked_for(run, no_network, arguments, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(*arguments)
+    assert result.exit_code in (2, 3), result.output + repr(result.exception)
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert not no_network
+
+
+@pytest.mark.slow
+def test_compare_killed_in_the_middle_of_an_answer_leaves_whole_lines_and_goes_on(tmp_path):
+    """SIGKILL while the second prompt is answered: no page, no half line; again, the file is as if never killed."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("How can I sleep better?\nHow do I boil an egg?\nHow can I sleep well?\n")
+    how = ("--prompts", prompts, "--max-new-tokens", 40, "--seed", 1, "--rows", 1, "--html", tmp_path / "page.html")
+
+    def command(output):
+        return [sys.executable, "-m", "llmdoctor", "compare", *map(str, how), "-o", str(output)]
+
+    killed = tmp_path / "killed.jsonl"
+    with subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (killed.exists() and killed.stat().st_size):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    kept = killed.read_bytes()
+    assert all(json.loads(line)["guided"]["text"] for line in kept.splitlines())
+    assert {path.name for path in tmp_path.iterdir()} <= {"prompts.txt", "killed.jsonl", "work"}
+    killed.write_bytes(kept + kept[: len(kept) // 2])  # cut in the middle of a line, as a full buffer may be
+    for output in (killed, tmp_path / "whole.jsonl"):
+        subprocess.run(command(output), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = [
+        [(one["prompt"], one["patient"]["text"], one["guided"]["text"]) for one in map(json.loads, output.open())]
+        for output in (killed, tmp_path / "whole.jsonl")
+    ]
+    assert said[0] == said[1]
+    assert len(said[0]) == 3

@@ -1,0 +1,135 @@
+"""Two apps at one conversation, saving that fails at the end, and configuration files with anything in them."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from textual.app import App
+
+from llmdoctor.errors import UsageError
+from llmdoctor.sessions import Session, SessionStore, Turn
+from llmdoctor.tui import app as app_module
+from llmdoctor.tui.app import binding_ids
+from llmdoctor.tui.clipboard import osc52
+from llmdoctor.tui.config import read_config
+
+
+def prompts(store, name):
+    return [turn.prompt for turn in SessionStore(store.path).load(name).turns]
+
+
+def test_the_second_app_at_a_conversation_says_so_and_goes_on_in_one_of_its_own(make_app, drive, store):
+    first = store.save(replace(Session.new({}), turns=(Turn("1", 1),)))
+    theirs = SessionStore(store.path)
+    other = theirs.load(first.id)
+    app = make_app(session=first)
+
+    async def steps(d):
+        await d.ask("2")
+        await d.until(lambda: len(prompts(store, first.id)) == 2)
+        theirs.save(replace(theirs.load(first.id), turns=(*other.turns, Turn("2 of the other", 1))))
+        await d.ask("3")
+        await d.until(lambda: "Somebody else has gone on with this conversation" in d.notices)
+        own = app.chat.session.id
+        assert own != first.id
+        assert own in d.notices
+        await d.ask("4")
+        await d.until(lambda: len(prompts(store, own)) == 4)
+        assert prompts(store, own) == ["1", "2", "3", "4"]
+        assert prompts(store, first.id) == ["1", "2 of the other"]
+        assert d.notices.count("Somebody else") == 1
+
+    drive(app, steps)
+    assert len(SessionStore(store.path).list()) == 2
+    assert not app.last_words
+
+
+def test_what_saving_has_to_tell_at_the_very_end_is_told_after_it(make_app, drive, store, monkeypatch, capsys):
+    """The last answer is saved while the app closes: then there is no screen to say it on, and none is waited for."""
+    first = store.save(replace(Session.new({}), turns=(Turn("1", 1),)))
+    theirs = SessionStore(store.path)
+    app = make_app(session=first)
+    monkeypatch.setattr(app_module, "_TOLD", 1000.0)
+
+    async def steps(d):
+        theirs.save(replace(theirs.load(first.id), turns=(Turn("of the other", 1),)))
+        await d.ask("2")
+
+    drive(app, steps)
+    (words,) = app.last_words
+    assert "Somebody else has gone on with this conversation" in words
+    assert prompts(store, first.id) == ["of the other"]
+    monkeypatch.setattr(App, "run", lambda *_: 0)
+    app_module.run(app)
+    assert words in capsys.readouterr().err
+
+
+VALUES = (
+    "1",
+    "true",
+    "[]",
+    '["x"]',
+    "{}",
+    "{a = 1}",
+    '""',
+    "1e400",
+    "nan",
+    "1979-05-27",
+    '"\\u001b]0;x\\u0007"',
+    '"💥"',
+)
+LINES = [
+    *(f"{key} = {value}" for key, value in itertools.product(("theme", "lens", "keys", "other"), VALUES)),
+    *(f'[keys]\n"chat.rerun" = {value}' for value in VALUES),
+    *(f"[theme]\nx = {value}" for value in VALUES),
+    "theme = " + "[" * 5000,
+    "x" * 100_000,
+    "[keys]\n" + "\n".join(f'"k{i}" = "f5"' for i in range(2000)),
+]
+
+
+def outcome(path, themes):
+    try:
+        read_config(path, themes=themes, bindings=binding_ids())
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def test_a_configuration_with_anything_in_it_is_one_line_that_names_the_file(tmp_path):
+    path = tmp_path / "tui.toml"
+    themes = {"nord": None}
+    accepted = set()
+    for line in [*LINES, b"\xff\xfe", b"theme = '\xed\xa0\x80'"]:
+        path.write_bytes(line if isinstance(line, bytes) else line.encode())
+        said = outcome(path, themes)
+        if not said:
+            accepted.add(line)
+            continue
+        assert str(path) in said
+        assert "\n" not in said
+    assert accepted <= {"keys = {}", '[keys]\n"chat.rerun" = "💥"', '[keys]\n"chat.rerun" = "\\u001b]0;x\\u0007"'}
+    path.unlink()
+    path.mkdir()
+    assert str(path) in outcome(path, themes)
+
+
+@pytest.mark.parametrize("key", ["💥", "\\u001b]0;x\\u0007", "ctrl+", ",", " ", "no such key"])
+def test_a_key_that_no_keyboard_has_does_no_harm(make_app, drive, key, tmp_path, monkeypatch):
+    from llmdoctor.tui.app import ChatApp
+
+    path = tmp_path / "tui.toml"
+    path.write_text(f'[keys]\n"chat.rerun" = "{key}"\n', encoding="utf-8")
+    monkeypatch.setattr("llmdoctor.tui.app.config_file", lambda: path)
+    app = ChatApp(make_app().start, None)
+
+    async def steps(d):
+        await d.ask("Go")
+        await d.press("f1")
+        assert "\x1b" not in d.text()
+
+    drive(app, steps)
+
+
+def test_copying_text_that_is_no_unicode(capsys):
+    assert osc52("a\ud800b", {}) == "\x1b]52;c;YT9i\x07"
