@@ -194,17 +194,17 @@ def _bar(
 
 # The drawing
 
-_INK, _PAPER = "#1b1b1b", "#fdfdfd"
+INK, PAPER = "#1b1b1b", "#fdfdfd"
 # Inches: the figure's width, a row of bars, a line of text; where bars begin, and how wide they are.
 _WIDTH, _ROW, _LINE, _MARGIN, _LEFT, _BARS = 10.8, 0.3, 0.2, 0.18, 1.65, 3.5
 _HEAD, _TICKS = 0.34, 0.34  # inches above and below the rows of a panel
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "llmdoctor",  # the same diagnosis gives the same file
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "llmdoctor",  # the same numbers give the same file
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a dollar sign in a name is no formula
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a viewer without it takes its own
     "font.size": 9.5,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "xtick.labelcolor"), _INK),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "xtick.labelcolor"), INK),
 }
 _Row = tuple[str, "Estimate", str, tuple[str, ...]]  # name, estimate, colour of its bar, texts of the columns
 _Column = tuple[str, float]  # title, and its right edge in inches beside the bars
@@ -222,8 +222,8 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
     parts = _accuracies(diagnosis)
     middle = top + (_HEAD + len(faces) * _ROW + _TICKS if faces else 0)
     height = middle + _HEAD + len(parts) * _ROW + _TICKS + (_LINE if alone else 0) + _MARGIN / 2
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), facecolor=_PAPER if alone else "none")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, height), facecolor=PAPER if alone else "none")
         left = _MARGIN / _WIDTH
         for number, line in enumerate(verdict):
             figure.text(left, 1 - (_MARGIN + number * _LINE) / height, line, va="top")
@@ -239,7 +239,7 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
         axes = _panel(figure, "held-out", middle, rows, [("predicted (95%)", 1.95)], 0.5, 0.5)
         axes.set_title("held-out pairs", fontsize=9.5)
         axes.set_xticks([0, 0.5, 1], ["0%", "chance 50%", "100%"])
-        return _svg(figure, alone=alone)
+        return svg_of(figure, "diagnosis of the preferences", alone=alone)
 
 
 def _numbers(face: "FaceDiagnosis", diagnosis: "Diagnosis") -> tuple[str, ...]:
@@ -264,18 +264,18 @@ def _panel(
     axes = figure.add_axes((_LEFT / _WIDTH, bottom / height, _BARS / _WIDTH, len(rows) * _ROW / height))
     axes.set(xlim=(zero - limit, zero + limit), ylim=(len(rows) - 0.5, -0.5), yticks=[], facecolor="none")
     axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.grid(axis="x", color=_INK, alpha=0.12)
+    axes.grid(axis="x", color=INK, alpha=0.12)
     axes.set_axisbelow(True)
-    axes.axvline(zero, color=_INK, alpha=0.5, linewidth=1)
+    axes.axvline(zero, color=INK, alpha=0.5, linewidth=1)
     beside = axes.get_yaxis_transform()  # x as a part of the axes' width, y in rows
     for title, edge in columns:
         axes.text(1 + edge / _BARS, -0.6, title, transform=beside, ha="right", va="bottom", alpha=0.7)
     for i, (name, estimate, colour, numbers) in enumerate(rows):
         axes.text(-0.04, i, _short(clean(name)), transform=beside, ha="right", va="center")
         axes.barh(i, estimate.value - zero, left=zero, height=0.55, color=colour)[0].set_gid(f"{kind}-{i}")
-        (line,) = axes.plot([estimate.low, estimate.high], [i, i], "|-", color=_INK, linewidth=1.4, markersize=8)
+        (line,) = axes.plot([estimate.low, estimate.high], [i, i], "|-", color=INK, linewidth=1.4, markersize=8)
         line.set(gid=f"{kind}-interval-{i}", clip_on=False)
-        axes.plot(estimate.value, i, "o", color=_INK, markersize=4.5, clip_on=False)
+        axes.plot(estimate.value, i, "o", color=INK, markersize=4.5, clip_on=False)
         for (_, edge), text in zip(columns, numbers, strict=True):
             axes.text(1 + edge / _BARS, i, text, transform=beside, ha="right", va="center")
     return axes
@@ -285,7 +285,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 18 else f"{name[:17]}…"
 
 
-def _svg(figure: "Figure", *, alone: bool) -> str:
+def svg_of(figure: "Figure", label: str, *, alone: bool) -> str:
     """The figure's ``<svg>`` element, which names no address; in a page it takes the page's colour and width."""
     written = io.StringIO()
     with warnings.catch_warnings():
@@ -294,10 +294,10 @@ def _svg(figure: "Figure", *, alone: bool) -> str:
         warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively")
         figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = written.getvalue()
-    attributes = 'role="img" aria-label="diagnosis of the preferences"'
+    attributes = f'role="img" aria-label="{label}"'
     if not alone:
         attributes += ' style="max-width:100%;height:auto"'
-        text = text.replace(_INK, "currentColor")
+        text = text.replace(INK, "currentColor")
     # Without the XML declaration and the document type, so that the element can be part of a page.
     return text[text.index("<svg") :].replace("<svg", f"<svg {attributes}", 1)
 

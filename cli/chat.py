@@ -16,8 +16,8 @@ from llmdoctor.cli.side_by_side import coloured_text
 from llmdoctor.cli.terminal import console, decorated, put_json, say
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.set_command import parse_settings, setting_help
-from llmdoctor.settings import GuidanceFields, Sampling, SamplingFields
-from llmdoctor.show.formats import settings_text, short_name
+from llmdoctor.settings import GuidanceFields, Sampling, SamplingFields, WelcomeSettings
+from llmdoctor.show.formats import OUTSIDE, knows_text, settings_text, short_name
 from llmdoctor.show.lens import DEFAULT_LENS, lens_limit, lens_scores
 from llmdoctor.show.text import clean
 
@@ -84,10 +84,14 @@ def chat(
         )
     sampling = settings.decode.sampling(seed)
     assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
-    conversation = Conversation(assistant, sampling, as_json=as_json)
     interactive = sys.stdin.isatty()
+    welcome = settings.welcome if interactive else WelcomeSettings()
+    conversation = Conversation(assistant, sampling, welcome, as_json=as_json)
     if interactive:
-        say(f"{short_name(settings.patient.model)}, {conversation.describe()}. /help for help.")
+        say(f"{short_name(settings.patient.model)}{knows_text(settings.welcome)}")
+        for question in settings.welcome.examples:
+            say(f"  {question}")
+        say(f"{conversation.describe()}. /help for help.")
     lines = iter(_typed() if interactive else sys.stdin)
     while (line := options.of_first_process(lambda: next(lines, None))) is not None:
         if line.strip() and not conversation.take(line.strip()):
@@ -158,10 +162,11 @@ def _typed() -> Iterator[str]:
 class Conversation:
     """A conversation and its settings, changed and printed line by line as the user types."""
 
-    def __init__(self, assistant: "LLMdoctor", sampling: Sampling, *, as_json: bool) -> None:
+    def __init__(self, assistant: "LLMdoctor", sampling: Sampling, welcome: WelcomeSettings, *, as_json: bool) -> None:
         from llmdoctor.decoding.prefix import PrefixCache
 
         self.assistant, self.sampling, self.as_json = assistant, sampling, as_json
+        self._welcome = welcome
         self.messages: list[Message] = []
         self._prefix_cache = PrefixCache()
         self.turn = 0
@@ -211,6 +216,8 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         """Stream one answer; Ctrl+C ends it and keeps the tokens so far."""
+        if not self._welcome.covers(text, first=not self.messages):
+            say(f"({OUTSIDE})")
         messages = [*self.messages, {"role": "user", "content": text}]
         seed = options.fresh_seed() if self.sampling.seed is None else self.sampling.seed
         how = self.sampling.replace(seed=seed).model_dump()

@@ -5,7 +5,6 @@ of it. An option that was not given is None; `llmdoctor.profile.override` change
 others, and checks them.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 
 from llmdoctor.cli.terminal import narrate, waiting
-from llmdoctor.errors import LLMDoctorError, UsageError
+from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
 from llmdoctor.schema import Settings, checked, help_text
 from llmdoctor.settings import (
     COMBINATION,
@@ -284,10 +283,12 @@ def parse_number(name: str, text: str) -> float:
 
 def parse_doctors(values: Sequence[str]) -> dict[str, str]:
     """``NAME=PATH`` or ``PATH``; without a name here, a doctor has the one in its doctor.json."""
+    from llmdoctor.files import present
+
     doctors: dict[str, str] = {}
     for value in values:
         name, equals, path = value.partition("=")
-        if not equals or "/" in name or Path(value).exists():
+        if not equals or "/" in name or present(Path(value)):
             name, path = _own_name(Path(value)), value
         if not name or not path:
             raise UsageError(f"--doctor: expected PATH or NAME=PATH, got {value!r}")
@@ -298,9 +299,12 @@ def parse_doctors(values: Sequence[str]) -> dict[str, str]:
 
 
 def _own_name(checkpoint: Path) -> str:
+    from llmdoctor.artefacts import DoctorFile
+    from llmdoctor.files import read_json, user_path
+
     try:
-        return str(json.loads((checkpoint / "doctor.json").read_text(encoding="utf-8")).get("name") or "doctor")
-    except (OSError, ValueError, AttributeError):
+        return str(read_json(user_path(checkpoint) / "doctor.json", DoctorFile).get("name") or "doctor")
+    except LoadError:
         return "doctor"  # loading the doctor reports what is wrong with its folder
 
 
@@ -319,6 +323,7 @@ def guided_profile(
     ``named`` False: nobody chose the profile. It is then the clinic's, whose mode and plausibility are chosen for its
     own doctors; doctors given as options get the defaults of `DecodeSettings`.
     """
+    from llmdoctor.files import require_doctor
     from llmdoctor.profile import override
 
     chosen = dict(profile.doctors)
@@ -328,6 +333,8 @@ def guided_profile(
             decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
         chosen = {name: checked(DoctorSettings, {"checkpoint": path}) for name, path in parse_doctors(doctors).items()}
     strengths = parse_betas(betas or (), tuple(chosen))
+    for one in chosen.values():  # before a screen opens, and before the hub is asked for a patient
+        require_doctor(one.checkpoint)
     return profile.model_copy(
         update={
             "patient": override(profile.patient, **patient),
@@ -344,10 +351,6 @@ def guided_profile(
 
 def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
     """The patient and its doctors, with a spinner while they load."""
-    from llmdoctor.files import require_doctor
-
-    for doctor in profile.doctors.values():  # before the hub is asked for a patient
-        require_doctor(doctor.checkpoint)
     with waiting(f"Loading {', '.join([short_name(profile.patient.model), *profile.doctors])} ..."):
         return assistant(profile, trust_remote_code=trust_remote_code)
 

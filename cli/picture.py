@@ -18,7 +18,7 @@ def svg(renderables: Iterable["RenderableType"], title: str, width: int = 110) -
     console = CleanConsole(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     for renderable in renderables:
         console.print(renderable)
-    fontless = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    fontless = re.sub(r"@font-face \{\{.*?\}\}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     # Without an id of its own, rich derives one from the content: every change would then rename every style.
     drawn = console.export_svg(title=title, code_format=fontless, unique_id="llmdoctor")
     return drawn.replace("<text ", '<text xml:space="preserve" ')  # a token may begin with a space

@@ -61,7 +61,7 @@ def shrink(
         from llmdoctor.token_rewards.pairs import read_pairs, read_prompts
 
         if prompts is not None:
-            asked = _typed() if str(prompts) == "-" else read_prompts(prompts)
+            asked = _typed() if str(prompts) == "-" else read_prompts(prompts, on_note=say)
         else:
             assert settings.data is not None
             pairs = read_pairs(**settings.data.model_dump())

@@ -1,93 +1,107 @@
-"""Comparisons on stdout: in panels on a terminal, else as plain text."""
+"""Comparisons on stdout: in a table on a terminal, else as plain text."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmdoctor.show.colours import scale_colour
-from llmdoctor.show.comparison import View
+from llmdoctor.show.comparison import Mark, MarkedText, View
 from llmdoctor.show.lens import legend_steps, lens_name
-from llmdoctor.show.word_diff import mark_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-_REMOVED, _ADDED = "strike", "underline"
-_ROOM_FOR_TWO = 80  # columns needed to show two answers side by side
+_ROOM_FOR_EACH = 40  # columns of the terminal that an answer needs to stand beside others
+_WDIFF: Mapping[Mark, str] = {"": "{}", "del": "[-{}-]", "ins": "{{+{}+}}"}
+_MARKDOWN: Mapping[Mark, str] = {"": "{}", "del": "~~{}~~", "ins": "**{}**"}
+_STYLES: Mapping[Mark, str] = {"": "", "del": "strike", "ins": "underline"}
 
 
 def plain_comparison(view: View) -> str:
-    """The two answers one below the other, differing words in wdiff's marks."""
-    return "\n".join(
-        [
-            f"prompt: {view.prompt}",
-            "",
-            "patient alone:",
-            mark_words(view.patient, view.diff.removed_spans, "[-", "-]"),
-            "",
-            f"{view.heading}:",
-            mark_words("".join(view.guided), view.diff.added_spans, "{+", "+}"),
-            "",
-            *view.summary(),
-        ]
-    )
+    """The answers one below the other, differing words in wdiff's marks."""
+    parts = [f"prompt: {view.prompt}", f"patient alone:\n{_spelt(view.marked_patient(), _WDIFF)}"]
+    for column in view.columns:
+        parts += [f"{column.heading}:\n{_spelt(column.guided_text(), _WDIFF)}", "\n".join(column.summary())]
+    return "\n\n".join(parts)
 
 
 def markdown_comparison(view: View) -> str:
-    """The two answers as quotations, which no text of a model can leave."""
+    """The answers as quotations, which no text of a model can leave."""
 
-    def quoted(text: str) -> str:
-        escaped = re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
-        return "\n".join(f"> {line}  " for line in escaped.splitlines() or [""])
+    def quoted(parts: MarkedText) -> str:
+        escaped = [(re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text), mark) for text, mark in parts]
+        return "\n".join(f"> {line}  " for line in _spelt(escaped, _MARKDOWN).splitlines() or [""])
 
-    parts = [f"## {' '.join(view.prompt.split())}", "", "patient alone:", "", quoted(view.patient), ""]
-    parts += [f"{view.heading}:", "", quoted("".join(view.guided)), ""]
-    return "\n".join([*parts, *(f"{line}  " for line in view.summary()), ""])
-
-
-def summary_table(summary: Mapping[str, Any]) -> str:
-    """Each measure of both sides with its 95% interval, a line each."""
-    lines = [f"{summary['prompts']} prompts, {summary['answers']} answers (95% interval)"]
-    lines.append(f"{'':<20}{'patient alone':<28}guided")
-    for name in summary["guided"]:
-        cells = [_cell(summary[side].get(name)) for side in ("patient", "guided")]
-        lines.append(f"{name.replace('_', ' '):<20}{cells[0]:<28}{cells[1]}".rstrip())
-    return "\n".join(lines)
+    parts = [f"## {' '.join(view.prompt.split())}", "", "patient alone:", "", quoted(view.marked_patient()), ""]
+    for column in view.columns:
+        parts += [f"{column.heading}:", "", quoted(column.guided_text()), ""]
+        parts += [*(f"{line}  " for line in column.summary()), ""]
+    return "\n".join(parts)
 
 
-def _cell(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return "-"
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.3g}" if math.isnan(low) else f"{value:.3g} ({low:.3g} to {high:.3g})"
+def _spelt(parts: MarkedText, marks: Mapping[Mark, str]) -> str:
+    """The text with its marks as signs; these enclose no space at either end, where Markdown knows none."""
+
+    def spelt(text: str, mark: Mark) -> str:
+        core = text.strip() if mark else ""
+        return text.replace(core, marks[mark].format(core), 1) if core else text
+
+    return "".join(spelt(*part) for part in parts)
 
 
-def rich_comparison(view: View, width: int) -> "RenderableType":
-    """The two answers, side by side if ``width`` columns suffice, with legend and summary below."""
+def rich_comparison(view: View, width: int, *, colours: bool = True) -> "RenderableType":
+    """The answers side by side if ``width`` columns suffice, else stacked; legend and summary below.
+
+    Without ``colours`` differing words have the marks of plain text.
+    """
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    patient = Text(view.patient)
-    for span in view.diff.removed_spans:
-        patient.stylize(_REMOVED, *span)
-    guided = coloured_text(view.guided, view.scores, view.limit)
-    for span in view.diff.added_spans:
-        guided.stylize(_ADDED, *span)
+    def shown(parts: MarkedText) -> Text:
+        if not colours:
+            return Text(_spelt(parts, _WDIFF))
+        return Text.assemble(*((text, _STYLES[mark]) for text, mark in parts))
+
+    texts = [(Text("patient alone"), shown(view.marked_patient()))]
+    for column in view.columns:
+        texts.append((Text(column.heading), _guided(column) if colours else shown(column.guided_text())))
     table = Table(box=box.ROUNDED, expand=True, title=Text(view.prompt, style="bold"), title_justify="left")
-    if width >= _ROOM_FOR_TWO:
-        table.add_column("patient alone", ratio=1)
-        table.add_column(Text(view.heading), ratio=1)
-        table.add_row(patient, guided)
+    if width >= _ROOM_FOR_EACH * len(texts):
+        for heading, _ in texts:
+            table.add_column(heading, ratio=1)
+        table.add_row(*(text for _, text in texts))
     else:
         table.show_header = False
         table.add_column(ratio=1)
-        table.add_row(Group(Text("patient alone", style="bold"), patient), end_section=True)
-        table.add_row(Group(Text(view.heading, style="bold"), guided))
-    return Group(table, _legend(view), *(Text(line) for line in view.summary()))
+        for heading, text in texts:
+            heading.stylize("bold")
+            table.add_row(Group(heading, text), end_section=True)
+    return Group(table, *(_legend(view) if colours else ()), *_summaries(view))
+
+
+def _guided(view: View) -> "Text":
+    """The guided answer, every token in the colour of its score; what is struck was not said and has none."""
+    from rich.text import Text
+
+    text = Text()
+    for token in view.marked_guided():
+        for part, mark in token.text:
+            colour = token.colour or ""
+            text.append(part, style=f"dim {_STYLES[mark]}" if mark == "del" else f"{_STYLES[mark]} {colour}".strip())
+    return text
+
+
+def _summaries(view: View) -> "list[Text]":
+    """What changed and the settings, of every guided answer; of several, under its heading."""
+    from rich.text import Text
+
+    if not view.others:
+        return [Text(line) for line in view.summary()]
+    each = [(Text(column.heading, style="bold"), *map(Text, column.summary())) for column in view.columns]
+    return [line for lines in each for line in lines]
 
 
 def coloured_text(pieces: Sequence[str], scores: Sequence[float | None], limit: float) -> "Text":
@@ -100,21 +114,18 @@ def coloured_text(pieces: Sequence[str], scores: Sequence[float | None], limit: 
     return text
 
 
-def _legend(view: View) -> "Text":
-    """What colours and marks mean, in one line."""
+def _legend(view: View) -> "list[Text]":
+    """What marks and colours mean, a line each."""
     from rich.text import Text
 
-    text = Text(style="dim")
-    if view.marked:
-        text.append("struck: only on the left", style=_REMOVED)
-        text.append("   ")
-        text.append("underlined: only on the right", style=_ADDED)
+    lines = [Text(view.legend(), style="dim")] if view.legend() else []
     if view.lens == "off" or not view.scores:
-        return text
+        return lines
+    text = Text(style="dim")
     if view.lens == "flips":
-        return text.append("   ").append("guidance changed the likeliest token", style=f"not dim {scale_colour(1, 1)}")
+        return [*lines, text.append("guidance changed the likeliest token", style=f"not dim {scale_colour(1, 1)}")]
     steps = legend_steps(view.lens)
-    text.append(f"   {lens_name(view.lens, view.doctor)}: {view.limit * steps[0]:.2g} ")
+    text.append(f"{lens_name(view.lens, view.doctor)}: {view.limit * steps[0]:.2g} ")
     for share in steps:
         text.append("━━", style=f"not dim {scale_colour(share, 1)}")
-    return text.append(f" {view.limit:+.2g}")
+    return [*lines, text.append(f" {view.limit:+.2g}")]

@@ -34,7 +34,7 @@ def measures(answers: Sequence[Answer], groups: Sequence[Hashable] | None = None
 
     return {
         "tokens": rate(lengths, groups=groups),
-        "kl_per_token": per_token(sum(token.kl for token in answer.tokens) for answer in answers),
+        "kl_per_token": kl_per_token(answers, groups),
         "patient_logprob": per_token(sum(token.patient_logprob for token in answer.tokens) for answer in answers),
         **{
             f"{name}_logprob": per_token(
@@ -48,12 +48,23 @@ def measures(answers: Sequence[Answer], groups: Sequence[Hashable] | None = None
     }
 
 
+def kl_per_token(answers: Sequence[Answer], groups: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean KL(guided || patient) of a token, in nats."""
+    totals = [sum(token.kl for token in answer.tokens) for answer in answers]
+    return rate(totals, [len(answer.tokens) for answer in answers], groups)
+
+
 def text_measures(texts: Sequence[str], groups: Sequence[Hashable] | None = None) -> dict[str, Estimate]:
-    """``words`` per answer; ``repeated_sentences``, the share of them; ``distinct_4``, both in [0, 1]."""
+    """Lengths, repetition and variety; all but ``words`` are in [0, 1].
+
+    ``repeated_sentences`` is the share of sentences that come again, ``repeating`` the share of answers with one.
+    """
     repeated = [repeated_sentences(text) for text in texts]
     return {
         "words": rate([len(text.split()) for text in texts], groups=groups),
         "repeated_sentences": rate([again for again, _ in repeated], [count for _, count in repeated], groups),
+        "repeating": rate([again > 0 for again, _ in repeated], groups=groups),
+        "distinct_2": distinct_estimate(texts, 2, groups),
         "distinct_4": distinct_estimate(texts, 4, groups),
     }
 

@@ -126,13 +126,6 @@ class AdapterConfig(Artefact):
     auto_mapping: dict[str, Any] | None = None
 
 
-class ShrunkFile(Artefact):
-    """shrunk.json of a model that shrink made."""
-
-    patient: str = "?"
-    patient_fingerprint: str = ""
-
-
 class CopyFile(Artefact):
     """copy.json of a GGUF's copy."""
 

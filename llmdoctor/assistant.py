@@ -3,13 +3,14 @@
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from transformers import PreTrainedModel
 
-from llmdoctor.comparing import compared
+from llmdoctor.comparing import Run, both_sides
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength
 from llmdoctor.decoding.prefix import PrefixCache
@@ -249,10 +250,16 @@ class LLMdoctor:
         guidance: Guidance | Sequence[Guidance] | None = None,
         seed: int | Sequence[int] | None = None,
         top: int = 0,
+        follow: bool = False,
+        rows: int = _BATCH_ROWS,
         on_token: Callable[[GuidedToken], None] | None = None,
+        on_answer: Callable[[int, Answer], None] | None = None,
         **sampling: Any,
     ) -> list[Answer]:
-        """Answers with all their tokens, decoded in batches. ``guided=False`` is the patient alone.
+        """Answers with all their tokens, decoded ``rows`` at a time. ``guided=False`` is the patient alone.
+
+        With ``follow`` the ``patient_id`` of a token is what the patient alone would draw there with the same random
+        numbers. ``on_answer`` gets every answer when it is finished, and the number of its prompt, from 0.
 
         ``guidance``, ``seed`` and ``sampling`` are as in ``generate``. A prompt's answer does not depend on the other
         prompts. Raises UsageError if the lists differ in length.
@@ -266,16 +273,20 @@ class LLMdoctor:
         if len(seeds) != len(prompts):
             raise UsageError(f"expected one seed for each of {len(prompts)} prompts, got {len(seeds)}")
         reads = [self._read(one) for one in each]
-        answers: list[Answer] = []
-        for start in range(0, len(prompts), _BATCH_ROWS):
-            rows = slice(start, start + _BATCH_ROWS)
-            steps: list[list[Step]] = [[] for _ in prompts[rows]]
-            for step in self._decode(prompts[rows], settings, seeds[rows], guided=guided, read=reads[rows], top=top):
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(prompts), rows):
+            part = slice(start, start + rows)
+            steps: list[list[Step]] = [[] for _ in prompts[part]]
+            how: dict[str, Any] = {"guided": guided, "read": reads[part], "top": top, "follow": follow}
+            for step in self._decode(prompts[part], settings, seeds[part], **how):
                 steps[step.row].append(step)
                 if on_token:
                     on_token(step.token)
-            answers.extend(map(_answer, steps))
-        return answers
+                if step.finish:
+                    answers[start + step.row] = _answer(steps[step.row])
+                    if on_answer:
+                        on_answer(start + step.row, answers[start + step.row])
+        return [answers[i] for i in range(len(prompts))]
 
     def stream(
         self,
@@ -361,7 +372,23 @@ class LLMdoctor:
         settings = self.sampling.replace(**sampling)
         (seed,) = _seeds(settings.seed, 1)
         questions = [Question(str(i), (p if isinstance(p, str) else list(p),)) for i, p in enumerate(prompts, start=1)]
-        return compared(self, questions, seed=seed, top=top, on_token=on_token, **settings.model_dump(exclude={"seed"}))
+        sides = both_sides(self, **settings.model_dump(exclude={"seed"}))
+        return Run(questions, seed, top=top, on_token=on_token).compare(sides)  # type: ignore[arg-type]
+
+    def part(self, doctors: Mapping[str, str], *, system_prompt: str | None) -> "LLMdoctor":
+        """The same loaded models with only these doctors: names to have, and the names they have here.
+
+        Guidance is to be given with every call. Raises UsageError for a doctor that is not loaded.
+        """
+        if unknown := [name for name in doctors.values() if name not in self._doctors]:
+            raise UsageError(
+                f"there is no doctor {unknown[0]!r}; the doctors are: {', '.join(self._doctors) or 'none'}"
+            )
+        own = copy(self)
+        own._doctors = {name: self._doctors[loaded] for name, loaded in doctors.items()}
+        own._drafting, own._drafting_alone = AdaptiveLength(), AdaptiveLength()
+        own._guidance, own.system_prompt = Guidance(mode=self._guidance.mode), system_prompt
+        return own
 
     def _decode(
         self,
@@ -372,6 +399,7 @@ class LLMdoctor:
         read: Sequence[Callable[[], Guidance]],
         guided: bool = True,
         top: int = 0,
+        follow: bool = False,
         prefix_cache: PrefixCache | None = None,
         prefix: Sequence[int] = (),
         first: int | None = None,
@@ -389,6 +417,7 @@ class LLMdoctor:
             sampling,
             seed=seeds,
             top=top,
+            follow=follow,
             drafting=(self._drafting if guided else self._drafting_alone) if self.speculation else None,
             draft_model=self._draft_model,
             prefix_cache=prefix_cache,

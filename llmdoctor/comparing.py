@@ -1,107 +1,195 @@
-"""Comparisons of many questions: several turns, several samples, in batches, and from any place on."""
+"""Comparisons of many questions: any number of columns, several turns, several samples, in batches.
+
+A column is one way to answer. Its answers can be had as they finish, and those that are known already are not asked for
+again: so a run that was stopped goes on where it was.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Question, Speaker
+from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Question, Versus
 from llmdoctor.settings import Guidance, Sampling
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
 
-OnToken = Callable[[Speaker, GuidedToken], None]
-Said = list[tuple[Answer, float]]  # the answers of one conversation, turn after turn, and their seconds
+
+class Key(NamedTuple):
+    """Which answer: the column's name, and the numbers of the question, the sample and the turn, all from 1."""
+
+    column: str
+    question: int
+    sample: int
+    turn: int
 
 
-def compared(
-    assistant: "LLMdoctor",
-    questions: Sequence[Question],
-    *,
-    seed: int,
-    samples: int = 1,
-    skip: int = 0,
-    rows: int = 32,
-    top: int = 0,
-    on_token: OnToken | None = None,
-    **sampling: Any,
-) -> Iterator[Comparison]:
-    """The patient alone beside the guided patient: a comparison per turn of every question and sample, in this order.
+Timed = tuple[Answer, float]  # an answer and its seconds
 
-    Sample i of a question has seed + i. Each side has a conversation of its own: its second turn follows its own first
-    answer. ``rows`` conversations are decoded together; what is said does not depend on it. The first ``skip``
-    comparisons are left out, those of whole conversations without answering them. The seconds of an answer are those of
-    its batch divided by the answers in it.
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One way to answer. ``guidance`` None is the patient alone; a seed in ``sampling`` replaces that of the run.
+
+    ``assistant`` may be None where every answer is known.
     """
-    # One snapshot for all: the record states the settings, so they must not change on the way.
-    guidance, how = assistant.guidance, assistant.sampling.replace(**sampling, seed=None)
-    planned = [(question, seed + sample) for question, sample in product(questions, range(samples))]
-    begin = 0
-    while begin < len(planned) and skip >= len(planned[begin][0].turns):
-        skip -= len(planned[begin][0].turns)
-        begin += 1
-    for start in range(begin, len(planned), rows):
-        chunk = planned[start : start + rows]
-        alone = _conversations(assistant, chunk, None, how, top, on_token)
-        guided = _conversations(assistant, chunk, guidance, how, top, on_token)
-        for (question, own), ones, others in zip(chunk, alone, guided, strict=True):
-            described = guidance.to_dict() | how.replace(seed=own).model_dump()
-            for turn, (asked, one, other) in enumerate(zip(question.turns, ones, others, strict=True), start=1):
-                if skip:
-                    skip -= 1
-                    continue
-                metrics = _metrics(assistant.doctor_names, *one, *other)
-                prompt = asked if isinstance(asked, str) else list(asked)
-                yield Comparison(prompt, described, one[0], other[0], metrics, question.id, turn, own - seed + 1)
+
+    name: str
+    assistant: "LLMdoctor | None"
+    guidance: Guidance | None
+    sampling: Sampling
+
+    def seed(self, seed: int, sample: int) -> int:
+        """Of this sample, in a run with this seed."""
+        return (seed if self.sampling.seed is None else self.sampling.seed) + sample - 1
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What `Comparison.settings` states."""
+        return (self.guidance or Guidance()).to_dict() | self.sampling.replace(seed=seed).model_dump()
 
 
-def _conversations(
-    assistant: "LLMdoctor",
-    chunk: Sequence[tuple[Question, int]],
-    guidance: Guidance | None,
-    sampling: Sampling,
-    top: int,
-    on_token: OnToken | None,
-) -> list[Said]:
-    """What one side says; without ``guidance``, the patient alone."""
-    side: Speaker = "patient" if guidance is None else "guided"
-    histories: list[list[Message]] = [[] for _ in chunk]
-    said: list[Said] = [[] for _ in chunk]
-    for turn in range(max(len(question.turns) for question, _ in chunk)):
-        rows = [i for i, (question, _) in enumerate(chunk) if turn < len(question.turns)]
-        for i in rows:
-            asked = chunk[i][0].turns[turn]
-            histories[i] += [Message(role="user", content=asked)] if isinstance(asked, str) else asked
-        began = time.perf_counter()
-        answers = assistant.answer_all(
-            [list(histories[i]) for i in rows],
-            guided=guidance is not None,
-            guidance=guidance,
-            seed=[chunk[i][1] for i in rows],
-            top=top,
-            on_token=on_token and (lambda token: on_token(side, token)),
-            **sampling.model_dump(exclude={"seed"}),
+def both_sides(assistant: "LLMdoctor", **sampling: Any) -> list[Column]:
+    """The patient alone and the guided patient, with the settings that the assistant has now."""
+    how = assistant.sampling.replace(**sampling, seed=None)
+    return [Column("patient", assistant, None, how), Column("guided", assistant, assistant.guidance, how)]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Questions to be answered in every column. Sample i of a question has ``seed`` + i - 1.
+
+    Each column has a conversation of its own: its second turn follows its own first answer. ``rows`` conversations are
+    decoded together; what is said does not depend on it. Answers that are in ``known`` are not asked for; the others
+    are added to it, and go to ``on_answer`` as they are finished. ``on_token`` gets the column's name and the token.
+    ``top`` and ``follow`` are those of `LLMdoctor.answer_all`. The seconds of an answer are
+    those of its batch until it was finished, divided by the answers of the batch.
+    """
+
+    questions: Sequence[Question]
+    seed: int
+    samples: int = 1
+    rows: int = 32
+    top: int = 0
+    follow: bool = False
+    known: dict[Key, Timed] = field(default_factory=dict)
+    on_token: Callable[[str, GuidedToken], None] | None = None
+    on_answer: Callable[[Key, Timed], None] | None = None
+
+    def compare(self, columns: Sequence[Column]) -> Iterator[Comparison]:
+        """The columns beside each other: a comparison per turn of every question and sample, in this order.
+
+        The first column is the patient alone, the second one guided; further ones become `Comparison.vs`.
+        """
+        keys = list(self.keys(""))
+        for chunk in self._chunks(keys):
+            for column in columns:
+                self._answer(column, chunk)
+            for key in chunk:
+                yield self._comparison(columns, key)
+
+    def answers(self, column: Column) -> list[Answer]:
+        """All answers of one column, by question, sample and turn."""
+        keys = list(self.keys(column.name))
+        for chunk in self._chunks(keys):
+            self._answer(column, chunk)
+        return [self.known[key][0] for key in keys]
+
+    def keys(self, column: str) -> Iterator[Key]:
+        """All answers of a column, by question, sample and turn."""
+        for number, question in enumerate(self.questions, start=1):
+            for sample in range(1, self.samples + 1):
+                yield from (Key(column, number, sample, turn) for turn in range(1, len(question.turns) + 1))
+
+    def groups(self) -> list[int] | None:
+        """The question of every answer of a column: what the intervals of its measures are over.
+
+        None for a single question, whose answers then stand for themselves.
+        """
+        return [key.question for key in self.keys("")] if len(self.questions) > 1 else None
+
+    def missing(self, columns: Iterable[Column]) -> int:
+        """How many answers are not known yet."""
+        return sum(key not in self.known for column in columns for key in self.keys(column.name))
+
+    def _chunks(self, keys: Sequence[Key]) -> Iterator[list[Key]]:
+        """The keys of ``rows`` conversations at a time."""
+        begins = [i for i, key in enumerate(keys) if key.turn == 1]
+        for first in range(0, len(begins), self.rows):
+            after = first + self.rows
+            yield list(keys[begins[first] : begins[after] if after < len(begins) else len(keys)])
+
+    def _answer(self, column: Column, chunk: Sequence[Key]) -> None:
+        """Add what the column says to ``known``, turn after turn."""
+        keys = [key._replace(column=column.name) for key in chunk]
+        for turn in range(1, max(key.turn for key in keys) + 1):
+            if asked := [key for key in keys if key.turn == turn and key not in self.known]:
+                self._answer_batch(column, asked)
+
+    def _answer_batch(self, column: Column, keys: Sequence[Key]) -> None:
+        assert column.assistant is not None
+        began, on_token = time.perf_counter(), self.on_token
+
+        def keep(row: int, answer: Answer) -> None:
+            self.known[keys[row]] = answer, (time.perf_counter() - began) / len(keys)
+            if self.on_answer:
+                self.on_answer(keys[row], self.known[keys[row]])
+
+        column.assistant.answer_all(
+            [self._history(key) for key in keys],
+            guided=column.guidance is not None,
+            guidance=column.guidance,
+            seed=[column.seed(self.seed, key.sample) for key in keys],
+            top=self.top,
+            follow=self.follow,
+            rows=len(keys),
+            on_token=on_token and (lambda token: on_token(column.name, token)),
+            on_answer=keep,
+            **column.sampling.model_dump(exclude={"seed"}),
         )
-        seconds = (time.perf_counter() - began) / len(rows)
-        for i, answer in zip(rows, answers, strict=True):
-            said[i].append((answer, seconds))
-            histories[i].append(Message(role="assistant", content=answer.text))
-    return said
+
+    def _history(self, key: Key) -> list[Message]:
+        """The conversation that ends with this turn's question; the answers in it are the column's own."""
+        messages: list[Message] = []
+        for turn, asked in enumerate(self.questions[key.question - 1].turns[: key.turn], start=1):
+            messages += [Message(role="user", content=asked)] if isinstance(asked, str) else asked
+            if turn < key.turn:
+                said = self.known[key._replace(turn=turn)][0].text
+                messages.append(Message(role="assistant", content=said))
+        return messages
+
+    def _comparison(self, columns: Sequence[Column], key: Key) -> Comparison:
+        question = self.questions[key.question - 1]
+        asked = question.turns[key.turn - 1]
+        alone, *others = (self.known[key._replace(column=column.name)] for column in columns)
+        guided, *vs = (
+            Versus(column.name, column.settings(column.seed(self.seed, key.sample)), said[0], _metrics(alone, said))
+            for column, said in zip(columns[1:], others, strict=True)
+        )
+        return Comparison(
+            prompt=asked if isinstance(asked, str) else list(asked),
+            settings=guided.settings,
+            patient=alone[0],
+            guided=guided.answer,
+            metrics=guided.metrics,
+            id=question.id,
+            turn=key.turn,
+            sample=key.sample,
+            vs=tuple(vs),
+        )
 
 
-def _metrics(
-    doctors: Sequence[str], alone: Answer, alone_seconds: float, guided: Answer, guided_seconds: float
-) -> Mapping[str, Any]:
-    flips, kl, length = sum(t.flip for t in guided.tokens), sum(t.kl for t in guided.tokens), len(guided.tokens)
+def _metrics(alone: Timed, guided: Timed) -> Mapping[str, Any]:
+    tokens = guided[0].tokens
+    flips, kl, length = sum(t.flip for t in tokens), sum(t.kl for t in tokens), len(tokens)
     return {
         "flips": flips,
         "flip_rate": flips / length,
         "kl": kl,
         "kl_per_token": kl / length,
-        "mean_values": {name: sum(t.values[name] for t in guided.tokens) / length for name in doctors},
-        "patient_tokens": len(alone.tokens),
+        "mean_values": {name: sum(t.values[name] for t in tokens) / length for name in tokens[0].values},
+        "patient_tokens": len(alone[0].tokens),
         "guided_tokens": length,
-        "patient_seconds": alone_seconds,
-        "guided_seconds": guided_seconds,
+        "patient_seconds": alone[1],
+        "guided_seconds": guided[1],
     }

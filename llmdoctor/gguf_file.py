@@ -21,8 +21,9 @@ import transformers
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from llmdoctor.artefacts import CopyFile
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, StorageError
-from llmdoctor.files import atomic_path, file_checksum, read_json, write_json
+from llmdoctor.files import atomic_path, file_checksum, read_json, require_regular, write_json
 
 _MARKER = "copy.json"
 _VERSION = 1  # of the copies: raise it when their content changes
@@ -45,6 +46,7 @@ def read_header(path: Path) -> GGUFHeader:
     if importlib.util.find_spec("gguf") is None:
         raise LoadError(f"cannot read {path}: GGUF files need the package gguf (pip install gguf)")
     try:
+        require_regular(path)
         return _read_header(path, path.stat().st_mtime_ns)
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
@@ -176,7 +178,7 @@ def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | Non
 def discard_if_damaged(folder: Path) -> bool:
     """Whether the copy's bytes are not those that were written; it is then made again when it is asked for next."""
     try:
-        sums = read_json(folder / _MARKER)["checksums"]
+        sums = read_json(folder / _MARKER, CopyFile)["checksums"]
         damaged = any(file_checksum(folder / name) != checksum for name, checksum in sums.items())
     except (LLMDoctorError, KeyError):
         damaged = True

@@ -136,9 +136,15 @@ class ModelSource:
             raise LoadError(f"cannot load the model {self.name}: {error}") from error
 
     def file(self, name: str, *, download: bool = True) -> Path | None:
-        """One of the model's files, from the hub if need be; None if it has none of that name or cannot be reached."""
+        """One of the model's files, from the hub if need be; None if it has none of that name or cannot be reached.
+
+        Raises LoadError for one that is no file: a FIFO would be waited for.
+        """
         if self.is_local:
-            return path if (path := Path(self.place) / name).is_file() else None
+            path = Path(self.place) / name
+            if present(path) and not path.is_file():
+                raise LoadError(f"cannot load the model {self.name}: its {name} is no file")
+            return path if path.is_file() else None
         try:
             found = cached_file(self.place, name, local_files_only=not download)
         except OSError:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,6 +27,7 @@ from llmdoctor.adapters import merged_adapter
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError, VocabularyError
 from llmdoctor.gguf_file import cached_copy, discard_if_damaged, read_header
 from llmdoctor.model_source import ModelSource, first_line, model_fingerprint
+from llmdoctor.schema import shown
 from llmdoctor.tensors import require_finite_weights
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "not_numbers",
     "pick_device",
     "pick_dtype",
+    "require_embedded",
     "share_weights",
     "shared_by_processes",
     "spare_threads",
@@ -71,8 +73,20 @@ class Patient:
     def eos_ids(self) -> frozenset[int]:
         """All ids that end an answer: those of the generation config, and the tokenizer's."""
         listed = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ids = listed if isinstance(listed, list) else [listed]
-        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+        ids = [
+            i
+            for i in [*(listed if isinstance(listed, list) else [listed]), self.tokenizer.eos_token_id]
+            if i is not None
+        ]
+        if not all(isinstance(i, int) for i in ids):
+            raise LoadError(
+                f"the generation config of {self.name} states eos_token_id {shown(listed)}, expected numbers"
+            )
+        return frozenset(ids)
+
+    def require_embedded(self, ids: Iterable[int]) -> None:
+        """Raise LoadError for a token that the tokenizer has and the model has not, naming it."""
+        require_embedded(self.model, self.tokenizer, ids, f"the patient {self.name}")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -88,6 +102,20 @@ class Patient:
     def vocabulary(self) -> "Vocabulary":
         """The token-to-id map, which every doctor must share."""
         return Vocabulary.of(self.tokenizer)
+
+
+def require_embedded(model: PreTrainedModel, tokenizer: Any, ids: Iterable[int], name: str) -> None:
+    """Raise LoadError for a token without a row in the model's embedding.
+
+    Some tokenizers have more tokens than their model: one that was added for pictures, or by hand without a resize.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (greatest := max(ids, default=0)) >= rows:
+        token = tokenizer.convert_ids_to_tokens(greatest)
+        raise LoadError(
+            f"{name} has no embedding for token {greatest}, {shown(token)}: expected ids below {rows}. Take it out of "
+            "the text, or resize the model's embedding"
+        )
 
 
 def context_of(model: PreTrainedModel) -> int:

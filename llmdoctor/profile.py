@@ -200,7 +200,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)[:200] or type(error).__name__
+        problem = " ".join(str(getattr(error, "problem", None) or error)[:200].split()) or type(error).__name__
         raise ProfileError(f"profile {path.name}: not YAML{where}: {problem}") from error
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         got = "nothing" if document is None else f"a {type(document).__name__}"

@@ -18,7 +18,7 @@ All log-probabilities are natural logarithms.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -49,8 +49,8 @@ class Message(TypedDict):
 class Question:
     """What is asked in one conversation: user turns, each asked once the one before it is answered (MT-Bench has two).
 
-    The first turn is a text, or messages that end with a user turn. ``id`` is the record's own, else its line.
-    ``fields`` are the record's other columns, as they are.
+    The first turn is a text, or messages that end with a user turn. ``id`` is the record's own, else its line;
+    no two questions of a file have the same. ``fields`` are the record's other columns, as they are.
 
     >>> Question("81", ("Write a poem about tea.", "Now make it rhyme."), {"question_id": 81, "category": "writing"})
     """
@@ -198,7 +198,9 @@ class GuidedToken:
     temperature 1, before any filter. ``values[name]`` is log V(s_t) after this token. ``flip`` says that guidance
     changed the likeliest token here: the product's argmax, before sampling, is not the patient's. ``kl`` is
     KL(product || patient) in nats. ``text`` is the printable piece: it is empty for special tokens and for bytes that
-    do not yet complete a character.
+    do not yet complete a character. ``patient_id`` and ``patient_text`` are what the patient alone would say here,
+    after the same text: its likeliest token, or, where the answer is followed, its own draw with the same random
+    numbers; -1 and "" in older records.
     """
 
     position: int
@@ -213,6 +215,8 @@ class GuidedToken:
     alpha: float
     betas: Mapping[str, float]
     top: tuple[Alternative, ...] = ()
+    patient_id: int = -1
+    patient_text: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values, keys in the order above."""
@@ -239,6 +243,28 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Versus:
+    """One answer more to the prompt of a `Comparison`, with its own settings; ``metrics`` are those of `Comparison`.
+
+    ``name`` says what differs from the guided answer, as ``compare --vs`` takes it.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    answer: Answer
+    metrics: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {
+            "name": self.name,
+            "settings": dict(self.settings),
+            "answer": self.answer.to_dict(),
+            "metrics": dict(self.metrics),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """The patient alone beside the guided patient, on the same prompt and seed.
 
@@ -246,7 +272,8 @@ class Comparison:
     ``metrics`` holds ``flips`` (places of the guided answer where guidance changed the likeliest token), ``flip_rate``,
     ``kl`` (sum over the guided answer, nats), ``kl_per_token``, ``mean_values`` {name: mean log V}, ``patient_tokens``,
     ``guided_tokens``, ``patient_seconds``, ``guided_seconds``. ``id`` is the question's; ``turn`` and ``sample`` count
-    from 1. The prompt of a later turn follows, on each side, that side's own answers to the earlier ones.
+    from 1. The prompt of a later turn follows, on each side, that side's own answers to the earlier ones. ``vs`` are
+    further answers.
     """
 
     prompt: str | list[Message]
@@ -257,9 +284,15 @@ class Comparison:
     id: str = "1"
     turn: int = 1
     sample: int = 1
+    vs: tuple[Versus, ...] = ()
+
+    def columns(self) -> "list[Comparison]":
+        """A comparison of two answers for each guided one: this one, and those of ``vs``."""
+        each = [replace(self, settings=o.settings, guided=o.answer, metrics=o.metrics, vs=()) for o in self.vs]
+        return [replace(self, vs=()), *each]
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that ``compare --json`` prints."""
+        """The object that ``compare --json`` prints; ``vs`` only where there are further answers."""
         return {
             "prompt": self.prompt,
             "settings": dict(self.settings),
@@ -269,12 +302,8 @@ class Comparison:
             "id": self.id,
             "turn": self.turn,
             "sample": self.sample,
+            **({"vs": [one.to_dict() for one in self.vs]} if self.vs else {}),
         }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
-        """The comparison that `to_dict` described."""
-        return cls(**{**data, "patient": Answer.from_dict(data["patient"]), "guided": Answer.from_dict(data["guided"])})
 
 
 @dataclass(frozen=True, slots=True)

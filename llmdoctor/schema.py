@@ -6,9 +6,11 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llmdoctor.errors import UsageError
+
+_GREATEST_INT = 1 << 32
 
 
 class Settings(BaseModel):
@@ -16,6 +18,15 @@ class Settings(BaseModel):
 
     # deferred: `llmdoctor --help` reads the fields of every group and validates none of them
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    @model_validator(mode="after")
+    def _no_absurd_numbers(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            # counts are no greater, and float32 ends soon after
+            if isinstance(value, int | float) and abs(value) > (_GREATEST_INT if isinstance(value, int) else 1e30):
+                raise ValueError(f"{name!r} expected a smaller number, got {shown(value)}")
+        return self
 
     def replace(self, **changes: Any) -> Self:
         """A copy with these changes, checked again. Raises UsageError for a key or value that is not allowed."""

@@ -28,24 +28,34 @@ def setting_help() -> Iterator[tuple[str, str]]:
 
 
 def parse_settings(
-    text: str, doctors: Sequence[str], guidance: Guidance, sampling: Sampling
+    text: str | Sequence[str],
+    doctors: Sequence[str],
+    guidance: Guidance,
+    sampling: Sampling,
+    *,
+    command: str = "/set",
 ) -> tuple[Guidance, Sampling]:
     r"""``alpha=1 beta=0.8 helpful=1.2 seed=5`` laid over the settings in use. Raises UsageError.
+
+    ``text`` may be in its parts already, as `setting_items` gives them.
 
     ``beta`` is for every doctor, ``beta.helpful`` or ``helpful`` for one; a later value beats an earlier one. ``off``
     turns off what has no value by default (seed, stop, top_k, min_p, no_repeat_ngram). A value with spaces is quoted,
     ``\n`` is a line break, and several ``stop=...`` in one line are several stop strings. A message begins with
-    ``/set:``.
+    ``command``.
     """
     try:
-        return _parsed(text, doctors, guidance, sampling)
+        items = setting_items(text) if isinstance(text, str) else text
+        return _parsed(items, doctors, guidance, sampling)
     except UsageError as error:
-        raise UsageError(f"/set: {error}") from error
+        raise UsageError(f"{command}: {error}") from error
 
 
-def _parsed(text: str, doctors: Sequence[str], guidance: Guidance, sampling: Sampling) -> tuple[Guidance, Sampling]:
+def _parsed(
+    items: Sequence[str], doctors: Sequence[str], guidance: Guidance, sampling: Sampling
+) -> tuple[Guidance, Sampling]:
     changes: dict[type[Guidance] | type[Sampling], dict[str, Any]] = {Guidance: {}, Sampling: {}}
-    for item in _items(text):
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals or not value:
             raise UsageError(f"expected name=value, got {item!r}")
@@ -65,7 +75,8 @@ def _parsed(text: str, doctors: Sequence[str], guidance: Guidance, sampling: Sam
     return guidance.replace(**changes[Guidance]), sampling.replace(**changes[Sampling])
 
 
-def _items(text: str) -> list[str]:
+def setting_items(text: str) -> list[str]:
+    """The ``name=value`` parts of a line, without the quotation marks around values. Raises UsageError."""
     lexer = shlex.shlex(text, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:

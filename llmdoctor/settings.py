@@ -194,7 +194,7 @@ class TrainSettings(Settings):
         default="relative", description="Flow relative to the doctor's base, or absolute as in the paper"
     )
     anchor: bool = Field(default=True, description="Fix log V at the end of an answer to 0")
-    rho: float = Field(default=10.0, gt=0, le=1e30, description="Scale of the rewards in log Q")
+    rho: float = Field(default=10.0, gt=0, description="Scale of the rewards in log Q")
     # with a low ceiling only the blame is left: good tokens are worth the same, and the doctor does not prefer the few
     # of them that the faces tell apart best
     ceiling: float | None = Field(

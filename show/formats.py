@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmdoctor.settings import DecodeSettings
+from llmdoctor.settings import DecodeSettings, WelcomeSettings
+from llmdoctor.show.text import visible
 
 if TYPE_CHECKING:
     from llmdoctor.records import GuidedToken
 
+# of a question that `WelcomeSettings.covers` refuses
+OUTSIDE = "none of the topics this model knows: the answer will miss the question"
 _WRITTEN_OUT = {"alpha", "mode", "plausibility", "temperature", "max_new_tokens"}  # the rest only where unusual
 
 
@@ -18,6 +21,12 @@ def short_name(model: str) -> str:
     if model.lower().endswith(".gguf"):
         return Path(model.rpartition(":")[2]).stem
     return "/".join(Path(model).parts[-2:])
+
+
+def knows_text(welcome: WelcomeSettings) -> str:
+    """What goes behind the model's name: `` can be asked about ...``."""
+    topics = f": {', '.join(welcome.topics)}; any other question gets a notice" if welcome.topics else ""
+    return f" can be asked about {welcome.knows.rstrip('.')}{topics}."
 
 
 def betas_text(betas: Mapping[str, float]) -> str:
@@ -63,7 +72,11 @@ def token_text(token: "GuidedToken") -> str:
     parts += [f"{name} {logprob:.2f}" for name, logprob in token.doctor_logprobs.items()]
     parts += [f"guided {token.logprob:.2f}", f"KL {token.kl:.2f}"]
     parts += [f"log V of {name} {value:.2f}" for name, value in token.values.items()]
-    return ", ".join(parts) + (", guidance changed the likeliest token" if token.flip else "")
+    if token.flip:
+        parts.append("guidance changed the likeliest token")
+    if token.patient_id not in (-1, token.id):
+        parts.append(f"the patient would say {visible(token.patient_text)!r}")
+    return ", ".join(parts)
 
 
 def percent(logprob: float) -> str:

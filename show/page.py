@@ -20,9 +20,17 @@ if TYPE_CHECKING:
 _LEGEND = (-1.0, -0.6, -0.3, 0.3, 0.6, 1.0)
 
 
-def comparisons_page(views: Iterable["View"]) -> str:
-    """Comparisons below each other; hovering over a token shows its numbers."""
-    return _templates().get_template("comparisons.html").render(views=views)
+def comparisons_page(views: Iterable["View"], summary: str = "") -> str:
+    """Comparisons below each other, then a summary in plain text; hovering over a token shows its numbers."""
+    return _templates().get_template("comparisons.html").render(views=views, summary=summary)
+
+
+def sweep_page(heading: str, header: Sequence[str], rows: Sequence[Sequence[str]], picture: str) -> str:
+    """A sweep as a table and a picture. ``picture`` is an SVG element and goes into the page as it is."""
+    from markupsafe import Markup
+
+    shown = {"heading": heading, "header": header, "rows": rows, "picture": Markup(picture)}
+    return _templates().get_template("sweep.html").render(**shown)
 
 
 def rewards_page(

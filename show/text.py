@@ -18,6 +18,11 @@ def quoted(text: str) -> str:
     return clean(text).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or END
 
 
+def visible(token: str) -> str:
+    """A token in a line of text: its line breaks made visible, END where there is no text."""
+    return clean(token).replace("\n", "⏎") or END
+
+
 def prompt_end(prompt: str) -> str:
     """The cleaned prompt; of a long one the end, because that is what the answers answer."""
     prompt = clean(prompt).strip()

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Span = tuple[int, int]  # first character and the one after the last
@@ -33,13 +33,6 @@ def word_diff(before: str, after: str) -> WordDiff:
         added=sum(j - i for _, _, _, i, j in differing),
         kept=sum(j - i for kind, i, j, _, _ in changes if kind == "equal"),
     )
-
-
-def mark_words(text: str, spans: Iterable[Span], opening: str, closing: str) -> str:
-    """The text with ``opening`` and ``closing`` around every span, as wdiff prints it."""
-    for start, stop in reversed(list(spans)):  # from the end, so that earlier spans keep their place
-        text = f"{text[:start]}{opening}{text[start:stop]}{closing}{text[stop:]}"
-    return text
 
 
 def cut_at_spans(text: str, start: int, spans: Sequence[Span]) -> Iterator[tuple[str, bool]]:

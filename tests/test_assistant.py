@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling, comparing
+from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
+from llmdoctor.comparing import Column, Key, Run, both_sides
 from llmdoctor.decoding.caches.recorded import RecordedKV
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import load_profile
-from llmdoctor.records import Question
+from llmdoctor.records import Answer, Question
 from llmdoctor.settings import TrainSettings
 from llmdoctor.training.doctor import new_doctor
 from llmdoctor.training.folder import save_doctor
@@ -140,7 +142,7 @@ def test_compare_keeps_its_contract(assistant: LLMdoctor) -> None:
         for token in document[side]["tokens"]:
             assert list(token) == [
                 "position", "id", "text", "patient_logprob", "doctor_logprobs", "logprob", "values", "flip", "kl",
-                "alpha", "betas", "top",
+                "alpha", "betas", "top", "patient_id", "patient_text",
             ]  # fmt: skip
             assert len(token["top"]) == 2
     alone, guided = compared.patient, compared.guided
@@ -484,7 +486,8 @@ def test_loading_draws_no_bars(folders: tuple[str, dict[str, Path]], capfd: pyte
 
 
 def test_a_sample_is_what_its_own_seed_says_and_states_it(assistant: LLMdoctor) -> None:
-    made = list(comparing.compared(assistant, [Question("q", (PROMPTS[0],))], seed=7, samples=2))
+    run = Run([Question("q", (PROMPTS[0],))], seed=7, samples=2)
+    made = list(run.compare(both_sides(assistant)))
     assert [(one.sample, one.settings["seed"]) for one in made] == [(1, 7), (2, 8)]
     for one in made:
         alone = assistant.compare(PROMPTS[0], seed=one.settings["seed"])
@@ -493,5 +496,84 @@ def test_a_sample_is_what_its_own_seed_says_and_states_it(assistant: LLMdoctor) 
             ids(alone.guided.tokens),
         )
     assert ids(made[0].patient.tokens) != ids(made[1].patient.tokens)
-    rest = list(comparing.compared(assistant, [Question("q", (PROMPTS[0],))], seed=7, samples=2, skip=1))
-    assert [ids(one.guided.tokens) for one in rest] == [ids(made[1].guided.tokens)]
+
+
+QUESTIONS = [Question(str(i), turns) for i, turns in enumerate([(PROMPTS[0], "Why?"), (PROMPTS[1],), (PROMPTS[2],)])]
+
+
+def test_a_run_that_was_stopped_within_a_batch_goes_on_with_the_same_answers(assistant: LLMdoctor) -> None:
+    """Answers are kept when they finish, not when their batch does; those that are known are not asked for again."""
+    whole = [one.to_dict() for one in Run(QUESTIONS, seed=7).compare(both_sides(assistant))]
+    kept: dict[Key, tuple[Answer, float]] = {}
+
+    def stop_soon(key: Key, timed: tuple[Answer, float]) -> None:
+        kept[key] = timed
+        if len(kept) == 5:  # of 8: one of the guided side's first batch of three
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(Run(QUESTIONS, seed=7, on_answer=stop_soon).compare(both_sides(assistant)))
+    before, asked = dict(kept), []
+    later = Run(QUESTIONS, seed=7, known=kept, on_answer=lambda key, _: asked.append(key))
+    rest = [one.to_dict() for one in later.compare(both_sides(assistant))]
+    assert len(asked) == 3
+    assert not set(asked) & set(before)
+    for mine, other in zip(rest, whole, strict=True):
+        for side in ("patient", "guided"):
+            assert mine[side]["text"] == other[side]["text"]
+            assert ids_of(mine[side]) == ids_of(other[side])
+    assert later.missing(both_sides(assistant)) == 0
+
+
+def ids_of(answer: dict[str, Any]) -> list[int]:
+    return [token["id"] for token in answer["tokens"]]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9, "no_repeat_ngram": 2}])
+@pytest.mark.parametrize("speculation", [True, False])
+def test_a_followed_answer_tells_what_the_patient_alone_would_say(
+    assistant: LLMdoctor, how: dict[str, Any], speculation: bool
+) -> None:
+    """After the same text it is the patient's own draw: so the first place that differs is where the answers part."""
+    assistant.speculation = speculation
+    for seed in (1, 2):
+        (alone,), (guided,) = (
+            assistant.answer_all([PROMPTS[0]], guided=guided, seed=seed, follow=True, **how) for guided in (False, True)
+        )
+        assert all(t.patient_id == t.id and t.patient_text == t.text for t in alone.tokens)
+        away = next((i for i, t in enumerate(guided.tokens) if t.patient_id != t.id), len(guided.tokens))
+        assert ids(guided.tokens[:away]) == ids(alone.tokens[:away])
+        if away < len(guided.tokens):
+            assert guided.tokens[away].patient_id == alone.tokens[away].id != guided.tokens[away].id
+    (same_,) = assistant.answer_all([PROMPTS[0]], guidance=Guidance(), seed=1, follow=True, **how)
+    assert all(t.patient_id == t.id for t in same_.tokens)
+
+
+def test_without_following_it_is_the_patients_likeliest_token(assistant: LLMdoctor) -> None:
+    (answer,) = assistant.answer_all([PROMPTS[0]], guidance=Guidance(1.0, {"kind": 0.0, "safe": 0.0}), seed=3, top=1)
+    assert any(token.patient_id != token.id for token in answer.tokens)
+    for token in answer.tokens:
+        assert (token.patient_id, token.patient_text) == (token.top[0].id, token.top[0].text)
+
+
+def test_columns_of_one_loaded_assistant_say_what_each_says_by_itself(
+    folders: tuple[str, dict[str, Path]], assistant: LLMdoctor
+) -> None:
+    single = LLMdoctor(folders[0], {"mine": folders[1]["safe"]}, beta=0.3, sampling=SHORT)
+    part = assistant.part({"mine": "safe"}, system_prompt=None)
+    guidance = Guidance(betas={"mine": 0.3})
+    for prompt in PROMPTS:
+        (mine,), (its,) = (one.answer_all([prompt], guidance=guidance, seed=5) for one in (part, single))
+        assert ids(mine.tokens) == ids(its.tokens)
+        same(mine.tokens, its.tokens)
+    columns = [*both_sides(assistant), Column("other", part, guidance, SHORT), Column("seed=9", part, guidance, SHORT)]
+    columns[3] = replace(columns[3], sampling=SHORT.replace(seed=9))
+    columns[2] = replace(columns[2], sampling=SHORT.replace(seed=None))
+    (compared,) = Run([Question("q", (PROMPTS[0],))], seed=5).compare(columns)
+    assert [one.name for one in compared.vs] == ["other", "seed=9"]
+    assert [one.settings["seed"] for one in compared.vs] == [5, 9]
+    assert compared.vs[0].settings["betas"] == {"mine": 0.3}
+    assert ids(compared.vs[0].answer.tokens) == ids(single.answer_all([PROMPTS[0]], seed=5)[0].tokens)
+    assert compared.vs[0].metrics["kl"] == pytest.approx(sum(t.kl for t in compared.vs[0].answer.tokens))
+    with pytest.raises(UsageError, match="no doctor 'x'"):
+        assistant.part({"mine": "x"}, system_prompt=None)

@@ -355,11 +355,23 @@ def test_prompts_come_from_text_and_from_json(write):
         ('""', "line 2: empty prompt"),
     ],
 )
-def test_a_prompt_that_cannot_be_used_is_named(write, record, message):
-    path = write('"fine"', record)
+def test_a_prompt_that_cannot_be_used_is_skipped_and_named(write, record, message):
+    notes: list[str] = []
+    path = write('"fine"', record, {"turns": []}, '"good"')
+    assert [question.id for question in read_questions(path, on_note=notes.append)] == ["1", "4"]
+    (note,) = notes
+    assert note.startswith(f"{path}: skipped 2 of 4 records ({message}")
+    path = write(record, record)
     with pytest.raises(DataError) as caught:
         read_prompts(path)
-    assert str(caught.value).startswith(f"{path}, {message}")
+    assert str(caught.value).startswith(f"{path}: none of its 2 records can be used ({message.replace('2', '1', 1)}")
+
+
+def test_ids_that_come_again_are_told_apart(write):
+    records = ({"id": "3", "prompt": "a"}, {"id": "3", "prompt": "b"}, "c", {"id": "3#2", "prompt": "d"}, "e")
+    asked = read_questions(write(*[r if isinstance(r, dict) else f'"{r}"' for r in records]))
+    assert [question.id for question in asked] == ["3", "3#2", "3#3", "3#2#2", "5"]
+    assert [question.fields.get("id") for question in asked] == ["3", "3", None, "3#2", None]
 
 
 def test_questions_come_in_every_common_form_and_what_is_not_used_is_said(write):

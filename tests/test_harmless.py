@@ -1,5 +1,6 @@
 """Text of any origin on its way to a terminal, a page, a picture or JSON."""
 
+import html
 import io
 import json
 import random
@@ -19,6 +20,8 @@ from llmdoctor.cli.picture import svg
 from llmdoctor.cli.terminal import console, put, put_json, say, waiting
 from llmdoctor.errors import DataError
 from llmdoctor.harmless import MARK, clean, finite, json_text, require_unicode
+from llmdoctor.show.page import rewards_page
+from llmdoctor.show.rewards import RewardedText, ShownPair
 from llmdoctor.tui.visible import VisibleControls
 
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -137,6 +140,15 @@ def test_pictures_are_well_formed_whatever_the_text(text):
     drawn = svg([Text(text), text, table], "title")
     parsed(drawn)
     assert harmless(drawn)
+
+
+@pytest.mark.parametrize("text", ATTACKS)
+def test_pages_hold_marks_and_no_markup_of_others(text):
+    side = RewardedText(f"chosen {text}", (text, text), (0.5, -0.5), (0.1, 0.1), (0.2, 0.2))
+    page = rewards_page([ShownPair(text, text, (side,))], heading=[text])
+    assert harmless(page)
+    assert "<script" not in page
+    assert clean(html.escape(text, quote=False)).split("&")[0] in page
 
 
 def test_a_plain_stream_gets_no_escape_at_all():

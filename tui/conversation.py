@@ -8,10 +8,10 @@ from typing import NamedTuple
 from llmdoctor.records import GuidedToken, Speaker
 from llmdoctor.sessions import End, Reply, Turn
 from llmdoctor.settings import WelcomeSettings
+from llmdoctor.show.formats import OUTSIDE
 from llmdoctor.tui.widgets.token_view import Piece
 
 SIDES: tuple[Speaker, Speaker] = ("patient", "guided")
-OUTSIDE = "none of the topics this model knows: the answer will miss the question"
 
 
 class Said(NamedTuple):

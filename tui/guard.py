@@ -20,7 +20,7 @@ def take_any_bytes() -> None:
     with suppress(ImportError):  # on Windows there are no bytes
         from textual.drivers import linux_driver
 
-        linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[attr-defined]
+        linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[assignment]
 
 
 def _forgiving_decoder(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:

@@ -20,7 +20,7 @@ from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.round import Place, Round, draw_round
 from llmdoctor.decoding.rows import Request, Row, Step
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
-from llmdoctor.models import Patient, context_of
+from llmdoctor.models import Patient, context_of, require_embedded
 from llmdoctor.settings import Guidance
 from llmdoctor.training.folder import LoadedDoctor
 
@@ -29,10 +29,11 @@ class Batch:
     """Prompts that are answered together, each as if it were alone.
 
     Every row has its own guidance, sampling, budget, stop strings and seed. ``top`` asks for that many alternatives to
-    every token. ``drafting`` lets a doctor draft ahead; the tokens stay the same, up to the rounding of the models' own
-    arithmetic. ``draft_model``, with the patient's tokens, drafts in place of a doctor. ``with_bases`` is needed for
-    mode "ratio". ``prefix_cache`` keeps the caches of one prompt for the next; such a batch holds one row at a time.
-    Raises UsageError for ``with_bases`` where a doctor has no base.
+    every token, ``follow`` for what the patient alone would draw in its place. ``drafting`` lets a doctor draft ahead;
+    the tokens stay the same, up to the rounding of the models' own arithmetic. ``draft_model``, with the patient's
+    tokens, drafts in place of a doctor. ``with_bases`` is needed for mode "ratio". ``prefix_cache`` keeps the caches of
+    one prompt for the next; such a batch holds one row at a time. Raises UsageError for ``with_bases`` where a doctor
+    has no base.
 
         batch = Batch(patient, doctors)
         batch.join([Request(prompt, lambda: guidance, sampling, seed=1)])
@@ -47,6 +48,7 @@ class Batch:
         doctors: Mapping[str, LoadedDoctor],
         *,
         top: int = 0,
+        follow: bool = False,
         drafting: Drafting | None = None,
         draft_model: PreTrainedModel | None = None,
         with_bases: bool = False,
@@ -55,6 +57,7 @@ class Batch:
         if with_bases and (lacking := [name for name, doctor in doctors.items() if doctor.base is None]):
             raise UsageError(f'mode "ratio" needs the base model of doctor {lacking[0]!r}: load it with mode="ratio"')
         self.patient, self.doctors, self.top, self.drafting = patient, doctors, top, drafting
+        self.follow = follow
         self.with_bases, self.prefix_cache = with_bases, prefix_cache
         self.draft_model = draft_model if drafting is not None else None
         self.context = min([patient.context, *(context_of(doctor.model) for doctor in doctors.values())])
@@ -91,6 +94,9 @@ class Batch:
         for request in requests:
             if not request.prompt:
                 raise UsageError("the prompt is empty: it has no token to continue from")
+            self.patient.require_embedded(request.prompt)
+            for name, doctor in self.doctors.items():
+                require_embedded(doctor.model, self.patient.tokenizer, request.prompt, f"the doctor {name}")
             if (room := self.context - len(request.prompt)) <= 0:
                 raise UsageError(
                     f"the prompt is {len(request.prompt)} tokens long and the models' context holds {self.context}: "
@@ -246,7 +252,9 @@ class Batch:
         forbidden: list[list[set[int]]] = []
         if any(sampling.no_repeat_ngram for sampling in samplings):
             forbidden = [row.forbidden(drafts) for row, drafts in zip(rows, round_.drafts_B_K.tolist(), strict=True)]
-        return draw_round(round_, guidances, samplings, keys_B_J, top=self.top, forced=forced, forbidden=forbidden)
+        return draw_round(
+            round_, guidances, samplings, keys_B_J, top=self.top, forced=forced, forbidden=forbidden, follow=self.follow
+        )
 
     def _steps(self, row: Row, place: Place, values: Mapping[str, float]) -> Iterator[Step]:
         """Take a place's token: the steps that may be shown now."""

@@ -23,6 +23,7 @@ def decode(
     *,
     seed: int | Sequence[int],
     top: int = 0,
+    follow: bool = False,
     drafting: Drafting | None = None,
     draft_model: PreTrainedModel | None = None,
     prefix_cache: PrefixCache | None = None,
@@ -38,8 +39,9 @@ def decode(
     ``drafting`` lets a doctor, or ``draft_model``, draft ahead; without it every token costs one forward of every
     model. Both ways draw the same tokens from the same seed, up to the rounding of the models' own arithmetic. Where
     drafts cannot be taken back (recurrent states, with a warning; a batch over a sliding window) the plain path is
-    used. ``prefix_cache`` keeps the caches of a single prompt for the next one. ``first`` is the first token instead of
-    a draw. The last ``begun`` tokens of every prompt are the beginning of its answer.
+    used. ``top`` and ``follow`` are those of `Batch`. ``prefix_cache`` keeps the caches of a single prompt for the next
+    one. ``first`` is the first token instead of a draw. The last ``begun`` tokens of every prompt are the beginning of
+    its answer.
 
     Raises UsageError for guidance that names no doctor or lacks its bases, for a prompt that is empty or fills the
     context, and for lists of another length than ``prompts``. While it runs: UsageError when guidance becomes wrong,
@@ -57,6 +59,7 @@ def decode(
         patient,
         doctors,
         top=top,
+        follow=follow,
         drafting=drafting,
         draft_model=draft_model,
         with_bases=any(read().mode == "ratio" for read in dict.fromkeys(reads)),

@@ -66,8 +66,8 @@ class Place:
     """The token drawn at one place of a row, as plain numbers.
 
     ``drafted`` says that it is the drafted token, so that the next place can be drawn from the same round. ``values``
-    is log V after it, empty where it is not drafted: the doctors have not read it yet. ``flip`` and ``kl`` are those of
-    `GuidedToken`; ``top`` are the likeliest tokens of the product.
+    is log V after it, empty where it is not drafted: the doctors have not read it yet. ``flip``, ``kl`` and
+    ``patient_id`` are those of `GuidedToken`; ``top`` are the likeliest tokens of the product.
     """
 
     drawn: Choice
@@ -75,6 +75,7 @@ class Place:
     values: Mapping[str, float]
     flip: bool
     kl: float
+    patient_id: int
     top: tuple[Choice, ...] = ()
 
 
@@ -88,21 +89,27 @@ def draw_round(
     top: int = 0,
     forced: Sequence[int | None] = (),
     forbidden: Sequence[Sequence[Collection[int]]] = (),
+    follow: bool = False,
 ) -> list[list[Place]]:
     """Draw the tokens of every row: its drafted tokens as far as they agree with the draw, and one further token.
 
     ``guidances`` and ``samplings`` hold one for each row. ``keys_B_J`` (int64) are all the randomness: the token of
     a place depends on its own key only, whatever was drafted. ``top`` asks for that many likeliest tokens.
     ``forced`` ids, one for each row or none at all, take the first place instead of a draw (None: draw). ``forbidden``
-    ids, by row and place or none at all, are not drawn while there are others (`repetition.without`).
+    ids, by row and place or none at all, are not drawn while there are others (`repetition.without`). With ``follow``
+    the ``patient_id`` of a place is what the patient alone would draw there with its key, else its likeliest token.
     """
     product_B_J_V = _products(round_, guidances)
     ids_B_J = _draws(product_B_J_V, samplings, keys_B_J, forbidden)
+    if follow:
+        patient_ids_B_J = _draws(round_.patient_B_J_V, samplings, keys_B_J, forbidden)
+    else:
+        patient_ids_B_J = round_.patient_B_J_V.argmax(dim=-1)
     for row, token in enumerate(forced):
         if token is not None:
             ids_B_J[row, 0] = token
     # everything is worked out on the device first, for all places: it costs less than a look at each token
-    numbers = _Numbers.of(round_, product_B_J_V, ids_B_J)
+    numbers = _Numbers.of(round_, product_B_J_V, ids_B_J, patient_ids_B_J)
     best = _tops(round_, product_B_J_V, top) if top else None
     rows = []
     for row, ids in enumerate(numbers.ids):
@@ -122,6 +129,7 @@ def draw_round(
                     {name: column[row][at] for name, column in numbers.values.items()} if drafted else {},
                     bool(numbers.flip[row][at]),
                     numbers.kl[row][at],
+                    numbers.patient_ids[row][at],
                     best[row][at] if best else (),
                 )
             )
@@ -179,6 +187,7 @@ class _Numbers:
 
     ids: list[list[int]]
     drafts: list[list[int]]
+    patient_ids: list[list[int]]
     product: list[list[float]]
     patient: list[list[float]]
     kl: list[list[float]]
@@ -187,7 +196,7 @@ class _Numbers:
     values: dict[str, list[list[float]]]
 
     @classmethod
-    def of(cls, round_: Round, product_B_J_V: Tensor, ids_B_J: Tensor) -> "_Numbers":
+    def of(cls, round_: Round, product_B_J_V: Tensor, ids_B_J: Tensor, patient_ids_B_J: Tensor) -> "_Numbers":
         picked_B_J_1 = ids_B_J[..., None]
 
         def of_drawn(logprobs_B_J_V: Tensor) -> Tensor:
@@ -199,17 +208,19 @@ class _Numbers:
             of_drawn(product_B_J_V),
             of_drawn(round_.patient_B_J_V),
             kl_divergence(product_B_J_V, round_.patient_B_J_V),
+            patient_ids_B_J,
             _flips(product_B_J_V, round_.patient_B_J_V),
             *map(of_drawn, round_.doctors_B_J_V.values()),
             *(torch.nn.functional.pad(values_B_K, (0, 1)) for values_B_K in round_.values_B_K.values()),
         ]
         # one transfer from the device instead of one for each column; ids up to 2^24 are exact in float32
         table = torch.stack([column.to(product_B_J_V.dtype) for column in columns]).tolist()
-        ids, drafts, drawn, patient, kl, flip, *rest = table
+        ids, drafts, drawn, patient, kl, patient_ids, flip, *rest = table
         names = list(round_.doctors_B_J_V)
         return cls(
             ids=[[int(i) for i in row] for row in ids],
             drafts=[row[:-1] for row in drafts],
+            patient_ids=[[int(i) for i in row] for row in patient_ids],
             product=drawn,
             patient=patient,
             kl=kl,

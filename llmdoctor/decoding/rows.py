@@ -119,10 +119,11 @@ class Row:
         if math.isnan(drawn.logprob):
             raise LoadError(not_numbers("the models' log-probs"))
         last = drawn.id in self._patient.eos_ids or self.position + 1 >= self.budget
+        text = self._texts.push(drawn.id, last=last)
         return GuidedToken(
             position=self.position,
             id=drawn.id,
-            text=self._texts.push(drawn.id, last=last),
+            text=text,
             patient_logprob=drawn.patient_logprob,
             doctor_logprobs=drawn.doctor_logprobs,
             logprob=drawn.logprob,
@@ -134,14 +135,20 @@ class Row:
             top=tuple(
                 Alternative(
                     id=choice.id,
-                    text=text_behind(self._patient.tokenizer, self._last, choice.id),
+                    text=self._spelt(choice.id),
                     patient_logprob=choice.patient_logprob,
                     doctor_logprobs=choice.doctor_logprobs,
                     logprob=choice.logprob,
                 )
                 for choice in place.top
             ),
+            patient_id=place.patient_id,
+            patient_text=text if place.patient_id == drawn.id else self._spelt(place.patient_id),
         )
+
+    def _spelt(self, token: int) -> str:
+        """The text of a token behind the last one: some pieces begin with a space only there."""
+        return text_behind(self._patient.tokenizer, self._last, token)
 
     def _release(self, token: GuidedToken) -> list[Step]:
         """All tokens held and this one, unless their text may be the beginning of a stop string.

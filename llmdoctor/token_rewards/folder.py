@@ -222,7 +222,7 @@ def _with_probe(pairs: Iterator[PairScores], rewards: Floats) -> Iterator[PairSc
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
+    if not (present(folder) and folder.is_dir()):
         raise LoadError(f"no rewards folder at {folder}: run `llmdoctor extract --output {folder}` first")
     path = folder / "meta.json"
     if not path.is_file():

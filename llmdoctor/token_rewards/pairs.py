@@ -4,7 +4,8 @@ import json
 import random
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from llmdoctor.errors import DataError
@@ -101,19 +102,26 @@ def _nothing_usable(source: str | Path, skipped: list[SkippedRecord]) -> DataErr
 
 
 def read_questions(
-    path: str | Path, *, name: str | None = None, on_note: Callable[[str], None] | None = None
+    path: str | Path,
+    *,
+    name: str | None = None,
+    used: Collection[str] = (),
+    on_note: Callable[[str], None] | None = None,
 ) -> list[Question]:
     """What a file asks: a text file, one question per line, or records, in any of the forms of `read_pairs`' files.
 
     A record is a text, a conversation, or an object whose column ``prompt``, ``turns``, ``instruction``, ``messages``
-    or the like holds one; of preference pairs the prompt is taken. ``on_note`` gets one line if anything in the file is
-    not used. ``name`` is what messages call the file. Raises DataError for a file that is absent, empty or damaged.
+    or the like holds one; of preference pairs the prompt is taken. Records that cannot be used are skipped. An id that
+    comes again gets a number: ``7``, ``7#2``. ``on_note`` gets one line about what was skipped, and one if columns are
+    not used, except for those that the caller says it ``used``. ``name`` is what messages call the file. Raises
+    DataError for a file that is absent, damaged or without anything usable.
     """
     called = name or str(path)
     file = local_path(path)
     if file is None or file.is_dir():
         raise DataError(f"no file at {called}: expected prompts, one per line, or a .jsonl, .json or .csv file")
     questions: list[Question] = []
+    skipped: list[SkippedRecord] = []
     unused: dict[str, None] = {}
     if suffix(file) in SUFFIXES:
         known = shapes(None, None)
@@ -121,20 +129,40 @@ def read_questions(
             try:
                 question, rest = to_question(line, record, known)
             except Unusable as reason:
-                raise DataError(f"{called}, line {line}: {reason}") from None
+                skipped.append(SkippedRecord(line, str(reason)))
+                continue
             questions.append(question)
-            unused.update(dict.fromkeys(rest))
+            unused.update(dict.fromkeys(column for column in rest if column not in used))
     else:
         questions += (Question(str(line), (text,)) for line, text in enumerate(text_lines(file), start=1))
+    first = f"line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
+    if not questions and skipped:
+        raise DataError(f"{called}: none of its {len(skipped)} records can be used ({first})")
     if not questions:
         raise DataError(f"{called} is empty: expected at least one prompt")
+    if skipped and on_note:
+        on_note(f"{called}: skipped {len(skipped)} of {len(skipped) + len(questions)} records ({first})")
     if unused and on_note:
         turns = max(len(question.turns) for question in questions)
         count = f"{len(questions)} prompt{'s' * (len(questions) > 1)}" + (f" of {turns} turns" if turns > 1 else "")
         on_note(f"{called}: {count}; not used: {', '.join(unused)}")
-    return questions
+    return _told_apart(questions)
 
 
-def read_prompts(path: str | Path) -> list[str | list[Message]]:
+def _told_apart(questions: Iterable[Question]) -> list[Question]:
+    """The questions, each with an id of its own."""
+    met: set[str] = set()
+    apart = []
+    for question in questions:
+        id, number = question.id, 1
+        while id in met:
+            number += 1
+            id = f"{question.id}#{number}"
+        met.add(id)
+        apart.append(replace(question, id=id))
+    return apart
+
+
+def read_prompts(path: str | Path, *, on_note: Callable[[str], None] | None = None) -> list[str | list[Message]]:
     """The first turns of `read_questions`."""
-    return [question.turns[0] for question in read_questions(path)]
+    return [question.turns[0] for question in read_questions(path, on_note=on_note)]

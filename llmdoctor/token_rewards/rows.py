@@ -73,7 +73,9 @@ class PatientRows:
     def forward(self, rows: Sequence[tuple[list[int], Unit]], **options: Any) -> Any:
         """The backbone's output over these rows, padded on the right; ``options`` go to its forward."""
         device = self._patient.model.device
-        sequences = [torch.tensor(prompt + [t for r in unit for t in r.response]) for prompt, unit in rows]
+        listed = [prompt + [t for r in unit for t in r.response] for prompt, unit in rows]
+        self._patient.require_embedded(max(ids, default=0) for ids in listed)
+        sequences = [torch.tensor(ids) for ids in listed]
         ids_R_L = pad_sequence(sequences, batch_first=True).to(device)
         if all(len(unit) == 1 for _, unit in rows):
             lengths_R = torch.tensor([len(s) for s in sequences], device=device)

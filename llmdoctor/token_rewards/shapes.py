@@ -373,7 +373,7 @@ def _recognised(columns: Columns, known: tuple[Shape, ...]) -> Shape:
 
 
 def _found(columns: Columns) -> str:
-    return ", ".join(str(name)[:40] for name in columns) or "none"
+    return ", ".join(" ".join(str(name)[:40].split()) for name in [*columns][:20]) or "none"
 
 
 def _prompt(columns: Columns, shape: Shape) -> tuple[list[str], object]:

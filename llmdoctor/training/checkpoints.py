@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmdoctor.artefacts import Artefact
 from llmdoctor.errors import UsageError
 from llmdoctor.files import read_json, write_json
 from llmdoctor.training.progress import Progress
@@ -66,11 +67,11 @@ def resume_point(work: Path, identity: dict[str, Any], *, fresh: bool, first: bo
     """
     checkpoint = last_checkpoint(work)
     if checkpoint and not fresh:
-        held = read_json(work / "run.json")
+        held = read_json(work / "run.json", Artefact)
         if held == identity:
             return checkpoint
         nested = ("reward_settings", "settings")
-        before, now = (run.get("reward_settings", {}) | run["settings"] | run for run in (held, identity))
+        before, now = (_flat(run) for run in (held, identity))
         differs = [key for key in now if key not in nested and before.get(key) != now[key]]
         raise UsageError(
             f"{work} holds a run stopped at step {checkpoint_step(checkpoint)} with another {', '.join(differs)}: "
@@ -80,6 +81,11 @@ def resume_point(work: Path, identity: dict[str, Any], *, fresh: bool, first: bo
         shutil.rmtree(work, ignore_errors=True)
         write_json(work / "run.json", identity)
     return None
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    groups = [group for name in ("reward_settings", "settings") if isinstance(group := run.get(name), dict)]
+    return {key: value for group in (*groups, run) for key, value in group.items()}
 
 
 @contextmanager

@@ -274,9 +274,12 @@ def _find_base(folder: Path, meta: Mapping[str, Any], given: str | Path | None) 
         _require_base(folder, meta, str(given))
         return str(given)
     named = str(meta["base_model"])
-    places = [str((folder / named).resolve()) if named.startswith(".") else named]
-    if beside := meta.get("base_beside"):
-        places.append(str((folder / str(beside)).resolve()))
+    try:
+        places = [str((folder / named).resolve()) if named.startswith(".") else named]
+        if beside := meta.get("base_beside"):
+            places.append(str((folder / str(beside)).resolve()))
+    except (OSError, ValueError) as error:  # a NUL, or links in a ring
+        raise LoadError(f"{folder / DOCTOR}: base_model or base_beside is no path ({first_line(error)})") from error
     for place in places:
         try:
             if _is_base(meta, place) is not False:

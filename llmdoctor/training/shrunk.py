@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from llmdoctor.errors import LoadError
 from llmdoctor.files import read_json
-from llmdoctor.model_source import ModelSource, first_line
+from llmdoctor.model_source import ModelSource
 
 MARKER = "shrunk.json"
 
@@ -15,14 +14,11 @@ def shrunk_from_another(base: str | Path, fingerprint: str, patient: str) -> str
     marker = where.file(MARKER, download=False)
     if marker is None or where.fingerprint() == fingerprint:  # it may be the patient itself
         return None
-    try:
-        held = read_json(marker)
-    except (OSError, ValueError) as error:
-        raise LoadError(f"cannot read {marker}: {first_line(error)}") from error
-    found = held.get("patient_fingerprint") if isinstance(held, dict) else None
-    if found == fingerprint:
+    held = read_json(marker)
+    held = held if isinstance(held, dict) else {}
+    if held.get("patient_fingerprint") == fingerprint:
         return None
-    made_from = held.get("patient", "?") if isinstance(held, dict) else "?"
+    made_from = held.get("patient", "?")
     return (
         f"{base} was shrunk from another patient, {made_from}, and learnt to speak like that one: expected a model "
         f"shrunk from {patient} (llmdoctor shrink)"

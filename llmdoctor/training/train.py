@@ -10,13 +10,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from llmdoctor import __version__
 from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, locked
 from llmdoctor.harmless import require_unicode
-from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint
+from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint, require_embedded
 from llmdoctor.records import TokenScores, TrainStep
 from llmdoctor.settings import RewardSettings, TrainSettings
 from llmdoctor.token_rewards.fit import face_weights
@@ -108,7 +109,7 @@ def _train(
     doctor, tokenizer = new_doctor(base_model, settings, trust_remote_code=trust_remote_code)
     _require_tokenizer(folder, doctor.vocabulary, base_model)
     weights = face_weights(folder, folder.signals, reward_settings)
-    pairs = _fitting_pairs(folder, doctor, reward_settings, weights, settings.ceiling)
+    pairs = _fitting_pairs(folder, doctor, tokenizer, reward_settings, weights, settings.ceiling)
     training, held_out = hold_out(pairs, settings.holdout, settings.seed)
 
     work = output.with_name(f".{output.name}.training")
@@ -189,6 +190,7 @@ def _require_tokenizer(folder: RewardsFolder, vocabulary: Vocabulary, base_model
 def _fitting_pairs(
     folder: RewardsFolder,
     doctor: Doctor,
+    tokenizer: PreTrainedTokenizerBase,
     settings: RewardSettings,
     weights: dict[str, float],
     ceiling: float | None,
@@ -202,6 +204,9 @@ def _fitting_pairs(
         return len(scores.prompt_ids) + len(scores.response_ids) <= context
 
     pairs = [sides(pair, settings, weights, ceiling) for pair in folder if fits(pair.chosen) and fits(pair.rejected)]
+    model, name = doctor.lm, f"the doctor's base {getattr(doctor.lm.config, 'name_or_path', '')}"
+    ids = (int(part.max()) for pair in pairs for side in pair for part in (side.prompt, side.response))
+    require_embedded(model, tokenizer, ids, name)  # type: ignore[arg-type]
     if not pairs:
         raise DataError(
             f"none of the {len(folder)} pairs in {folder.path} fits the doctor's context of {context} tokens"

@@ -14,7 +14,8 @@ from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
 from llmdoctor.profile import load_profile
 from llmdoctor.sessions import Session, Turn
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
+from llmdoctor.show.formats import OUTSIDE
 from llmdoctor.tui.start import start_of
 
 
@@ -67,6 +68,13 @@ def test_every_line_of_a_pipe_is_a_turn_and_stdout_is_the_answers(run, assistant
     assert (sampling["seed"], sampling["top_p"], sampling["max_new_tokens"]) == (3, 0.9, 240)
 
 
+def test_a_question_about_what_the_model_does_not_know_has_a_notice(assistant, capsys):
+    talk = chat.Conversation(assistant, Sampling(seed=1), load_profile("clinic").welcome, as_json=False)
+    for line in ("How can I sleep better?", "Any more?", "/reset", "Any more?"):
+        talk.take(line)
+    assert capsys.readouterr().err == f"the conversation starts again\n({OUTSIDE})\n"
+
+
 def test_reset_forgets_and_quit_leaves(run, assistant):
     result = run("chat", input="first\n/reset\nsecond\n/quit\nnever\n")
     assert result.exit_code == 0
@@ -80,7 +88,7 @@ def test_set_changes_guidance_and_sampling(run, assistant):
     assert guidance.alpha == 0.5
     assert guidance.betas == {"helpful": 2.0, "safe": 0.9}
     assert (sampling["temperature"], sampling["top_k"], sampling["seed"]) == (0.0, 4, 5)
-    assert "alpha 0.5, beta helpful=2 safe=0.9, greedy, top-k 4, seed 5" in result.stderr
+    assert "alpha 0.5, beta helpful=2 safe=0.9, greedy, top-k 4, no-repeat-ngram 6, seed 5" in result.stderr
     assert result.stdout == "one two three\n"
 
 
@@ -170,7 +178,7 @@ def test_ctrl_d_and_ctrl_c_at_the_prompt_leave_quietly(leaving, monkeypatch, cap
 def test_tokens_stream_in_colour_on_a_terminal(assistant, monkeypatch, capsys):
     monkeypatch.setattr(chat, "decorated", lambda _stream: True)
     monkeypatch.setattr(chat, "console", _colour_console)
-    talk = chat.Conversation(assistant, Sampling(seed=1), as_json=False)
+    talk = chat.Conversation(assistant, Sampling(seed=1), WelcomeSettings(), as_json=False)
     assert talk.take("hello")
     out = capsys.readouterr().out
     assert "\x1b[38;2;" in out

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from llmdoctor.profile import load_profile, profile_names
 
 QUESTION = "How can I sleep better?"
@@ -24,6 +22,8 @@ GUIDED_TOKEN_KEYS = [
     "alpha",
     "betas",
     "top",
+    "patient_id",
+    "patient_text",
 ]
 
 
@@ -89,64 +89,6 @@ def test_compare_reads_the_prompt_from_stdin_and_lists_alternatives(run):
         assert [list(other) for other in token["top"]] == [
             ["id", "text", "patient_logprob", "doctor_logprobs", "logprob"]
         ] * 3
-
-
-def test_compare_many_prompts_in_one_run(run, tmp_path):
-    """Both turns are answered; stopped, the run goes on with the same answers; the files have their programs' keys."""
-    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
-    prompts.write_text(
-        '{"prompt": "How can I cook rice?","dataset": "d"}\n{"question_id": 81, "turns": ["How can I relax?", "So?"]}\n'
-    )
-    command = ("compare", "--prompts", prompts, "--max-new-tokens", 4, "--output", tmp_path / "a.jsonl")
-    files = (
-        "--html",
-        out / "a.html",
-        "--markdown",
-        out / "a.md",
-        "--alpaca-eval",
-        out / "ae",
-        "--mt-bench",
-        out / "mt",
-    )
-    result = run(*command, *files, "--seed", 1, "--jsonl")
-    made = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [(one["prompt"], one["id"], one["turn"]) for one in made] == [
-        ("How can I cook rice?", "1", 1),
-        ("How can I relax?", "81", 1),
-        ("So?", "81", 2),
-    ]
-    assert f"{prompts}: 2 prompts of 2 turns; not used: dataset" in result.stderr
-    assert all(path.exists() for path in (out / "a.html", out / "a.md"))
-    assert json.loads((out / "ae" / "guided.json").read_text())[0] == {
-        "instruction": "How can I cook rice?",
-        "output": made[0]["guided"]["text"].strip(),
-        "generator": "guided",
-        "dataset": "d",
-    }
-    answered = json.loads((out / "mt" / "patient.jsonl").read_text().splitlines()[1])
-    assert list(answered) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
-    assert answered["question_id"] == 81
-    assert answered["choices"] == [{"index": 0, "turns": [one["patient"]["text"].strip() for one in made[1:]]}]
-
-    whole = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "a.jsonl").write_text(whole[0] + whole[1] + whole[2][:80])
-    again = json.loads(run(*command, "--json").stdout)
-    assert [one["guided"]["text"] for one in again["comparisons"]] == [one["guided"]["text"] for one in made]
-    assert again["summary"]["guided"]["tokens"]["value"] == 4
-    before = (tmp_path / "a.jsonl").read_bytes()
-    for other in (("--temperature", 0.5), ("--seed", 2), ("--samples", 2)):
-        refused = run(*command, *other)
-        assert refused.exit_code == 2
-        assert "give another --output" in refused.stderr
-        assert (tmp_path / "a.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("kind", ["html", "svg"])
-def test_compare_writes_pictures(kind, run, tmp_path):
-    path = tmp_path / f"answer.{kind}"
-    result = run("compare", QUESTION, f"--{kind}", path, "--max-new-tokens", 8)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"wrote {path}\n")
-    assert "patient" in path.read_text(encoding="utf-8")
 
 
 def test_chat_streams_and_goes_on_after_a_prompt_that_is_too_long(run):

@@ -16,7 +16,7 @@ from textual.widgets import DataTable
 from llmdoctor.errors import LoadError
 from llmdoctor.sessions import Session, Turn
 from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
-from llmdoctor.tui.conversation import OUTSIDE
+from llmdoctor.show.formats import OUTSIDE
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.help import HelpScreen
 from llmdoctor.tui.screens.sessions import SessionsScreen

@@ -9,6 +9,7 @@ import threading
 import unicodedata
 from contextlib import suppress
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 from transformers import AutoTokenizer
@@ -182,7 +183,7 @@ def test_the_app_in_a_terminal_shows_marks_and_survives_bytes_that_are_no_text(h
     assert MARK in seen
 
 
-def test_the_browser_of_rewards_shows_marks(drive):
+def test_the_browser_of_rewards_shows_marks(drive, tmp_path):
     text = RewardedText(f"chosen{NAME}", ATTACKS, (0.5,) * len(ATTACKS))
     numbers = [0.1] * len(ATTACKS)
 
@@ -201,6 +202,8 @@ def test_the_browser_of_rewards_shows_marks(drive):
         assert MARK in d.text()
 
     drive(browser, steps)
+    (picture,) = tmp_path.glob("*.svg")
+    ElementTree.parse(picture)  # well-formed
 
 
 class HostileAssistant(FakeAssistant):

@@ -11,6 +11,7 @@ from textual.message import Message
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
+from llmdoctor.show.formats import knows_text
 from llmdoctor.show.text import clean
 from llmdoctor.tui.start import Start
 
@@ -71,12 +72,7 @@ class Welcome(VerticalScroll, can_focus=False):
         )  # fmt: skip
 
     def _knows(self) -> Text:
-        said = self._start.welcome
-        text = Text(clean(self._start.patient), "bold")
-        text = Text.assemble(text, f" can be asked about {clean(said.knows).rstrip('.')}")
-        if said.topics:
-            text.append(f": {clean(', '.join(said.topics))}; any other question gets a notice")
-        return text.append(".")
+        return Text.assemble((clean(self._start.patient), "bold"), clean(knows_text(self._start.welcome)))
 
     @on(OptionList.OptionSelected)
     def _pressed(self, event: OptionList.OptionSelected) -> None:

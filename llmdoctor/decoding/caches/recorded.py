@@ -1,9 +1,9 @@
 """A decoding step recorded as one graph: on a CPU a small model's time goes into Python and launches, not arithmetic.
 
 The recorded step runs the same operations on the same weights without the Python between them; on the 12-layer clinic
-patient it is 2.7 times as fast, with bit-equal logits. The recorder is ``torch.jit.trace``, which torch has deprecated.
-It is used in this file only: ``torch.compile`` and ``torch.export`` take longer to start than a short answer takes.
-Where it is missing or fails, steps run as the model has them, and a warning says so.
+patient it is 2.7 times as fast, with bit-equal logits. The recorder is that of ``torch.jit.trace``, which torch has
+deprecated. It is used in this file only: ``torch.compile`` and ``torch.export`` take longer to start than a short
+answer takes. Where it is missing or fails, steps run as the model has them, and a warning says so.
 """
 
 import warnings
@@ -135,7 +135,9 @@ def _record(model: PreTrainedModel) -> Graph:
         layers: list[Any] = model(input_ids=ids_B_T[:, :1], use_cache=True).past_key_values.layers
         past: list[Tensor] = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         example = (ids_B_T, *_places(ids_B_T, None, 1, layers[0].keys.dtype), *past)
-        graph: Graph = torch.jit.trace(step, example, check_trace=False)
+        # torch.jit.trace does the same, but keeps what it has made, and with it the weights, as long as the process
+        traced, _ = torch._C._create_graph_by_tracing(step, example, lambda _value: "", True, False)
+        graph: Graph = torch._C._create_function_from_graph("step", traced)
     doubts = [
         warning
         for warning in heard

@@ -1,0 +1,561 @@
+"""What is read from a model, a doctor or a rewards folder may be anything: it is used in full or refused in one line.
+
+Each test is an attack that once gave a traceback, or passed in silence.
+"""
+
+import copy
+import json
+import os
+import shutil
+import socket
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
+
+from llmdoctor.adapters import log_probs
+from llmdoctor.artefacts import AdapterConfig, DoctorFile, RewardsMeta
+from llmdoctor.decoding.decode import decode
+from llmdoctor.decoding.rows import patient_alone
+from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
+from llmdoctor.files import file_checksum, read_json, write_json
+from llmdoctor.models import Vocabulary, load_lm, load_patient, load_tokenizer, model_fingerprint
+from llmdoctor.profile import load_profile
+from llmdoctor.records import FacePair, PairScores, TokenScores
+from llmdoctor.settings import DataSettings, RewardSettings, Sampling, TrainSettings
+from llmdoctor.tensors import read_tensors
+from llmdoctor.text import conversation, prompt_ids
+from llmdoctor.token_rewards.extract import extract
+from llmdoctor.token_rewards.folder import SCHEMA_VERSION, RewardsFolder, write_shard
+from llmdoctor.token_rewards.pairs import read_pairs, read_questions
+from llmdoctor.token_rewards.sources import fingerprint
+from llmdoctor.training.doctor import Doctor, new_doctor
+from llmdoctor.training.folder import load_doctor, save_doctor
+from llmdoctor.training.train import train
+
+ODD: list[Any] = [None, "", "x\0y", [], [1], {}, {"a": []}, True, -1, 10**400, 1e308, "\ud800", [[]] * 3]
+META = {"name": "d", "settings": {"train": {"method": "lora"}}}
+
+
+def fine_or_refused(action: Any) -> None:
+    """It works, or says in one line why not."""
+    with suppress(LLMDoctorError):
+        action()
+        return
+    refusal(action)
+
+
+def refusal(action: Any, kind: type[LLMDoctorError] = LLMDoctorError) -> str:
+    with pytest.raises(kind) as refused:
+        action()
+    text = str(refused.value)
+    assert "\n" not in text
+    assert len(text) < 1000
+    return text
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return tiny_model("llama", tie_word_embeddings=True)
+
+
+def adapted(base: Path, config: Any) -> PeftModel:
+    """An adapter that does something, on a base."""
+    model = get_peft_model(load_lm(base, device="cpu"), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def doctor(base, tmp_path_factory):
+    """A saved doctor with LoRA."""
+    folder = tmp_path_factory.mktemp("doctor") / "d"
+    made, tokenizer = new_doctor(base, TrainSettings(lora_rank=2, lora_targets=("q_proj", "v_proj"), device="cpu"))
+    with torch.no_grad():
+        for name, parameter in made.lm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    save_doctor(folder, made, tokenizer, {**META, "base_model": str(base)})
+    return folder
+
+
+@pytest.fixture
+def spoilt(doctor, tmp_path):
+    return Path(shutil.copytree(doctor, tmp_path / "spoilt"))
+
+
+# --- a saved doctor gives its own log-probs when loaded -------------------------------------------------------------
+
+
+KINDS = {
+    "lora": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
+    "lora on the head": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"]),
+    "lora on the embedding": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens", "q_proj"]),
+    "dora": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["v_proj"], use_dora=True),
+    "a whole head": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[]),
+    "loha": LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
+    "oft": OFTConfig(task_type="CAUSAL_LM", oft_block_size=4, target_modules=["q_proj"]),
+    "vblora": VBLoRAConfig(
+        task_type="CAUSAL_LM", r=2, num_vectors=8, vector_length=8, topk=2, target_modules=["v_proj"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_doctor_is_itself_when_loaded(kind, base, tmp_path):
+    """Also LoRA on a head that is tied to the embedding: merged into both it would be another model."""
+    model = adapted(base, copy.deepcopy(KINDS[kind]))
+    tokenizer = load_tokenizer(base)
+    made = Doctor(model, Vocabulary.of(tokenizer))
+    ids = torch.arange(20, 40)[None]
+    own = log_probs(model, ids)
+    with model.disable_adapter():
+        plain = log_probs(model, ids)
+    save_doctor(tmp_path / "d", made, tokenizer, {**META, "base_model": str(base)})
+    loaded = load_doctor(tmp_path / "d", dtype="float32", device="cpu")
+    torch.testing.assert_close(log_probs(loaded.model, ids), own, atol=1e-4, rtol=1e-4)
+    assert (own - plain).abs().max() > 0.01
+    (tmp_path / "a").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "d" / file, tmp_path / "a" / file)
+    patient = load_lm(tmp_path / "a", dtype="float32", device="cpu")
+    torch.testing.assert_close(log_probs(patient, ids), own, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(config, base, tmp_path):
+    adapted(base, config).save_pretrained(tmp_path / "a")
+    assert "cannot be merged" in refusal(lambda: load_lm(tmp_path / "a", device="cpu"), LoadError)
+
+
+def test_a_doctor_that_would_load_as_another_is_not_saved(base, tmp_path):
+    """A weight that was trained but is not part of the adapter."""
+    model = adapted(base, copy.deepcopy(KINDS["lora"]))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(torch.randn_like(model.get_input_embeddings().weight))
+    made, tokenizer = Doctor(model, Vocabulary.of(load_tokenizer(base))), load_tokenizer(base)
+    save = lambda: save_doctor(tmp_path / "d", made, tokenizer, {**META, "base_model": str(base)})  # noqa: E731
+    assert "other log-probs" in refusal(save, LoadError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rewards_of_another_adapter_are_not_its_own(base, tmp_path):
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = get_peft_model(load_lm(base, device="cpu"), LoraConfig(r=2, target_modules=["q_proj"]))
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        model.save_pretrained(tmp_path / str(seed))
+        folders.append(tmp_path / str(seed))
+    assert len({model_fingerprint(folder) for folder in (*folders, base)}) == 3
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def change(path: Path, edit: Any) -> None:
+    held = load_file(path)
+    edit(held)
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, path)
+
+
+def drop(held: Any) -> None:
+    del held[next(name for name in held if "lora_B" in name)]
+
+
+def rename(held: Any) -> None:
+    for name in [name for name in held if "layers.1" in name]:
+        held[name.replace("layers.1", "layers.7")] = held.pop(name)
+
+
+def replace(held: Any) -> None:
+    held.clear()
+    held["something.else"] = torch.ones(2, 2)
+
+
+def nan(held: Any) -> None:
+    held[next(iter(held))][0] = float("nan")
+
+
+def wide(held: Any) -> None:
+    name = next(iter(held))
+    held[name] = torch.ones(9, 9)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [(drop, "lora_B"), (rename, "layers"), (replace, "lora_"), (nan, "not finite"), (wide, "size mismatch")],
+)
+def test_an_adapter_without_its_tensors_is_refused_and_names_them(edit, words, spoilt, tmp_path):
+    """It once loaded as its base, in silence. So does the adapter as a patient."""
+    change(spoilt / "adapter_model.safetensors", edit)
+    assert words in refusal(lambda: load_doctor(spoilt), LoadError)
+    assert words in refusal(lambda: load_lm(spoilt, device="cpu"), LoadError)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(value, base, spoilt, copied):
+    change(spoilt / "value_head.safetensors", lambda held: held["bias"].fill_(value))
+    assert "'bias'" in refusal(lambda: load_doctor(spoilt), LoadError)
+    model = copied(base)
+    change(
+        model / "model.safetensors", lambda held: held["model.layers.1.mlp.up_proj.weight"].view(-1)[77].fill_(value)
+    )
+    assert "layers.1.mlp.up_proj" in refusal(lambda: load_patient(model, device="cpu"), LoadError)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 100, struct.pack("<Q", 1 << 60) + b"{}", b"[" * 5000])
+def test_a_file_that_is_no_safetensors_is_refused(damage, spoilt, tmp_path):
+    for name in ("value_head.safetensors", "adapter_model.safetensors"):
+        (spoilt / name).write_bytes(damage)
+        refusal(lambda: load_doctor(spoilt), LoadError)
+        refusal(lambda name=name: read_tensors(spoilt / name), LoadError)
+
+
+def test_pickles_are_never_unpickled(base, spoilt, copied, tmp_path):
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (spoilt / "adapter_model.safetensors").unlink()
+    torch.save(Bomb(), spoilt / "adapter_model.bin")
+    assert "pickle" in refusal(lambda: load_lm(spoilt, device="cpu"), LoadError)
+    (spoilt / "value_head.safetensors").unlink()
+    assert "pickle" in refusal(lambda: load_doctor(spoilt), LoadError)
+    model = copied(base)
+    (model / "model.safetensors").unlink()
+    torch.save(Bomb(), model / "pytorch_model.bin")
+    assert "pickle" in refusal(lambda: load_patient(model, device="cpu"), LoadError)
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def each_odd(path: Path, key: str, schema: Any, load: Any) -> None:
+    """Every odd value in place of the key's own; what the schema lets pass is loaded too."""
+    whole = path.read_text()
+    for value in ODD:
+        path.write_text(whole)
+        spoil(path, key, value)
+        with suppress(LoadError):
+            read_json(path, schema)
+            fine_or_refused(load)
+            continue
+        refusal(lambda: read_json(path, schema))
+
+
+def spoil(path: Path, key: str, value: Any) -> None:
+    data = json.loads(path.read_text())
+    *parents, last = key.split(".")
+    place = data
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "key", ["base_model", "name", "tokenizer", "settings", "settings.train", "base_fingerprint", "base_beside",
+            "schema_version"]
+)  # fmt: skip
+def test_a_doctor_json_of_wrong_types_is_one_line(key, spoilt):
+    each_odd(spoilt / "doctor.json", key, DoctorFile, lambda: load_doctor(spoilt))
+
+
+@pytest.mark.parametrize(
+    "key", ["base_model_name_or_path", "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+            "target_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "auto_mapping", "bias"]
+)  # fmt: skip
+def test_an_adapter_config_of_wrong_types_is_one_line(key, spoilt):
+    each_odd(spoilt / "adapter_config.json", key, AdapterConfig, lambda: load_doctor(spoilt))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("r", 10**9, "no tensor is wider"),
+        ("rank_pattern", {"q_proj": 10**9}, "no tensor is wider"),
+        ("lora_alpha", 1e308, "lora_alpha"),
+        ("lora_alpha", 10**400, "lora_alpha"),
+        ("target_modules", r"(([a-z._]+)+)+\d#", "runs away"),
+        ("exclude_modules", r"(([a-z._]+)+)+\d#", "runs away"),
+        ("rank_pattern", {r"(([a-z._]+)+)+\d#": 1}, "runs away"),
+        ("target_modules", "(((", "regular expression"),
+    ],
+)
+def test_an_adapter_config_that_asks_for_too_much_is_refused_first(key, value, words, spoilt, monkeypatch):
+    monkeypatch.setattr("llmdoctor.adapters._SECONDS", 0.5)
+    spoil(spoilt / "adapter_config.json", key, value)
+    text = refusal(lambda: load_doctor(spoilt), LoadError)
+    assert words in text
+    assert "float16" not in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 10**9), ("hidden_size", 10**400), ("rope_theta", 1e308), ("num_hidden_layers", "many")],
+)
+def test_a_model_config_that_asks_for_too_much_is_refused_first(key, value, base, copied):
+    model = copied(base)
+    spoil(model / "config.json", key, value)
+    refusal(lambda: load_patient(model, device="cpu"), LoadError)
+
+
+@pytest.mark.parametrize("name", ["doctor.json", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "text", ["[" * 9999, '{"a":' * 9999, "", "null", "[]", "{", '"x"', "\ud800", '{"r": NaN}', "1" * 9999, "\xff\xfe"]
+)
+def test_what_is_no_json_is_one_line(name, text, spoilt):
+    (spoilt / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    refusal(lambda: load_doctor(spoilt), LoadError)
+
+
+def test_a_doctor_of_a_later_version_says_so(spoilt):
+    spoil(spoilt / "doctor.json", "schema_version", 2)
+    assert "update llmdoctor" in refusal(lambda: load_doctor(spoilt), LoadError)
+
+
+# --- the rewards folder ----------------------------------------------------------------------------------------------
+
+
+FACES = ("f",)
+
+
+def side(pair: str, which: Any, length: int = 3) -> TokenScores:
+    ids = np.arange(1, length + 1, dtype=np.int32)
+    logs = {"f": np.full(length, -1.0, dtype=np.float32)}
+    return TokenScores(pair, which, ids, ids, logs, logs, ids, logs, logs)
+
+
+@pytest.fixture
+def rewards(tmp_path):
+    folder = tmp_path / "rewards"
+    pairs = [PairScores(side(str(i), "chosen"), side(str(i), "rejected", 4)) for i in range(3)]
+    shard = write_shard(folder, 0, pairs, FACES)
+    meta = {
+        "schema_version": SCHEMA_VERSION,
+        "patient": {"model": "m", "fingerprint": "f"},
+        "tokenizer": {"fingerprint": "t", "size": 10},
+        "faces": {"f": {"positive": "+", "negative": "-"}},
+        "dataset": {"source": "s", "fingerprint": "f"},
+        "shards": {shard.name: file_checksum(shard)},
+    }
+    write_json(folder / "meta.json", meta)
+    assert len(list(RewardsFolder(folder))) == 3
+    return folder
+
+
+def with_column(folder: Path, name: str, column: Any) -> None:
+    """Another column under a right checksum."""
+    shard = folder / "rewards-00000.parquet"
+    table = pq.read_table(shard)
+    at = table.schema.get_field_index(name)
+    table = table.drop_columns([name]) if column is None else table.set_column(at, name, column(table[name]))
+    pq.write_table(table, shard)
+    spoil(folder / "meta.json", "shards", {shard.name: file_checksum(shard)})
+
+
+def of(values: Any, kind: Any = None) -> Any:
+    return lambda _: pa.array([values] * 6, kind)
+
+
+LOGS, IDS = pa.list_(pa.float32()), pa.list_(pa.int32())
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "words"),
+    [
+        ("positive.f", of([-1.0], LOGS), "1 values"),  # one element was broadcast
+        ("positive.f", of([-1.0] * 9, LOGS), "9 values"),
+        ("negative.f", of([float("nan")] * 3, LOGS), "not finite"),
+        ("alternative_negative.f", of([float("-inf")] * 3, LOGS), "not finite"),
+        ("negative.f", of([-1.0] * 3, pa.list_(pa.float64())), "expected lists of float"),
+        ("negative.f", of("x"), "expected lists of float"),
+        ("negative.f", of(None, LOGS), "expected lists of float"),
+        ("negative.f", of([None] * 3, LOGS), "expected lists of float"),
+        ("negative.f", None, "face pair 'f'"),
+        ("alternative_positive.f", None, "alternative_positive.f"),
+        ("response_ids", of([1, 2, 10], IDS), "beyond the 10 tokens"),
+        ("prompt_ids", of([-1], IDS), "beyond the 10 tokens"),
+        ("response_ids", of([], IDS), "empty response"),
+        ("alternative_ids", of([1.0] * 3, LOGS), "expected lists of int32"),
+        ("side", of(1), "expected texts"),
+        ("pair_id", of(None, pa.string()), "expected texts"),
+        ("side", of("chosen"), "not together"),
+    ],
+)
+def test_a_shard_that_no_patient_made_is_refused_and_named(name, column, words, rewards):
+    with_column(rewards, name, column)
+    text = refusal(lambda: list(RewardsFolder(rewards)), LoadError)
+    assert words in text
+    assert "rewards-00000.parquet" in text
+
+
+@pytest.mark.parametrize(
+    "key", ["schema_version", "patient", "patient.fingerprint", "tokenizer", "tokenizer.size", "faces", "faces.f",
+            "faces.f.positive", "dataset", "dataset.source", "shards", "counts", "skipped", "statistics"]
+)  # fmt: skip
+def test_a_meta_json_of_wrong_types_is_one_line(key, rewards):
+    each_odd(rewards / "meta.json", key, RewardsMeta, lambda: list(RewardsFolder(rewards)))
+
+
+def test_a_shard_outside_of_the_folder_is_not_opened(rewards):
+    spoil(rewards / "meta.json", "shards", ["../rewards/rewards-00000.parquet"])
+    assert "shards" in refusal(lambda: RewardsFolder(rewards), LoadError)
+
+
+def test_a_folder_of_a_later_version_says_so(rewards):
+    spoil(rewards / "meta.json", "schema_version", 2)
+    assert "update llmdoctor" in refusal(lambda: RewardsFolder(rewards), LoadError)
+
+
+def test_a_probe_of_other_tokens_is_refused(rewards):
+    for numbers in (torch.ones(5), torch.ones(22), torch.full((21,), float("nan"))):
+        save_file({"rewards": numbers}, rewards / "probe-00000.safetensors")
+        files = {"probe-00000.safetensors": file_checksum(rewards / "probe-00000.safetensors")}
+        write_json(rewards / "probe.json", {"files": files})
+        refusal(lambda: list(RewardsFolder(rewards)), LoadError)
+    save_file({"rewards": torch.ones(21)}, rewards / "probe-00000.safetensors")
+    files = {"probe-00000.safetensors": file_checksum(rewards / "probe-00000.safetensors")}
+    write_json(rewards / "probe.json", {"files": files})
+    assert len(list(RewardsFolder(rewards))) == 3
+
+
+def test_an_empty_prompt_is_refused_by_what_reads_behind_it(rewards, base, tmp_path):
+    with_column(rewards, "prompt_ids", of([], IDS))
+    known = load_tokenizer(base)
+    spoil(rewards / "meta.json", "tokenizer", {"fingerprint": Vocabulary.of(known).fingerprint})
+    start = lambda: train(  # noqa: E731
+        rewards, tmp_path / "d", base_model=str(base), reward_settings=RewardSettings(), settings=TrainSettings()
+    )
+    assert "empty prompt" in refusal(start, LoadError)
+
+
+# --- what is no file -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["FIFO", "socket", "device", "folder"])
+def no_file(request, tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    match request.param:
+        case "FIFO":
+            os.mkfifo(path)
+        case "socket":
+            monkeypatch.chdir(tmp_path)  # the path of a socket is short
+            socket.socket(socket.AF_UNIX).bind("x")
+        case "device":
+            path.symlink_to("/dev/zero")
+        case _:
+            path.mkdir()
+    return path
+
+
+def test_what_is_no_file_is_refused_at_once(no_file, doctor, spoilt, rewards, tmp_path):
+    """A FIFO would be waited for, and /dev/zero has no end."""
+    for name in ("data.jsonl", "p.yaml", "m.gguf"):
+        (tmp_path / name).symlink_to(no_file)
+    actions: list[Any] = [
+        lambda: list(read_pairs(tmp_path / "data.jsonl")),
+        lambda: read_questions(tmp_path / "data.jsonl"),
+        lambda: load_profile(tmp_path / "p.yaml"),
+        lambda: load_lm(tmp_path / "m.gguf"),
+        lambda: read_json(no_file),
+        lambda: read_tensors(no_file),
+        lambda: load_patient(no_file),
+    ]
+    if not no_file.is_dir():
+        actions.append(lambda: fingerprint(no_file))
+    for action in actions:
+        refusal(action)
+    for folder, load in ((spoilt, load_doctor), (rewards, lambda folder: list(RewardsFolder(folder)))):
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".md", ".jinja"):
+                continue
+            kept = file.rename(tmp_path / "kept")
+            file.symlink_to(no_file)
+            refusal(lambda load=load, folder=folder: load(folder), LoadError)
+            file.unlink()
+            kept.rename(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["~nobody/x", "~nobody/x.jsonl", "./" + "x" * 300, "./a\0b", "/proc/1/mem", "./\udcff"]
+)
+def test_a_path_that_cannot_be_is_one_line(name):
+    for action in (load_patient, load_doctor, RewardsFolder, load_profile, lambda path: list(read_pairs(path))):
+        refusal(lambda action=action: action(name))
+
+
+# --- numbers, tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["rho", "gamma", "lora_rank", "lora_alpha", "batch_size", "epochs", "max_steps", "learning_rate", "alternatives"],
+)
+@pytest.mark.parametrize("value", [1e308, 10**400, float("inf"), float("nan"), -(10**400)])
+def test_numbers_that_no_run_has_are_refused_by_name(field, value):
+    assert field in refusal(lambda: TrainSettings().replace(**{field: value}), UsageError)
+
+
+def test_a_token_beyond_the_embedding_is_one_line(base, copied, tmp_path):
+    model = copied(base)
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["<|picture|>"])
+    tokenizer.save_pretrained(model)
+    patient = load_patient(model, device="cpu")
+    room = Sampling(max_new_tokens=2)
+    assert (
+        len(list(decode(patient, {}, [prompt_ids(tokenizer, conversation("hi"))], patient_alone, room, seed=[1]))) == 2
+    )
+    ids = prompt_ids(tokenizer, conversation("a <|picture|>"))
+    assert "<|picture|>" in refusal(lambda: list(decode(patient, {}, [ids], patient_alone, room, seed=[1])), LoadError)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "a <|picture|>", "chosen": "b", "rejected": "c"}))
+    faces = {"f": FacePair("+", "-")}
+    run = lambda: list(extract(patient, DataSettings(source=str(data)), faces, tmp_path / "r"))  # noqa: E731
+    assert "<|picture|>" in refusal(run, LoadError)
+
+
+def test_a_tokenizer_without_an_end_decodes_and_says_so_when_it_scores(base, copied, tmp_path):
+    model = copied(base)
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        spoil(model / name, "eos_token" if "tok" in name else "eos_token_id", None)
+    patient = load_patient(model, device="cpu")
+    ids = prompt_ids(patient.tokenizer, conversation("hi"))
+    assert len(list(decode(patient, {}, [ids], patient_alone, Sampling(max_new_tokens=3), seed=[1]))) == 3
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    faces = {"f": FacePair("+", "-")}
+    run = lambda: list(extract(patient, DataSettings(source=str(data)), faces, tmp_path / "r"))  # noqa: E731
+    assert "end-of-sequence" in refusal(run, LoadError)
