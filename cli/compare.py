@@ -14,7 +14,7 @@ import typer
 from llmdoctor.cli import options
 from llmdoctor.cli.compare_columns import Models, Plan, another, sides, sweep_points
 from llmdoctor.cli.compare_files import EXPORTS, fingerprint, kept_answers, put_answer
-from llmdoctor.cli.measures_table import counted, markdown_table, summary_table, text_table
+from llmdoctor.cli.measures_table import markdown_table, summary_table, text_table
 from llmdoctor.cli.options import option
 from llmdoctor.cli.picture import svg as picture
 from llmdoctor.cli.side_by_side import markdown_comparison, plain_comparison, rich_comparison
@@ -23,7 +23,7 @@ from llmdoctor.cli.terminal import console, decorated, every_ten_seconds, put, p
 from llmdoctor.errors import UsageError
 from llmdoctor.harmless import require_unicode
 from llmdoctor.show.comparison import View
-from llmdoctor.show.formats import betas_text, short_name
+from llmdoctor.show.formats import betas_text, counted, short_name
 from llmdoctor.show.lens import DEFAULT_LENS, LENSES
 from llmdoctor.show.page import comparisons_page, sweep_page
 

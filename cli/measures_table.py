@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmdoctor.show.formats import counted
+
 _GAP = 2  # columns between two of a table
 _PLAIN_WIDTH = 100  # where there is no terminal that has one
 
@@ -30,11 +32,6 @@ def spoken(name: str) -> str:
     """The name of a measure in words: ``KL per token``, ``helpful log-prob``."""
     words = name.replace("_", " ").replace("kl per", "KL per").replace("logprob", "log-prob")
     return "repeating answers" if words == "repeating" else words
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 prompt``, ``2 prompts``."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:

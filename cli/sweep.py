@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmdoctor.cli.measures_table import cell, counted, spoken
+from llmdoctor.cli.measures_table import cell, spoken
+from llmdoctor.show.formats import counted
 
 if TYPE_CHECKING:
     from llmdoctor.comparing import Column, Run

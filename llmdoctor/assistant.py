@@ -187,6 +187,11 @@ class LLMdoctor:
         return tuple(self._doctors)
 
     @property
+    def token_names(self) -> Mapping[int, str]:
+        """What the special tokens are, which have no text, by id: ``end of answer <|im_end|>``."""
+        return self.patient.token_names
+
+    @property
     def acceptance(self) -> float | None:
         """The share of recently drafted tokens that were accepted, in [0, 1]; None before the first draft."""
         used = self._drafting if self._drafting.tested else self._drafting_alone

@@ -89,6 +89,14 @@ class Patient:
         require_embedded(self.model, self.tokenizer, ids, f"the patient {self.name}")
 
     @cached_property
+    def token_names(self) -> dict[int, str]:
+        """The special tokens, by id, as the tokenizer writes them; those in ``eos_ids`` say that they end an answer."""
+        added = self.tokenizer.added_tokens_decoder
+        names = {i: str(token) for i, token in added.items() if token.special}
+        ends = {i: f"end of answer {self.tokenizer.convert_ids_to_tokens(i)}" for i in self.eos_ids}
+        return names | ends
+
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for the same weights and config, wherever they are stored (see ``ModelSource.fingerprint``)."""
         return model_fingerprint(self.name)

@@ -102,6 +102,7 @@ class Summary:
     created: float
     updated: float
     turns: int
+    questions: str = ""  # all of them, a line each
 
 
 def messages(turns: tuple[Turn, ...], which: Speaker, prompt: str) -> list[Message]:
@@ -218,12 +219,12 @@ class SessionStore:
         """All sessions, the most recent first."""
         with self._open() as db:
             rows = db.execute(
-                "SELECT id, title, created, updated, (SELECT count(*) FROM turn WHERE session = id) FROM session "
-                "ORDER BY revision DESC"
+                "SELECT id, title, created, updated, count(number), coalesce(group_concat(prompt, char(10)), '') "
+                "FROM session LEFT JOIN turn ON session = id GROUP BY id ORDER BY revision DESC"
             ).fetchall()
         return [
-            Summary(_text(name), _text(title), _seconds(created), _seconds(updated), turns)
-            for name, title, created, updated, turns in rows
+            Summary(_text(name), _text(title), _seconds(created), _seconds(updated), turns, _text(questions))
+            for name, title, created, updated, turns, questions in rows
         ]
 
     def rename(self, session_id: str, title: str) -> None:

@@ -29,6 +29,11 @@ def knows_text(welcome: WelcomeSettings) -> str:
     return f" can be asked about {welcome.knows.rstrip('.')}{topics}."
 
 
+def counted(count: int, what: str) -> str:
+    """``1 token``, ``2 tokens``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def betas_text(betas: Mapping[str, float]) -> str:
     """All doctors, as one types them: ``helpful=0.8 safe=0``."""
     return " ".join(f"{name}={beta:g}" for name, beta in betas.items())

@@ -1,11 +1,12 @@
 """Lenses: which number of a token its colour shows."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
     from llmdoctor.records import GuidedToken
 
+T = TypeVar("T")
 Lens = Literal["kl", "ratio", "value", "flips", "off"]
 LENSES: tuple[Lens, ...] = get_args(Lens)
 DEFAULT_LENS: Lens = "kl"  # it alone is 0 wherever guidance changes nothing
@@ -50,6 +51,11 @@ def lens_name(lens: Lens, doctor: str | None) -> str:
         "flips": "flips",
         "off": "no colours",
     }[lens]
+
+
+def following(items: Sequence[T], current: T | None) -> T:
+    """The item behind the current one; behind the last, and if the current one is none of them, the first."""
+    return items[(items.index(current) + 1) % len(items)] if current in items else items[0]
 
 
 def legend_steps(lens: Lens) -> tuple[float, ...]:

@@ -39,7 +39,7 @@ class Listener(Protocol):
         ...
 
     def began(self, sides: Sequence[Speaker], *, added: bool) -> None:
-        """These sides now answer the last turn; ``added`` if it is new and the ones before it are as they were."""
+        """The texts of these sides have changed; ``added`` if a turn is new and the ones before it are as they were."""
         ...
 
     def grew(self, live: Live, starts: Mapping[Speaker, int]) -> None:
@@ -91,21 +91,19 @@ class Answering:
         again = replace(turn, seed=other_seed(turn.seed))
         self.begin((*before, again), dict.fromkeys(SIDES, (0, None)))
 
-    def force(self, which: Speaker, number: int, position: int, token_id: int) -> bool:
-        """A token instead of the one at this position of a turn; what follows is drawn. False where none is there."""
+    def force(self, which: Speaker, number: int, position: int, token_id: int) -> None:
+        """A token instead of the one at this position of a turn; what follows is drawn, later turns are dropped."""
         self.stop()
         turns = self.history.turns[: number + 1]
-        if position >= len(turns[-1].reply(which).tokens):
-            return False
-        self.begin(turns, {which: (position, token_id)})
-        return True
+        if position < len(turns[-1].reply(which).tokens):
+            self.begin(turns, {which: (position, token_id)})
 
     def begin(self, turns: Turns, sides: Beginnings) -> None:
         """Let ``sides`` answer the last of ``turns``."""
         sampling = self.settings.sampling
         number = len(turns) - 1
         turn = replace(turns[number], sampling=sampling, guidance=self.settings.guidance)
-        added = turns[:-1] == self.history.turns
+        added, dropped = turns[:-1] == self.history.turns, len(turns) < len(self.history.turns)
         self.history.change((*turns[:-1], turn))
         self.live = live = Live(0, number, sampling.max_new_tokens)
         parts = []
@@ -118,7 +116,7 @@ class Answering:
         live.job = self._worker.speak(parts, turn.seed, sampling)
         if self.settings.assistant is not None:  # else the line still says what is being loaded
             self.doing = "answering"
-        self._listener.began(list(sides), added=added)
+        self._listener.began(SIDES if dropped else list(sides), added=added)
 
     def stop(self) -> None:
         """Stop at once. The tokens so far are kept; one that is being made right now is not."""
@@ -186,6 +184,11 @@ class Answering:
         if live is not None and live.turn == turn and which in live.sides:
             return live.sides[which]
         return self.history.turns[turn].reply(which)
+
+    @property
+    def token_names(self) -> Mapping[int, str]:
+        """What the tokens without text are, once the models are loaded."""
+        return self.settings.assistant.token_names if self.settings.assistant is not None else {}
 
     def last_text(self, which: Speaker) -> str:
         """A side's last answer, as far as it is; empty where there is none."""

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.dom import DOMNode
 from textual.filter import LineFilter
+from textual.notifications import Notification, Notifications, SeverityLevel
 from textual.screen import Screen
 
 from llmdoctor.errors import LLMDoctorError, UsageError
@@ -25,6 +27,7 @@ from llmdoctor.tui.generation import Worker
 from llmdoctor.tui.guard import quiet_terminal, take_any_bytes, written
 from llmdoctor.tui.start import Start
 from llmdoctor.tui.visible import VisibleControls
+from llmdoctor.tui.widgets.status import StatusLine
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 _SWITCH = 0.0005  # seconds that drawing may hold the interpreter while the generator waits for it (Python's own: 0.005)
 _TOLD = 0.2  # seconds between two looks at what saving has to tell
 _TWICE = 2.0  # seconds between two presses of Ctrl+C that quit
+_NOTICE, _READ = 5.0, 12  # seconds that a message stays at least, and characters read per second
 
 
 class DoctorApp(App[int]):
@@ -40,8 +44,15 @@ class DoctorApp(App[int]):
     CSS_PATH: ClassVar[Any] = Path(__file__).with_name("app.tcss")
     TITLE = "llmdoctor"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+c", "interrupt", "Interrupt, twice: quit", show=False, priority=True, id="app.interrupt"),
-        Binding("f12", "picture", "Picture", show=False, priority=True, id="app.picture"),
+        Binding(
+            "ctrl+c",
+            "interrupt",
+            "Stop the answer; pressed twice, leave",
+            show=False,
+            priority=True,
+            id="app.interrupt",
+        ),
+        Binding("f12", "picture", "Write the screen as a picture (SVG)", show=False, priority=True, id="app.picture"),
     ]
     worker: Worker | None = None
     last_words: Sequence[str] = ()  # what could not be shown any more: printed once the terminal is as before
@@ -52,6 +63,7 @@ class DoctorApp(App[int]):
         self._own_config = config
         self.config = config or Config()
         self._interrupted_at = 0.0
+        self.notices = Notifications()
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """Textual's own, and the one that keeps control characters from the terminal."""
@@ -80,6 +92,36 @@ class DoctorApp(App[int]):
         """Say which actions the user's configuration gives the same key."""
         names = ", ".join(sorted(str(binding.id) for binding in clashed_bindings))
         self.notify(f"tui.toml gives one key to several actions: {names}", severity="warning", markup=False)
+
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = True,
+    ) -> None:
+        """Say it in the status line, long enough to be read; it replaces what has no severity.
+
+        Textual's own toasts would cover the text. To be called in the app's thread.
+        """
+        plain = Content.from_markup(message).plain if markup else message
+        for notice in [one for one in self.notices if one.severity == "information" or one.message == plain]:
+            del self.notices[notice]
+        seconds = timeout or max(_NOTICE, len(plain) / _READ)
+        self.notices.add(Notification(plain, title, severity, seconds, markup=False))
+        self._show_notices()
+
+    def clear_notifications(self) -> None:
+        """Take all messages away."""
+        self.notices.clear()
+        self._show_notices()
+
+    def _show_notices(self) -> None:
+        for screen in self.screen_stack:  # a dialog has no status line, but the screen under it has
+            for line in screen.query(StatusLine):
+                line.show_notices()
 
     def stop(self) -> bool:
         """Stop what runs; False when nothing does."""
@@ -167,7 +209,11 @@ class ChatApp(DoctorApp):
         super().exit(*args, **how)
 
     def stop(self) -> bool:
-        """Stop the answer."""
+        """Stop the answer, in a comparison the answers."""
+        from llmdoctor.tui.screens.columns_screen import ColumnsScreen
+
+        if any(screen.stop() for screen in self.screen_stack if isinstance(screen, ColumnsScreen)):
+            return True
         if not self._has_chat or self.chat.live is None:
             return False
         self.chat.action_stop()
@@ -195,7 +241,11 @@ class ChatApp(DoctorApp):
 
     def load_session(self, session_id: str) -> Session:
         """A saved session."""
-        return self._saver.submit(self.store.load, session_id).result()
+        return self.later_session(session_id).result()
+
+    def later_session(self, session_id: str) -> Future[Session]:
+        """A saved session, once it has been read."""
+        return self._saver.submit(self.store.load, session_id)
 
     def saved_sessions(self) -> list[Summary]:
         """All saved sessions."""
@@ -247,12 +297,13 @@ def _outcome(session: Session, saved: Future[Session]) -> str:
 def binding_ids() -> dict[str, Binding]:
     """Every key binding that can be given another key, by its id."""
     from llmdoctor.tui.screens.chat import ChatScreen
+    from llmdoctor.tui.screens.columns_screen import ColumnsScreen
     from llmdoctor.tui.screens.sessions import SessionsScreen
     from llmdoctor.tui.widgets.inspector import Alternatives
     from llmdoctor.tui.widgets.slider import Slider
     from llmdoctor.tui.widgets.token_view import TokenView
 
-    owners = (DoctorApp, ChatScreen, TokenView, Alternatives, Slider, SessionsScreen)
+    owners = (DoctorApp, ChatScreen, TokenView, Alternatives, Slider, SessionsScreen, ColumnsScreen)
     bindings = (binding for owner in owners for binding in owner.BINDINGS)
     return {binding.id: binding for binding in bindings if isinstance(binding, Binding) and binding.id}
 

@@ -10,7 +10,9 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from llmdoctor.errors import UsageError
 from llmdoctor.set_command import setting_names
-from llmdoctor.show.lens import LENSES
+from llmdoctor.show.lens import LENSES, following
+from llmdoctor.tui.columns import EXAMPLES, columns_of
+from llmdoctor.tui.screens.columns_screen import ColumnsScreen
 
 if TYPE_CHECKING:
     from llmdoctor.tui.screens.chat import ChatScreen
@@ -48,8 +50,7 @@ def _show(screen: "ChatScreen") -> None:
 def _lens(screen: "ChatScreen", text: str) -> None:
     if text and text not in LENSES:
         raise UsageError(f"lens: expected one of {', '.join(LENSES)}, got {text!r}")
-    following = LENSES[(LENSES.index(screen.lens) + 1) % len(LENSES)]
-    screen.recolour(next((lens for lens in LENSES if lens == text), following), screen.doctor)
+    screen.recolour(next((lens for lens in LENSES if lens == text), following(LENSES, screen.lens)), screen.doctor)
 
 
 def _doctor(screen: "ChatScreen", text: str) -> None:
@@ -58,13 +59,21 @@ def _doctor(screen: "ChatScreen", text: str) -> None:
         raise UsageError("there is no doctor")
     if text and text not in names:
         raise UsageError(f"there is no doctor {text!r} (there are: {', '.join(names)})")
-    following = names[(names.index(screen.doctor or names[-1]) + 1) % len(names)]
-    screen.recolour(screen.lens, text or following)
+    screen.recolour(screen.lens, text or following(names, screen.doctor))
 
 
 def _auto(screen: "ChatScreen") -> None:
     screen.auto = not screen.auto
     screen.notify(f"Re-run when a slider rests: {'on' if screen.auto else 'off'}.")
+
+
+def _compare(screen: "ChatScreen", text: str) -> None:
+    screen.answering.stop()
+    *past, last = screen.turns or (None,)
+    columns = columns_of(text, screen.guidance, screen.sampling, [turn for turn in past if turn is not None])
+    seed = last.seed if last is not None else screen.settings.next_seed()
+    question = last.prompt if last is not None else ""
+    screen.app.push_screen(ColumnsScreen(columns, question, seed, screen.lens, screen.doctor), screen.leave_columns)
 
 
 def _rename(screen: "ChatScreen", title: str) -> None:
@@ -105,6 +114,8 @@ COMMANDS = (
     Command("forward", "", "undo back", _without(lambda s: s.action_forward())),
     Command("inspect", "", "token by token: alternatives, ranks, forcing", _without(lambda s: s.action_inspect())),
     Command("copy", "", "the guided answer to the clipboard", _without(lambda s: s.action_copy())),
+    Command("compare", "SETTING|DOCTOR ...", "several settings or doctors beside the patient alone, for example "
+            f"{EXAMPLES}; commas join what belongs to one: helpful=2,safe=0; Esc leaves", _compare),
     Command("new", "", "a new conversation (this one is saved)", _without(lambda s: s.new_session())),
     Command("sessions", "", "browse, rename, delete, export", _without(lambda s: s.action_sessions())),
     Command("resume", "ID", "go on with a saved conversation", lambda s, text: s.open(s.app.load_session(text))),

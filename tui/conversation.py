@@ -8,10 +8,12 @@ from typing import NamedTuple
 from llmdoctor.records import GuidedToken, Speaker
 from llmdoctor.sessions import End, Reply, Turn
 from llmdoctor.settings import WelcomeSettings
-from llmdoctor.show.formats import OUTSIDE
+from llmdoctor.show.formats import OUTSIDE, counted
+from llmdoctor.show.text import END
 from llmdoctor.tui.widgets.token_view import Piece
 
 SIDES: tuple[Speaker, Speaker] = ("patient", "guided")
+ENDED = f" {END}"
 
 
 class Said(NamedTuple):
@@ -20,6 +22,16 @@ class Said(NamedTuple):
     turn: int
     position: int
     token: GuidedToken
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Turn and position: another answer has another token at the same place."""
+        return self.turn, self.position
+
+    @property
+    def changed(self) -> bool:
+        """Whether guidance changed the likeliest token here."""
+        return self.token.flip
 
 
 @dataclass
@@ -87,9 +99,9 @@ def side_facts(side: LiveReply | Reply, which: Speaker) -> str:
     count, seconds = (
         (side.fresh, side.fresh_seconds) if isinstance(side, LiveReply) else (len(side.tokens), side.seconds)
     )
-    parts = [f"{len(side.tokens)} tokens"]
+    parts = [counted(len(side.tokens), "token")]
     if which == "guided":
-        parts += [f"{side.flips} flip{'' if side.flips == 1 else 's'}", f"KL {side.kl:.1f}"]
+        parts += [counted(side.flips, "flip"), f"KL {side.kl:.1f}"]
     if seconds > 0 and count:
         parts.append(f"{count / seconds:.0f}/s")
     return ", ".join(parts)
@@ -162,7 +174,7 @@ def ending(turn: int, reply: Reply, error: str = "") -> Iterator[Piece]:
     last = reply.tokens[-1] if reply.tokens else None
     match reply.end:
         case "done" if last is not None and not last.text:
-            yield Piece(" ∎", "token", Said(turn, len(reply.tokens) - 1, last))
+            yield Piece(ENDED, "token", Said(turn, len(reply.tokens) - 1, last))
         case "length":
             yield Piece(" ⟨length limit⟩", "note")
         case "interrupted":

@@ -25,12 +25,9 @@ class CurrentSettings:
 
     def guide(self, guidance: Guidance) -> None:
         """Take effect from the next token on. Raises LLMDoctorError, and changes nothing, where the models refuse."""
-        if not guidance.alpha and not any(guidance.betas.values()):
-            raise UsageError("alpha and every beta are 0: nothing is left to decode from")
-        if self.assistant is not None:
-            self.assistant.guidance = guidance
-        # While the models are loading, the worker keeps the guidance for them.
-        self.guidance = self._worker.guidance = guidance
+        check_speaking(guidance)
+        self._worker.guide(guidance)
+        self.guidance = guidance
 
     def draw(self, sampling: Sampling) -> None:
         """Take effect from the next token on."""
@@ -71,6 +68,12 @@ class CurrentSettings:
     def next_seed(self) -> int:
         """The seed that was set, else a fresh one."""
         return secrets.randbelow(_GREATEST_SEED + 1) if self.seed is None else self.seed
+
+
+def check_speaking(guidance: Guidance) -> None:
+    """Raises UsageError if nothing speaks."""
+    if not guidance.alpha and not any(guidance.betas.values()):
+        raise UsageError("alpha and every beta are 0: nothing is left to decode from")
 
 
 def other_seed(seed: int) -> int:

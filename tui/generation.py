@@ -32,6 +32,11 @@ class Assistant(Protocol):
         """The doctors."""
         ...
 
+    @property
+    def token_names(self) -> Mapping[int, str]:
+        """What the tokens without text are, by id."""
+        ...
+
     def stream(self, prompt: Sequence[Message], **how: Any) -> Iterator[GuidedToken]:
         """Yield the tokens as they are drawn."""
         ...
@@ -39,12 +44,19 @@ class Assistant(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One side of an answer: the conversation it answers, the ids it begins with, and an id to say next, if forced."""
+    """One side of an answer: the conversation it answers, the ids it begins with, and an id to say next, if forced.
+
+    ``guidance`` and ``sampling`` are fixed for this part; by default it follows what is set while it is made.
+    ``column`` tells several parts of the same side apart.
+    """
 
     which: Speaker
     messages: Sequence[Message]
     prefix: tuple[int, ...] = ()
     force: int | None = None
+    column: int = 0
+    guidance: Guidance | None = None
+    sampling: Sampling | None = None
 
 
 # Events. ``job`` is the number of the answer: tokens of a stopped one may still arrive after the next has begun.
@@ -80,6 +92,7 @@ class Spoken:
     token: GuidedToken
     seconds: float
     temperature: float
+    column: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,7 @@ class SideEnded:
 
     job: int
     which: Speaker
+    column: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +124,7 @@ class Worker:
     """Runs answers, one after the other, in a thread of its own.
 
     ``load`` gets a function for lines about progress and returns the assistant. ``sampling`` may be set at any time and
-    holds from the next token on. ``guidance`` is given to the assistant when it is loaded; after that, set the
-    assistant's own.
+    holds from the next token on; so does ``guidance``, by ``guide``.
     """
 
     def __init__(
@@ -121,6 +134,8 @@ class Worker:
         self.guidance = guidance
         self.events: deque[Event] = deque()
         self._load = load
+        self._assistant: Assistant | None = None
+        self._loading = threading.Lock()  # held to hand the guidance to the assistant
         self._prefix_caches: dict[Speaker, Any] = {}
         self._jobs: SimpleQueue[Callable[[Assistant], None] | None] = SimpleQueue()
         self._number = 0
@@ -139,7 +154,18 @@ class Worker:
     def speak(self, parts: Sequence[Part], seed: int, sampling: Sampling) -> int:
         """Queue an answer and return its number. Both sides take turns, token by token."""
         self.sampling = sampling
-        return self._submit(lambda job, assistant: self._speak(job, assistant, parts, seed))
+        return self._submit(lambda job, assistant: self._speak(job, assistant, parts, seed, self.events))
+
+    def speak_columns(self, parts: Sequence[Part], seed: int, events: deque[Event]) -> int:
+        """The same for parts with settings of their own; what happens is appended to ``events``."""
+        return self._submit(lambda job, assistant: self._speak(job, assistant, parts, seed, events))
+
+    def guide(self, guidance: Guidance) -> None:
+        """Guide the next token so, or, while the models are loading, the first. Raises LLMDoctorError if they refuse."""
+        with self._loading:
+            if self._assistant is not None:
+                self._assistant.guidance = guidance
+            self.guidance = guidance
 
     def cancel(self) -> None:
         """Stop the running answer and those that wait; takes effect at the next token."""
@@ -168,8 +194,10 @@ class Worker:
     def _run(self) -> None:
         try:
             assistant = self._load(lambda text: self.events.append(Progress(text)))
-            if self.guidance is not None:  # it may have been changed while the models were loading
-                assistant.guidance = self.guidance
+            with self._loading:
+                if self.guidance is not None:  # it may have been changed while the models were loading
+                    assistant.guidance = self.guidance
+                self._assistant = assistant
         except LLMDoctorError as error:
             self.events.append(Failed(error))
             return
@@ -185,26 +213,26 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             job(assistant)
 
-    def _guarded(self, number: int, work: Callable[[], None]) -> None:
+    def _guarded(self, number: int, work: Callable[[], None]) -> Ended:
         try:
             self._check(number)
             work()
         except _Cancelled:
-            self.events.append(Ended(number, "interrupted"))
+            return Ended(number, "interrupted")
         except LLMDoctorError as error:
-            self.events.append(Ended(number, "error", str(error)))
+            return Ended(number, "error", str(error))
         except Exception as error:
-            self.events.append(Ended(number, "error", _reason(error)))
-        else:
-            self.events.append(Ended(number, "done"))
+            return Ended(number, "error", _reason(error))
+        return Ended(number, "done")
 
     def _check(self, number: int) -> None:
         if number <= self._cancelled_up_to:
             raise _Cancelled
 
-    def _speak(self, job: int, assistant: Assistant, parts: Sequence[Part], seed: int) -> None:
+    def _speak(self, job: int, assistant: Assistant, parts: Sequence[Part], seed: int, events: deque[Event]) -> None:
         # Each side has a cache of its own, so that its next question only costs the new tokens.
-        sides = [_Side(assistant, part, seed, self._prefix_caches[part.which]) for part in parts]
+        caches = self._prefix_caches
+        sides = [_Side(assistant, part, seed, caches[part.which] if part.sampling is None else None) for part in parts]
 
         def work() -> None:
             running = list(sides)
@@ -214,12 +242,12 @@ class Worker:
                     spoken = side.next(job, self.sampling)
                     if spoken is None:
                         running.remove(side)
-                        self.events.append(SideEnded(job, side.part.which))
+                        events.append(SideEnded(job, side.part.which, side.part.column))
                     else:
-                        self.events.append(spoken)
+                        events.append(spoken)
 
         try:
-            self._guarded(job, work)
+            events.append(self._guarded(job, work))
         finally:
             for side in sides:
                 side.close()
@@ -238,6 +266,7 @@ class _Side:
 
     def next(self, job: int, sampling: Sampling) -> Spoken | None:
         started = time.perf_counter()
+        sampling = self.part.sampling or sampling
         if sampling != self._sampling:
             self.close()
             changed, self._sampling = self._sampling is not None, sampling
@@ -249,12 +278,14 @@ class _Side:
             return None
         self._said.append(token.id)
         self._force = None
-        return Spoken(job, self.part.which, token, time.perf_counter() - started, sampling.temperature)
+        seconds = time.perf_counter() - started
+        return Spoken(job, self.part.which, token, seconds, sampling.temperature, self.part.column)
 
     def _how(self, sampling: Sampling) -> Mapping[str, Any]:
         return {
             **sampling.model_dump(),
-            "seed": self._seed,
+            "seed": self._seed if sampling.seed is None else sampling.seed,
+            "guidance": self.part.guidance,
             "guided": self.part.which == "guided",
             "prefix_ids": tuple(self._said),
             "force_id": self._force,

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -47,6 +47,7 @@ class FakeAssistant:
     """
 
     doctor_names = tuple(DOCTORS)
+    token_names: ClassVar[dict[int, str]] = {END: "end of answer <end>"}
 
     def __init__(self, shortest: int = 0, gate: threading.Semaphore | None = None, pause: float = 0.0) -> None:
         self._guidance = Guidance(betas={"helpful": 0.8, "safe": 0.4})
@@ -88,7 +89,7 @@ class FakeAssistant:
             self.open_streams -= 1
 
     def _token(self, position: int, how: Mapping[str, Any], forced: int | None) -> GuidedToken:
-        guidance = self._guidance if how["guided"] else Guidance()
+        guidance = (how.get("guidance") or self._guidance) if how["guided"] else Guidance()
         logps = product(guidance)
         temperature = how["temperature"]
         weights = [math.exp(logp / temperature) if temperature else logp == max(logps) for logp in logps]
@@ -174,7 +175,7 @@ class Driver:
 
     @property
     def notices(self) -> str:
-        return "\n".join(str(notice.message) for notice in self.app._notifications)
+        return "\n".join(str(notice.message) for notice in self.app.notices)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from textual.widgets import OptionList
+from textual.widgets import DataTable, OptionList
 
 from llmdoctor.errors import DataError
 from llmdoctor.records import Answer, Comparison
@@ -120,3 +120,110 @@ def test_a_source_that_fails_is_a_readable_screen(drive):
 
     drive(app, steps)
     assert app.return_value == 2
+
+
+def test_a_browser_is_searched_by_all_its_words_in_title_and_texts(drive):
+    more = threading.Event()
+
+    def source(post, check):
+        for number, words in enumerate(("Good day", "good night", "bad night")):
+            post(rewards_item(f"pair-{number}", "Q?", [rewarded("chosen", words.split(" "), [0.5, 0.0])] * 2))
+        while not more.wait(0.01):
+            check()
+        post(rewards_item("pair-3", "Q?", [rewarded("chosen", ["GOOD"], [0.5])] * 2))
+
+    app = BrowserApp(lambda: RewardsScreen(source), Config())
+
+    async def steps(d):
+        await d.until(lambda: getattr(app.screen, "current", None) == 0 and len(app.screen.items) == 3)
+        listed = app.screen.query_one(OptionList)
+        await d.press("n", "slash", "g", "O", "o", "d")
+        assert listed.option_count == 2
+        assert app.screen.current == 1  # the one that was shown is among them
+        assert "2 of 3 (2 found)" in d.text()
+        more.set()
+        await d.until(lambda: listed.option_count == 3)  # what comes later is searched as well
+        await d.press("enter", "n")
+        assert app.focused is listed
+        assert app.screen.current == 3
+        await d.press("n")
+        assert app.screen.current == 0
+        await d.press("slash", "space", "q", "u", "a", "c", "k")
+        assert listed.option_count == 0
+        await d.press("n", "escape")
+        assert listed.option_count == 4
+        await d.press("slash", "n", "i", "g", "h", "t", "down")
+        assert [app.screen.items[number].title for number in app.screen._listed] == ["pair-1  Q?", "pair-2  Q?"]
+
+    drive(app, steps)
+
+
+def test_conversations_are_searched_previewed_and_renamed_where_one_is(make_app, drive):
+    app = make_app()
+
+    async def steps(d):
+        await d.press("f9")
+        assert "No saved conversation yet." in d.text()
+        await d.press("r", "d", "e", "enter", "slash", "x", "escape", "escape")  # nothing there: no crash
+        await d.ask("How is the sun?")
+        await d.press("f9")
+        assert "1 conversation in " in d.text()
+        await d.press("escape")
+        for question in ("A dark night", "The moon"):
+            await d.type("/new")
+            await d.ask(question)
+        await d.ask("And the SUN?")
+        await d.press("f9")
+        assert "3 conversations in " in d.text()
+        preview = app.screen.query_one("#preview-view")
+        await d.until(lambda: "❯ And the SUN?" in " ".join(preview.lines))
+        assert app.chat.turns[1].guided.text in " ".join(" ".join(preview.lines).split())
+        await d.press("slash", "s", "u", "n")
+        assert [one.title for one in app.screen._rows] == ["The moon", "How is the sun?"]  # one by its second question
+        assert "2 of 3 conversations" in d.text()
+        await d.press("down", "down")
+        await d.until(lambda: "❯ How is the sun?" in " ".join(preview.lines))
+        await d.press("r", *["backspace"] * 15, "o", "n", "e", "enter")
+        table = app.screen.query_one(DataTable)
+        await d.until(lambda: "one" in [one.title for one in app.screen._rows])
+        assert app.focused is table
+        assert app.screen._chosen().title == "one"
+        await d.press("tab")
+        assert app.focused is preview
+        await d.press("tab", "up", "d", "down", "enter")
+        await d.until(lambda: "1 of 2 conversations" in d.text())
+        await d.press("slash", "escape")
+        assert [one.title for one in app.screen._rows] == ["A dark night", "one"]
+        assert app.screen._chosen().title == "one"
+        await d.press("enter")
+        assert app.chat.turns[0].prompt == "How is the sun?"
+
+    drive(app, steps)
+
+
+def test_messages_cover_nothing_at_any_length(make_app, drive):
+    app = make_app()
+
+    async def steps(d):
+        await d.ask("Go")
+        lines = d.text().splitlines()
+        app.notify("Copied.")
+        await d.pilot.pause()
+        changed = [(a, b) for a, b in zip(lines, d.text().splitlines(), strict=True) if a != b]
+        assert len(changed) == 1  # the status line
+        assert changed[0][1].startswith(" Copied. · seed 1")
+        long = " ".join(f"word{number}" for number in range(60))
+        app.notify(long, severity="error", markup=False)
+        await d.pilot.pause(0.1)
+        assert " ".join(d.text().split()).count("word59") == 1
+        assert all(f"word{number}" in d.text() for number in range(60))
+        regions = [widget.region for widget in app.screen.query("*") if not widget.children and widget.display]
+        regions = [region for region in regions if region.area]
+        assert sum(a.overlaps(b) for a in regions for b in regions if a is not b) == 0
+        await d.pilot.click("#status")
+        assert "word1" not in d.text()
+        app.notify("[soon]gone", timeout=0.2, markup=False)
+        await d.until(lambda: "[soon]gone" in d.text())
+        await d.until(lambda: "[soon]gone" not in d.text())
+
+    drive(app, steps, size=(80, 24))

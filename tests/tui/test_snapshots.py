@@ -73,7 +73,7 @@ def test_it_looks_as_it_did(name, make_app, drive, monkeypatch):
         app.clear_notifications()
         await d.ask("日本では?")
         await d.press(*keys)
-        await d.until(lambda: not app._notifications or app.clear_notifications() is None)
+        await d.until(lambda: not app.notices or app.clear_notifications() is None)
         await d.pilot.pause(0.3)
         shown.append(grid(d.strips))
 

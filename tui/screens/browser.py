@@ -19,6 +19,8 @@ from textual.widgets.option_list import Option
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.show.text import clean
+from llmdoctor.tui.widgets.search import Search
+from llmdoctor.tui.widgets.status import StatusLine
 from llmdoctor.tui.widgets.token_view import Piece, TokenView
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ class Item:
     sides: tuple[tuple[str, Sequence[Piece]], ...]
     facts: str
 
+    @property
+    def words(self) -> str:
+        """All that a search looks through."""
+        texts = ("".join(piece.text for piece in shown) for _, shown in self.sides)
+        return "\n".join((self.title, self.facts, *texts))
+
 
 Post = Callable[[Item | str], None]
 Source = Callable[[Post, Callable[[], None]], None]
@@ -59,6 +67,7 @@ class BrowserScreen(Screen[None]):
         Binding("q", "app.quit", "Quit"),
         Binding("n", "next(1)", "Next"),
         Binding("p", "next(-1)", "Previous"),
+        Binding("slash,ctrl+f", "search", "Search"),
         Binding("tab", "other", "Other text", show=False),
     ]
     app: "DoctorApp"  # type: ignore[assignment]
@@ -67,7 +76,8 @@ class BrowserScreen(Screen[None]):
     def __init__(self, source: Source) -> None:
         super().__init__()
         self.items: list[Item] = []
-        self.current: int | None = None
+        self.current: int | None = None  # in ``items``
+        self._listed: list[int] = []  # those in ``items`` that the search finds, in the order of the list
         self._source = source
         self._said: deque[Item | str | LLMDoctorError | None] = deque()  # None: the source has ended
         self._stopped = threading.Event()
@@ -96,7 +106,8 @@ class BrowserScreen(Screen[None]):
     # Layout
 
     def compose(self) -> ComposeResult:
-        """List, two texts, facts, legend."""
+        """Field, list, two texts, facts, legend (where messages stand too)."""
+        yield Search(id="search")
         with Horizontal(id="panes"):
             yield OptionList(id="browser-list", compact=True)
             for place in PLACES:
@@ -104,7 +115,7 @@ class BrowserScreen(Screen[None]):
                     yield TokenView(id=f"{place}-view", score=self.score)
             yield from self.more()
         yield Static(id="facts")
-        yield Static(id="legend")
+        yield StatusLine(id="status")
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
@@ -162,14 +173,13 @@ class BrowserScreen(Screen[None]):
 
     def drain(self) -> None:
         """Take what the thread has posted, for at most half a frame, so that keys are answered in between."""
-        added: list[Option] = []
+        count = len(self.items)
         until = time.monotonic() + _FRAME / 2
         with suppress(IndexError):
             while time.monotonic() < until:
                 said = self._said.popleft()
                 if isinstance(said, Item):
                     self.items.append(said)
-                    added.append(Option(Text(clean(said.title).replace("\n", " "), no_wrap=True, overflow="ellipsis")))
                 elif isinstance(said, str):
                     self._doing = said
                 elif said is None:
@@ -179,18 +189,41 @@ class BrowserScreen(Screen[None]):
                     self.notify(str(said), severity="error", markup=False)
                 else:
                     self.app.fail(said)
+        added = len(self.items) > count
         if added:
-            self.query_one(OptionList).add_options(added)
-            if self.current is None:
-                self.query_one(OptionList).highlighted = 0
+            self._list(range(count, len(self.items)))
         if added or self._doing or not self._timer._active.is_set():
             self.show_facts()
 
     # Showing
 
+    def _list(self, numbers: Iterable[int]) -> None:
+        """Add those items that the search finds to the list."""
+        found = [number for number in numbers if self.query_one(Search).finds(self.items[number].words)]
+        titles = [clean(self.items[number].title).replace("\n", " ") for number in found]
+        self._listed += found
+        options = self.query_one(OptionList)
+        options.add_options([Option(Text(title, no_wrap=True, overflow="ellipsis")) for title in titles])
+        if options.highlighted is None and found:
+            options.highlighted = 0
+
+    @on(Search.Sought)
+    def _sought(self) -> None:
+        self.query_one(OptionList).clear_options()
+        self._listed.clear()
+        self._list(range(len(self.items)))
+        if self.current in self._listed:
+            self.query_one(OptionList).highlighted = self._listed.index(self.current)
+        self.show_facts()
+
+    @on(Search.Done)
+    def _found(self) -> None:
+        self.query_one(OptionList).focus()
+
     @on(OptionList.OptionHighlighted)
     def _highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        self.show(event.option_index)
+        if event.option_index < len(self._listed):  # else the list has changed since
+            self.show(self._listed[event.option_index])
 
     @on(OptionList.OptionSelected)
     def _selected_option(self) -> None:
@@ -226,13 +259,15 @@ class BrowserScreen(Screen[None]):
         text = self.describe(payload) if payload is not None else None
         if text is None:
             count = f"{self.current + 1} of {len(self.items)}" if self.current is not None else "nothing yet"
+            if len(self._listed) != len(self.items):
+                count += f" ({len(self._listed)} found)"
             text = Text(count)
             if self.current is not None and self.items[self.current].facts:
                 text.append(f"   {self.items[self.current].facts}")
             if self._doing:
                 text.append(f"   {self._doing}", "dim")
         self.query_one("#facts", Static).update(text)
-        self.query_one("#legend", Static).update(self.legend())
+        self.query_one(StatusLine).show(self.legend())
 
     # Keys
 
@@ -245,8 +280,13 @@ class BrowserScreen(Screen[None]):
 
     def action_next(self, step: int) -> None:
         """The next item, or the previous one, from anywhere."""
-        if self.items:
-            self.query_one(OptionList).highlighted = ((self.current or 0) + step) % len(self.items)
+        if self._listed:
+            options = self.query_one(OptionList)
+            options.highlighted = ((options.highlighted or 0) + step) % len(self._listed)
+
+    def action_search(self) -> None:
+        """To the field."""
+        self.query_one(Search).focus()
 
     def action_other(self) -> None:
         """From the list to the left text, to the right one, and back."""

@@ -9,6 +9,7 @@ from textual.binding import Binding, BindingType
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.tui import commands
 from llmdoctor.tui.debounce import Debounce
+from llmdoctor.tui.keys import short_key
 from llmdoctor.tui.screens.conversation_screen import ConversationScreen
 from llmdoctor.tui.widgets.hints import Hint
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector
@@ -24,21 +25,32 @@ class ChatScreen(ConversationScreen):
 
     COMMANDS: ClassVar[set[Any]] = {commands.Palette}
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "stop", "Stop", id="chat.stop"),
-        Binding("f1", "help", "Help", priority=True, id="chat.help"),
-        Binding("f2", "inspect", "Inspect", priority=True, id="chat.inspect"),
-        Binding("f3", "next_lens", "Lens", priority=True, id="chat.lens"),
-        Binding("shift+f3,ctrl+l", "next_doctor", "Lens doctor", show=False, priority=True, id="chat.doctor"),
-        Binding("f4", "sliders", "Sliders", priority=True, id="chat.sliders"),
-        Binding("f5", "rerun", "Re-run", priority=True, id="chat.rerun"),
-        Binding("f6", "regenerate", "New seed", priority=True, id="chat.regenerate"),
-        Binding("f7", "edit", "Edit", priority=True, id="chat.edit"),
-        Binding("f8", "copy", "Copy", priority=True, id="chat.copy"),
-        Binding("f9", "sessions", "Sessions", priority=True, id="chat.sessions"),
-        Binding("ctrl+t", "other_pane", "Other pane", show=False, priority=True, id="chat.other_pane"),
-        Binding("alt+left,ctrl+b", "back", "Back", show=False, priority=True, id="chat.back"),
-        Binding("alt+right,ctrl+n", "forward", "Forward", show=False, priority=True, id="chat.forward"),
-        Binding("enter", "alternatives", "Alternatives", show=False, id="chat.alternatives"),
+        Binding("escape", "stop", "Stop the answer; close what is open", id="chat.stop"),
+        Binding("f1", "help", "This help", priority=True, id="chat.help"),
+        Binding("f2", "inspect", "The tokens: open the inspector, or close it", priority=True, id="chat.inspect"),
+        Binding("f3", "next_lens", "Colour by the next lens", priority=True, id="chat.lens"),
+        Binding(
+            "shift+f3,ctrl+l", "next_doctor", "Colour by the next doctor", show=False, priority=True, id="chat.doctor"
+        ),
+        Binding("f4", "sliders", "To the sliders and back", priority=True, id="chat.sliders"),
+        Binding("f5", "rerun", "Answer again, same seed, with the settings in use", priority=True, id="chat.rerun"),
+        Binding("f6", "regenerate", "Answer again with another seed", priority=True, id="chat.regenerate"),
+        Binding("f7", "edit", "Edit the last message", priority=True, id="chat.edit"),
+        Binding("f8", "copy", "Copy the answer", priority=True, id="chat.copy"),
+        Binding("f9", "sessions", "Saved conversations", priority=True, id="chat.sessions"),
+        Binding("ctrl+t", "other_pane", "To the other side", show=False, priority=True, id="chat.other_pane"),
+        Binding(
+            "alt+left,ctrl+b",
+            "back",
+            "Undo: before the last forced token, re-run or message",
+            show=False,
+            priority=True,
+            id="chat.back",
+        ),
+        Binding("alt+right,ctrl+n", "forward", "Redo", show=False, priority=True, id="chat.forward"),
+        Binding(
+            "enter", "alternatives", "From a text to the table of alternatives", show=False, id="chat.alternatives"
+        ),
     ]
 
     def __init__(self) -> None:
@@ -98,8 +110,7 @@ class ChatScreen(ConversationScreen):
         selected = self.panes.selected
         if selected is not None:
             which, said = selected
-            if self.answering.force(which, said.turn, said.position, event.alternative.id):
-                self.panes.select_when_there(which, said.position)
+            self.answering.force(which, said.turn, said.position, event.alternative.id)
             self.view(which).focus()
 
     @on(Prompt.Recalled)
@@ -173,6 +184,10 @@ class ChatScreen(ConversationScreen):
         """To the token before or after, from within the table."""
         self.panes.step(direction)
 
+    def action_change(self, direction: int) -> None:
+        """To the changed token before or after, from within the table."""
+        self.panes.step_change(direction)
+
     def action_other_pane(self) -> None:
         """To the text of the other side."""
         self.panes.other_pane()
@@ -227,6 +242,11 @@ class ChatScreen(ConversationScreen):
         except LLMDoctorError as error:
             self.notify(str(error), severity="error", markup=False)
 
+    def leave_columns(self, command: str | None) -> None:
+        """A comparison was left, maybe for a command."""
+        if command:
+            self.obey(command)
+
     def begin_command(self, name: str) -> None:
         """Put a command that needs arguments into the prompt."""
         self.prompt.put(f"/{name} ")
@@ -249,7 +269,8 @@ class ChatScreen(ConversationScreen):
                 return [*stop, ("↑↓", "choose", ""), ("Enter", "say this instead", ""),
                         (key("chat.stop"), "back to the text", "screen.stop"), *common]  # fmt: skip
             case TokenView():
-                return [*stop, ("←→↑↓", "token", ""), ("Enter", "alternatives", "screen.alternatives"),
+                return [*stop, ("←→↑↓", "token", ""), (". ,", "next, previous change", ""),
+                        ("Enter", "alternatives", "screen.alternatives"),
                         (key("chat.other_pane"), "other side", "screen.other_pane"),
                         (key("chat.inspect"), "close", "screen.inspect"), *common, lens]  # fmt: skip
             case Examples():
@@ -273,8 +294,7 @@ class ChatScreen(ConversationScreen):
         """The key of a binding, as one writes it: ``F5``, ``Esc``, ``^T``."""
         own = next(binding.key for binding in self.BINDINGS if isinstance(binding, Binding) and binding.id == name)
         key = self.app.config.keys.get(name, own)
-        first = key.split(",")[0].replace("ctrl+", "^")
-        return {"escape": "Esc"}.get(first, first.upper() if len(first) <= 3 else first)
+        return short_key(key)
 
     # Sliders
 

@@ -11,9 +11,9 @@ from textual.widgets import OptionList
 from llmdoctor.records import Comparison
 from llmdoctor.sessions import Reply
 from llmdoctor.show.comparison import View
-from llmdoctor.show.lens import LENSES, Lens, lens_limit
+from llmdoctor.show.lens import LENSES, Lens, following, lens_limit
 from llmdoctor.tui import token_style
-from llmdoctor.tui.conversation import Said, pieces
+from llmdoctor.tui.conversation import ENDED, Said, ending, pieces
 from llmdoctor.tui.screens.browser import BrowserScreen, Item, Source
 from llmdoctor.tui.widgets.inspector import Inspector
 from llmdoctor.tui.widgets.token_view import TokenView
@@ -58,10 +58,12 @@ class ComparisonsScreen(BrowserScreen):
         inspector.display = event.payload is not None
         self.query_one(OptionList).display = event.payload is None or self.app.size.width >= _ROOM_FOR_ALL
         if event.payload is not None:
-            tokens = [piece.payload.token for piece in event.view.pieces if piece.payload is not None]
+            tokens = [piece.payload.token for piece in event.view.pieces if isinstance(piece.payload, Said)]
             position = event.payload.position
             before = tokens[position - 1] if position else None
-            inspector.show(event.payload.token, before, len(tokens))
+            # The models are not at hand; but what ends an answer is what this one ended with.
+            ends = {piece.payload.token.id: "end of answer" for piece in event.view.pieces if piece.text == ENDED}
+            inspector.show(event.payload.token, before, len(tokens), ends)
 
     def action_leave(self) -> None:
         """From a text to the list."""
@@ -72,14 +74,13 @@ class ComparisonsScreen(BrowserScreen):
 
     def action_next_lens(self) -> None:
         """The next kind of colour."""
-        self.lens = LENSES[(LENSES.index(self.lens) + 1) % len(LENSES)]
+        self.lens = following(LENSES, self.lens)
         self._recolour()
 
     def action_next_doctor(self) -> None:
         """The next doctor's opinion."""
         if self._doctors:
-            at = self._doctors.index(self.doctor) if self.doctor in self._doctors else -1
-            self.doctor = self._doctors[(at + 1) % len(self._doctors)]
+            self.doctor = following(self._doctors, self.doctor)
             self._recolour()
 
     def _recolour(self) -> None:
@@ -94,5 +95,6 @@ def comparison_item(comparison: Comparison) -> Item:
     view = View.of(comparison, "off")
     sides = []
     for heading, answer in (("patient alone", comparison.patient), (view.heading, comparison.guided)):
-        sides.append((heading, list(pieces(0, Reply(answer.tokens)))))
+        reply = Reply(answer.tokens, "done" if answer.finished else "length")
+        sides.append((heading, [*pieces(0, reply), *ending(0, reply)]))
     return Item(view.prompt, tuple(sides), f"{view.prompt}\n{'; '.join(view.summary())}")

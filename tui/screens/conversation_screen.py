@@ -27,6 +27,7 @@ from llmdoctor.tui.widgets.hints import Hint, Hints
 from llmdoctor.tui.widgets.panes import Panes
 from llmdoctor.tui.widgets.prompt import Prompt
 from llmdoctor.tui.widgets.sliders import Sliders
+from llmdoctor.tui.widgets.status import StatusLine
 from llmdoctor.tui.widgets.token_view import TokenView
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class ConversationScreen(Screen[None]):
         yield self.panes
         yield Static(id="legend")
         yield self.sliders
-        yield Static(id="status")
+        yield StatusLine(id="status")
         yield self.prompt
         yield Hints(id="hints")
 
@@ -186,7 +187,7 @@ class ConversationScreen(Screen[None]):
         self.save()
         self.show_status()
         if self.peeking and self.focused is self.prompt and self._roomy:
-            self.panes.inspect()
+            self.panes.peek()
             self.prompt.focus()
 
     @property
@@ -211,6 +212,7 @@ class ConversationScreen(Screen[None]):
         self.answering.stop()
         self.session = session
         self.history.open(session.turns)
+        self.panes.close_inspector()
         self.editing = False
         for difference in self.settings.resume(session, self.app.start.profile):
             self.notify(difference, severity="warning", markup=False)
@@ -269,7 +271,6 @@ class ConversationScreen(Screen[None]):
         doing = "editing: Enter sends it again, Esc leaves it" if self.editing else self.answering.doing
         said = [(part, "bold") for part in (doing, hint) if part] + [(part, "") for part in parts]
         text = Text(" · ", no_wrap=True, overflow="ellipsis").join(Text(part, style) for part, style in said)
-        # All of these keep their height, so the rest of the screen need not be laid out again.
-        self.query_one("#status", Static).update(text, layout=False)
+        self.query_one(StatusLine).show(text)
         self.query_one(Hints).show(self.hints())
         self.query_one("#legend", Static).update(self.panes.legend(), layout=False)

@@ -11,6 +11,7 @@ from textual.widgets import Footer, Static
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.show.text import clean
+from llmdoctor.tui.widgets.status import StatusLine
 
 
 class FailedScreen(Screen[None]):
@@ -27,6 +28,7 @@ class FailedScreen(Screen[None]):
         with Vertical(id="failed"):
             yield Static(Text(f"error: {' '.join(clean(str(self.error)).split())}"), id="failed-text")
             yield Static(Text("Press q to leave.", style="dim"))
+        yield StatusLine()
         yield Footer(compact=True)
 
     def action_leave(self) -> None:

@@ -1,5 +1,6 @@
-"""The saved conversations: resume, rename, delete or export one."""
+"""The saved conversations: find, read, resume, rename, delete or export one."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,71 +10,158 @@ from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Static
+from textual.widgets import DataTable, Footer
 
 from llmdoctor.errors import LLMDoctorError
-from llmdoctor.sessions import Summary
-from llmdoctor.show.text import one_line
+from llmdoctor.sessions import Session, Summary
+from llmdoctor.show.formats import counted
+from llmdoctor.show.lens import lens_limit
+from llmdoctor.show.text import clean, one_line
+from llmdoctor.tui import token_style
+from llmdoctor.tui.conversation import Said, conversation
 from llmdoctor.tui.export import KINDS
 from llmdoctor.tui.screens.dialogs import Ask, Choose
+from llmdoctor.tui.widgets.search import Search
+from llmdoctor.tui.widgets.status import StatusLine
+from llmdoctor.tui.widgets.token_view import TokenView
 
 if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
 
+_NARROW = 110  # columns below which the preview is under the list
+_REST = 0.1  # seconds that the cursor rests on a conversation before it is read
+
 
 class SessionsScreen(Screen[str | None]):
-    """A list; dismissed with the id of the session to resume, or None."""
+    """A list with a preview; dismissed with the id of the session to resume, or None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,f9", "dismiss(None)", "Close", id="sessions.close"),
+        Binding("slash,ctrl+f", "search", "Search", id="sessions.search"),
         Binding("r", "rename", "Rename", id="sessions.rename"),
         Binding("d,delete", "delete", "Delete", id="sessions.delete"),
         Binding("e", "export", "Export", id="sessions.export"),
+        Binding("tab", "other", "Preview", id="sessions.preview"),
     ]
     app: "ChatApp"  # type: ignore[assignment]
 
     def __init__(self, current: str) -> None:
         super().__init__()
         self._current = current
+        self._all: list[Summary] = []
         self._rows: list[Summary] = []
 
     def compose(self) -> ComposeResult:
-        """The table."""
-        yield Static(id="sessions-title")
-        yield DataTable(id="sessions", cursor_type="row")
+        """Field, table, preview."""
+        yield Search(id="search")
+        with Horizontal(id="panes"):
+            yield DataTable(id="sessions", cursor_type="row")
+            with Vertical(id="preview", classes="pane"):
+                yield TokenView(id="preview-view", score=self._score)
+        yield StatusLine(id="status")
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
         """Fill the table."""
+        self.query_one(TokenView).scale = lens_limit(self.app.chat.lens)
         table = self.query_one(DataTable)
         table.add_columns("", "title", "turns", "last used", "id")
-        self._fill()
+        self._read()
         table.focus()
 
-    def _fill(self) -> None:
-        table = self.query_one(DataTable)
-        row = table.cursor_row
-        table.clear()
+    def on_resize(self) -> None:
+        """The preview beside the list or under it."""
+        self.set_class(self.app.size.width < _NARROW, "narrow")
+
+    def _score(self, said: Said) -> float | None:
+        return token_style.score(said.token, self.app.chat.lens, self.app.chat.doctor)
+
+    # The list
+
+    def _read(self) -> None:
+        """Take the list from the store."""
         try:
-            self._rows = self.app.saved_sessions()
+            self._all = self.app.saved_sessions()
         except LLMDoctorError as error:
-            self._rows = []
+            self._all = []
             self.notify(str(error), severity="error", markup=False)
+        self._fill()
+
+    @on(Search.Sought)
+    def _fill(self) -> None:
+        """Show those that the search finds; the cursor stays on its conversation if that is among them."""
+        table, search = self.query_one(DataTable), self.query_one(Search)
+        chosen, row = self._chosen(), table.cursor_row
+        self._rows = [one for one in self._all if search.finds(f"{one.title} {one.id} {one.questions}")]
+        table.clear()
         for one in self._rows:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated))
             mark = "●" if one.id == self._current else " "
             title = one_line(one.title)
             table.add_row(Text(mark), Text(title), Text(str(one.turns), justify="right"), Text(when), Text(one.id))
-        table.move_cursor(row=max(0, min(row, len(self._rows) - 1)))
-        what = (
-            f"{len(self._rows)} conversations in {self.app.store.path}" if self._rows else "No saved conversation yet."
-        )
-        self.query_one("#sessions-title", Static).update(Text(what, style="dim"))
+        ids = [one.id for one in self._rows]
+        there = chosen is not None and chosen.id in ids
+        table.move_cursor(row=ids.index(chosen.id) if chosen and there else max(0, min(row, len(ids) - 1)))
+        self.query_one(StatusLine).show(Text(self._count(), style="dim"))
+        if not self._rows:
+            self._preview(None)
+
+    def _count(self) -> str:
+        if not self._all:
+            return "No saved conversation yet."
+        found = f"{len(self._rows)} of " if len(self._rows) != len(self._all) else ""
+        return f"{found}{counted(len(self._all), 'conversation')} in {self.app.store.path}"
 
     def _chosen(self) -> Summary | None:
         row = self.query_one(DataTable).cursor_row
         return self._rows[row] if 0 <= row < len(self._rows) else None
+
+    @on(Search.Done)
+    def _found(self) -> None:
+        self.query_one(DataTable).focus()
+
+    def action_search(self) -> None:
+        """To the field."""
+        self.query_one(Search).focus()
+
+    def action_other(self) -> None:
+        """From the list to the preview, and back."""
+        view = self.query_one(TokenView)
+        (self.query_one(DataTable) if view.has_focus else view).focus()
+
+    # The preview
+
+    @on(DataTable.RowHighlighted)
+    def _highlighted(self) -> None:
+        if one := self._chosen():
+            self.run_worker(partial(self._load, one), group="preview", exclusive=True)
+
+    async def _load(self, one: Summary) -> None:
+        """Read a conversation, once the cursor rests on it."""
+        await asyncio.sleep(_REST)
+        try:
+            session = await asyncio.wrap_future(self.app.later_session(one.id))
+        except LLMDoctorError as error:
+            self._preview(None)
+            self.notify(str(error), severity="error", markup=False)
+        else:
+            self._preview(session)
+
+    def _preview(self, session: Session | None) -> None:
+        """The guided side of a conversation, from its beginning."""
+        pane, view = self.query_one("#preview"), self.query_one(TokenView)
+        pane.border_title = clean(session.title).replace("\n", " ") if session is not None else ""
+        model = str(session.profile.get("patient", {}).get("model", "")) if session is not None else ""
+        pane.border_subtitle = clean(model)
+        view.clear()
+        view.following = False
+        if session is not None:
+            view.append(conversation(session.turns, "guided", None, self.app.start.welcome))
+        view.scroll_home(animate=False, immediate=True)
+
+    # What is done with one
 
     @on(DataTable.RowSelected)
     def _open(self) -> None:
@@ -120,4 +208,4 @@ class SessionsScreen(Screen[str | None]):
             action()
         except LLMDoctorError as error:
             self.notify(str(error), severity="error", markup=False)
-        self._fill()
+        self._read()

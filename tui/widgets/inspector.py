@@ -1,7 +1,7 @@
 """The alternatives to one token with their probabilities under every model, and how guidance changed their ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from rich.text import Text
@@ -13,20 +13,40 @@ from textual.widgets import DataTable, Static
 
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.show.formats import percent
-from llmdoctor.show.text import quoted
+from llmdoctor.show.text import clean, quoted
+
+_RARE = math.log(0.001)  # what neither the patient nor the product would say more often is folded
+_WIDEST = 26  # cells of a token in the table
 
 
 class Alternatives(DataTable[Text]):
     """The table of alternatives. Left and right move the token cursor, not the table's."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left", "screen.token(-1)", "Token", show=False, id="alternatives.previous"),
-        Binding("right", "screen.token(1)", "Token", show=False, id="alternatives.next"),
+        Binding("left", "screen.token(-1)", "Token before", show=False, id="alternatives.previous"),
+        Binding("right", "screen.token(1)", "Token after", show=False, id="alternatives.next"),
+        Binding(
+            "full_stop",
+            "screen.change(1)",
+            "Next token that guidance changed",
+            show=False,
+            id="alternatives.next_change",
+        ),
+        Binding(
+            "comma",
+            "screen.change(-1)",
+            "Previous token that guidance changed",
+            show=False,
+            id="alternatives.previous_change",
+        ),
     ]
 
 
 class Inspector(Vertical):
-    """One token: its numbers, and its alternatives in a table; Enter on one of them forces it."""
+    """One token: its numbers, and its alternatives in a table; Enter on one of them forces it.
+
+    Rare alternatives are folded into a last row; Enter on it unfolds them, and folds them again.
+    """
 
     class Forced(Message):
         """Say this alternative instead."""
@@ -40,38 +60,82 @@ class Inspector(Vertical):
         self.border_title = "token"
         self.border_subtitle = "Enter: say this one instead" if can_force else ""
         self.token: GuidedToken | None = None
+        self._before: GuidedToken | None = None
+        self._count, self._forced = 0, False
+        self._names: Mapping[int, str] = {}
+        self._rows: list[Alternative] = []
+        self._unfolded = False
 
     def compose(self) -> ComposeResult:
         """Numbers above, table below."""
         yield Static(id="token-facts")
         yield Alternatives(id="alternatives", cursor_type="row", zebra_stripes=False)
 
-    def show(self, token: GuidedToken | None, before: GuidedToken | None, count: int, *, forced: bool = False) -> None:
-        """Describe ``token``, which follows ``before`` in an answer of ``count`` tokens."""
-        self.token = token
-        table = self.query_one(Alternatives)
+    def show_none(self) -> None:
+        """There is no token to describe."""
+        self.token, self._rows = None, []
+        self.query_one(Alternatives).clear(columns=True)
+        self.query_one("#token-facts", Static).update(Text("Choose a token with the arrows or the mouse.", "dim"))
+
+    def show(
+        self,
+        token: GuidedToken,
+        before: GuidedToken | None,
+        count: int,
+        names: Mapping[int, str],
+        *,
+        forced: bool = False,
+    ) -> None:
+        """Describe ``token``, which follows ``before`` in an answer of ``count`` tokens.
+
+        ``names`` are those of the tokens without text, by id.
+        """
+        self.token, self._before, self._names, self._forced = token, before, names, forced
+        self.recount(count)
+        self._fill()
+
+    def recount(self, count: int) -> None:
+        """The answer of the token that is shown has ``count`` tokens now."""
+        self._count = count
+        if self.token is not None:
+            self.query_one("#token-facts", Static).update(self._facts(self.token))
+
+    def _fill(self) -> None:
+        """The table."""
+        table, token = self.query_one(Alternatives), self.token
         table.clear(columns=True)
-        facts = self.query_one("#token-facts", Static)
         if token is None:
-            facts.update(Text("Choose a token with the arrows or the mouse.", style="dim"))
             return
-        facts.update(self._facts(token, before, count, forced))
         names = list(token.doctor_logprobs)
         guided = ["guided"] if names else []  # the patient alone has nothing beside itself
         for label in ("", "token", *guided, "patient", *names, *(["rank"] if names else [])):
             table.add_column(Text(label), key=label or "mark")
-        for alternative, was, now in ranked(token):
+        places = ranked(token)
+        folded = [place for place in places if _rare(place[0], token)]
+        shown = places if self._unfolded else [place for place in places if place not in folded]
+        self._rows = [alternative for alternative, _, _ in shown]
+        for alternative, was, now in shown:
             row = [percent(alternative.logprob)] if names else []
             row += [percent(alternative.patient_logprob)]
             row += [percent(alternative.doctor_logprobs.get(name, -math.inf)) for name in names]
             said = alternative.id == token.id
-            cells = [Text("●" if said else " "), Text(quoted(alternative.text), style="bold" if said else "")]
+            cells = [Text("●" if said else " "), Text(self._named(alternative), style="bold" if said else "")]
+            for cell in cells:
+                cell.truncate(_WIDEST, overflow="ellipsis")
             rank = [moved(was, now)] if names else []
             table.add_row(*cells, *(Text(cell, justify="right") for cell in row), *rank)
+        if folded:
+            what = "fold those below 0.1%" if self._unfolded else f"{len(folded)} more below 0.1%"
+            table.add_row(Text(" "), Text(what, style="dim"))
 
-    def _facts(self, token: GuidedToken, before: GuidedToken | None, count: int, forced: bool) -> Text:
-        text = Text.assemble((quoted(token.text), "bold"), f"  {token.position + 1} of {count}")
-        if forced:
+    def _named(self, token: GuidedToken | Alternative) -> str:
+        """Its text, or what it is if it has none."""
+        return quoted(token.text) if token.text else clean(self._names.get(token.id, "")) or quoted("")
+
+    def _facts(self, token: GuidedToken) -> Text:
+        before = self._before
+        text = Text.assemble((self._named(token), "bold"), f"  {token.position + 1} of {self._count}")
+        if self._forced:
             text.append("  forced", "bold")
         if token.flip:
             text.append("  flip: guidance changed the likeliest token")
@@ -90,8 +154,12 @@ class Inspector(Vertical):
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Enter or a second click."""
         event.stop()
-        if self.token is not None and event.cursor_row < len(rows := ranked(self.token)):
-            self.post_message(self.Forced(rows[event.cursor_row][0]))
+        if event.cursor_row < len(self._rows):
+            self.post_message(self.Forced(self._rows[event.cursor_row]))
+        elif self.token is not None:
+            self._unfolded = not self._unfolded
+            self._fill()
+            self.query_one(Alternatives).move_cursor(row=event.cursor_row)
 
 
 def ranked(token: GuidedToken) -> Sequence[tuple[Alternative, int, int]]:
@@ -107,6 +175,11 @@ def ranked(token: GuidedToken) -> Sequence[tuple[Alternative, int, int]]:
     by_patient = sorted(others, key=lambda other: -other.patient_logprob)
     was = {other.id: place for place, other in enumerate(by_patient, start=1)}
     return [(other, was[other.id], place) for place, other in enumerate(others, start=1)]
+
+
+def _rare(alternative: Alternative, token: GuidedToken) -> bool:
+    """Whether neither the patient nor the product is likely to say it; never what was said."""
+    return alternative.id != token.id and max(alternative.logprob, alternative.patient_logprob) < _RARE
 
 
 def moved(was: int, now: int) -> Text:

@@ -24,7 +24,7 @@ class Pane(Vertical):
         if self.which == "patient":
             yield TokenView(id="patient-view")
         else:
-            yield TokenView(id="guided-view", score=self._score)
+            yield TokenView(id="guided-view", score=self._score, changed=lambda said: said.changed)
             yield Curve(id="curve")
 
     @property

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
 
 _SIDE_BY_SIDE = 72  # columns from which the sides are beside each other, else stacked
-_INSPECTOR_BESIDE = 150  # columns from which the inspector is beside them too, else below
+_INSPECTOR_BESIDE = 160  # columns from which the inspector is beside them too, else below
 _ROOM_FOR_TITLES = 96  # columns from which the title of the guided side says so
 _LOW = 40  # rows below which the inspector takes the curve's room
 
@@ -52,7 +52,7 @@ class Panes(Horizontal):
         self.inspected: Speaker | None = None
         self._answering = answering
         self._tab: Speaker = "guided"
-        self._wanted: tuple[Speaker, int] | None = None  # a position whose token is to be selected once it is there
+        self._wanted: tuple[Speaker, tuple[int, int]] | None = None  # a place to be selected once its token is there
         self._curve_turn = -1
 
     def compose(self) -> ComposeResult:
@@ -95,18 +95,20 @@ class Panes(Horizontal):
 
     def show(self, sides: Iterable[Speaker] = SIDES) -> None:
         """The whole conversation of ``sides`` again."""
-        self._wanted = None
+        if (selected := self.selected) is not None:
+            self._wanted = selected[0], selected[1].place
         for which in sides:
             self.view(which).set_pieces(
                 conversation(self._answering.history.turns, which, self._answering.live, self.app.start.welcome)
             )
+        if self._wanted is not None and self._wanted[0] in sides:
+            self._select_wanted()
         self._curve_turn = -1
         self._load_curve(len(self._answering.history.turns) - 1)
         self.fit()
 
     def ask(self) -> None:
         """One question more; both sides go to their end."""
-        self._wanted = None
         turns = self._answering.history.turns
         for which in SIDES:
             self.view(which).append(asked(turns, len(turns) - 1, self.app.start.welcome))
@@ -119,16 +121,17 @@ class Panes(Horizontal):
         for which, start in starts.items():
             side = live.sides[which]
             self.view(which).append(pieces(live.turn, side, start))
-            if self._wanted is not None and self._wanted[0] == which and len(side.tokens) > self._wanted[1]:
-                position, self._wanted = self._wanted[1], None
-                self.view(which).select_payload(Said(live.turn, position, side.tokens[position]))
             if which == "guided" and self._curve_turn == live.turn:
                 self._curve.extend(values_of(side.tokens[start:], self.doctor))
+            if which == self.inspected and self._inspected_turn == live.turn:
+                self._inspector.recount(len(side.tokens))
+        self._select_wanted()
 
     def end(self, turn: int, replies: Mapping[Speaker, Reply], error: str) -> None:
         """How these replies ended."""
         for which, reply in replies.items():
             self.view(which).append(ending(turn, reply, error if reply.end == "error" else ""))
+        self._select_wanted()
         self._curve.refresh()
 
     def show_headings(self) -> None:
@@ -184,27 +187,50 @@ class Panes(Horizontal):
         return bool(self._inspector.display)
 
     def inspect(self) -> None:
-        """Open the inspector on the last token."""
-        which = self._tab
+        """Open the inspector on the first change of the last answer, or go to it."""
+        which = self.shown
         self._inspector.display = True
-        self._inspector.show(None, None, 0)
         self.fit()
         self.view(which).focus()
-        self.view(which).select_last()
+        if self.view(which).cursor is None:
+            self._inspector.show_none()
+            self._to_first_change()
+
+    def peek(self) -> None:
+        """Open the inspector on the last answer, unless a token of it is inspected already."""
+        self.inspect()
+        if self._inspected_turn != len(self._answering.history.turns) - 1:
+            self._to_first_change()
+
+    def _to_first_change(self) -> None:
+        """To the first token of the last answer that guidance changed; where there is none, to its first token."""
+        view, last = self.view(self.shown), len(self._answering.history.turns) - 1
+        if not view.select_first(lambda said: said.turn == last and said.changed):
+            view.select_first(lambda said: said.turn == last)
 
     def close_inspector(self) -> None:
         """Close it, and take the cursor off the texts."""
         self._inspector.display = False
-        self.inspected = None
+        self.inspected = self._wanted = None
         for which in SIDES:
             self.view(which).select(None)
         self._curve.cursor = None
         self.fit()
 
-    def select_when_there(self, which: Speaker, position: int) -> None:
-        """Select the token at this position of the running answer as soon as it has been said."""
-        self._inspector.show(None, None, 0)
-        self._wanted = which, position
+    def _select_wanted(self) -> None:
+        """Select the token that is wanted; once the answer has ended without it, the last one before it."""
+        if self._wanted is None:
+            return
+        which, place = self._wanted
+        live = self._answering.live
+        over = live is None or which not in live.sides
+        view = self.view(which)
+        if view.select_first(lambda said: said.place == place) or (
+            over and view.select_last(lambda said: said.place < place)
+        ):
+            self._wanted = None
+        else:
+            self._inspector.show_none()
 
     def to_table(self) -> None:
         """From the text to the alternatives."""
@@ -216,12 +242,18 @@ class Panes(Horizontal):
         if self.inspected is not None:
             self.view(self.inspected).action_step(direction)
 
+    def step_change(self, direction: int) -> None:
+        """To the token before (-1) or after (1) that guidance changed."""
+        if self.inspected is not None:
+            self.view(self.inspected).action_change(direction)
+
     @on(TokenView.Selected)
     def _selected(self, event: TokenView.Selected) -> None:
         event.stop()
-        said: Said | None = event.payload
+        said: Said | None = event.view.selected  # what is there now: the text may have changed since
         if said is None:
             return
+        self._wanted = None
         which: Speaker = "patient" if event.view.id == "patient-view" else "guided"
         before, self.inspected = self.inspected, which
         if not self.inspecting or before != which:
@@ -235,11 +267,18 @@ class Panes(Horizontal):
             other.recolour(other.score)
         self._inspect(which, said)
 
+    @property
+    def _inspected_turn(self) -> int:
+        """The turn of the token under the cursor, -1 without one."""
+        selected = self.selected
+        return selected[1].turn if selected is not None else -1
+
     def _inspect(self, which: Speaker, said: Said) -> None:
         side = self._answering.side(which, said.turn)
         previous = side.tokens[said.position - 1] if said.position else None
         self._inspector.border_title = "patient's token" if which == "patient" else "guided token"
-        self._inspector.show(said.token, previous, len(side.tokens), forced=said.position in side.forced)
+        forced = said.position in side.forced
+        self._inspector.show(said.token, previous, len(side.tokens), self._answering.token_names, forced=forced)
         if which == "guided":
             self._load_curve(said.turn)
             self._curve.cursor = said.position

@@ -20,6 +20,7 @@ from llmdoctor.tui.flow import Flow
 
 Kind = Literal["token", "user", "note", "plain"]
 Score = Callable[[Any], float | None]
+Test = Callable[[Any], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,14 @@ class TokenView(ScrollView, can_focus=True):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"token-view--user", "token-view--note"}
     ALLOW_SELECT = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left", "step(-1)", "Token", show=False, id="token.previous"),
-        Binding("right", "step(1)", "Token", show=False, id="token.next"),
-        Binding("up", "line(-1)", "Line", show=False, id="token.up"),
-        Binding("down", "line(1)", "Line", show=False, id="token.down"),
+        Binding("left", "step(-1)", "Token before", show=False, id="token.previous"),
+        Binding("right", "step(1)", "Token after", show=False, id="token.next"),
+        Binding("up", "line(-1)", "Line above", show=False, id="token.up"),
+        Binding("down", "line(1)", "Line below", show=False, id="token.down"),
         Binding("home,ctrl+home", "edge(0)", "First token", show=False, id="token.first"),
         Binding("end,ctrl+end", "edge(-1)", "Last token", show=False, id="token.last"),
+        Binding("full_stop", "change(1)", "Next token that guidance changed", show=False, id="token.next_change"),
+        Binding("comma", "change(-1)", "Previous token that guidance changed", show=False, id="token.previous_change"),
     ]
 
     class Selected(Message):
@@ -57,9 +60,12 @@ class TokenView(ScrollView, can_focus=True):
             """The view, for ``@on``."""
             return self.view
 
-    def __init__(self, *, score: Score = lambda _payload: None, id: str | None = None) -> None:
+    def __init__(
+        self, *, score: Score = lambda _payload: None, changed: Test = lambda _payload: False, id: str | None = None
+    ) -> None:
         super().__init__(id=id)
         self.score = score
+        self.changed = changed  # what the keys for the next and the previous change look for
         self.scale: float | None = None  # the score with the strongest colour; None: the greatest there is
         self.limit = 1.0
         self.cursor: int | None = None
@@ -118,15 +124,13 @@ class TokenView(ScrollView, can_focus=True):
         self._redraw()
 
     def set_pieces(self, pieces: Iterable[Piece]) -> None:
-        """Show these instead; place and cursor are kept if possible."""
-        place, following, cursor = self.scroll_offset.y, self.following, self.selected
+        """Show these instead, without a cursor; the place is kept if possible."""
+        place, following = self.scroll_offset.y, self.following
         self.clear()
         self.following = following
         self.append(pieces)
         if not following:
             self.scroll_to(y=place, animate=False, immediate=True)
-        if cursor is not None:
-            self.cursor = next((i for i, piece in enumerate(self._pieces) if piece.payload == cursor), None)
 
     def recolour(self, score: Score) -> None:
         """Colour the tokens by another score."""
@@ -159,25 +163,38 @@ class TokenView(ScrollView, can_focus=True):
         self.refresh()
         self.post_message(self.Selected(self, self.selected))
 
-    def select_payload(self, payload: Any) -> None:
-        """Move the cursor to the last piece that stands for ``payload``."""
-        found = [i for i, piece in enumerate(self._pieces) if piece.payload == payload and self._selectable(i)]
-        self.select(found[-1] if found else None)
+    def select_first(self, test: Test) -> bool:
+        """Move the cursor to the first token that passes; without one leave it where it is and return False."""
+        return self._select_next(range(len(self._pieces)), test)
 
-    def select_last(self) -> None:
-        """Move the cursor to the last token."""
-        self.action_edge(-1)
+    def select_last(self, test: Test = lambda _payload: True) -> bool:
+        """Move the cursor to the last token that passes; without one leave it where it is and return False."""
+        return self._select_next(range(len(self._pieces) - 1, -1, -1), test)
+
+    def _select_next(self, order: Iterable[int], test: Test) -> bool:
+        found = next((i for i in order if self._selectable(i) and test(self._pieces[i].payload)), None)
+        if found is not None:
+            self.select(found)
+        return found is not None
 
     def action_step(self, direction: int) -> None:
         """To the token before or after."""
         if self.cursor is None:
-            self.action_edge(-1)
-            return
-        at = self.cursor + direction
-        while 0 <= at < len(self._pieces) and not self._selectable(at):
-            at += direction
-        if 0 <= at < len(self._pieces):
-            self.select(at)
+            self.select_last()
+        else:
+            self._select_next(self._from_cursor(direction), lambda _payload: True)
+
+    def action_change(self, direction: int) -> None:
+        """To the token before or after that guidance changed; without a cursor, to the first or last one."""
+        if not self._select_next(self._from_cursor(direction), self.changed):
+            where = "" if self.cursor is None else " after this one" if direction > 0 else " before this one"
+            self.notify(f"There is no changed token{where}.")
+
+    def _from_cursor(self, direction: int) -> range:
+        """The pieces behind the cursor (1), or those before it, backwards (-1)."""
+        if direction > 0:
+            return range(-1 if self.cursor is None else self.cursor, len(self._pieces))[1:]
+        return range(len(self._pieces) if self.cursor is None else self.cursor)[::-1]
 
     def action_line(self, direction: int) -> None:
         """To the token above or below; without a cursor, scroll."""
@@ -196,8 +213,10 @@ class TokenView(ScrollView, can_focus=True):
 
     def action_edge(self, end: int) -> None:
         """To the first (0) or last (-1) token."""
-        order = range(len(self._pieces)) if end == 0 else range(len(self._pieces) - 1, -1, -1)
-        self.select(next((i for i in order if self._selectable(i)), None))
+        if end == 0:
+            self.select_first(lambda _payload: True)
+        else:
+            self.select_last()
 
     def _selectable(self, index: int) -> bool:
         piece = self._pieces[index]
