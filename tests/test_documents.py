@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -71,8 +72,9 @@ def of_llmdoctor(words: list[str]) -> tuple[list[str], str | None]:
     given = None
     if words[0] == "echo":
         given, words = f"{words[1]}\n", words[words.index("|") + 1 :]
-    if words[:1] != ["llmdoctor"] and "llmdoctor" in words:
-        words = words[words.index("llmdoctor") :]
+    for flag, name in pairwise(words):
+        if (flag, name) == ("-m", "llmdoctor"):  # torchrun, accelerate launch
+            words = words[words.index(name) :]
     return (words[1:] if words[0] == "llmdoctor" else []), given
 
 
