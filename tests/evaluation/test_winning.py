@@ -1,5 +1,7 @@
 """Guided answers beside the patient's: the summary of made-up answers, worked by hand."""
 
+from typing import Any
+
 from llmdoctor.evaluation.judge import Judge
 from llmdoctor.evaluation.winning import Exchange, summarise
 from llmdoctor.records import Answer, Comparison, GuidedToken
