@@ -190,7 +190,7 @@ def compare(
     if sweep:
         _sweep(points, plans, models, run, asking, pages, as_json=as_json, jsonl=jsonl)
     else:
-        budget = {}
+        budget: dict[str, Any] = {}
         if kl_budget is not None:
             settings, budget = _within(kl_budget, plans[1], models, run, asking)
             plans = [*sides(settings), *(further(plan.name, settings, flag="--vs") for plan in others)]
