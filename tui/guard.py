@@ -1,6 +1,7 @@
 """Keeps what native libraries print off the screen while the app has the terminal."""
 
 import os
+import select
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,13 @@ from typing import IO
 def full_screen(stdin: IO[str], stdout: IO[str]) -> bool:
     """Whether a full-screen app can run: both are terminals, and the terminal can place its cursor."""
     return stdin.isatty() and stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
+
+
+def hung_up(fd: int) -> bool:
+    """Whether the terminal behind this file descriptor is gone."""
+    poll = select.poll()
+    poll.register(fd, 0)  # hang-ups and errors are reported whatever is asked for
+    return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
 
 @contextmanager

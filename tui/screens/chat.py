@@ -29,7 +29,9 @@ class ChatScreen(ConversationScreen):
         Binding("f1", "help", "This help", priority=True, id="chat.help"),
         Binding("f2", "inspect", "The tokens: open the inspector, or close it", priority=True, id="chat.inspect"),
         Binding("f3", "next_lens", "Colour by the next lens", priority=True, id="chat.lens"),
-        Binding("shift+f3,ctrl+l", "next_doctor", "Colour by the next doctor", show=False, priority=True, id="chat.doctor"),
+        Binding(
+            "shift+f3,ctrl+l", "next_doctor", "Colour by the next doctor", show=False, priority=True, id="chat.doctor"
+        ),
         Binding("f4", "sliders", "To the sliders and back", priority=True, id="chat.sliders"),
         Binding("f5", "rerun", "Answer again, same seed, with the settings in use", priority=True, id="chat.rerun"),
         Binding("f6", "regenerate", "Answer again with another seed", priority=True, id="chat.regenerate"),
@@ -37,9 +39,18 @@ class ChatScreen(ConversationScreen):
         Binding("f8", "copy", "Copy the answer", priority=True, id="chat.copy"),
         Binding("f9", "sessions", "Saved conversations", priority=True, id="chat.sessions"),
         Binding("ctrl+t", "other_pane", "To the other side", show=False, priority=True, id="chat.other_pane"),
-        Binding("alt+left,ctrl+b", "back", "Undo: before the last forced token, re-run or message", show=False, priority=True, id="chat.back"),
+        Binding(
+            "alt+left,ctrl+b",
+            "back",
+            "Undo: before the last forced token, re-run or message",
+            show=False,
+            priority=True,
+            id="chat.back",
+        ),
         Binding("alt+right,ctrl+n", "forward", "Redo", show=False, priority=True, id="chat.forward"),
-        Binding("enter", "alternatives", "From a text to the table of alternatives", show=False, id="chat.alternatives"),
+        Binding(
+            "enter", "alternatives", "From a text to the table of alternatives", show=False, id="chat.alternatives"
+        ),
     ]
 
     def __init__(self) -> None:

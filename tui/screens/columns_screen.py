@@ -48,9 +48,7 @@ class ColumnsScreen(Screen[str | None]):
     ]
     app: "ChatApp"  # type: ignore[assignment]
 
-    def __init__(
-        self, columns: Sequence[Column], question: str, seed: int, lens: Lens, doctor: str | None
-    ) -> None:
+    def __init__(self, columns: Sequence[Column], question: str, seed: int, lens: Lens, doctor: str | None) -> None:
         super().__init__()
         self.columns, self.question, self.seed = list(columns), question, seed
         self.lens, self.doctor = lens, doctor

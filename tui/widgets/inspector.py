@@ -25,8 +25,20 @@ class Alternatives(DataTable[Text]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "screen.token(-1)", "Token before", show=False, id="alternatives.previous"),
         Binding("right", "screen.token(1)", "Token after", show=False, id="alternatives.next"),
-        Binding("full_stop", "screen.change(1)", "Next token that guidance changed", show=False, id="alternatives.next_change"),
-        Binding("comma", "screen.change(-1)", "Previous token that guidance changed", show=False, id="alternatives.previous_change"),
+        Binding(
+            "full_stop",
+            "screen.change(1)",
+            "Next token that guidance changed",
+            show=False,
+            id="alternatives.next_change",
+        ),
+        Binding(
+            "comma",
+            "screen.change(-1)",
+            "Previous token that guidance changed",
+            show=False,
+            id="alternatives.previous_change",
+        ),
     ]
 
 
