@@ -12,7 +12,7 @@ def key_text(keys: str) -> str:
 
 def short_key(keys: str) -> str:
     """The first of them, as short as the last line needs it: ``^T``, ``F5``, ``Esc``."""
-    return key_text(keys.split(",")[0]).replace("Ctrl+", "^")
+    return key_text(keys.split(",", maxsplit=1)[0]).replace("Ctrl+", "^")
 
 
 def _key(key: str) -> str:
