@@ -16,7 +16,7 @@ from textual.widgets import DataTable, Footer
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.sessions import Session, Summary
-from llmdoctor.show.formats import counted
+from llmdoctor.show.formats import counted, short_name
 from llmdoctor.show.lens import lens_limit
 from llmdoctor.show.text import clean
 from llmdoctor.tui import token_style
@@ -154,7 +154,7 @@ class SessionsScreen(Screen[str | None]):
         pane, view = self.query_one("#preview"), self.query_one(TokenView)
         pane.border_title = clean(session.title).replace("\n", " ") if session is not None else ""
         model = str(session.profile.get("patient", {}).get("model", "")) if session is not None else ""
-        pane.border_subtitle = clean(model)
+        pane.border_subtitle = clean(short_name(model))
         view.clear()
         view.following = False
         if session is not None:
