@@ -136,7 +136,7 @@ class SessionsScreen(Screen[str | None]):
     @on(DataTable.RowHighlighted)
     def _highlighted(self) -> None:
         if one := self._chosen():
-            self.run_worker(partial(self._load, one), group="preview", exclusive=True)
+            self.run_worker(lambda: self._load(one), group="preview", exclusive=True)
 
     async def _load(self, one: Summary) -> None:
         """Read a conversation, once the cursor rests on it."""
