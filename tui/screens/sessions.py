@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
-from textual import on
+from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -136,8 +136,9 @@ class SessionsScreen(Screen[str | None]):
     @on(DataTable.RowHighlighted)
     def _highlighted(self) -> None:
         if one := self._chosen():
-            self.run_worker(lambda: self._load(one), group="preview", exclusive=True)
+            self._load(one)
 
+    @work(group="preview", exclusive=True)
     async def _load(self, one: Summary) -> None:
         """Read a conversation, once the cursor rests on it."""
         await asyncio.sleep(_REST)
