@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import select
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,13 @@ def take_any_bytes() -> None:
 
 def _forgiving_decoder(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:
     return partial(codecs.getincrementaldecoder(encoding), errors="replace")
+
+
+def hung_up(fd: int) -> bool:
+    """Whether the terminal behind this file descriptor is gone."""
+    poll = select.poll()
+    poll.register(fd, 0)  # hang-ups and errors are reported whatever is asked for
+    return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
 
 @contextmanager
