@@ -29,7 +29,9 @@ def _forgiving_decoder(encoding: str) -> Callable[[], codecs.IncrementalDecoder]
 
 
 def hung_up(fd: int) -> bool:
-    """Whether the terminal behind this file descriptor is gone."""
+    """Whether the terminal behind this file descriptor is gone; False where that cannot be asked (Windows)."""
+    if not hasattr(select, "poll"):
+        return False
     poll = select.poll()
     poll.register(fd, 0)  # hang-ups and errors are reported whatever is asked for
     return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
