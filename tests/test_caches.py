@@ -97,17 +97,17 @@ def test_a_recorded_model_is_freed() -> None:
 def test_a_recorder_that_cannot_be_used_says_so_once(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone from torch, failing, or giving other numbers: a warning that names the model, and the right tokens."""
     if how == "missing":
-        monkeypatch.delattr(torch.jit, "trace")
+        monkeypatch.delattr(torch._C, "_create_graph_by_tracing")
     elif how == "broken":
-        monkeypatch.setattr(torch.jit, "trace", lambda *_args, **_how: 1 / 0)
+        monkeypatch.setattr(torch._C, "_create_graph_by_tracing", lambda *_args: 1 / 0)
     else:
-        trace = torch.jit.trace
+        made = torch._C._create_function_from_graph
 
-        def wrong(*args: Any, **more: Any) -> Any:
-            graph = trace(*args, **more)
+        def wrong(*args: Any) -> Any:
+            graph = made(*args)
             return lambda *step: (graph(*step)[0] + 1, *graph(*step)[1:])
 
-        monkeypatch.setattr(torch.jit, "trace", wrong)
+        monkeypatch.setattr(torch._C, "_create_function_from_graph", wrong)
     model = tiny("llama", seed=6)
     ids = torch.randint(1, SIZE, (1, 20))
     expected = model(input_ids=ids).logits

@@ -62,7 +62,8 @@ def texts(tiny_tokenizer, tmp_path_factory):
         made = {"model": "a patient", "fingerprint": ""}
         meta = {"schema_version": 1, "patient": made, "tokenizer": {}, "shards": ["rewards-00000.parquet"]}
         faces = {"kind": {"positive": "good", "negative": "bad"}}
-        write_json(folder / "meta.json", {**meta, "faces": faces, "dataset": {"source": NASTY[0]}, "counts": {}})
+        counts = {"pairs": len(pairs), "tokens": 0, "skipped": 0, "truncated_prompts": 0}
+        write_json(folder / "meta.json", {**meta, "faces": faces, "dataset": {"source": NASTY[0]}, "counts": counts})
         return folder
 
     return make

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmdoctor.cli import findings
+from llmdoctor.errors import UsageError
 from llmdoctor.files import write_json
 from llmdoctor.profile import load_profile
 from llmdoctor.records import PairScores, TokenScores
@@ -154,9 +155,13 @@ def test_extract_warns_of_a_patient_that_does_not_follow_its_faces(run, stories,
 def test_a_folder_that_cannot_be_diagnosed_is_still_extracted(folder, monkeypatch):
     said = io.StringIO()
     monkeypatch.setattr("sys.stderr", said)
-    pairs = mixed()
-    pairs[3]["kind"][0][0] = float("nan")
-    found = findings.after_extraction(folder(pairs), SETTINGS)
+    made = folder(mixed())
+
+    def refuse(*_args):
+        raise UsageError("too few pairs")
+
+    monkeypatch.setattr("llmdoctor.token_rewards.diagnosis.diagnose", refuse)
+    found = findings.after_extraction(made, SETTINGS)
     assert found.diagnosis is None
-    assert "no diagnosis: pair 3" in said.getvalue()
+    assert "no diagnosis: too few pairs" in said.getvalue()
     assert len(found.differences) == 2

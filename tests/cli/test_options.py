@@ -34,6 +34,9 @@ def effective(run, monkeypatch):
 
 @pytest.fixture
 def profile_file(tmp_path):
+    for name in ("h", "s", "b", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "doctor.json").write_text("{}")
     path = tmp_path / "mine.yaml"
     path.write_text(
         "patient: {model: ./patient}\ndecode: {temperature: 0.3}\n"
@@ -112,23 +115,24 @@ def test_other_doctors_get_the_general_mode_unless_a_profile_was_chosen(effectiv
         decode = effective(*args).decode
         return decode.mode, decode.plausibility
 
+    given = profile_file.parent / "d"
     own = load_profile("clinic").decode
     assert own.mode == "ratio"
-    assert how() == how("--profile", "clinic", "--doctor", "./d") == ("ratio", own.plausibility)
-    assert how("--doctor", "./d") == ("product", 0.1)
-    assert how("--doctor", "./d", "--mode", "ratio") == ("ratio", 0.1)
+    assert how() == how("--profile", "clinic", "--doctor", given) == ("ratio", own.plausibility)
+    assert how("--doctor", given) == ("product", 0.1)
+    assert how("--doctor", given, "--mode", "ratio") == ("ratio", 0.1)
     profile_file.write_text(profile_file.read_text().replace("temperature: 0.3", "mode: ratio, plausibility: 0.2"))
-    assert how("--profile", profile_file, "--doctor", "./d") == ("ratio", 0.2)
+    assert how("--profile", profile_file, "--doctor", given) == ("ratio", 0.2)
 
 
 def test_doctors_replace_those_of_the_profile(effective, profile_file, tmp_path):
     trained = tmp_path / "trained"
     trained.mkdir()
     (trained / "doctor.json").write_text(json.dumps({"name": "kind"}))
-    doctors = effective("--doctor", trained, "--doctor", "safe=./b", "--doctor-base", "org/base").doctors
+    doctors = effective("--doctor", trained, "--doctor", f"safe={tmp_path / 'b'}", "--doctor-base", "org/base").doctors
     assert {name: (d.checkpoint, d.base) for name, d in doctors.items()} == {
         "kind": (str(trained), "org/base"),
-        "safe": ("./b", "org/base"),
+        "safe": (str(tmp_path / "b"), "org/base"),
     }
 
 
