@@ -13,7 +13,7 @@ import typer
 
 from llmdoctor.cli import options
 from llmdoctor.cli.compare_columns import Models, Plan, another, sides, sweep_points
-from llmdoctor.cli.compare_files import EXPORTS, fingerprint, kept_answers, put_answer
+from llmdoctor.cli.compare_files import EXPORTS, fingerprint, kept_answers, put_answer, weights_of
 from llmdoctor.cli.measures_table import markdown_table, summary_table, text_table
 from llmdoctor.cli.options import option
 from llmdoctor.cli.picture import svg as picture
@@ -172,7 +172,9 @@ def compare(
 
     from llmdoctor.comparing import Run
 
-    command = _command(plans, asked, samples=samples, top=top, follow=follow, kl_budget=kl_budget)
+    command = ""
+    if output is not None:
+        command = _command(plans, asked, samples=samples, top=top, follow=follow, kl_budget=kl_budget)
     # a command that goes on where it was stopped needs no --seed: it takes the seed of the file
     answers, seed = kept_answers(output, command, seed) if output is not None else ({}, seed)
     asking = _Asking(output, command)
@@ -212,6 +214,7 @@ def _command(plans: Sequence[Plan], asked: "Sequence[Question]", **options: Any)
         [
             plan.name,
             plan.profile.model_dump(mode="json", include={"patient", "doctors", "decode"}),
+            weights_of(plan.profile),
             None if plan.guidance is None else plan.guidance.to_dict(),
             plan.sampling.model_dump(mode="json"),
         ]

@@ -5,15 +5,16 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from llmdoctor.cli.terminal import say
 from llmdoctor.errors import UsageError
 from llmdoctor.harmless import finite, json_text
 
 if TYPE_CHECKING:
     from llmdoctor.comparing import Key, Run, Timed
+    from llmdoctor.profile import Profile
 
 
 def kept_answers(path: Path, command: str, seed: int | None) -> "tuple[dict[Key, Timed], int | None]":
@@ -51,9 +52,18 @@ def kept_answers(path: Path, command: str, seed: int | None) -> "tuple[dict[Key,
             whole += len(line)
     with path.open("r+b") as file:
         file.truncate(whole)
-    if found:
-        say(f"{path}: going on after {len(found)} answers")
     return found, seed
+
+
+def weights_of(profile: "Profile") -> list[str]:
+    """What tells the patient and the doctors of a profile from others that were at the same places before."""
+    from llmdoctor.errors import LoadError
+    from llmdoctor.model_source import doctor_fingerprint, model_fingerprint
+
+    found = [doctor_fingerprint(doctor.checkpoint) for doctor in profile.doctors.values()]
+    with suppress(LoadError):  # a model of the hub that is not here yet
+        found.append(model_fingerprint(profile.patient.model))
+    return found
 
 
 def put_answer(

@@ -12,7 +12,7 @@ import typer
 
 from llmdoctor.cli import options
 from llmdoctor.cli.compare import questions, write_file
-from llmdoctor.cli.compare_files import fingerprint, kept_answers, put_answer
+from llmdoctor.cli.compare_files import fingerprint, kept_answers, put_answer, weights_of
 from llmdoctor.cli.evaluation_report import drawing, subject, tables, text_report
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import progress, put, put_json, say, waiting
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmdoctor.comparing import Column, Key, Run, Timed
     from llmdoctor.evaluation.judge import Judge
     from llmdoctor.profile import Profile
-    from llmdoctor.records import Comparison, GuidedToken, Question, SkippedRecord
+    from llmdoctor.records import Comparison, GuidedToken, SkippedRecord
     from llmdoctor.settings import DataSettings, Guidance
 
 EXAMPLES = (
@@ -143,7 +143,7 @@ def evaluate(
 
     options.require_outputs((output, html, svg))
     tried = _tried(betas, settings)
-    asked = _numbered(questions(None, prompts, used=())) if prompts is not None else []
+    asked = questions(None, prompts, used=()) if prompts is not None else []
     source = _source(data, split=split, label=label, columns=columns) if data else None
     if doctor and patient is None and profile is None:
         settings = _with_own_patient(settings)
@@ -151,12 +151,15 @@ def evaluate(
     # as in compare, a command that goes on where it was stopped takes the seed of the file
     command: dict[str, Any] = {
         "profile": settings.model_dump(mode="json", include={"patient", "doctors", "decode"}),
+        "weights": weights_of(settings) if output is not None else [],
         "prompts": hashlib.sha256(repr([question.turns for question in asked]).encode()).hexdigest()[:16],
         "samples": samples,
         "betas": {name: dict(guidance.betas) for name, guidance in tried.items()},
     }
     known, seed = kept_answers(output, fingerprint(command), seed) if output is not None and asked else ({}, seed)
     run = Run(asked, options.fresh_seed() if seed is None else seed, samples, rows, known=known)
+    if known:
+        say(f"{output}: going on after {counted(len(known), 'answer')}")
     how = settings.decode.sampling()
     ways = [Column(name, None, guidance, how) for name, guidance in {"patient": None, **tried}.items()]
     missing = run.missing(ways)
@@ -183,11 +186,6 @@ def evaluate(
         from llmdoctor.show.page import evaluation_page
 
         write_file(html, evaluation_page(subject(report), tables(report), drawing(report, alone=False)))
-
-
-def _numbered(asked: "Sequence[Question]") -> "list[Question]":
-    """With ids of their own: two prompts of a file may have the same."""
-    return [replace(question, id=str(number)) for number, question in enumerate(asked, start=1)]
 
 
 def _tried(betas: str | None, settings: "Profile") -> "dict[str, Guidance]":

@@ -386,7 +386,7 @@ class LLMdoctor:
         (seed,) = _seeds(settings.seed, 1)
         questions = [Question(str(i), (p if isinstance(p, str) else list(p),)) for i, p in enumerate(prompts, start=1)]
         sides = both_sides(self, **settings.model_dump(exclude={"seed"}))
-        return Run(questions, seed, top=top, on_token=on_token).compare(sides)  # type: ignore[arg-type]
+        return Run(questions, seed, top=top, keep=False, on_token=on_token).compare(sides)  # type: ignore[arg-type]
 
     def part(self, doctors: Mapping[str, str], *, system_prompt: str | None) -> "LLMdoctor":
         """The same loaded models with only these doctors: names to have, and the names they have here.

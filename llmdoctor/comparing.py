@@ -62,8 +62,9 @@ class Run:
     Each column has a conversation of its own: its second turn follows its own first answer. ``rows`` conversations are
     decoded together; what is said does not depend on it. Answers that are in ``known`` are not asked for; the others
     are added to it, and go to ``on_answer`` as they are finished. ``on_token`` gets the column's name and the token.
-    ``top`` and ``follow`` are those of `LLMdoctor.answer_all`. The seconds of an answer are
-    those of its batch until it was finished, divided by the answers of the batch.
+    ``top`` and ``follow`` are those of `LLMdoctor.answer_all`. ``keep`` False forgets answers
+    once they have been compared. An answer's seconds are its share of those of its batch: at every moment, the answers
+    that are still being made share the time equally.
     """
 
     questions: Sequence[Question]
@@ -73,6 +74,7 @@ class Run:
     top: int = 0
     follow: bool = False
     known: dict[Key, Timed] = field(default_factory=dict)
+    keep: bool = True
     on_token: Callable[[str, GuidedToken], None] | None = None
     on_answer: Callable[[Key, Timed], None] | None = None
 
@@ -87,6 +89,8 @@ class Run:
                 self._answer(column, chunk)
             for key in chunk:
                 yield self._comparison(columns, key)
+            for key in () if self.keep else (key._replace(column=one.name) for key in chunk for one in columns):
+                del self.known[key]
 
     def answers(self, column: Column) -> list[Answer]:
         """All answers of one column, by question, sample and turn."""
@@ -128,10 +132,14 @@ class Run:
 
     def _answer_batch(self, column: Column, keys: Sequence[Key]) -> None:
         assert column.assistant is not None
-        began, on_token = time.perf_counter(), self.on_token
+        on_token = self.on_token
+        last, share, left = time.perf_counter(), 0.0, len(keys)
 
         def keep(row: int, answer: Answer) -> None:
-            self.known[keys[row]] = answer, (time.perf_counter() - began) / len(keys)
+            nonlocal last, share, left
+            now = time.perf_counter()
+            last, share, left = now, share + (now - last) / left, left - 1
+            self.known[keys[row]] = answer, share
             if self.on_answer:
                 self.on_answer(keys[row], self.known[keys[row]])
 

@@ -230,6 +230,11 @@ def model_fingerprint(source: str | Path) -> str:
     return ModelSource.of(source).fingerprint()
 
 
+def doctor_fingerprint(folder: str | Path) -> str:
+    """Equal for the same doctor: its doctor.json and, as in `ModelSource.fingerprint`, its weight files."""
+    return _digest(file for file in Path(folder).expanduser().rglob("*") if file.suffix in {".safetensors", ".json"})
+
+
 @cache
 def hub_offline() -> str:
     """Why the hub cannot be asked; empty if it can. Asked once: without a network every look-up would wait and retry.

@@ -168,18 +168,15 @@ def _summary(verdicts: Sequence[Verdict], ids: Sequence[str]) -> Judged:
 
 
 def _measures(turns: Sequence[Comparison], side: Speaker) -> dict[str, Estimate]:
-    """`measures` of one side's answers; also ``kl`` per answer, and ``tokens_per_second``.
-
-    The interval of the speed is over batches; it is nan for fewer than three.
-    """
+    """`measures` of one side's answers; also ``kl`` per answer, and ``tokens_per_second``."""
     answers: list[Answer] = [getattr(one, side) for one in turns]
     groups = _groups([one.id for one in turns])
     tokens = [len(answer.tokens) for answer in answers]
-    seconds = [one.metrics[f"{side}_seconds"] for one in turns]  # those of its batch, divided by the answers in it
+    seconds = [one.metrics[f"{side}_seconds"] for one in turns]
     return {
         **measures(answers, groups),
         "kl": rate([sum(token.kl for token in answer.tokens) for answer in answers], groups=groups),
-        "tokens_per_second": rate(tokens, seconds, groups=seconds if len(set(seconds)) > 2 else [0] * len(seconds)),
+        "tokens_per_second": rate(tokens, seconds, groups),
     }
 
 

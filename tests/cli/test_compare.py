@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -70,6 +71,20 @@ def test_many_prompts_in_one_run(run, prompts):
     assert list(answered) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
     assert answered["question_id"] == 81
     assert answered["choices"] == [{"index": 0, "turns": [one["patient"]["text"].strip() for one in made[1:]]}]
+
+
+def test_answers_of_a_doctor_that_was_replaced_are_not_taken(run, tmp_path):
+    """The same command, the same folder, another doctor in it: as after a second training."""
+    own = Path(str(load_profile("clinic").doctors["helpful"].checkpoint))
+    shutil.copytree(own, "d")
+    command = ("compare", "Hi", "--doctor", "x=d", "--max-new-tokens", 3, "--seed", 1, "--output", "a.jsonl")
+    assert run(*command).exit_code == 0
+    assert "holds all 2 answers already" in run(*command).stderr
+    shutil.rmtree("d")
+    shutil.copytree(own.parent / "safe", "d")
+    refused = run(*command)
+    assert refused.exit_code == 2
+    assert "a.jsonl holds answers of another command" in refused.stderr
 
 
 def test_a_stopped_run_goes_on_with_what_had_finished(run, prompts, monkeypatch):

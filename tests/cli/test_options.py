@@ -128,7 +128,7 @@ def test_other_doctors_get_the_general_mode_unless_a_profile_was_chosen(effectiv
 def test_doctors_replace_those_of_the_profile(effective, profile_file, tmp_path):
     trained = tmp_path / "trained"
     trained.mkdir()
-    (trained / "doctor.json").write_text(json.dumps({"name": "kind"}))
+    (trained / "doctor.json").write_text(json.dumps({"name": "kind", "base_model": "org/base"}))
     doctors = effective("--doctor", trained, "--doctor", f"safe={tmp_path / 'b'}", "--doctor-base", "org/base").doctors
     assert {name: (d.checkpoint, d.base) for name, d in doctors.items()} == {
         "kind": (str(trained), "org/base"),
