@@ -105,6 +105,7 @@ def serve(
             server_header=False,
             ws="none",
             timeout_graceful_shutdown=grace,
+            limit_concurrency=2 * (rows + queue) + 64,  # connections, those that say nothing included
         )
         uvicorn.Server(config).run(sockets=[listening])
 

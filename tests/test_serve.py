@@ -1,4 +1,4 @@
-"""The server, asked by the official client and by rude ones. Whatever else runs, an answer is the one of a lone request."""
+"""The server, asked by the official client and by rude ones: every answer is that of a lone request."""
 
 import asyncio
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from llmdoctor import Guidance, LLMdoctor
+from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.rows import Step
 from llmdoctor.errors import LLMDoctorError, LoadError
 
@@ -384,6 +385,20 @@ def test_a_failed_round_is_told_and_the_next_prompt_is_answered(assistant: LLMdo
     engine.stop()
 
 
+def test_a_prompt_that_cannot_enter_a_running_batch_waits_for_its_end(assistant: LLMdoctor, monkeypatch: Any) -> None:
+    """As behind a cache of an unknown kind: nothing is lost, and the answers are the same."""
+    expected = [[token.id for token in assistant.stream(QUESTION, seed=seed, max_new_tokens=12)] for seed in range(3)]
+    monkeypatch.setattr(DynamicKV, "can_join", property(lambda _: False))
+    engine, heard = Engine(assistant), [Heard(), Heard(), Heard()]
+    for seed, one in enumerate(heard):
+        engine.submit([job_of(assistant, one, seed=seed)])
+        while not heard[0]:  # the first speaks before the others come
+            time.sleep(0.001)
+    assert all(one.end.wait(20) for one in heard)
+    assert [one.ids() for one in heard] == expected
+    engine.stop()
+
+
 def test_stopping_ends_what_runs_and_what_waits(assistant: LLMdoctor) -> None:
     engine, first, second = Engine(assistant, rows=1, queue=1), Heard(), Heard()
     engine.submit([job_of(assistant, first, tokens=900)])
@@ -422,9 +437,9 @@ def call(port: int, method: str, path: str, body: Any = None, headers: Any = Non
 
 def raw(port: int, body: dict[str, Any]) -> socket.socket:
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    connection.sendall(f"{head}\r\n\r\n".encode() + data)
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
 
 
