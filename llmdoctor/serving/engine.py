@@ -57,12 +57,17 @@ class Job:
     began: float = field(default_factory=time.monotonic)
     drawn: int = 0
 
+    def read_guidance(self) -> Guidance:
+        """The guidance of the next token."""
+        return self.guidance
+
 
 class Engine:
     """Answers `Job`s with the models of ``assistant``, at most ``rows`` at a time; at most ``queue`` more may wait.
 
-    Every job is answered as if it were alone. ``step_tokens`` bounds the prompt tokens that are read between two tokens
-    of those that speak already; a longer prompt is read by itself. ``longest`` bounds every prompt, in tokens.
+    Every job is answered as if it were alone. While jobs run, nothing else may use ``assistant``: models are not made
+    for several threads. ``step_tokens`` bounds the prompt tokens that are read between two tokens of those that speak
+    already; a longer prompt is read by itself. ``longest`` bounds every prompt, in tokens.
     """
 
     def __init__(
@@ -203,7 +208,7 @@ class Engine:
 
     def _join(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            request = Request(job.prompt, lambda job=job: job.guidance, job.sampling, seed=job.seed)
+            request = Request(job.prompt, job.read_guidance, job.sampling, seed=job.seed)
             try:
                 (job.row,) = self._batch.join([request])
             except LLMDoctorError as error:
