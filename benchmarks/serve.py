@@ -62,7 +62,7 @@ class Loop(Engine):
     def _loop(self, job: Job) -> None:
         assistant = self.assistant
         bases = assistant.guidance.mode == "ratio"
-        batch = Batch(assistant.patient, assistant._doctors, drafting=AdaptiveLength(), with_bases=bases)
+        batch = Batch(assistant.patient, assistant.doctors, drafting=AdaptiveLength(), with_bases=bases)
         batch.join([Request(job.prompt, lambda: job.guidance, job.sampling, seed=job.seed)])
         while batch and not job.cancelled:
             with self.turns:

@@ -45,7 +45,7 @@ def plain_diagnosis(diagnosis: "Diagnosis") -> str:
             weight = f"{_interval(face.weight):<28}{_share(face, diagnosis):>7}{face.agreement:>11.1%}"
             lines.append(f"{clean(face.name):<{width}}  {weight}")
     lines += ["", "held-out pairs predicted (95% interval), chance 50%"]
-    lines += [*(f"{name:<18} {_percents(part)}" for name, part in _accuracies(diagnosis)), ""]
+    lines += [*(f"{name:<18} {percents(part)}" for name, part in _accuracies(diagnosis)), ""]
     return "\n".join([*lines, *(f"{clean(face.name)}: {_examples(face)}" for face in rows), _settings(diagnosis)])
 
 
@@ -83,7 +83,7 @@ def rich_diagnosis(diagnosis: "Diagnosis", width: int) -> "RenderableType":
         line = Text()
         for cell, whisker in _bar(part, 0.5, 27, _UNICODE, zero=0.5):
             line.append(cell, style="" if whisker else scale_colour(part.value - 0.5, 0.5))
-        predicted.add_row(name, line, _percents(part))
+        predicted.add_row(name, line, percents(part))
     examples = [Text.assemble((clean(face.name), "bold"), f": {_examples(face)}") for face in rows]
     verdict = Text(clean(diagnosis.verdict), style="bold")
     shown = (bars, Text()) if rows else ()
@@ -144,7 +144,8 @@ def _interval(estimate: "Estimate") -> str:
     return f"{estimate.value:+.2f} ({estimate.low:+.2f} to {estimate.high:+.2f})"
 
 
-def _percents(part: "Estimate") -> str:
+def percents(part: "Estimate") -> str:
+    """``71.7% (59.2% to 81.5%)``."""
     return f"{part.value:.1%} ({part.low:.1%} to {part.high:.1%})"
 
 
@@ -196,8 +197,8 @@ def _bar(
 
 INK, PAPER = "#1b1b1b", "#fdfdfd"
 # Inches: the figure's width, a row of bars, a line of text; where bars begin, and how wide they are.
-_WIDTH, _ROW, _LINE, _MARGIN, _LEFT, _BARS = 10.8, 0.3, 0.2, 0.18, 1.65, 3.5
-_HEAD, _TICKS = 0.34, 0.34  # inches above and below the rows of a panel
+WIDTH, ROW, LINE, MARGIN, _LEFT, _BARS = 10.8, 0.3, 0.2, 0.18, 1.65, 3.5
+HEAD, TICKS = 0.34, 0.34  # inches above and below the rows of a panel
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "llmdoctor",  # the same numbers give the same file
     "svg.fonttype": "none",  # text stays text
@@ -218,25 +219,25 @@ def _drawing(diagnosis: "Diagnosis", *, alone: bool) -> str:
     faces = _sorted(diagnosis)
     limit = _limit(faces)
     verdict = textwrap.wrap(clean(diagnosis.verdict), 135) if alone else []
-    top = _MARGIN + (len(verdict) * _LINE + _MARGIN if alone else 0)
+    top = MARGIN + (len(verdict) * LINE + MARGIN if alone else 0)
     parts = _accuracies(diagnosis)
-    middle = top + (_HEAD + len(faces) * _ROW + _TICKS if faces else 0)
-    height = middle + _HEAD + len(parts) * _ROW + _TICKS + (_LINE if alone else 0) + _MARGIN / 2
+    middle = top + (HEAD + len(faces) * ROW + TICKS if faces else 0)
+    height = middle + HEAD + len(parts) * ROW + TICKS + (LINE if alone else 0) + MARGIN / 2
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_WIDTH, height), facecolor=PAPER if alone else "none")
-        left = _MARGIN / _WIDTH
+        figure = Figure(figsize=(WIDTH, height), facecolor=PAPER if alone else "none")
+        left = MARGIN / WIDTH
         for number, line in enumerate(verdict):
-            figure.text(left, 1 - (_MARGIN + number * _LINE) / height, line, va="top")
+            figure.text(left, 1 - (MARGIN + number * LINE) / height, line, va="top")
         if alone:
-            figure.text(left, _MARGIN / 2 / height, _settings(diagnosis), va="bottom", alpha=0.7)
+            figure.text(left, MARGIN / 2 / height, _settings(diagnosis), va="bottom", alpha=0.7)
         rows = [(face.name, face.standardised, _colour(face, limit), _numbers(face, diagnosis)) for face in faces]
         columns = [("per sd (95%)", 1.95), ("weight (95%)", 3.75), ("share", 4.4), ("agreement", 5.3)]
         if faces:
-            axes = _panel(figure, "face", top, rows, columns, 0.0, limit)
+            axes = panel(figure, "face", top, rows, columns, 0.0, limit)
             axes.set_title("← punished   rewarded →", fontsize=9.5)
             axes.locator_params(axis="x", nbins=6)
-        rows = [(name, part, scale_colour(part.value - 0.5, 0.5), (_percents(part),)) for name, part in parts]
-        axes = _panel(figure, "held-out", middle, rows, [("predicted (95%)", 1.95)], 0.5, 0.5)
+        rows = [(name, part, scale_colour(part.value - 0.5, 0.5), (percents(part),)) for name, part in parts]
+        axes = panel(figure, "held-out", middle, rows, [("predicted (95%)", 1.95)], 0.5, 0.5)
         axes.set_title("held-out pairs", fontsize=9.5)
         axes.set_xticks([0, 0.5, 1], ["0%", "chance 50%", "100%"])
         return svg_of(figure, "diagnosis of the preferences", alone=alone)
@@ -246,7 +247,7 @@ def _numbers(face: "FaceDiagnosis", diagnosis: "Diagnosis") -> tuple[str, ...]:
     return _interval(face.standardised), _interval(face.weight), _share(face, diagnosis), f"{face.agreement:.1%}"
 
 
-def _panel(
+def panel(
     figure: "Figure",
     kind: str,
     top: float,
@@ -260,8 +261,8 @@ def _panel(
     ``top`` is in inches from the top of the figure. Bar number i has the id "KIND-i", its interval "KIND-interval-i".
     """
     height = figure.get_figheight()
-    bottom = height - top - _HEAD - len(rows) * _ROW
-    axes = figure.add_axes((_LEFT / _WIDTH, bottom / height, _BARS / _WIDTH, len(rows) * _ROW / height))
+    bottom = height - top - HEAD - len(rows) * ROW
+    axes = figure.add_axes((_LEFT / WIDTH, bottom / height, _BARS / WIDTH, len(rows) * ROW / height))
     axes.set(xlim=(zero - limit, zero + limit), ylim=(len(rows) - 0.5, -0.5), yticks=[], facecolor="none")
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.grid(axis="x", color=INK, alpha=0.12)

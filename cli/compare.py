@@ -159,7 +159,7 @@ def compare(
     if sweep:
         named = (" ".join(f"{name}={value}" for name, value in point.items()) for point in points)
         plans = [further(text, settings, flag="--sweep") for text in named]
-    asked = _prompts(prompt, prompts, used=("dataset",) if alpaca_eval else ())
+    asked = questions(prompt, prompts, used=("dataset",) if alpaca_eval else ())
     if tui:
         from llmdoctor.tui.launch import browse_comparisons
 
@@ -202,7 +202,7 @@ def compare(
         _compare(plans, models, run, asking, pages, view, budget, as_json=as_json, jsonl=jsonl, shown=shown, one=one)
     for kind, folder in exports.items():
         for name, content in EXPORTS[kind](run, [plan.name for plan in plans]) if folder is not None else ():
-            _write(Path(folder or ".") / name, content)
+            write_file(Path(folder or ".") / name, content)
     asking.end()
 
 
@@ -316,13 +316,13 @@ def _compare(
         put("\n" + "\n\n".join(tables))
     views = [view(result) for result in collected] if any(pages.values()) else []
     if pages["html"]:
-        _write(pages["html"], comparisons_page(views, "\n\n".join(tables)))
+        write_file(pages["html"], comparisons_page(views, "\n\n".join(tables)))
     if pages["svg"]:
         width = max(110, _SVG_COLUMNS * len(plans))
-        _write(pages["svg"], picture((rich_comparison(v, width) for v in views), "llmdoctor compare", width))
+        write_file(pages["svg"], picture((rich_comparison(v, width) for v in views), "llmdoctor compare", width))
     if pages["markdown"]:
         text = "\n".join(markdown_comparison(v) for v in views)
-        _write(pages["markdown"], text + "".join(f"\n```\n{table}\n```\n" for table in tables))
+        write_file(pages["markdown"], text + "".join(f"\n```\n{table}\n```\n" for table in tables))
 
 
 def _sweep(
@@ -353,11 +353,11 @@ def _sweep(
     elif not jsonl:
         put(f"{heading}\n{text_table(header, rows)}")
     if pages["html"]:
-        _write(pages["html"], sweep_page(heading, header, rows, svg_sweep(found, heading, alone=False)))
+        write_file(pages["html"], sweep_page(heading, header, rows, svg_sweep(found, heading, alone=False)))
     if pages["svg"]:
-        _write(pages["svg"], svg_sweep(found, heading))
+        write_file(pages["svg"], svg_sweep(found, heading))
     if pages["markdown"]:
-        _write(pages["markdown"], f"{heading}\n\n{markdown_table(header, rows)}")
+        write_file(pages["markdown"], f"{heading}\n\n{markdown_table(header, rows)}")
 
 
 def _within(
@@ -435,7 +435,8 @@ def _summary(comparisons: "Sequence[Comparison]", run: "Run") -> dict[str, Any]:
     return {"summary": {**counts, **found, **({"vs": vs} if vs else {})}}
 
 
-def _prompts(prompt: str | None, file: str | None, *, used: Sequence[str]) -> "list[Question]":
+def questions(prompt: str | None, file: str | None, *, used: Sequence[str]) -> "list[Question]":
+    """The one prompt, or those of a file; fields of a record that are ``used`` are not told as left out."""
     if (prompt is None) == (file is None):
         raise UsageError(
             'give either a prompt or --prompts FILE, for example: llmdoctor compare "How can I sleep better?"'
@@ -492,7 +493,8 @@ def _print(view: View, *, first: bool) -> None:
         put(plain_comparison(view))
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """All of it or nothing; then say so."""
     from llmdoctor.files import atomic_path
 
     with atomic_path(path) as temporary:

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from llmdoctor import __version__
 from llmdoctor.cli import chat, compare, env, extract, inspect, options, profiles, push, serve, shrink, train
+from llmdoctor.cli import eval as evaluation
 from llmdoctor.cli.terminal import narrate, say
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning
 from llmdoctor.show.text import clean
@@ -117,6 +118,7 @@ app.command(rich_help_panel=_TRY)(serve.serve)
 app.command(rich_help_panel=_MAKE)(extract.extract)
 app.command(rich_help_panel=_MAKE)(inspect.inspect)
 app.command(rich_help_panel=_MAKE)(train.train)
+app.command("eval", rich_help_panel=_MAKE, epilog=evaluation.EPILOG)(evaluation.evaluate)
 app.command(rich_help_panel=_MAKE)(shrink.shrink)
 app.command(rich_help_panel=_MAKE)(push.push)
 app.add_typer(profiles.app, name="profiles", rich_help_panel=_ABOUT)

@@ -6,6 +6,7 @@ others, and checks them.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,8 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
         Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=Verbose),
     ]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    # help would break the lines where the docstring does
+    run.__doc__ = re.sub(r"(?<=\S)\n *(?=\S)", " ", command.__doc__ or "")
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
@@ -349,18 +352,18 @@ def guided_profile(
     )
 
 
-def load_assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
-    """The patient and its doctors, with a spinner while they load."""
+def load_assistant(profile: "Profile", *, trust_remote_code: bool, with_bases: bool = False) -> "LLMdoctor":
+    """The patient and its doctors, with a spinner while they load; ``with_bases`` as in `LLMdoctor`."""
     with waiting(f"Loading {', '.join([short_name(profile.patient.model), *profile.doctors])} ..."):
-        return assistant(profile, trust_remote_code=trust_remote_code)
+        return assistant(profile, trust_remote_code=trust_remote_code, with_bases=with_bases)
 
 
-def assistant(profile: "Profile", *, trust_remote_code: bool) -> "LLMdoctor":
+def assistant(profile: "Profile", *, trust_remote_code: bool, with_bases: bool = False) -> "LLMdoctor":
     """The patient and its doctors; torch gets as many threads as models of their size can use."""
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.models import spare_threads
 
-    made = LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code)
+    made = LLMdoctor.from_profile(profile, trust_remote_code=trust_remote_code, with_bases=with_bases)
     spare_threads(made.patient.model)
     return made
 

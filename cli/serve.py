@@ -70,7 +70,7 @@ def serve(
     Clients use the address http://HOST:PORT/v1. SIGTERM or Ctrl+C lets running answers end first.
     """
     if lacking := [module for module in ("starlette", "uvicorn") if importlib.util.find_spec(module) is None]:
-        raise UsageError(f"serving needs {lacking[0]}: pip install 'llmdoctor[serve]'")
+        raise UsageError(f"serving needs {lacking[0]}: pip install 'llmdoctor-guided[serve]'")
     signal.signal(signal.SIGTERM, _end)
     settings = options.guided_profile(
         options.load(profile),

@@ -12,7 +12,8 @@ from llmdoctor.show.text import clean
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ACROSS, _WIDTH, _HEIGHT, _MARGIN = 3, 3.6, 2.1, 0.5  # panels in a row; inches of a panel, and above and below all
+_ACROSS = 3  # panels, or names of the legend, in a row
+_WIDTH, _HEIGHT, _MARGIN, _LEGEND = 3.6, 2.1, 0.4, 0.22  # inches: of a panel, above and below all, of a legend's line
 _COLOURS = ("#207fea", "#cc5f00", "#7d7d7d", "#009e73", "#b5498f", "#8a7500")  # any colour vision can tell them apart
 _LINES = ("-", "--", ":", "-.")
 Line = tuple[str, Sequence[float], Sequence[Mapping[str, Any]]]  # what else is set, the swept values, the measures
@@ -32,9 +33,18 @@ def svg_sweep(points: Sequence[Point], heading: str, *, alone: bool = True) -> s
     lines = _lines(points, axis, {value: value if numbers else i for i, value in enumerate(values)})
     names = list(dict.fromkeys(name for point in points for name in point["measures"]))
     rows = math.ceil(len(names) / _ACROSS)
-    size = (_WIDTH * _ACROSS, _HEIGHT * rows + 2 * _MARGIN)
+    legend = _LEGEND * math.ceil(len(lines) / _ACROSS) if len(lines) > 1 else 0.0
+    size = (_WIDTH * _ACROSS, _HEIGHT * rows + 2 * _MARGIN + legend)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, facecolor=PAPER if alone else "none", layout="constrained")
+        figure = Figure(figsize=size, facecolor=PAPER if alone else "none")
+        # fixed margins, in inches: matplotlib's own layout would double the time
+        edges = {
+            "left": 0.6 / size[0],
+            "right": 1 - 0.2 / size[0],
+            "bottom": (0.6 + legend) / size[1],
+            "top": 1 - 0.6 / size[1],
+        }
+        figure.subplots_adjust(**edges, wspace=0.25, hspace=0.55)
         if alone:
             figure.suptitle(clean(heading), x=0.01, ha="left", fontsize=9.5)
         panels = figure.subplots(rows, _ACROSS, squeeze=False).flatten()
@@ -47,7 +57,7 @@ def svg_sweep(points: Sequence[Point], heading: str, *, alone: bool = True) -> s
             panel.set_visible(False)
         if len(lines) > 1:
             shown = panels[0].get_legend_handles_labels()
-            figure.legend(*shown, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
+            figure.legend(*shown, loc="lower center", ncols=min(_ACROSS, len(lines)), frameon=False)
         return svg_of(figure, "measures of the answers over a setting", alone=alone)
 
 
@@ -73,6 +83,7 @@ def _panel(axes: "Axes", name: str, lines: Sequence[Line]) -> None:
         known = [(x, one[name]) for x, one in zip(places, measures, strict=True) if name in one]
         xs = [x for x, _ in known]
         value, low, high = ([one[key] for _, one in known] for key in ("value", "low", "high"))
-        how = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)]}
-        axes.plot(xs, value, marker="o", markersize=3.5, linewidth=1.4, label=clean(label), gid=f"{name}-{i}", **how)
-        axes.fill_between(xs, low, high, color=how["color"], alpha=0.15, linewidth=0)
+        colour, stroke = _COLOURS[i % len(_COLOURS)], _LINES[i // len(_COLOURS) % len(_LINES)]
+        how: dict[str, Any] = {"color": colour, "linestyle": stroke, "marker": "o", "markersize": 3.5, "linewidth": 1.4}
+        axes.plot(xs, value, label=clean(label), gid=f"{name}-{i}", **how)
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -1,6 +1,8 @@
 """``llmdoctor train``: stage 2, token rewards to a doctor."""
 
+import shlex
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ from llmdoctor.errors import UsageError
 from llmdoctor.show.formats import short_name
 
 if TYPE_CHECKING:
+    from llmdoctor.profile import Profile
     from llmdoctor.records import TrainStep
 
 
@@ -99,8 +102,31 @@ def train(
     if as_json:
         put_json({**report, "changed": bool(steps)})
         return
-    if not steps:
-        put("\n".join([f"{output} is finished", *flat_lines(made.get("metrics") or {})]))
-        return
-    lines = [f"trained {short_name(chosen.doctor)} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"]
-    put("\n".join(lines + flat_lines(made.get("metrics") or {})))
+    first = f"trained {short_name(chosen.doctor)} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"
+    metrics = made.get("metrics") or {}
+    lines = [first if steps else f"{output} is finished", *flat_lines(metrics), "", _held_out(metrics)]
+    put("\n".join([*lines, "", "next:", *_next(output, folder.meta["patient"], settings, profile, chosen.method)]))
+
+
+def _held_out(metrics: Mapping[str, Any]) -> str:
+    """How well the doctor did on pairs that it was not trained on."""
+    if not (found := metrics.get("prefers_chosen")):
+        return "no pairs were held out: --holdout 0.1 keeps some back and says how well the doctor does on them"
+    value, low, high = (found[key] for key in ("value", "low", "high"))
+    share = f"{value:.1%} of {metrics['pairs_held_out']} held-out pairs ({low:.1%} to {high:.1%}; chance is 50%)"
+    return f"the doctor prefers the chosen answer in {share}"
+
+
+def _next(
+    output: Path, patient: Mapping[str, Any], settings: "Profile", profile: str | None, method: str
+) -> Iterator[str]:
+    """The commands that try the doctor."""
+    from llmdoctor.model_source import model_fingerprint
+
+    named = ["--profile", profile] if profile else []
+    if patient["fingerprint"] != model_fingerprint(settings.patient.model):
+        named = ["--patient", patient["model"]]
+    how = [*named, *(["--mode", "ratio"] if method == "head" else [])]
+    folder = str(output)
+    yield "  " + shlex.join(["llmdoctor", "chat", "--doctor", folder, *how])
+    yield "  " + shlex.join(["llmdoctor", "eval", folder, "--data", "PAIRS", "--prompts", "PROMPTS", *how])

@@ -13,6 +13,7 @@ from llmdoctor.records import Answer, Estimate
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
 _SHORTEST_SENTENCE = 3  # words: "Yes." and "1." may come again
+_Z = 1.959963984540054  # half the width of a 95% interval, in standard errors
 # Student's t, 97.5%, for 1 to 10 degrees of freedom
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -91,6 +92,23 @@ def rate(
         return Estimate(value, math.nan, math.nan)
     spread = sum((total - value * count) ** 2 for total, count in sums.values()) * number / (number - 1)
     return _around(value, math.sqrt(spread) / size, number)
+
+
+def share(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of values in [0, 1], with Wilson's 95% interval: it has a width also where all values are alike.
+
+    The interval is that of as many values as there are groups. All is nan if there are no values.
+    """
+    if not values:
+        return Estimate(math.nan, math.nan, math.nan)
+    return wilson(sum(values) / len(values), len(set(groups)) if groups is not None else len(values))
+
+
+def wilson(share: float, number: int) -> Estimate:
+    """Wilson's 95% interval of a share of ``number`` cases."""
+    centre = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
+    half = _Z / (1 + _Z**2 / number) * math.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2))
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def distinct_estimate(texts: Sequence[str], n: int = 4, groups: Sequence[Hashable] | None = None) -> Estimate:

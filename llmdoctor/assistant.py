@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
 from transformers import PreTrainedModel
@@ -57,7 +58,8 @@ class LLMdoctor:
     is drawn.
 
     ``device`` and ``dtype`` are those of all models; ``attn_implementation``, ``device_map`` and ``tp_plan`` the
-    patient's alone (see `load_lm`). With ``tp_plan`` every process of `torchrun` must do the same calls with the same
+    patient's alone (see `load_lm`). ``with_bases`` loads the doctors as they were before training, which mode "ratio"
+    always does. With ``tp_plan`` every process of `torchrun` must do the same calls with the same
     seeds; it turns ``speculation`` off.
 
     Raises LoadError (a model or doctor cannot be loaded), VocabularyError (a doctor with a different tokenizer),
@@ -82,6 +84,7 @@ class LLMdoctor:
         device_map: str | Mapping[str, str | int] | None = None,
         tp_plan: str | None = None,
         trust_remote_code: bool = False,
+        with_bases: bool = False,
         **guidance: Any,
     ) -> None:
         self.speculation = speculation
@@ -120,7 +123,7 @@ class LLMdoctor:
                 checkpoint,
                 name=name,
                 base=doctor_base.get(name or "") if isinstance(doctor_base, Mapping) else doctor_base,
-                with_base=self._guidance.mode == "ratio",
+                with_base=with_bases or self._guidance.mode == "ratio",
                 bases=bases,
                 dtype=dtype,
                 device=device,
@@ -191,6 +194,11 @@ class LLMdoctor:
     def token_names(self) -> Mapping[int, str]:
         """What the special tokens are, which have no text, by id: ``end of answer <|im_end|>``."""
         return self.patient.token_names
+
+    @property
+    def doctors(self) -> Mapping[str, LoadedDoctor]:
+        """The doctors by name, as they were loaded."""
+        return MappingProxyType(self._doctors)
 
     @property
     def acceptance(self) -> float | None:

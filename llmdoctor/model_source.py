@@ -103,10 +103,12 @@ class ModelSource:
         """Where an adapter's files are, downloaded if need be. Raises LoadError."""
         if self.is_local:
             return Path(self.place)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (found := self.file(name)):
-                raise LoadError(f"cannot load the adapter {self.name}: it has no {name}, or the hub cannot be reached")
-        return found.parent
+        config, weights = self.file("adapter_config.json"), self.file("adapter_model.safetensors")
+        if config is None or weights is None:
+            raise LoadError(
+                f"cannot load the adapter {self.name}: it has no adapter_model.safetensors, or the hub is out of reach"
+            )
+        return config.parent
 
     def require_plausible(self) -> None:
         """Raise LoadError, before memory is taken, for a folder whose config.json cannot belong to its weights."""

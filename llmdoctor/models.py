@@ -36,6 +36,7 @@ __all__ = [
     "Vocabulary",
     "by_chunks",
     "context_of",
+    "from_pretrained",
     "load_lm",
     "load_patient",
     "load_tokenizer",
@@ -117,7 +118,7 @@ def require_embedded(model: PreTrainedModel, tokenizer: Any, ids: Iterable[int],
 
     Some tokenizers have more tokens than their model: one that was added for pictures, or by hand without a resize.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast("Tensor", model.get_input_embeddings().weight).shape[0]
     if (greatest := max(ids, default=0)) >= rows:
         token = tokenizer.convert_ids_to_tokens(greatest)
         raise LoadError(
@@ -272,14 +273,14 @@ def _load_lm(
 def _loaded(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
     """``kind.from_pretrained``; a GGUF from its copy if one can be kept. Raises LoadError."""
     if where.gguf is None:
-        return _from_pretrained(where, kind, what, where.place, **options)
+        return from_pretrained(where, kind, what, where.place, **options)
     read_header(where.gguf_path())  # says what is wrong with the file
     for _ in range(2):
         copy = cached_copy(where.fingerprint(), partial(_convert, where))
         if copy is None:
             break
         try:
-            return _from_pretrained(where, kind, what, str(copy), **options)
+            return from_pretrained(where, kind, what, str(copy), **options)
         except LoadError:  # damaged in a way that sizes and times do not show, or it cannot be loaded as asked
             if not discard_if_damaged(copy):
                 raise
@@ -297,7 +298,7 @@ def _convert(where: ModelSource, folder: Path) -> None:
 def _from_gguf(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
     """What transformers reads from a GGUF, without what it adds."""
     path = where.gguf_path()
-    loaded = _from_pretrained(where, kind, what, str(path.parent), gguf_file=path.name, **options)
+    loaded = from_pretrained(where, kind, what, str(path.parent), gguf_file=path.name, **options)
     if kind is AutoTokenizer:
         # The class that it takes has an unknown token of its own: with that in the map no doctor's tokenizer would fit.
         state = json.loads(loaded.backend_tokenizer.to_str())
@@ -313,7 +314,8 @@ def _from_gguf(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
     return loaded
 
 
-def _from_pretrained(where: ModelSource, kind: Any, what: str, place: str, **options: Any) -> Any:
+def from_pretrained(where: ModelSource, kind: Any, what: str, place: str, **options: Any) -> Any:
+    """``kind.from_pretrained(place)``; ``what`` the model is called in the message. Raises LoadError."""
     try:
         with _without_bars():
             return kind.from_pretrained(place, **options)

@@ -200,7 +200,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error)[:200].split()) or type(error).__name__
+        # the message of a Python error says nothing of YAML
+        said = str(error) if isinstance(error, yaml.YAMLError | ValueError) else "a value that its !!tag does not fit"
+        problem = " ".join((getattr(error, "problem", None) or said)[:200].split())
         raise ProfileError(f"profile {path.name}: not YAML{where}: {problem}") from error
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         got = "nothing" if document is None else f"a {type(document).__name__}"

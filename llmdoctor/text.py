@@ -109,7 +109,7 @@ class TextStream:
         text = self._backend.decode(self._ids)
         # a character that is not finished shows as one replacement character, or as one for each byte that is a token
         certain = text.rstrip(_UNFINISHED) if self._open else text.removesuffix(_UNFINISHED)
-        piece = certain[self._shown :]
+        piece: str = certain[self._shown :]
         self._shown = max(self._shown, len(certain))
         if len(self._ids) > 2 * _KEPT and not self._open:
             waiting = len(text) - self._shown

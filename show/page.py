@@ -60,6 +60,15 @@ def rewards_page(
     )
 
 
+def evaluation_page(subject: str, tables: Sequence[Any], picture: str) -> str:
+    """What ``eval`` found: who was evaluated, the parts of the report, and an SVG that goes into the page as it is.
+
+    Each of ``tables`` has a ``heading``, ``titles``, ``rows`` of cells, and ``notes``.
+    """
+    page = _templates().get_template("evaluation.html")
+    return page.render(subject=subject, tables=tables, picture=picture)
+
+
 @lru_cache(maxsize=1)
 def _templates() -> "Environment":
     """The templates. Every text they print is cleaned of control characters, then escaped."""

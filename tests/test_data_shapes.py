@@ -273,14 +273,14 @@ def test_every_data_set_says_the_same(write, tmp_path, name):
         assert "\n" not in str(shape)
 
 
-def test_the_data_sets_are_those_of_the_table_the_help_and_the_readme():
+def test_the_data_sets_are_those_of_the_table_the_help_and_the_page():
     known = {shape.name for shape in shapes(None, None)}
     assert known == set(map(data_set, WHOLE))
     shown = " ".join(CliRunner().invoke(app, ["extract", "--help"], env={"COLUMNS": "200"}).stdout.split())
-    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    page = " ".join((Path(__file__).parents[1] / "docs" / "data.md").read_text().split())
     for name in known:
         assert name in shown, name
-        assert name in readme, name
+        assert name in page, name
 
 
 def test_no_two_shapes_of_the_table_can_be_mistaken_for_each_other():

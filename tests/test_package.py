@@ -69,7 +69,7 @@ def test_every_source_file_is_in_the_wheel_and_nothing_else(tmp_path):
         build.append("--no-build-isolation")
     done = subprocess.run(build, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("llmdoctor-*.whl")
+    (wheel,) = tmp_path.glob("llmdoctor_guided-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))

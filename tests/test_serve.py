@@ -22,8 +22,8 @@ from llmdoctor.decoding.rows import Step
 from llmdoctor.errors import LLMDoctorError, LoadError
 
 openai = pytest.importorskip("openai", reason="the official client is not here: pip install openai")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not here: pip install 'llmdoctor[serve]'")
-pytest.importorskip("starlette", reason="the extra `serve` is not here: pip install 'llmdoctor[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not here: pip install 'llmdoctor-guided[serve]'")
+pytest.importorskip("starlette", reason="the extra `serve` is not here: pip install 'llmdoctor-guided[serve]'")
 
 from llmdoctor.serving.api import Limits, create_app  # noqa: E402 (only where Starlette is)
 from llmdoctor.serving.engine import Engine, Job, QueueFullError  # noqa: E402

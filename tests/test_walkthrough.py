@@ -1,4 +1,4 @@
-"""The three stages on real input, through the command line: the README's own commands, and the Qwen2 tokenizer."""
+"""The three stages on real input, through the command line: the commands of docs/models.md, and the Qwen2 tokenizer."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ from llmdoctor.cli.main import app
 from llmdoctor.settings import RewardSettings, TrainSettings
 from llmdoctor.token_rewards.folder import RewardsFolder
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 PAIRS = [
     ("What is 2 + 2?", "It is 4.", "Go away."),
     ("你好吗？", "我很好，谢谢！", "不。"),
@@ -31,20 +31,20 @@ def llmdoctor(*arguments: str) -> str:
     return done.stdout
 
 
-def readme_commands(heading: str) -> list[list[str]]:
-    """The ``llmdoctor`` commands of the first shell block under a heading of the README, without the word itself."""
-    _, found, rest = README.read_text(encoding="utf-8").partition(f"\n## {heading}")
-    assert found, f"README.md has no section {heading!r}"
+def written_commands(heading: str) -> list[list[str]]:
+    """The ``llmdoctor`` commands of the first shell block under a heading of the page, without the word itself."""
+    _, found, rest = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}")
+    assert found, f"{PAGE} has no section {heading!r}"
     block = rest.partition("```sh\n")[2].partition("```")[0].replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
     return [command[1:] for command in commands if command[:1] == ["llmdoctor"]]
 
 
-def test_the_readmes_walk_on_a_real_llama_and_human_pairs(
+def test_the_pages_walk_on_a_real_llama_and_human_pairs(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    commands = readme_commands("A walk through the three stages")
+    commands = written_commands("A model without a chat template")
     written = {c[0]: [part.replace("$DATA", str(shared)) for part in c] for c in commands}
     assert set(written) == {"extract", "inspect", "train", "compare"}
 

@@ -1,5 +1,6 @@
 """The apps: the conversation, and the base that it shares with the browsers."""
 
+import signal
 import sys
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from llmdoctor.show.text import clean, one_line
 from llmdoctor.tui import clipboard, export
 from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
 from llmdoctor.tui.generation import Worker
-from llmdoctor.tui.guard import quiet_terminal, take_any_bytes, written
+from llmdoctor.tui.guard import hung_up, quiet_terminal, take_any_bytes, written
 from llmdoctor.tui.start import Start
 from llmdoctor.tui.visible import VisibleControls
 from llmdoctor.tui.widgets.status import StatusLine
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _SWITCH = 0.0005  # seconds that drawing may hold the interpreter while the generator waits for it (Python's own: 0.005)
 _TOLD = 0.2  # seconds between two looks at what saving has to tell
+_TERMINAL = 1.0  # seconds between two looks whether the terminal is still there
 _TWICE = 2.0  # seconds between two presses of Ctrl+C that quit
 _NOTICE, _READ = 5.0, 12  # seconds that a message stays at least, and characters read per second
 
@@ -82,6 +84,13 @@ class DoctorApp(App[int]):
             self.set_keymap(dict(self.config.keys))
         if self.worker is not None:
             self.worker.start()
+        if not self.is_headless:
+            self.set_interval(_TERMINAL, self._leave_if_hung_up)
+
+    def _leave_if_hung_up(self) -> None:
+        """Leave when the terminal is gone without a signal: Textual would read its end of file for ever."""
+        if sys.__stdin__ is not None and hung_up(sys.__stdin__.fileno()):
+            self.exit(128 + signal.SIGHUP)
 
     def on_unmount(self) -> None:
         """End the worker."""

@@ -47,7 +47,8 @@ class Column:
         cut = len(self.live.tokens) >= self.sampling.max_new_tokens
         own: End = "length" if cut else "done"
         reply = self.live.frozen(end if self.live.running and end != "done" else own)
-        self.turns = (*self.turns[:-1], replace(self.turns[-1], **{self.which: reply}))
+        answered = replace(self.turns[-1], **{self.which: reply})  # type: ignore[arg-type]
+        self.turns = (*self.turns[:-1], answered)
         self.live = None
         return reply
 

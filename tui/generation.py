@@ -161,7 +161,7 @@ class Worker:
         return self._submit(lambda job, assistant: self._speak(job, assistant, parts, seed, events))
 
     def guide(self, guidance: Guidance) -> None:
-        """Guide the next token so, or, while the models are loading, the first. Raises LLMDoctorError if they refuse."""
+        """Guide the next token so; while the models are loading, the first. Raises LLMDoctorError if they refuse."""
         with self._loading:
             if self._assistant is not None:
                 self._assistant.guidance = guidance

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import select
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,11 +21,20 @@ def take_any_bytes() -> None:
     with suppress(ImportError):  # on Windows there are no bytes
         from textual.drivers import linux_driver
 
-        linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[assignment]
+        linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[assignment, attr-defined]
 
 
 def _forgiving_decoder(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:
     return partial(codecs.getincrementaldecoder(encoding), errors="replace")
+
+
+def hung_up(fd: int) -> bool:
+    """Whether the terminal behind this file descriptor is gone; False where that cannot be asked (Windows)."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(fd, 0)  # hang-ups and errors are reported whatever is asked for
+    return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The README's picture, on the embedded models: ``python -m llmdoctor.tui.picture FILE [--size 150x32]``."""
+"""The picture of docs/terminal.md, on the embedded models: ``python -m llmdoctor.tui.picture FILE [--size 150x32]``."""
 
 import argparse
 import asyncio

@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-LEAST_REST = 0.1
+LEAST_REST = 0.02
 
 
 def repeating(ids: list[int], n: int) -> set[int]:

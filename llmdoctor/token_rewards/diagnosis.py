@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmdoctor.answers import wilson
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.records import Estimate, PairScores
 from llmdoctor.settings import RewardSettings
@@ -230,10 +231,7 @@ def _held_out(x_P_F: Doubles, fold_P: NDArray[np.int64]) -> Doubles:
 
 def _wilson(correct_P: Doubles) -> Estimate:
     """The mean of zeros, halves and ones, with Wilson's interval."""
-    n, p = len(correct_P), float(correct_P.mean())
-    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
+    return wilson(float(correct_P.mean()), len(correct_P))
 
 
 def _paired(differences_P: Doubles) -> Estimate:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -111,7 +111,7 @@ def _rows(batch: pa.RecordBatch, faces: Sequence[str], size: int) -> Iterator[To
                 raise ValueError(f"pair {pair_id} has {length} tokens, but {len(values[i])} values in {name}")
         yield TokenScores(
             pair_id=pair_id,
-            side=side,
+            side=cast(Side, side),
             prompt_ids=arrays["prompt_ids"][i],
             response_ids=arrays["response_ids"][i],
             positive={face: arrays[f"positive.{face}"][i] for face in faces},

@@ -5,8 +5,8 @@
     r_t   = direction_t * S_t * 1[S_t > theta]
 
 Departures from the paper: ``direction`` may be the sign of the gap itself, and is by default, where the paper takes the
-label of the whole response; the README shows what that changes. Several face pairs are averaged, or weighted by the fit
-(`llmdoctor.token_rewards.fit`). The reward may also come from a probe of the patient's states
+label of the whole response; docs/method.md shows what that changes. Several face pairs are averaged, or weighted by the
+fit (`llmdoctor.token_rewards.fit`). The reward may also come from a probe of the patient's states
 (`llmdoctor.token_rewards.probe`), which is used as it is, without S_t and its threshold.
 """
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from llmdoctor import __version__
+from llmdoctor.answers import estimates_to_dict, wilson
 from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, locked
 from llmdoctor.harmless import require_unicode
@@ -141,7 +142,8 @@ def _train(
             "pairs": len(folder),
         },
         "metrics": {
-            **trainer.summary(),
+            **(summary := trainer.summary()),
+            **_preference(summary, held_out),
             "pairs": len(pairs),
             "pairs_held_out": len(held_out),
             "pairs_too_long": len(folder) - len(pairs),
@@ -212,6 +214,14 @@ def _fitting_pairs(
             f"none of the {len(folder)} pairs in {folder.path} fits the doctor's context of {context} tokens"
         )
     return pairs
+
+
+def _preference(summary: Mapping[str, Any], held_out: Sequence[ScoredPair]) -> dict[str, Any]:
+    """The share of held-out pairs in which the doctor prefers the chosen answer, and its 95% interval over prompts."""
+    if "held_out" not in summary:
+        return {}
+    prompts = {tuple(chosen.prompt.tolist()) for chosen, _ in held_out}
+    return estimates_to_dict({"prefers_chosen": wilson(summary["held_out"]["eval_reward_accuracy"], len(prompts))})
 
 
 def _log_beside(output: Path, trainer: TFPOTrainer) -> None:

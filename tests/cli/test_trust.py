@@ -200,17 +200,14 @@ def test_hf_hub_offline_is_honoured_where_a_hub_name_is_asked_for(run, no_networ
 
 
 @pytest.mark.slow
-def test_compare_killed_in_the_middle_of_an_answer_leaves_whole_lines_and_goes_on(tmp_path):
+def test_compare_killed_in_the_middle_of_an_answer_leaves_whole_lines_and_goes_on(run, tmp_path):
     """SIGKILL while the second prompt is answered: no page, no half line; again, the file is as if never killed."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("How can I sleep better?\nHow do I boil an egg?\nHow can I sleep well?\n")
-    how = ("--prompts", prompts, "--max-new-tokens", 40, "--seed", 1, "--rows", 1, "--html", tmp_path / "page.html")
-
-    def command(output):
-        return [sys.executable, "-m", "llmdoctor", "compare", *map(str, how), "-o", str(output)]
-
+    how = ("--prompts", prompts, "--max-new-tokens", 20, "--seed", 1, "--rows", 1, "--html", tmp_path / "page.html")
     killed = tmp_path / "killed.jsonl"
-    with subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-m", "llmdoctor", "compare", *map(str, how), "-o", str(killed)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (killed.exists() and killed.stat().st_size):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -219,7 +216,7 @@ def test_compare_killed_in_the_middle_of_an_answer_leaves_whole_lines_and_goes_o
     assert {path.name for path in tmp_path.iterdir()} <= {"prompts.txt", "killed.jsonl", "work"}
     killed.write_bytes(kept + kept[: len(kept) // 2])  # cut in the middle of a line, as a full buffer may be
     for output in (killed, tmp_path / "whole.jsonl"):
-        subprocess.run(command(output), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert run("compare", *how, "-o", output).exit_code == 0
     said = [
         [(one["prompt"], one["column"], one["answer"]["text"]) for one in map(json.loads, output.open())]
         for output in (killed, tmp_path / "whole.jsonl")

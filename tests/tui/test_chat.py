@@ -17,6 +17,8 @@ from llmdoctor.errors import LoadError
 from llmdoctor.sessions import Session, Turn
 from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
 from llmdoctor.show.formats import OUTSIDE
+from llmdoctor.tui.app import binding_ids
+from llmdoctor.tui.commands import COMMANDS
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.help import HelpScreen
 from llmdoctor.tui.screens.sessions import SessionsScreen
@@ -864,5 +866,67 @@ def test_it_follows_the_end_until_one_scrolls_up(make_app, drive):
         assert "".join(view.lines).count(" ") >= 699
         await d.press("escape")
         gate.release(4)
+
+    drive(app, steps)
+
+
+def test_a_storm_of_resizes_down_to_one_cell_breaks_no_screen(make_app, drive):
+    """Every screen, any size, in any order: an exception anywhere in the app would end the run with it."""
+    app = make_app(FakeAssistant(shortest=99))
+    rng = random.Random(7)
+    sizes = [(1, 1), (1, 50), (200, 1), (3, 3), (rng.randint(1, 200), rng.randint(1, 50))]
+
+    async def steps(d):
+        async def storm():
+            for size in sizes:
+                await d.pilot.resize_terminal(*size)
+                await d.pilot.pause()
+                assert app.size == size
+                assert len(d.strips) <= size[1]
+            await d.pilot.resize_terminal(120, 40)
+
+        await storm()  # the welcome
+        await d.ask("Go 日本")
+        await storm()
+        await d.press("f2", "enter")
+        await storm()
+        app.notify("a long message " * 20, severity="error")
+        await d.press("f1")
+        await storm()
+        await d.press("escape", "f9")
+        await storm()
+        await d.press("slash", "g")
+        await d.press("escape", "escape")
+        await d.type("/compare beta=0 beta=1")
+        await d.until(lambda: app.screen is not app.chat and not app.screen.live)
+        await d.press("ctrl+t")
+        await storm()
+
+    drive(app, steps)
+
+
+def test_help_holds_every_command_and_key_and_is_wrapped_once(make_app, drive):
+    app = make_app()
+
+    async def steps(d):
+        for width in (120, 80, 25):
+            await d.pilot.resize_terminal(width, 500)
+            await d.press("f1")
+            await d.pilot.pause(0.1)
+            lines = [line.strip(" │╭╰╮╯") for line in d.text().splitlines()]
+            words = " ".join(" ".join(lines).split())
+            for command in COMMANDS:
+                assert f"/{command.name}" in words, (width, command.name)
+                assert command.help.split()[-1] in words
+            if width > 25:  # there an id longer than the line is cut in two
+                assert all(name in words for name in binding_ids()), width
+                assert "…" not in words
+            # Wrapped once: a line that is followed by another of its paragraph could not have held its next word.
+            box = app.screen.query_one("#help-text").size.width
+            prose = [line for line in lines if line.startswith("A slider")]
+            assert prose
+            assert len(prose[0]) <= box
+            assert width < 80 or prose[0].endswith("0.35 Enter.")
+            await d.press("escape")
 
     drive(app, steps)

@@ -171,8 +171,8 @@ def test_rare_alternatives_are_folded_and_unfold(make_app, drive):
         alternative(5, " wind", 0.0001, 0.0001),
         alternative(6, "w" * 60, 0.01, 0.01),
     )
-    said = GuidedToken(0, 5, " wind", -9.0, {"helpful": -1.0}, -9.0, {"helpful": 0.0}, False, 0.1, 1.0, {}, top)  # noqa: FBT003
-    other = GuidedToken(0, 1, " sun", -0.7, {"helpful": -0.7}, -0.1, {"helpful": 0.0}, False, 0.1, 1.0, {}, top)  # noqa: FBT003
+    said = GuidedToken(0, 5, " wind", -9.0, {"helpful": -1.0}, -9.0, {"helpful": 0.0}, False, 0.1, 1.0, {}, top)
+    other = GuidedToken(0, 1, " sun", -0.7, {"helpful": -0.7}, -0.1, {"helpful": 0.0}, False, 0.1, 1.0, {}, top)
     app = make_app()
 
     async def steps(d):

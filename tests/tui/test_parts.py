@@ -23,7 +23,7 @@ from llmdoctor.tui import clipboard, pacing, token_style
 from llmdoctor.tui.config import Config, read_config
 from llmdoctor.tui.export import file_name, render
 from llmdoctor.tui.generation import Ended, Part, Spoken, Worker
-from llmdoctor.tui.guard import full_screen
+from llmdoctor.tui.guard import full_screen, hung_up
 from llmdoctor.tui.history import History
 
 from .conftest import FakeAssistant
@@ -236,6 +236,15 @@ def test_a_full_screen_needs_two_terminals_that_are_not_dumb(monkeypatch):
     assert not full_screen(Terminal(), Terminal())
     monkeypatch.delenv("TERM")
     assert not full_screen(Terminal(), Terminal())
+
+
+def test_a_terminal_is_gone_once_its_other_end_is_closed():
+    ours, theirs = pty.openpty()
+    assert not hung_up(theirs)
+    os.close(ours)
+    assert hung_up(theirs)
+    os.close(theirs)
+    assert hung_up(theirs)
 
 
 def test_native_writes_do_not_reach_the_terminal_while_the_screen_is_up():

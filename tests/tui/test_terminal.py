@@ -91,6 +91,15 @@ def test_the_program_in_a_terminal_talks_stops_quits_and_goes_on():
     assert code == 0, rest
 
 
+@pytest.mark.slow
+def test_it_leaves_when_its_terminal_is_gone_without_a_signal():
+    """The child leads no foreground process group here, so it hears no SIGHUP; it used to read the end for ever."""
+    program = Terminal("chat")
+    program.until("α patient")
+    os.close(program.ours)
+    assert program.child.wait(60) == 128 + signal.SIGHUP
+
+
 def test_a_failed_load_is_the_command_lines_line_and_exit_code(tmp_path):
     program = Terminal("chat", "--patient", str(tmp_path / "nowhere"))
     seen = program.until("Press q")

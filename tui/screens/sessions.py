@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
-from textual import on
+from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -16,7 +16,7 @@ from textual.widgets import DataTable, Footer
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.sessions import Session, Summary
-from llmdoctor.show.formats import counted
+from llmdoctor.show.formats import counted, short_name
 from llmdoctor.show.lens import lens_limit
 from llmdoctor.show.text import clean, one_line
 from llmdoctor.tui import token_style
@@ -136,8 +136,9 @@ class SessionsScreen(Screen[str | None]):
     @on(DataTable.RowHighlighted)
     def _highlighted(self) -> None:
         if one := self._chosen():
-            self.run_worker(partial(self._load, one), group="preview", exclusive=True)
+            self._load(one)
 
+    @work(group="preview", exclusive=True)
     async def _load(self, one: Summary) -> None:
         """Read a conversation, once the cursor rests on it."""
         await asyncio.sleep(_REST)
@@ -154,7 +155,7 @@ class SessionsScreen(Screen[str | None]):
         pane, view = self.query_one("#preview"), self.query_one(TokenView)
         pane.border_title = clean(session.title).replace("\n", " ") if session is not None else ""
         model = str(session.profile.get("patient", {}).get("model", "")) if session is not None else ""
-        pane.border_subtitle = clean(model)
+        pane.border_subtitle = clean(short_name(model))
         view.clear()
         view.following = False
         if session is not None:

@@ -1,0 +1,256 @@
+"""What ``eval`` found, as text and as a picture."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmdoctor.cli.charts import (
+    HEAD,
+    INK,
+    MARGIN,
+    PAPER,
+    ROW,
+    STYLE,
+    TICKS,
+    WIDTH,
+    panel,
+    percents,
+    svg_of,
+)
+from llmdoctor.show.colours import scale_colour
+from llmdoctor.show.formats import betas_text, short_name, speaking_text
+from llmdoctor.show.text import clean
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from llmdoctor.records import Estimate
+
+Found = Mapping[str, Any]
+_NAMES = {"kl": "KL per answer", "kl_per_token": "KL per token", "distinct_4": "distinct-4"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A part of the report: a heading, lines of cells below their titles, and sentences about them."""
+
+    heading: str
+    titles: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def text_report(report: Found) -> str:
+    """The whole report in plain letters."""
+    return clean("\n\n".join([subject(report), *("\n".join(_lines(table)) for table in tables(report))]))
+
+
+def subject(report: Found) -> str:
+    """Who was evaluated."""
+    named = ", ".join(f"{name} ({short_name(folder)})" for name, folder in report["doctors"].items())
+    return f"patient {short_name(report['patient'])}; doctor{'s' * (len(report['doctors']) > 1)} {named}"
+
+
+def tables(report: Found) -> list[Table]:
+    """The report in parts; every number has its 95% interval."""
+    parts = [_preference(report["preference"])] if report.get("preference") else []
+    answers = report.get("answers")
+    if answers and len(answers["guided"]) == 1:
+        return [*parts, _two_sides(answers), *_judged(answers)]
+    return [*parts, *(_frontier(answers) if answers else ())]
+
+
+def judges(preference: Found) -> "Iterator[tuple[str, Mapping[str, Estimate]]]":
+    """Who was asked about the pairs, by the name that is shown; doctors on the same base share its line."""
+    yield from ((name, _estimates(found)) for name, found in preference["doctors"].items())
+    bases = {str(found): (name, found) for name, found in preference["bases"].items()}
+    for name, found in bases.values():
+        yield "untrained base" if len(bases) == 1 else f"base of {name}", _estimates(found)
+    yield "patient alone", _estimates(preference["patient"])
+    yield "the longer answer", _estimates(preference["longer"])
+
+
+def _preference(preference: Found) -> Table:
+    rows = [(name, percents(found["chosen"]), _percents(found["shorter"])) for name, found in judges(preference)]
+    skipped = (f"skipped {count}: {reason}" for reason, count in preference["skipped"].items())
+    return Table(
+        f"{preference['pairs']} pairs of {preference['data']} (95% interval)",
+        ("", "prefers the chosen answer", f"where it is the shorter one ({preference['shorter']})"),
+        (*rows, ("chance", "50.0%", "50.0%")),
+        (*skipped, *_verdicts(preference)),
+    )
+
+
+def _verdicts(preference: Found) -> Iterator[str]:
+    """A sentence for every doctor: whether its share says that it learnt something."""
+    for name, found in preference["doctors"].items():
+        chosen = _estimates(found)["chosen"]
+        beyond = _estimates(preference["beyond"][name])
+        if chosen.low > 0.5:
+            verdict = "prefers the chosen answer more often than chance"
+        elif chosen.high < 0.5:
+            verdict = "prefers the rejected answer more often than chance"
+        else:
+            verdict = "does no better than chance, as far as these pairs tell"
+        against = f"{_points(beyond['base'])} beyond its base, {_points(beyond['longer'])} beyond the longer answer"
+        yield f"{name} {verdict}: {against}"
+
+
+def _two_sides(answers: Found) -> Table:
+    (guided,) = (_estimates(setting["measures"]) for setting in answers["guided"])
+    patient = _estimates(answers["patient"]["measures"])
+    rows = [
+        (_NAMES.get(name, name.replace("_", " ")), _number(patient[name]) if name in patient else "-", _number(found))
+        for name, found in guided.items()
+    ]
+    heading = f"{answers['prompts']} prompts, {answers['answers']} answers (95% interval)"
+    label = f"guided by {speaking_text(answers['guided'][0]['betas'])}"
+    return Table(heading, ("", "patient alone", label), tuple(rows))
+
+
+def _judged(answers: Found) -> Iterator[Table]:
+    if "judge" not in answers:
+        return
+    found = _estimates(answers["guided"][0]["judge"])
+    rows = [("guided wins", percents(found["win_rate"]))]
+    if "agreed" in found:
+        rows.append(("same in both orders", _percents(found["agreed"])))
+    names = {"patient_score": "score, patient", "guided_score": "score, guided", "gain": "difference"}
+    rows += [(called, _number(found[name])) for name, called in names.items() if name in found]
+    yield Table(_judge(answers), ("", ""), tuple(rows))
+
+
+def _judge(answers: Found) -> str:
+    return f"judge {answers['judge']['name']} ({answers['judge']['kind']})"
+
+
+def _frontier(answers: Found) -> Iterator[Table]:
+    """Two tables with a line for every setting, so that each fits 80 columns."""
+    heading = f"{answers['prompts']} prompts, {answers['answers']} answers per beta (95% interval)"
+    titles = ["beta"]
+    if "judge" in answers:
+        heading += f"; {_judge(answers)}"
+        titles += ["guided wins"] + ["score"] * (answers["judge"]["kind"] == "scalar")
+    worth, style = [], []
+    for setting in answers["guided"]:
+        measured, said = _estimates(setting["measures"]), _estimates(setting.get("judge", {}))
+        won = [percents(said["win_rate"])] if said else []
+        won += [_spread(said["guided_score"])] if "guided_score" in said else []
+        label = setting_label(setting)
+        worth.append((label, *won, _spread(measured["kl_per_token"]), _spread(measured["kl"])))
+        names = ("tokens", "distinct_4", "repeated_sentences", "unfinished", "tokens_per_second")
+        style.append((label, *(_spread(measured[name]) for name in names)))
+    yield Table(heading, (*titles, "KL per token", "KL per answer"), tuple(worth))
+    yield Table("", ("beta", "tokens", "distinct-4", "repeated", "unfinished", "tokens/s"), tuple(style))
+
+
+def setting_label(setting: Found) -> str:
+    """The betas of a setting: one number where all doctors have the same."""
+    betas = setting["betas"]
+    return f"{next(iter(betas.values())):g}" if len(set(betas.values())) == 1 else betas_text(betas)
+
+
+def _lines(table: Table) -> Iterator[str]:
+    yield from [table.heading] * bool(table.heading)
+    shown = (table.titles, *table.rows) if any(table.titles) else table.rows
+    widths = [max(map(len, column)) + 2 for column in zip(*shown, strict=True)]
+    for row in shown:
+        yield "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from table.notes
+
+
+def _estimates(found: Found) -> "dict[str, Estimate]":
+    from llmdoctor.records import Estimate
+
+    return {name: Estimate(**value) for name, value in found.items()}
+
+
+def _percents(part: "Estimate") -> str:
+    return "-" if math.isnan(part.value) else percents(part)
+
+
+def _points(difference: "Estimate") -> str:
+    """A difference of shares in percentage points."""
+    value, low, high = (100 * x for x in (difference.value, difference.low, difference.high))
+    return f"{value:+.1f} points" if math.isnan(low) else f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+def _number(estimate: "Estimate") -> str:
+    value, low, high = (_short(x) for x in (estimate.value, estimate.low, estimate.high))
+    return value if math.isnan(estimate.low) else f"{value} ({low} to {high})"
+
+
+def _spread(estimate: "Estimate") -> str:
+    half = (estimate.high - estimate.low) / 2
+    return _short(estimate.value) if math.isnan(half) else f"{_short(estimate.value)} ±{_short(half, 2)}"
+
+
+def _short(number: float, digits: int = 3) -> str:
+    """Three digits that count, without an exponent for the numbers of every day."""
+    return f"{float(f'{number:.{digits}g}'):g}"
+
+
+# The picture
+
+_FRONTIER = 3.2  # inches
+
+
+def drawing(report: Found, *, alone: bool = True) -> str:
+    """One SVG: the shares as bars, and the guided answers over their KL; ``alone`` with its own background."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = list(judges(report["preference"])) if report.get("preference") else []
+    bars = HEAD + len(rows) * ROW + TICKS if rows else 0
+    height = MARGIN + bars + (_FRONTIER + HEAD + TICKS if report.get("answers") else 0) + MARGIN
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), facecolor=PAPER if alone else "none")
+        if rows:
+            shown = [
+                (name, found["chosen"], scale_colour(found["chosen"].value - 0.5, 0.5), (percents(found["chosen"]),))
+                for name, found in rows
+            ]
+            axes = panel(figure, "prefers", MARGIN, shown, [("share (95%)", 1.95)], 0.5, 0.5)
+            axes.set_title("pairs in which the chosen answer is preferred", fontsize=9.5)
+            axes.set_xticks([0, 0.5, 1], ["0%", "chance 50%", "100%"])
+        if report.get("answers"):
+            _draw_frontier(figure, report["answers"], MARGIN + bars + HEAD)
+        return svg_of(figure, "evaluation of the doctors", alone=alone)
+
+
+def _draw_frontier(figure: "Figure", answers: Found, top: float) -> None:
+    """A point for every setting: KL per answer, and what the judge says or, without one, distinct-4."""
+    height = figure.get_figheight()
+    axes = figure.add_axes((0.09, (height - top - _FRONTIER) / height, 0.86, _FRONTIER / height))
+    axes.set_facecolor("none")
+    axes.spines[["right", "top"]].set_visible(False)
+    axes.grid(color=INK, alpha=0.12)
+    title, start, points = _points_of(answers)
+    xs = [_estimates(setting["measures"])["kl"] for setting in answers["guided"]]
+    axes.plot([0, *(x.value for x in xs)], [start, *(y.value for y in points)], "-", color=INK, alpha=0.35, linewidth=1)
+    axes.plot(0, start, "s", color=INK, markersize=5)
+    axes.annotate("patient alone", (0, start), (6, -12), textcoords="offset points")
+    for i, (setting, x, y) in enumerate(zip(answers["guided"], xs, points, strict=True)):
+        for ends, line in (((x.low, x.high), (y.value, y.value)), ((x.value, x.value), (y.low, y.high))):
+            if not any(map(math.isnan, (*ends, *line))):
+                axes.plot(ends, line, "-", color=INK, alpha=0.6, linewidth=1)
+        axes.plot(x.value, y.value, "o", color=scale_colour(1, 1), markersize=6, gid=f"setting-{i}")
+        axes.annotate(
+            f"beta {setting_label(setting)}", (x.value, y.value), (0, 9), textcoords="offset points", ha="center"
+        )
+    axes.set_xlabel("KL from the patient, nats per answer")
+    axes.set_ylabel(title)
+    axes.margins(0.08)
+
+
+def _points_of(answers: Found) -> "tuple[str, float, list[Estimate]]":
+    """What is drawn upwards: its name, the patient's own, and that of every setting."""
+    if "judge" not in answers:
+        points = [_estimates(setting["measures"])["distinct_4"] for setting in answers["guided"]]
+        return "distinct-4", _estimates(answers["patient"]["measures"])["distinct_4"].value, points
+    said = [_estimates(setting["judge"]) for setting in answers["guided"]]
+    name = clean(answers["judge"]["name"])
+    if answers["judge"]["kind"] == "scalar":
+        return f"score by {name}", said[0]["patient_score"].value, [one["guided_score"] for one in said]
+    return f"guided wins, by {name}", 0.5, [one["win_rate"] for one in said]
