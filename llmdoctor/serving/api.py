@@ -29,6 +29,7 @@ from llmdoctor.serving.requests import ChatAsk, TextAsk, UnsupportedError, chat_
 
 _BODY_SECONDS = 30.0  # that a body may take to arrive
 _PULSE = 15.0  # seconds after which a silent stream says that it lives
+_LIVE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # or proxies collect a stream
 _log = logging.getLogger(__name__)
 
 
@@ -330,7 +331,7 @@ class _Events(StreamingResponse):
     """Server-sent events. ``close`` is called however the stream ends: finished, left by its reader, or too slow."""
 
     def __init__(self, events: AsyncIterator[str], seconds: float, close: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        super().__init__(events, media_type="text/event-stream", headers=_LIVE)
         self._seconds, self._close = seconds, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
