@@ -12,8 +12,9 @@ from typing import Any, TypeVar, overload
 from transformers import PreTrainedModel
 
 from llmdoctor.comparing import Run, both_sides
+from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.decode import decode
-from llmdoctor.decoding.drafting import AdaptiveLength
+from llmdoctor.decoding.drafting import AdaptiveLength, Drafting
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.rows import Step, patient_alone
@@ -279,7 +280,7 @@ class LLMdoctor:
         """
         guidance = self._of_this_call(guidance, sampling)
         settings = self.sampling.replace(**sampling)
-        seeds = _seeds(settings.seed if seed is None else seed, len(prompts))
+        seeds = seeds_of(settings.seed if seed is None else seed, len(prompts))
         each = [guidance] * len(prompts) if guidance is None or isinstance(guidance, Guidance) else guidance
         if len(each) != len(prompts):
             raise UsageError(f"expected one guidance for each of {len(prompts)} prompts, got {len(each)}")
@@ -330,7 +331,7 @@ class LLMdoctor:
         """
         guidance = self._of_this_call(guidance, sampling)
         settings = self.sampling.replace(**sampling)
-        (seed,) = _seeds(settings.seed, 1)
+        (seed,) = seeds_of(settings.seed, 1)
         if prefix_ids or force_id is not None:
             known = set(self.patient.vocabulary.ids.values())
             if unknown := [i for i in (*prefix_ids, *([] if force_id is None else [force_id])) if i not in known]:
@@ -383,10 +384,30 @@ class LLMdoctor:
         the time of its batch divided by the number of prompts in it.
         """
         settings = self.sampling.replace(**sampling)
-        (seed,) = _seeds(settings.seed, 1)
+        (seed,) = seeds_of(settings.seed, 1)
         questions = [Question(str(i), (p if isinstance(p, str) else list(p),)) for i, p in enumerate(prompts, start=1)]
         sides = both_sides(self, **settings.model_dump(exclude={"seed"}))
         return Run(questions, seed, top=top, keep=False, on_token=on_token).compare(sides)  # type: ignore[arg-type]
+
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """The token ids [L] that the models read for a prompt or a conversation, system prompt included.
+
+        Raises UsageError for what is no prompt, and DataError for what the chat template refuses.
+        """
+        return prompt_ids(self.patient.tokenizer, with_system(_messages(prompt), self.system_prompt))
+
+    def batch(self) -> Batch:
+        """A batch of these models, for prompts that join and leave while it runs.
+
+        Mode "ratio" is open to its prompts where it is the instance's own mode: the doctors then have their bases.
+        """
+        return Batch(
+            self.patient,
+            self._doctors,
+            drafting=self._drafts(guided=True),
+            draft_model=self._draft_model,
+            with_bases=bool(self._doctors) and self._guidance.mode == "ratio",
+        )
 
     def part(self, doctors: Mapping[str, str], *, system_prompt: str | None) -> "LLMdoctor":
         """The same loaded models with only these doctors: names to have, and the names they have here.
@@ -417,26 +438,26 @@ class LLMdoctor:
         prefix: Sequence[int] = (),
         first: int | None = None,
     ) -> Iterator[Step]:
-        ids = [
-            [*prompt_ids(self.patient.tokenizer, with_system(_messages(prompt), self.system_prompt)), *prefix]
-            for prompt in prompts
-        ]
-        doctors = self._doctors if guided else {}
         return decode(
             self.patient,
-            doctors,
-            ids,
+            self._doctors if guided else {},
+            [[*self.prompt_ids(prompt), *prefix] for prompt in prompts],
             read if guided else patient_alone,
             sampling,
             seed=seeds,
             top=top,
             follow=follow,
-            drafting=(self._drafting if guided else self._drafting_alone) if self.speculation else None,
+            drafting=self._drafts(guided=guided),
             draft_model=self._draft_model,
             prefix_cache=prefix_cache,
             first=first,
             begun=len(prefix),
         )
+
+    def _drafts(self, *, guided: bool) -> Drafting | None:
+        if not self.speculation:
+            return None
+        return self._drafting if guided else self._drafting_alone
 
     def _read(self, guidance: Guidance | Callable[[], Guidance] | None) -> Callable[[], Guidance]:
         if guidance is None:
@@ -464,13 +485,16 @@ class LLMdoctor:
 
     def _with(self, names: Sequence[str], **strengths: float | Mapping[str, float]) -> Guidance:
         """The guidance with ``betas`` or ``dead_zones`` changed for all doctors, or for those that a mapping names."""
-        changes = {
-            field: {**getattr(self._guidance, field), **given}
-            if isinstance(given, Mapping)
-            else dict.fromkeys(names, given)
-            for field, given in strengths.items()
-        }
-        return self._guidance.replace(**changes)
+        return with_strengths(self._guidance, names, **strengths)
+
+
+def with_strengths(guidance: Guidance, names: Sequence[str], **strengths: float | Mapping[str, float]) -> Guidance:
+    """``guidance`` with ``betas`` or ``dead_zones`` changed for all doctors, or for those that a mapping names."""
+    changes = {
+        field: {**getattr(guidance, field), **given} if isinstance(given, Mapping) else dict.fromkeys(names, given)
+        for field, given in strengths.items()
+    }
+    return guidance.replace(**changes)
 
 
 def _is_message(item: Any) -> bool:
@@ -489,7 +513,7 @@ def _messages(prompt: Any) -> list[Message]:
     return conversation(prompt)
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed per prompt: the list itself, or seed, seed + 1, ...; None picks a random seed."""
     if seed is None:
         seed = secrets.randbelow(1 << 31)

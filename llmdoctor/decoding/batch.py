@@ -79,6 +79,15 @@ class Batch:
     def __bool__(self) -> bool:
         return bool(self._unfinished())
 
+    def __contains__(self, number: int) -> bool:
+        """Whether the row of this number is still being answered."""
+        return any(row.number == number for row in self._unfinished())
+
+    @property
+    def broken(self) -> bool:
+        """Whether a round has failed, or was left, before its end: then nothing can go on."""
+        return self._in_round
+
     def _unfinished(self) -> list[Row]:
         return [row for row in (*self._rows, *self._arriving, *self._waiting) if not row.ended]
 

@@ -10,7 +10,19 @@ import llmdoctor
 from llmdoctor.cli import options
 from llmdoctor.errors import DataError, LLMDoctorError, LoadError, ProfileError, StorageError, TrainingError, UsageError
 
-COMMANDS = ["", "extract", "train", "chat", "compare", "eval", "inspect", "profiles", "profiles list", "profiles show"]
+COMMANDS = [
+    "",
+    "extract",
+    "train",
+    "chat",
+    "compare",
+    "serve",
+    "eval",
+    "inspect",
+    "profiles",
+    "profiles list",
+    "profiles show",
+]
 
 
 def raising(error):
