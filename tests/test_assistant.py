@@ -553,7 +553,9 @@ def test_without_following_it_is_the_patients_likeliest_token(assistant: LLMdoct
     (answer,) = assistant.answer_all([PROMPTS[0]], guidance=Guidance(1.0, {"kind": 0.0, "safe": 0.0}), seed=3, top=1)
     assert any(token.patient_id != token.id for token in answer.tokens)
     for token in answer.tokens:
-        assert (token.patient_id, token.patient_text) == (token.top[0].id, token.top[0].text)
+        best = token.top[0]
+        # what was said may also hold the rest of a character that the token before began
+        assert (token.patient_id, token.patient_text) == (best.id, token.text if best.id == token.id else best.text)
 
 
 def test_columns_of_one_loaded_assistant_say_what_each_says_by_itself(

@@ -318,6 +318,8 @@ def test_other_tokens_another_patient_or_no_room_are_refused(world: Path, tmp_pa
         run(world, out, rewards=tmp_path / "absent")
     with pytest.raises(UsageError, match="'h'"):
         run(world, out, {"faces": ("h",)})
+    with pytest.raises(DataError, match=r"no token of .* has a reward: tau 1000 and theta 0.9 prune every gap"):
+        run(world, out, {"tau": 1000.0, "theta": 0.9})
     with pytest.raises(DataError, match="context of 2 tokens"):
         run(world, out, base=model_folder(tmp_path / "tiny", 1, context=2))
     assert not out.exists()

@@ -213,6 +213,11 @@ def _fitting_pairs(
         raise DataError(
             f"none of the {len(folder)} pairs in {folder.path} fits the doctor's context of {context} tokens"
         )
+    if not any(side.rewards.any() for pair in pairs for side in pair):
+        raise DataError(
+            f"no token of the {len(pairs)} pairs in {folder.path} has a reward: tau {settings.tau:g} and theta "
+            f"{settings.theta:g} prune every gap. Lower them, or look at the gaps with inspect --show gap"
+        )
     return pairs
 
 
