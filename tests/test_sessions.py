@@ -68,6 +68,7 @@ def test_reading_a_conversation_gives_no_right_to_write_over_it(path):
     b.save(go_on(b.load(mine.id), "2b", "3b"))
     assert asked(a.read(mine.id)) == ["1", "2b", "3b"]
     forked = a.save(go_on(mine, "2a"))
+    assert forked.id != mine.id
     a.read(mine.id)  # nor does it end the fork
     assert a.save(go_on(mine, "2a", "3a")).id == forked.id
     assert everything(path) == {mine.id: ["1", "2b", "3b"], forked.id: ["1", "2a", "3a"]}

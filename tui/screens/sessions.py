@@ -94,7 +94,7 @@ class SessionsScreen(Screen[str | None]):
         """Show those that the search finds; the cursor stays on its conversation if that is among them."""
         table, search = self.query_one(DataTable), self.query_one(Search)
         chosen, row = self._chosen(), table.cursor_row
-        self._rows = [one for one in self._all if search.finds(f"{one.title} {one.id} {one.questions}")]
+        self._rows = search.found(self._all, lambda one: f"{one.title} {one.id} {one.questions}".casefold())
         table.clear()
         for one in self._rows:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated))
