@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import shutil
 import subprocess
 import sys
