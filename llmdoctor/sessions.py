@@ -4,6 +4,7 @@ import json
 import secrets
 import sqlite3
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class Reply:
         return sum(token.kl for token in self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Turn:
     """A question, both sides' answers, and the settings they were generated with."""
 
@@ -133,7 +134,8 @@ CREATE TABLE IF NOT EXISTS turn (
 class SessionStore:
     """The SQLite file of sessions at ``path``. Every call opens a connection of its own, so any thread may call.
 
-    ``save`` writes only the turns that changed since the session was last saved or loaded. Raises StorageError if the
+    ``save`` writes only the turns that changed since the session was last saved or loaded. ``read`` is for looking at a
+    session, ``load`` for going on with it: only then do later saves replace what is there. Raises StorageError if the
     file cannot be read or written.
     """
 
@@ -154,18 +156,29 @@ class SessionStore:
         session = replace(session, updated=time.time())
         if not session.title and session.turns:
             session = replace(session, title=" ".join(session.turns[0].prompt.split())[:60])
-        asked, seen = session.id, self._seen.get(session.id)
+        seen = self._seen.get(session.id)
+        first = _first_changed(seen.turns, session.turns) if seen is not None else 0
+        # Another program may have changed or deleted it. Then all of it is written.
+        saved = self._write(session, seen, first) or self._write(session, seen, 0)
+        assert saved is not None
+        if saved.id != session.id:
+            self._forks[session.id] = saved.id
+        return saved
+
+    def _write(self, session: Session, seen: "_Seen | None", first: int) -> Session | None:
+        """Write the turns from ``first`` on, and return what was saved; None if it takes earlier ones too."""
+        # compressed before the transaction, which other programs wait for
+        turns = [(number, *_row(turn)) for number, turn in enumerate(session.turns[first:], first)]
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")  # nobody else writes between what is read here and what is written
-            held = db.execute("SELECT title, revision FROM session WHERE id = ?", (asked,)).fetchone()
-            if held is None:  # a new one, or one that another program has deleted: all of it is written
-                first = 0
-            elif seen is not None and held[1] == seen.revision:
-                first = _first_changed(seen.turns, session.turns)
+            held = db.execute("SELECT title, revision FROM session WHERE id = ?", (session.id,)).fetchone()
+            if held is not None and seen is not None and held[1] == seen.revision:
                 if session.title == seen.title:  # another program may have renamed it
                     session = replace(session, title=_text(held[0]))
-            else:
-                session, first = replace(session, id=secrets.token_hex(4)), 0
+            elif first:
+                return None
+            elif held is not None:
+                session = replace(session, id=secrets.token_hex(4))
             revision = db.execute(
                 "SELECT max(?, 1 + coalesce(max(revision), 0)) FROM session", (time.time_ns(),)
             ).fetchone()[0]
@@ -176,17 +189,23 @@ class SessionStore:
                 (*row, revision),
             )
             db.execute("DELETE FROM turn WHERE session = ? AND number >= ?", (session.id, first))
-            db.executemany(
-                "INSERT INTO turn VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [(session.id, number, *_row(turn)) for number, turn in enumerate(session.turns) if number >= first],
-            )
-        if session.id != asked:
-            self._forks[asked] = session.id
-        self._seen[session.id] = _Seen(session.turns, session.title, revision)
+            db.executemany("INSERT INTO turn VALUES (?, ?, ?, ?, ?, ?, ?)", [(session.id, *turn) for turn in turns])
+        self._seen[session.id] = _Seen.of(session, revision)
         return session
 
     def load(self, session_id: str) -> Session:
+        """Like ``read``, to go on with the session: what is saved under its id replaces what is loaded here."""
+        loaded, revision = self._read(session_id)
+        self._seen[loaded.id] = _Seen.of(loaded, revision)
+        self._forks.pop(loaded.id, None)
+        return loaded
+
+    def read(self, session_id: str) -> Session:
         """The session whose id begins with ``session_id``. Raises UsageError if there is none, or more than one."""
+        return self._read(session_id)[0]
+
+    def _read(self, session_id: str) -> tuple[Session, int]:
+        """The session and its revision."""
         with self._open() as db:
             # substr, not LIKE: "%" and "_" in what the user typed are not wildcards.
             rows = db.execute(
@@ -203,17 +222,14 @@ class SessionStore:
             held = json.loads(profile)
             if not isinstance(held, dict):
                 raise ValueError("its profile is no object")
-            loaded = Session(
+            return Session(
                 _text(name), _text(title), _seconds(created), _seconds(updated), held, tuple(map(_turn, turns))
-            )
+            ), revision
         except (ValueError, KeyError, TypeError, UsageError, RecursionError, OverflowError, zlib.error) as error:
             reason = " ".join(str(error).split())[:200]
             raise StorageError(
                 f"{self.path}: session {name} is damaged ({reason}): delete it on the session screen (F9)"
             ) from error
-        self._seen[loaded.id] = _Seen(loaded.turns, loaded.title, revision)
-        self._forks.pop(loaded.id, None)
-        return loaded
 
     def list(self) -> list[Summary]:
         """All sessions, the most recent first."""
@@ -274,17 +290,21 @@ class SessionStore:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a session was when it was last saved or loaded here."""
+    """What a session was when it was last saved or loaded here. It keeps no turn in memory."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[weakref.ref[Turn], ...]
     title: str
     revision: int
 
+    @classmethod
+    def of(cls, session: Session, revision: int) -> "_Seen":
+        return cls(tuple(map(weakref.ref, session.turns)), session.title, revision)
 
-def _first_changed(seen: tuple[Turn, ...], turns: tuple[Turn, ...]) -> int:
+
+def _first_changed(seen: tuple[weakref.ref[Turn], ...], turns: tuple[Turn, ...]) -> int:
     """Where writing starts: a long conversation does not compress all its answers again for each new one."""
     # turns are immutable, and a changed turn is a new object
-    changed = (i for i, (a, b) in enumerate(zip(seen, turns, strict=False)) if a is not b)
+    changed = (i for i, (a, b) in enumerate(zip(seen, turns, strict=False)) if a() is not b)
     return next(changed, min(len(seen), len(turns)))
 
 

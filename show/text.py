@@ -2,7 +2,7 @@
 
 from llmdoctor.harmless import clean
 
-__all__ = ["END", "clean", "one_line", "prompt_end", "quoted", "trimmed"]
+__all__ = ["END", "clean", "one_line", "prompt_end", "quoted", "trimmed", "visible"]
 
 END = "∎"  # stands for a token without text, such as the end of the answer
 _PROMPT_SHOWN = 400  # characters

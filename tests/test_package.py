@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import inspect
 import shutil
 import subprocess
 import sys
@@ -188,3 +189,10 @@ def test_show_loads_no_torch_and_no_other_user_interface():
     imports = "\n".join(f"import {module}" for module in modules)
     out = python(f"{imports}\nimport sys; print(len(sys.argv), [m for m in {heavy} if m in sys.modules])")
     assert out.splitlines() == ["1 []"]
+
+
+def test_the_texts_module_exports_all_its_functions():
+    from llmdoctor.show import text
+
+    own = {name for name, held in vars(text).items() if inspect.isfunction(held) and held.__module__ == text.__name__}
+    assert {name for name in own if not name.startswith("_")} <= set(text.__all__)

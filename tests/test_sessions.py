@@ -1,16 +1,19 @@
 """Saved conversations: two programs at one, a clock that jumps, and files with anything in them."""
 
+import gc
 import itertools
 import json
 import random
 import sqlite3
 import subprocess
 import sys
+import weakref
 import zlib
 from dataclasses import replace
 
 import pytest
 
+from llmdoctor import sessions
 from llmdoctor.errors import StorageError, UsageError
 from llmdoctor.records import GuidedToken
 from llmdoctor.sessions import Reply, Session, SessionStore, Turn
@@ -58,6 +61,69 @@ def test_two_programs_at_one_conversation_lose_nothing(path):
     assert len(a.list()) == 3
 
 
+def test_reading_a_conversation_gives_no_right_to_write_over_it(path):
+    """A has it open, B goes on with it, A only looks at it and saves."""
+    a, b = SessionStore(path), SessionStore(path)
+    mine = a.save(go_on(Session.new({}), "1"))
+    b.save(go_on(b.load(mine.id), "2b", "3b"))
+    assert asked(a.read(mine.id)) == ["1", "2b", "3b"]
+    forked = a.save(go_on(mine, "2a"))
+    assert forked.id != mine.id
+    a.read(mine.id)  # nor does it end the fork
+    assert a.save(go_on(mine, "2a", "3a")).id == forked.id
+    assert everything(path) == {mine.id: ["1", "2b", "3b"], forked.id: ["1", "2a", "3a"]}
+
+
+def test_reading_the_open_conversation_packs_none_of_its_turns_again(path, monkeypatch):
+    store = SessionStore(path)
+    mine = store.save(go_on(Session.new({}), "1", "2"))
+    store.read(mine.id)
+    packed = watch_packing(monkeypatch, path)
+    store.save(go_on(mine, "3"))
+    assert packed == ["3"]
+
+
+def test_turns_are_packed_while_others_can_write(path, monkeypatch):
+    """Also where all of them are written anew, because another program has written or deleted the conversation."""
+    a, b = SessionStore(path), SessionStore(path)
+    mine = a.save(go_on(Session.new({}), "1"))
+    packed = watch_packing(monkeypatch, path)
+    mine = a.save(go_on(mine, "2"))
+    b.save(go_on(b.load(mine.id), "3b"))
+    mine = a.save(go_on(mine, "3"))
+    b.delete(mine.id)
+    a.save(go_on(mine, "4"))
+    assert packed == ["2", "3b", "3", "1", "2", "3", "4", "1", "2", "3", "4"]
+    assert sorted(everything(path).values()) == [["1", "2", "3", "4"], ["1", "2", "3b"]]
+
+
+def watch_packing(monkeypatch, path) -> list[str]:
+    """The questions of the turns that are packed from now on; it fails if the file is locked meanwhile."""
+    packed = []
+
+    def pack(one):
+        db = sqlite3.connect(path, timeout=0)
+        db.execute("BEGIN IMMEDIATE")
+        db.close()
+        packed.append(one.prompt)
+        return real(one)
+
+    real = sessions._row
+    monkeypatch.setattr(sessions, "_row", pack)
+    return packed
+
+
+@pytest.mark.parametrize("look", ["read", "load", "save"])
+def test_a_store_keeps_no_turn_in_memory(path, look):
+    store = SessionStore(path)
+    held = SessionStore(path).save(go_on(Session.new({}), "1"))
+    held = store.save(replace(held, id="other")) if look == "save" else getattr(store, look)(held.id)
+    alive = weakref.ref(held.turns[0])
+    del held
+    gc.collect()
+    assert alive() is None
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_no_program_writes_over_turns_that_it_has_not_seen(path, seed):
     """Three programs load, go on, go back, rename and delete at random; a save changes one conversation at most."""
@@ -70,6 +136,8 @@ def test_no_program_writes_over_turns_that_it_has_not_seen(path, seed):
         who = rng.randrange(3)
         store = stores[who]
         before = everything(path)
+        if before and rng.randrange(2):
+            store.read(rng.choice(list(before)))  # changes nothing
         match rng.randrange(6):
             case 0 if before:
                 open_now[who] = store.load(rng.choice(list(before)))

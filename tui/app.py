@@ -249,12 +249,15 @@ class ChatApp(DoctorApp):
     # These go through the same thread as saving: they see the latest state of the conversation.
 
     def load_session(self, session_id: str) -> Session:
-        """A saved session."""
-        return self.later_session(session_id).result()
+        """A saved session to go on with. A running answer is stopped, and saved first: it may be the same session's."""
+        self.chat.answering.stop()
+        session = self._saver.submit(self.store.load, session_id).result()
+        self._tell()  # while the conversation is open that it is about
+        return session
 
-    def later_session(self, session_id: str) -> Future[Session]:
-        """A saved session, once it has been read."""
-        return self._saver.submit(self.store.load, session_id)
+    def read_session(self, session_id: str) -> Future[Session]:
+        """A saved session to look at, once it has been read."""
+        return self._saver.submit(self.store.read, session_id)
 
     def saved_sessions(self) -> list[Summary]:
         """All saved sessions."""
@@ -268,6 +271,8 @@ class ChatApp(DoctorApp):
 
     def delete_session(self, session_id: str) -> None:
         """Delete it; if it is the open conversation, a new one replaces it."""
+        if session_id == self.chat.session.id:
+            self.chat.answering.stop()  # which saves it
         self._saver.submit(self.store.delete, session_id).result()
         if session_id == self.chat.session.id:
             self.chat.new_session()

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 
 from textual.widgets import DataTable, OptionList
 
@@ -10,10 +11,12 @@ from llmdoctor.records import Answer, Comparison
 from llmdoctor.show.rewards import RewardedText
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
+from llmdoctor.tui.screens.browser import Item
 from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.rewards_browser import RewardsScreen, rewards_item
 from llmdoctor.tui.widgets.inspector import Inspector
+from llmdoctor.tui.widgets.token_view import Piece
 
 from .conftest import FakeAssistant
 
@@ -154,6 +157,39 @@ def test_a_browser_is_searched_by_all_its_words_in_title_and_texts(drive):
         assert listed.option_count == 4
         await d.press("slash", "n", "i", "g", "h", "t", "down")
         assert [app.screen.items[number].title for number in app.screen._listed] == ["pair-1  Q?", "pair-2  Q?"]
+
+    drive(app, steps)
+
+
+def test_a_search_joins_the_texts_of_an_item_once_and_none_while_nothing_is_sought(drive):
+    joined = []
+
+    class Counted(Sequence):
+        """The tokens of a text; tells when they are looked through from the first to the last."""
+
+        def __init__(self, pieces):
+            self.pieces = pieces
+
+        def __len__(self):
+            return len(self.pieces)
+
+        def __getitem__(self, index):
+            return self.pieces[index]
+
+        def __iter__(self):
+            joined.append(self)
+            return iter(self.pieces)
+
+    pieces = [Counted([Piece(word)]) for word in ("STRASSE", "Straße", "Weg")]
+    items = [Item(str(number), (("a", shown), ("b", [])), "") for number, shown in enumerate(pieces)]
+    app = BrowserApp(lambda: RewardsScreen(lambda post, _check: [post(item) for item in items]), Config())
+
+    async def steps(d):
+        await d.until(lambda: getattr(app.screen, "current", None) == 0 and len(app.screen.items) == 3)
+        assert not {id(pieces[1]), id(pieces[2])} & set(map(id, joined))  # those not shown
+        await d.press("slash", "space", "s", "t", "r", "a", "ß", "e")
+        assert app.screen._listed == [0, 1]
+        assert joined.count(pieces[2]) == 1  # never shown, sought seven times
 
     drive(app, steps)
 

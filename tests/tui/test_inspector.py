@@ -3,13 +3,19 @@
 import math
 import threading
 
+import pytest
 from textual.widgets import DataTable
 
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.settings import Sampling
-from llmdoctor.tui.widgets.inspector import Inspector, ranked
+from llmdoctor.tui.app import BrowserApp
+from llmdoctor.tui.config import Config
+from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
+from llmdoctor.tui.widgets.inspector import Alternatives, Inspector, ranked
+from llmdoctor.tui.widgets.status import StatusLine
 
 from .conftest import END, FakeAssistant
+from .test_browsers import compared
 
 
 def inspected(app):
@@ -196,3 +202,59 @@ def test_rare_alternatives_are_folded_and_unfold(make_app, drive):
         assert shown() == ["·sun", "∎", "w" * 25 + "…", "·moon", "·wind", "1 more below 0.1%"]
 
     drive(app, steps)
+
+
+LONG = "The file that holds the profile cannot be read. " * 40
+
+
+def rows(view) -> int:
+    """The rows of a text; Textual says 1 where there is none."""
+    return view.parent.outer_size.height - 2
+
+
+async def told(d, length: int) -> None:
+    """After an error of so many characters."""
+    line = d.app.screen.query_one(StatusLine)
+    d.app.notify(LONG[:length], severity="error", markup=False)
+    await d.until(lambda: line.outer_size.height >= 5)
+    assert line.outer_size.height <= d.app.size.height / 3
+
+
+@pytest.mark.parametrize(("length", "least"), [(370, 3), (len(LONG), 2)])
+def test_a_long_error_leaves_rows_to_the_texts_beside_the_inspector(make_app, drive, length, least):
+    app = make_app()
+
+    async def steps(d):
+        await d.ask("Go")
+        await d.press("f2")
+        await told(d, length)
+        assert app.chat.panes.inspecting
+        assert min(rows(app.chat.view(which)) for which in ("patient", "guided")) >= least
+        assert app.screen.query_one(Alternatives).region.height > 0
+        app.clear_notifications()
+        await d.type("/compare alpha=0.5")
+        await d.until(lambda: app.screen is not app.chat and not app.screen.live)
+        await d.press("tab", "right", "right")
+        assert app.screen.query_one(Inspector).display
+        await told(d, length)
+        columns = [rows(app.screen.view(number)) for number in range(len(app.screen.columns))]
+        assert min(columns) >= least - 1  # in two rows
+
+    drive(app, steps, size=(80, 24))
+
+
+def test_a_long_error_leaves_rows_to_the_texts_in_a_narrow_browser(drive):
+    def source(post, _check):
+        post(comparison_item(compared(1)))
+
+    app = BrowserApp(lambda: ComparisonsScreen(source, "kl", "helpful", ("helpful", "safe")), Config())
+
+    async def steps(d):
+        await d.until(lambda: getattr(app.screen, "current", None) == 0)
+        await d.press("tab", "tab", "end")
+        assert app.screen.query_one(Inspector).display
+        assert min(map(rows, app.screen.views)) >= 2
+        await told(d, len(LONG))
+        assert min(map(rows, app.screen.views)) >= 1
+
+    drive(app, steps, size=(80, 24))

@@ -13,6 +13,8 @@ from llmdoctor.tui.app import binding_ids
 from llmdoctor.tui.clipboard import osc52
 from llmdoctor.tui.config import read_config
 
+from .conftest import FakeAssistant
+
 
 def prompts(store, name):
     return [turn.prompt for turn in SessionStore(store.path).load(name).turns]
@@ -42,6 +44,64 @@ def test_the_second_app_at_a_conversation_says_so_and_goes_on_in_one_of_its_own(
     drive(app, steps)
     assert len(SessionStore(store.path).list()) == 2
     assert not app.last_words
+
+
+def test_a_preview_of_the_open_conversation_does_not_let_it_write_over_the_other_apps_turns(make_app, drive, store):
+    first = store.save(replace(Session.new({}), turns=(Turn("1", 1),)))
+    theirs = SessionStore(store.path)
+    app = make_app(session=first)
+
+    async def steps(d):
+        theirs.save(replace(theirs.load(first.id), turns=(*first.turns, Turn("2b", 1), Turn("3b", 1))))
+        await d.press("f9")
+        preview = app.screen.query_one("#preview-view")
+        await d.until(lambda: "❯ 3b" in " ".join(preview.lines))
+        await d.press("e", "enter")
+        await d.until(lambda: "wrote" in d.notices)
+        await d.press("escape")
+        await d.ask("2")
+        await d.until(lambda: "Somebody else has gone on with this conversation" in d.notices)
+        assert prompts(store, app.chat.session.id) == ["1", "2"]
+
+    drive(app, steps)
+    assert prompts(store, first.id) == ["1", "2b", "3b"]
+
+
+def test_resuming_the_open_conversation_while_it_answers_loses_neither_the_others_turns_nor_the_answer(
+    make_app, drive, store
+):
+    first = store.save(replace(Session.new({}), turns=(Turn("1", 1),)))
+    theirs = SessionStore(store.path)
+    app = make_app(FakeAssistant(shortest=24, pause=0.05), session=first)
+
+    async def steps(d):
+        theirs.save(replace(theirs.load(first.id), turns=(*first.turns, Turn("2b", 1))))
+        await d.type("2")
+        await d.until(lambda: app.chat.live is not None and "❯ 2" in d.words("guided"))
+        await d.type(f"/resume {first.id}")
+        assert "Somebody else has gone on with this conversation" in d.notices
+        assert app.chat.session.id == first.id
+        await d.type("3")
+        await d.until(lambda: app.chat.live is not None)
+        await d.press("escape")
+
+    drive(app, steps)
+    held = SessionStore(store.path).list()
+    assert sorted(prompts(store, one.id) for one in held) == [["1", "2"], ["1", "2b", "3"]]
+
+
+def test_a_conversation_that_is_deleted_while_it_answers_is_gone(make_app, drive, store):
+    app = make_app(FakeAssistant(shortest=24, pause=0.05))
+
+    async def steps(d):
+        await d.ask("1")
+        await d.type("2")
+        await d.until(lambda: app.chat.live is not None)
+        await d.press("f9", "d", "down", "enter")
+        await d.until(lambda: "No saved conversation yet." in d.text())
+
+    drive(app, steps)
+    assert store.list() == []
 
 
 def test_what_saving_has_to_tell_at_the_very_end_is_told_after_it(make_app, drive, store, monkeypatch, capsys):

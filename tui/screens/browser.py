@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.text import Text
@@ -37,7 +38,7 @@ class Stopped(Exception):
     """The browser was left: raised inside a source to end its thread."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Item:
     """One entry of the list: two texts with their headings, and a line or two about them."""
 
@@ -45,11 +46,11 @@ class Item:
     sides: tuple[tuple[str, Sequence[Piece]], ...]
     facts: str
 
-    @property
+    @cached_property
     def words(self) -> str:
-        """All that a search looks through."""
+        """All that a search looks through, casefolded."""
         texts = ("".join(piece.text for piece in shown) for _, shown in self.sides)
-        return "\n".join((self.title, self.facts, *texts))
+        return "\n".join((self.title, self.facts, *texts)).casefold()
 
 
 Post = Callable[[Item | str], None]
@@ -199,7 +200,7 @@ class BrowserScreen(Screen[None]):
 
     def _list(self, numbers: Iterable[int]) -> None:
         """Add those items that the search finds to the list."""
-        found = [number for number in numbers if self.query_one(Search).finds(self.items[number].words)]
+        found = self.query_one(Search).found(numbers, lambda number: self.items[number].words)
         titles = [clean(self.items[number].title).replace("\n", " ") for number in found]
         self._listed += found
         options = self.query_one(OptionList)

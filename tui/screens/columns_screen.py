@@ -59,14 +59,17 @@ class ColumnsScreen(Screen[str | None]):
     def compose(self) -> ComposeResult:
         """Columns, inspector, legend, status, prompt, keys."""
         yield Static(Text(f"comparing · {self.app.start.header}", no_wrap=True, overflow="ellipsis"), id="header")
-        with Grid(id="columns"):
-            for number, column in enumerate(self.columns):
-                with Vertical(id=f"column-{number}", classes="pane") as pane:
-                    pane.border_title = column.title
-                    yield TokenView(id=f"column-{number}-view", score=self._score, changed=lambda said: said.changed)
-        inspector = Inspector(can_force=False, id="inspector")
-        inspector.display = False
-        yield inspector
+        with Vertical(id="panes"):
+            with Grid(id="columns"):
+                for number, column in enumerate(self.columns):
+                    with Vertical(id=f"column-{number}", classes="pane") as pane:
+                        pane.border_title = column.title
+                        yield TokenView(
+                            id=f"column-{number}-view", score=self._score, changed=lambda said: said.changed
+                        )
+            inspector = Inspector(can_force=False, id="inspector")
+            inspector.display = False
+            yield inspector
         yield Static(id="legend")
         yield StatusLine(id="status")
         yield Prompt("Ask all of them; Esc leaves the comparison", id="prompt")

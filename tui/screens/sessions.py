@@ -94,7 +94,7 @@ class SessionsScreen(Screen[str | None]):
         """Show those that the search finds; the cursor stays on its conversation if that is among them."""
         table, search = self.query_one(DataTable), self.query_one(Search)
         chosen, row = self._chosen(), table.cursor_row
-        self._rows = [one for one in self._all if search.finds(f"{one.title} {one.id} {one.questions}")]
+        self._rows = search.found(self._all, lambda one: f"{one.title} {one.id} {one.questions}".casefold())
         table.clear()
         for one in self._rows:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated))
@@ -143,7 +143,7 @@ class SessionsScreen(Screen[str | None]):
         """Read a conversation, once the cursor rests on it."""
         await asyncio.sleep(_REST)
         try:
-            session = await asyncio.wrap_future(self.app.later_session(one.id))
+            session = await asyncio.wrap_future(self.app.read_session(one.id))
         except LLMDoctorError as error:
             self._preview(None)
             self.notify(str(error), severity="error", markup=False)
@@ -202,7 +202,8 @@ class SessionsScreen(Screen[str | None]):
             self.dismiss(one.id)
             self.app.call_after_refresh(self.app.set_timer, 0.3, lambda: chat.obey("/export svg"))
             return
-        self._change(lambda: self.app.export(self.app.load_session(one.id), kind, None, chat.lens, chat.doctor))
+        read = self.app.read_session(one.id)
+        self._change(lambda: self.app.export(read.result(), kind, None, chat.lens, chat.doctor))
 
     def _change(self, action: Callable[[], None]) -> None:
         try:

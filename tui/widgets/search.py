@@ -1,11 +1,14 @@
 """The field above a list that leaves only the entries with all its words."""
 
-from typing import ClassVar
+from collections.abc import Callable, Iterable
+from typing import ClassVar, TypeVar
 
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import Input
+
+_Entry = TypeVar("_Entry")
 
 
 class Search(Input):
@@ -28,10 +31,13 @@ class Search(Input):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(placeholder="/ searches", id=id, compact=True, select_on_focus=False)
 
-    def finds(self, text: str) -> bool:
-        """Whether all words are in the text, in any case."""
-        text = text.casefold()
-        return all(word in text for word in self.value.casefold().split())
+    def found(self, entries: Iterable[_Entry], words: Callable[[_Entry], str]) -> list[_Entry]:
+        """The entries with all words that are sought. ``words`` gives the casefolded text of one, if it is needed."""
+        sought = self.value.casefold().split()
+        if not sought:
+            return list(entries)
+        texts = ((entry, words(entry)) for entry in entries)
+        return [entry for entry, text in texts if all(word in text for word in sought)]
 
     def action_leave(self) -> None:
         """Every entry again."""
