@@ -168,6 +168,38 @@ def test_a_doctor_that_would_load_as_another_is_not_saved(base, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def with_code(base, copied):
+    """A base whose own program must be trusted."""
+    folder = copied(base)
+    (folder / "modeling_own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_a_doctor_on_a_base_with_code_of_its_own_is_saved(method, with_code, tmp_path):
+    settings = TrainSettings(method=method, lora_rank=2, device="cpu")
+    made, tokenizer = new_doctor(with_code, settings, trust_remote_code=True)
+    meta = {**META, "base_model": str(with_code), "settings": {"train": {"method": method}}}
+    save_doctor(tmp_path / "d", made, tokenizer, meta, trust_remote_code=True)
+    loaded = load_doctor(tmp_path / "d", dtype="float32", device="cpu", trust_remote_code=True)
+    ids = torch.arange(20, 40)[None]
+    torch.testing.assert_close(log_probs(loaded.model, ids), log_probs(made.lm, ids), atol=1e-4, rtol=1e-4)
+
+
 def test_rewards_of_another_adapter_are_not_its_own(base, tmp_path):
     folders = []
     for seed in (0, 1):

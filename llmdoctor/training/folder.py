@@ -86,7 +86,12 @@ def _require_itself(
         bases = {base_fingerprint: Base(kept, doctor.vocabulary)} if doctor.change is not None else None
         dtype = str(plain).removeprefix("torch.")
         loaded = load_doctor(
-            folder, base=None if bases else base_model, bases=bases, dtype=dtype, device=str(lm.device)
+            folder,
+            base=None if bases else base_model,
+            bases=bases,
+            dtype=dtype,
+            device=str(lm.device),
+            trust_remote_code=trust_remote_code,
         )
         split = SplitLM.of(loaded.model)
         hidden = split.hidden(ids, torch.ones_like(ids))
@@ -202,7 +207,7 @@ def load_doctor(
     source = ""
     if (not whole and not (only_head and plain)) or (with_base and plain is None):
         source = _find_base(folder, meta, base)
-    vocabulary = None if only_head else Vocabulary.of(load_tokenizer(folder))
+    vocabulary = None if only_head else Vocabulary.of(load_tokenizer(folder, trust_remote_code=trust_remote_code))
     if plain is None and (with_base or only_head):
         key = _fingerprint(source)
         plain = bases[key] = bases.get(key) or Base(
