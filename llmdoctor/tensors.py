@@ -42,6 +42,30 @@ def tensor_count(path: Path) -> int:
         raise LoadError(f"{path.name}: {_line(error)}") from error
 
 
+def same_weights(model: nn.Module, folder: Path) -> bool | None:
+    """Whether a model has the weights that its folder holds, read one at a time; None if their names do not tell.
+
+    The layers that PEFT puts around a model's own are looked through.
+    """
+    # PEFT's layer holds the model's own as base_layer, a module that it copies as original_module
+    weights = {
+        key.replace(".base_layer", "").replace(".original_module", ""): weight.detach()
+        for key, weight in model.named_parameters(remove_duplicate=False)
+    }
+    found: set[int] = set()
+    whole = folder / "model.safetensors"
+    for path in [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                held, weight = file.get_tensor(key), weights.get(key)
+                if weight is None or held.shape != weight.shape:  # another name, or another form
+                    continue
+                if not torch.equal(held.to(weight.dtype), weight.cpu()):
+                    return False
+                found.add(weight.data_ptr())
+    return True if found.issuperset(weight.data_ptr() for weight in weights.values()) else None
+
+
 def require_finite(tensor: Tensor, what: str) -> None:
     """Raise LoadError for a tensor that holds NaN or infinity."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
