@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from llmdoctor.artefacts import AdapterConfig
 from llmdoctor.errors import LLMDoctorError, LoadError
 from llmdoctor.files import read_json
-from llmdoctor.model_source import first_line
+from llmdoctor.harmless import first_line
 from llmdoctor.tensors import read_tensors, refuse_pickles, require_finite_weights
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -27,6 +27,7 @@ from jinja2.utils import Namespace
 from transformers import PreTrainedTokenizerBase
 
 from llmdoctor.errors import DataError, LoadError
+from llmdoctor.harmless import first_line
 from llmdoctor.records import Message
 
 _SECONDS = 5.0
@@ -114,7 +115,8 @@ class ChatTemplate:
                 f"the chat template of {name} holds what a user says {max(counts, key=bool)} times, expected once: "
                 "set another chat_template in its tokenizer_config.json"
             )
-        if type(failed) is not TemplateError:  # which is what raise_exception raises: it may take other turns
+        # TemplateError is what raise_exception raises: it may take other turns
+        if failed is not None and type(failed) is not TemplateError:
             raise LoadError(f"the chat template of {name} fails: {_reason(failed)}") from failed
 
 
@@ -123,10 +125,10 @@ def _compiled(source: str, special: tuple[tuple[str, str], ...], name: str) -> C
     return ChatTemplate(source, dict(special), name)
 
 
-def _reason(error: Exception | None) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), "")[:300]
-    known = isinstance(error, TemplateError | _TooMuchError) and text
-    return text if known else f"{type(error).__name__} {text}".strip()
+def _reason(error: Exception) -> str:
+    text = first_line(error)[:300]
+    known = isinstance(error, TemplateError | _TooMuchError) or text == type(error).__name__
+    return text if known else f"{type(error).__name__} {text}"
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 from llmdoctor.adapters import merged_adapter
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError, VocabularyError
 from llmdoctor.gguf_file import cached_copy, discard_if_damaged, read_header
-from llmdoctor.model_source import ModelSource, first_line, model_fingerprint
+from llmdoctor.harmless import first_line
+from llmdoctor.model_source import ModelSource, model_fingerprint
 from llmdoctor.schema import shown
 from llmdoctor.tensors import require_finite_weights
 

@@ -21,7 +21,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.model_source import ModelSource, first_line
+from llmdoctor.harmless import first_line
+from llmdoctor.model_source import ModelSource
 from llmdoctor.models import from_pretrained, load_checked, pick_device
 from llmdoctor.records import Message
 from llmdoctor.text import conversation, conversation_text

@@ -20,8 +20,8 @@ from llmdoctor.adapters import alike, as_loaded, merged_adapter
 from llmdoctor.artefacts import DoctorFile
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, read_json, require_doctor, write_json
-from llmdoctor.harmless import clean
-from llmdoctor.model_source import ModelSource, first_line
+from llmdoctor.harmless import clean, first_line
+from llmdoctor.model_source import ModelSource
 from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer, shared_by_processes
 from llmdoctor.tensors import read_tensors, same_weights
 from llmdoctor.training.doctor import Doctor, HeadAdapter
