@@ -108,7 +108,7 @@ def _merged_layer(layer: BaseTunerLayer) -> Iterator[None]:
 
 
 @contextmanager
-def _merged_while_it_runs(layer: BaseTunerLayer) -> Iterator[None]:
+def _merged_while_it_runs(layer: Any) -> Iterator[None]:
     running = ExitStack()
     hooks = [
         layer.register_forward_pre_hook(lambda *_: running.enter_context(_merged_layer(layer))),

@@ -183,6 +183,8 @@ def _remove(path: Path) -> None:
 
 def _write_error(error: BaseException | None, target: Path) -> str | None:
     """The reason and what to do when ``error`` is the system's; None when it is something else."""
+    if error is None:
+        return None
     # Rust libraries (safetensors, tokenizers) put the error number into the text of their own exceptions.
     number = re.search(r"\(os error (\d+)\)", str(error))
     if isinstance(error, OSError):

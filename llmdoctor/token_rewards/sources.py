@@ -279,13 +279,13 @@ def _rows_at_once(columns: list[Any], rows: int) -> int:
 
     They have the group's mean size, or that of its dictionaries: a long value that repeats is there once.
     """
-    size = sum(column.total_uncompressed_size for column in columns)
-    widest = sum(_dictionary_size(column) for column in columns)
+    size: int = sum(column.total_uncompressed_size for column in columns)
+    widest: int = sum(_dictionary_size(column) for column in columns)
     return max(1, min(_ROWS, _BATCH // max(1, widest, size // max(1, rows))))
 
 
 def _dictionary_size(column: Any) -> int:
-    """At most so many bytes has a value of the column's dictionary; 0 without one."""
+    """About how many bytes the column's dictionary has, which none of its values exceeds; 0 without one."""
     if not any("DICTIONARY" in encoding for encoding in column.encodings):
         return 0
     start, end = column.dictionary_page_offset, column.data_page_offset
