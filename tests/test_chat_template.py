@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -153,7 +154,7 @@ def test_a_template_finds_all_that_transformers_gives(tiny_tokenizer, monkeypatc
     tokenizer = with_template(tiny_tokenizer, EVERYTHING.replace("{{ m | tojson }}", "{{ m | tojson | length }}"))
     talk = [*ASKED, {"role": "nobody", "content": "?"}, {"role": "assistant", "content": " It <scatters> é. "}] * 2
     wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    monkeypatch.delattr("transformers.utils.chat_template_utils._compile_jinja_template")  # it is private
+    assert "_compile_jinja_template" not in Path(chat_template.__file__).read_text(encoding="utf-8")  # it is private
     chat_template._environment.cache_clear()
     template = ChatTemplate.__new__(ChatTemplate)  # without the check that a word is there once
     monkeypatch.setattr(ChatTemplate, "_require_words", lambda *_: None)
