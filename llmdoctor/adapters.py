@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +21,13 @@ from transformers import PreTrainedModel
 from llmdoctor.artefacts import AdapterConfig
 from llmdoctor.errors import LLMDoctorError, LoadError
 from llmdoctor.files import read_json
-from llmdoctor.model_source import first_line
+from llmdoctor.harmless import first_line
 from llmdoctor.tensors import read_tensors, refuse_pickles, require_finite_weights
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SECONDS = 10.0  # in which the patterns of an adapter must have been compared with all names of modules
 _PROBE = 8  # tokens
+_AGAIN = "as_saved"  # the name of a saved adapter beside the one that was trained
 _PLAIN = re.compile(r"[\w.^$\\-]*")  # a pattern without repetition
 
 
@@ -35,22 +38,104 @@ def merged_adapter(base: PreTrainedModel, folder: Path, name: str) -> PreTrained
     finite; for a pickle; for an adapter of a kind that cannot be merged without a change of its log-probs.
     """
     try:
-        config = read_json(folder / _CONFIG, AdapterConfig)
-        refuse_pickles(folder, name)
-        held = read_tensors(folder / _WEIGHTS)
-        _require_small(config, held)
-        _require_quick(config, [key for key, _ in base.named_modules()])
+        held = _read_adapter(base, folder, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT only warns of what is checked below
             adapted: Any = PeftModel.from_pretrained(base, str(folder)).eval()
-            if not callable(getattr(adapted.base_model, "merge_and_unload", None)):
-                raise LoadError(f"PEFT's {config.get('peft_type', 'LORA')} cannot be merged into a base model")
-            _require_all(adapted, folder, set(held))
+            _require_mergeable(adapted)
+            _require_all(adapted, folder, held)
             return _merged(adapted)
     except LLMDoctorError as error:
         raise LoadError(f"cannot load the adapter {name}: {error}") from error
     except Exception as error:
         raise LoadError(f"cannot load the adapter {name}: {first_line(error)}") from error
+
+
+@contextmanager
+def as_loaded(adapted: Any, folder: Path) -> Iterator[None]:
+    """A context in which a model speaks as it will once the adapter of the folder is loaded again and merged.
+
+    The saved tensors become a second adapter on the same base, and every layer is merged only while it runs, so that no
+    second base is needed. Afterwards all is as before, bit for bit. Raises LoadError as `merged_adapter` does.
+    """
+    active, needs = adapted.active_adapter, {p: p.requires_grad for p in adapted.parameters()}
+    held = _read_adapter(adapted, folder, "that was saved")
+    _require_mergeable(adapted)
+    with warnings.catch_warnings(), ExitStack() as after:
+        warnings.simplefilter("ignore")
+        after.callback(_restore_needs, needs)
+        after.callback(adapted.set_adapter, active)
+        after.callback(_forget, adapted)
+        _require_all(adapted, folder, held, _AGAIN)
+        adapted.set_adapter(_AGAIN)
+        after.enter_context(_untied(adapted))
+        users = Counter(id(weight) for _, weight in adapted.named_parameters(remove_duplicate=False))
+        for layer in (module for module in adapted.modules() if isinstance(module, BaseTunerLayer)):
+            if any(users[id(weight)] > 1 for weight in layer.get_base_layer().parameters()):
+                after.enter_context(_merged_layer(layer))  # what shares the weight is changed too
+            else:
+                after.enter_context(_merged_while_it_runs(layer))
+        yield
+
+
+def _restore_needs(needs: dict[nn.Parameter, bool]) -> None:
+    for parameter, needed in needs.items():
+        parameter.requires_grad_(needed)
+
+
+def _forget(adapted: Any) -> None:
+    if _AGAIN in adapted.peft_config:
+        adapted.delete_adapter(_AGAIN)
+    for module in [*adapted.modules()]:  # what all layers share, which PEFT leaves there
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict) and _AGAIN in module:
+            del module[_AGAIN]
+
+
+@contextmanager
+def _merged_layer(layer: BaseTunerLayer) -> Iterator[None]:
+    """The layer with its adapter merged; PEFT's own way back is not exact."""
+    inner = layer.get_base_layer()
+    kept = [(name, weight, weight.data, weight.data.clone()) for name, weight in inner.named_parameters()]
+    layer.merge()
+    try:
+        yield
+    finally:
+        layer.unmerge()
+        for name, weight, data, before in kept:
+            weight.data = data.copy_(before)
+            module, _, attribute = name.rpartition(".")
+            setattr(inner.get_submodule(module), attribute, weight)
+
+
+@contextmanager
+def _merged_while_it_runs(layer: Any) -> Iterator[None]:
+    running = ExitStack()
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_: running.enter_context(_merged_layer(layer))),
+        layer.register_forward_hook(lambda *_: running.close(), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        running.close()
+        for hook in hooks:
+            hook.remove()
+
+
+def _read_adapter(base: nn.Module, folder: Path, name: str) -> set[str]:
+    """The names of an adapter's tensors, which are safe to load onto ``base``. Raises LoadError."""
+    config = read_json(folder / _CONFIG, AdapterConfig)
+    refuse_pickles(folder, name)
+    held = read_tensors(folder / _WEIGHTS)
+    _require_small(config, held)
+    _require_quick(config, [key for key, _ in base.named_modules()])
+    return set(held)
+
+
+def _require_mergeable(adapted: Any) -> None:
+    if not callable(getattr(adapted.base_model, "merge_and_unload", None)):
+        kind = adapted.peft_config[adapted.active_adapter].peft_type
+        raise LoadError(f"PEFT's {getattr(kind, 'value', kind)} cannot be merged into a base model")
 
 
 def _require_small(config: dict[str, Any], held: dict[str, Tensor]) -> None:
@@ -97,23 +182,22 @@ def _require_quick(config: dict[str, Any], names: list[str]) -> None:
         ) from error
 
 
-def _require_all(adapted: Any, folder: Path, held: set[str]) -> None:
-    report = adapted.load_adapter(str(folder), "default")  # once more: the first time it does not say what it found
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+def _require_all(adapted: Any, folder: Path, held: set[str], adapter: str = "default") -> None:
+    # of "default" once more: the first time it does not say what it found
+    report = adapted.load_adapter(str(folder), adapter)
+    expected = get_peft_model_state_dict(adapted, adapter_name=adapter, save_embedding_layers=False).keys()
     prefix = getattr(adapted.base_model, "prefix", "") or "\0"
     # PEFT knows its own names, old ones too, but counts no whole modules
     weights = dict(adapted.named_parameters(remove_duplicate=False))
     shared = {weight.data_ptr() for key, weight in weights.items() if key not in report.missing_keys}
     # a weight that several modules share is in the file once
     unread = [key for key in report.missing_keys if key not in weights or weights[key].data_ptr() not in shared]
-    missing = [_saved(key) for key in unread] + [k for k in expected if k not in held and prefix not in k]
+    missing = [key.replace(f".{adapter}", "") for key in unread] + [
+        k for k in expected if k not in held and prefix not in k
+    ]
     for what, names in (("lacks", missing), ("has no place for", report.unexpected_keys)):
         if names:
             raise LoadError(f"{folder / _WEIGHTS} does not fit its config: it {what} {_listed(names)}")
-
-
-def _saved(key: str) -> str:
-    return key.replace(".default", "")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -155,14 +239,31 @@ def _untie(adapted: Any) -> None:
 
     Merged into shared weights, a change of the head would change the embedding too.
     """
+    if head := _tied_head(adapted):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        adapted.get_base_model().config.tie_word_embeddings = False
+
+
+@contextmanager
+def _untied(adapted: Any) -> Iterator[None]:
+    """As `_untie`, for a while."""
+    head, config = _tied_head(adapted), adapted.get_base_model().config
+    weight, tied = getattr(head, "weight", None), config.tie_word_embeddings
+    _untie(adapted)
+    try:
+        yield
+    finally:
+        if head is not None:
+            head.weight, config.tie_word_embeddings = weight, tied
+
+
+def _tied_head(adapted: Any) -> Any:
     model = adapted.get_base_model()
     pair = model.get_input_embeddings(), model.get_output_embeddings()
     if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in pair):
-        return
+        return None
     inner, head = (_innermost(module) for module in pair)
-    if inner is not None and head is not None and inner.weight is head.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
+    return head if inner is not None and head is not None and inner.weight is head.weight else None
 
 
 def _innermost(module: Any) -> Any:

@@ -5,20 +5,29 @@ transformers' sandbox keeps a template from reaching the machine. It does not ke
 
 import ctypes
 import functools
+import itertools
+import json
+import math
+import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
-import jinja2
+from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from llmdoctor.errors import DataError, LoadError
+from llmdoctor.harmless import first_line
 from llmdoctor.records import Message
 
 _SECONDS = 5.0
@@ -106,7 +115,8 @@ class ChatTemplate:
                 f"the chat template of {name} holds what a user says {max(counts, key=bool)} times, expected once: "
                 "set another chat_template in its tokenizer_config.json"
             )
-        if type(failed) is not TemplateError:  # which is what raise_exception raises: it may take other turns
+        # TemplateError is what raise_exception raises: it may take other turns
+        if failed is not None and type(failed) is not TemplateError:
             raise LoadError(f"the chat template of {name} fails: {_reason(failed)}") from failed
 
 
@@ -115,10 +125,10 @@ def _compiled(source: str, special: tuple[tuple[str, str], ...], name: str) -> C
     return ChatTemplate(source, dict(special), name)
 
 
-def _reason(error: Exception | None) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), "")[:300]
-    known = isinstance(error, TemplateError | _TooMuchError) and text
-    return text if known else f"{type(error).__name__} {text}".strip()
+def _reason(error: Exception) -> str:
+    text = first_line(error)[:300]
+    known = isinstance(error, TemplateError | _TooMuchError) or text == type(error).__name__
+    return text if known else f"{type(error).__name__} {text}"
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
@@ -133,28 +143,62 @@ def _require_room(size: float) -> None:
         raise _TooMuchError(f"it makes more than {_LONGEST:,} characters")
 
 
+class _Watchdog:
+    """One thread that raises _TooMuchError in every thread that has been at work for five seconds."""
+
+    def __init__(self) -> None:
+        self._changed, self._numbers = threading.Condition(), itertools.count()
+        self._watched: dict[int, tuple[float, int]] = {}  # deadline and thread
+        self._wakes = math.inf
+        self._thread: threading.Thread | None = None
+
+    def watch(self) -> int:
+        """Watch this thread; the number is for `leave`."""
+        number, deadline = next(self._numbers), time.monotonic() + _SECONDS
+        with self._changed:
+            self._watched[number] = deadline, threading.get_ident()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="chat template watchdog", daemon=True)
+                self._thread.start()
+            if deadline < self._wakes:
+                self._changed.notify()
+        return number
+
+    def leave(self, number: int) -> None:
+        with self._changed:
+            self._watched.pop(number, None)
+
+    def _run(self) -> None:
+        with self._changed:
+            while True:
+                self._stop_late(time.monotonic())
+                # those that left are not taken back: waking for nothing every five seconds costs less
+                self._wakes = min((deadline for deadline, _ in self._watched.values()), default=math.inf)
+                self._changed.wait(None if self._wakes == math.inf else max(0.0, self._wakes - time.monotonic()))
+
+    def _stop_late(self, now: float) -> None:
+        for number, (deadline, thread) in [*self._watched.items()]:
+            if deadline <= now:
+                del self._watched[number]
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TooMuchError))
+
+
+_watchdog = _Watchdog()
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_watchdog.__init__)  # type: ignore[misc]
+
+
 @contextmanager
 def _in_time() -> Iterator[None]:
     """Raise _TooMuchError inside, in whichever thread, after five seconds."""
-    thread, lock = threading.get_ident(), threading.Lock()
-    running = True
-
-    def stop() -> None:
-        with lock:
-            if running:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TooMuchError))
-
-    timer = threading.Timer(_SECONDS, stop)
-    timer.daemon = True
-    timer.start()
+    number = _watchdog.watch()
     try:
-        yield
+        try:
+            yield
+        finally:
+            _watchdog.leave(number)
     except _TooMuchError as error:
         raise error if error.args else _TooMuchError(f"it runs for more than {_SECONDS:g} seconds") from None
-    finally:
-        with lock:
-            running = False
-        timer.cancel()
 
 
 def _size(value: Any) -> float:
@@ -242,12 +286,70 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
     return within
 
 
+# --- what transformers gives to templates ----------------------------------------------------------------------------
+
+
+class _Generation(Extension):
+    """``{% generation %}``, which marks what the assistant says: here its text alone."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
+
+    def said(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(Namespace):
+    """Jinja's, without names that lead out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that a name may be `self`
+        self, *given = args
+        Namespace.__init__(self)
+        for name, value in dict(*given, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace with the name {name[:40]!r}")
+        super().__setitem__(name, value)
+
+
+class _Dict:
+    """``dict`` without the attributes of a class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own escapes what HTML would read
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 @functools.cache
 def _environment() -> _Bounded:
     """The environment that transformers renders templates in, with its filters and functions, bounded."""
-    environment: Any = _compile_jinja_template("").environment.overlay()
-    environment.__class__ = _Bounded
+    environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _tojson
     environment.filters = {name: _bounded(function) for name, function in environment.filters.items()}
-    environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
-    assert isinstance(environment, jinja2.Environment)
-    return environment  # type: ignore[return-value]
+    del environment.globals["lipsum"]
+    own = {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(), "namespace": _Namespace}
+    environment.globals.update(own)
+    return environment

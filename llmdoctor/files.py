@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from llmdoctor.errors import LoadError, StorageError, UsageError
-from llmdoctor.harmless import json_text, require_unicode
+from llmdoctor.harmless import first_line, json_text, require_unicode
 from llmdoctor.schema import shown
 
 LOCK = ".lock"
@@ -183,6 +183,8 @@ def _remove(path: Path) -> None:
 
 def _write_error(error: BaseException | None, target: Path) -> str | None:
     """The reason and what to do when ``error`` is the system's; None when it is something else."""
+    if error is None:
+        return None
     # Rust libraries (safetensors, tokenizers) put the error number into the text of their own exceptions.
     number = re.search(r"\(os error (\d+)\)", str(error))
     if isinstance(error, OSError):
@@ -195,7 +197,7 @@ def _write_error(error: BaseException | None, target: Path) -> str | None:
         code = None
     else:
         return None
-    reason = os.strerror(code) if code else (str(error) or type(error).__name__).splitlines()[0]
+    reason = os.strerror(code) if code else first_line(error)
     if code in (errno.ENOSPC, errno.EDQUOT):
         return f"{reason} ({_free_space(target)}). Free some space and run again."
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):

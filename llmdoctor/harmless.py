@@ -24,6 +24,15 @@ def clean(text: str) -> str:
     return text if text.isprintable() else STEERING.sub(MARK, text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says something, with the next one if it ends in a colon.
+
+    The name of the exception if its message says nothing.
+    """
+    first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
+    return f"{first} {second}" if first.endswith(":") else first or type(error).__name__
+
+
 def require_unicode(text: str, what: str) -> str:
     """The text. Raises DataError if it holds bytes that were not UTF-8, or half a surrogate pair."""
     try:

@@ -22,6 +22,7 @@ from llmdoctor.artefacts import AdapterConfig, Artefact
 from llmdoctor.errors import LoadError
 from llmdoctor.files import present, read_json, user_path
 from llmdoctor.gguf_file import read_header
+from llmdoctor.harmless import first_line
 from llmdoctor.schema import shown
 from llmdoctor.tensors import refuse_pickles, tensor_count
 
@@ -266,12 +267,6 @@ def hub_offline() -> str:
     os.environ["HF_HUB_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = True
     return f"{host.hostname} cannot be reached"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message that says something, with the next one if it ends in a colon."""
-    first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
-    return f"{first} {second}" if first.endswith(":") else first or type(error).__name__
 
 
 def _in_package(name: str) -> Path:

@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 from llmdoctor.adapters import merged_adapter
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError, VocabularyError
 from llmdoctor.gguf_file import cached_copy, discard_if_damaged, read_header
-from llmdoctor.model_source import ModelSource, first_line, model_fingerprint
+from llmdoctor.harmless import first_line
+from llmdoctor.model_source import ModelSource, model_fingerprint
 from llmdoctor.schema import shown
 from llmdoctor.tensors import require_finite_weights
 
@@ -249,25 +250,23 @@ def _load_lm(
     if where.base:
         base = _load_lm(where.base, dtype, trust_remote_code, placed)
         return merged_adapter(base, where.folder(), where.name)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **placed}
+    return cast("PreTrainedModel", load_checked(where, AutoModelForCausalLM, "the model", **options))
+
+
+def load_checked(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
+    """A model of transformers' class ``kind``, whole, finite and never from a pickle. Raises LoadError.
+
+    ``what`` the model is called in messages; ``options`` are those of ``from_pretrained``.
+    """
     where.require_plausible()
-    loaded = _loaded(
-        where,
-        AutoModelForCausalLM,
-        "the model",
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        **({} if where.gguf else {"use_safetensors": True}),
-        **placed,
-    )
-    model, report = loaded
-    require_finite_weights(model, f"the model {where.name}")
+    safe = {} if where.gguf else {"use_safetensors": True}
+    model, report = _loaded(where, kind, what, output_loading_info=True, **safe, **options)
+    require_finite_weights(model, f"{what} {where.name}")
     # transformers only warns about these, and initialises them at random.
     if missing := sorted(report["missing_keys"]):
-        raise LoadError(
-            f"cannot load the model {where.name}: it lacks {len(missing)} weights, the first is {missing[0]}"
-        )
-    return cast("PreTrainedModel", model)
+        raise LoadError(f"cannot load {what} {where.name}: it lacks {len(missing)} weights, the first is {missing[0]}")
+    return model
 
 
 def _loaded(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmdoctor.errors import LoadError
 from llmdoctor.files import require_regular
+from llmdoctor.harmless import first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -24,7 +25,7 @@ def read_tensors(path: Path, names: Iterable[str] = ()) -> dict[str, Tensor]:
         require_regular(path)
         held: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise LoadError(f"cannot read {path}: {_line(error)}") from error
+        raise LoadError(f"cannot read {path}: {_reason(error)}") from error
     if missing := sorted(set(names) - held.keys()):
         raise LoadError(f"cannot read {path}: it has no tensor {missing[0]!r}")
     for name, tensor in held.items():
@@ -39,7 +40,31 @@ def tensor_count(path: Path) -> int:
         with safe_open(path, "pt") as file:
             return len(file.keys())
     except (OSError, SafetensorError, ValueError) as error:
-        raise LoadError(f"{path.name}: {_line(error)}") from error
+        raise LoadError(f"{path.name}: {_reason(error)}") from error
+
+
+def same_weights(model: nn.Module, folder: Path) -> bool | None:
+    """Whether a model has the weights that its folder holds, read one at a time; None if their names do not tell.
+
+    The layers that PEFT puts around a model's own are looked through.
+    """
+    # PEFT's layer holds the model's own as base_layer, a module that it copies as original_module
+    weights = {
+        key.replace(".base_layer", "").replace(".original_module", ""): weight.detach()
+        for key, weight in model.named_parameters(remove_duplicate=False)
+    }
+    found: set[int] = set()
+    whole = folder / "model.safetensors"
+    for path in [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                held, weight = file.get_tensor(key), weights.get(key)
+                if weight is None or held.shape != weight.shape:  # another name, or another form
+                    continue
+                if not torch.equal(held.to(weight.dtype), weight.cpu()):
+                    return False
+                found.add(weight.data_ptr())
+    return True if found.issuperset(weight.data_ptr() for weight in weights.values()) else None
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
@@ -69,7 +94,5 @@ def refuse_pickles(folder: Path, name: str) -> None:
         )
 
 
-def _line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _reason(error: BaseException) -> str:
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)[:300]

@@ -49,7 +49,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
         require_unicode(message["content"] or "", f"the {message['role']} turn")
     if tokenizer.chat_template is None:
         return list(tokenizer(_plain_layout(messages)).input_ids)
-    return list(tokenizer(_templated(tokenizer, messages), add_special_tokens=False).input_ids)
+    return list(tokenizer(conversation_text(tokenizer, messages, answer_next=True), add_special_tokens=False).input_ids)
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, text: str, end_id: int) -> list[int]:
@@ -168,7 +168,14 @@ def text_behind(tokenizer: PreTrainedTokenizerBase, before: int, token_id: int) 
     return str(decode([before, token_id])[len(decode([before])) :]).rstrip(_UNFINISHED)
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def conversation_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool = False
+) -> str:
+    """A conversation in the chat template, with what opens the assistant's turn if ``answer_next``.
+
+    If the template refuses or drops the system role, the system prompt becomes the beginning of the first user turn.
+    Raises DataError as `prompt_ids` does, LoadError for a template that cannot be used.
+    """
     tries = [list(messages)]
     # Without a system role: its prompt as the beginning of the next turn.
     if messages[0]["role"] == "system" and len(messages) > 1:
@@ -177,7 +184,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     template = ChatTemplate.of(tokenizer)
     for attempt in tries:
         try:
-            text = template.render(attempt)
+            text = template.render(attempt, answer_next=answer_next)
         except DataError as error:
             refusal = error
             continue

@@ -1,10 +1,16 @@
 """A chat template is a stranger's program: it says what the user said, once, or is refused in one line."""
 
 import copy
+import os
+import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from llmdoctor import chat_template
 from llmdoctor.chat_template import ChatTemplate
 from llmdoctor.errors import DataError, LoadError
 from llmdoctor.text import end_of_turn, prompt_ids
@@ -82,13 +88,84 @@ def test_a_template_that_cannot_be_used_is_one_line(tiny_tokenizer, template, wo
 def test_a_template_that_runs_on_is_stopped_in_any_thread(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("llmdoctor.chat_template._SECONDS", 0.2)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    started = time.monotonic()
+    # left alone, the loop would take minutes
     with pytest.raises(LoadError, match=r"runs for more than 0\.2 seconds"):
         ChatTemplate.of(with_template(tiny_tokenizer, loop))
-    assert time.monotonic() - started < 5
     later = "{% for m in messages %}{{ m.content }}{% if m.content == 'loop' %}" + loop + "{% endif %}{% endfor %}"
     with pytest.raises(DataError, match="runs for more"):
         prompt_ids(with_template(tiny_tokenizer, later), [{"role": "user", "content": "loop"}])
+
+
+def test_one_thread_watches_all_renders(tiny_tokenizer, monkeypatch):
+    """Several at once, each to its own end; what was in time is left alone, and a child process has its own."""
+    template = ChatTemplate.of(tiny_tokenizer)
+    loop = "{% if messages[0].content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}"
+    slow = ChatTemplate.of(with_template(tiny_tokenizer, loop + "{% endfor %}{% endfor %}{% endif %}" + TURN))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread for one render"))
+        assert {template.render(ASKED) for _ in range(20)} == {template.render(ASKED)}
+    monkeypatch.setattr("llmdoctor.chat_template._SECONDS", 0.2)
+    asked = [ASKED, [{"role": "user", "content": "loop"}]] * 2
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(slow.render, turns) for turns in asked]
+    assert [type(answer.exception()) for answer in found] == [type(None), DataError] * 2
+    time.sleep(0.3)
+    assert template.render(ASKED)
+    if hasattr(os, "fork"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+            child = os.fork()
+        if not child:
+            try:
+                slow.render(asked[1])
+            except DataError:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+EVERYTHING = """
+  {%- for m in messages %}
+    {% if loop.index > 3 %}{% break %}{% endif %}
+    {% if m.role == 'nobody' %}
+        {% continue %}
+    {% endif %}
+    {% set seen = namespace(n=loop.index, self='s') %}
+    {% set seen.n = seen.n + 1 %}
+    {% generation %}
+      {{ m | tojson }} {{ dict(a=m.role, b='ü<&') | tojson(indent=2) }} {{ [1, 'é'] | tojson(ensure_ascii=true) }}
+      {{ {'b': 1, 'a': [2]} | tojson(separators=(',', ':'), sort_keys=true) }}
+    {% endgeneration %}
+      {{ seen.n }} {{ seen.self }} {{ dict.fromkeys('ab', 1) }} {{ strftime_now('%Y')[:2] }}
+      {{ m.content | trim | upper }}
+    {# a comment #}
+    {{- m.content ~ 1 ~ none }} {{ '%s-%03d' | format('x', 7) }} {{ '{:>5}'.format(3) }} {{ m.content[:3] }}
+  {% endfor %}
+  {% macro say(x, y=2) %}<{{ x * y }}>{{ caller() if caller else '' }}{% endmacro %}
+  {{ say('ab') }}{% call say(3) %}!{% endcall %} {% filter lower %}ABC{% endfilter %}
+  {% set joined = joiner(', ') %}{{ joined() }}{{ joined() }} {{ range(3) | list }} {{ bos_token }}
+  {{ missing is defined }}
+  {% if add_generation_prompt %}{{ eos_token }}{% endif %}
+"""
+
+
+def test_a_template_finds_all_that_transformers_gives(tiny_tokenizer, monkeypatch):
+    tokenizer = with_template(tiny_tokenizer, EVERYTHING.replace("{{ m | tojson }}", "{{ m | tojson | length }}"))
+    talk = [*ASKED, {"role": "nobody", "content": "?"}, {"role": "assistant", "content": " It <scatters> é. "}] * 2
+    wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert "_compile_jinja_template" not in Path(chat_template.__file__).read_text(encoding="utf-8")  # it is private
+    chat_template._environment.cache_clear()
+    template = ChatTemplate.__new__(ChatTemplate)  # without the check that a word is there once
+    monkeypatch.setattr(ChatTemplate, "_require_words", lambda *_: None)
+    template.__init__(tokenizer.chat_template, tokenizer.special_tokens_map, "it")
+    assert template.render(talk) == wanted
+
+
+@pytest.mark.parametrize("source", ["{{ namespace(__class__=1) }}", "{{ dict.__class__.__mro__ }}", "{{ dict.mro() }}"])
+def test_a_template_has_no_way_out_through_what_it_is_given(source, tiny_tokenizer):
+    with pytest.raises(LoadError):
+        ChatTemplate.of(with_template(tiny_tokenizer, source + TURN))
 
 
 def test_of_several_templates_the_default_is_taken(tiny_tokenizer):

@@ -136,6 +136,25 @@ def test_messages_in_parquet_are_read_too(tmp_path):
     assert read(tmp_path / "p.parquet")[0] == [PreferencePair("1", (USER,), "Because.", "No.")]
 
 
+@pytest.mark.parametrize(("size", "rows"), [(100, 1024), (1 << 14, 256)])
+def test_rows_of_parquet_are_unpacked_together_as_far_as_they_fit(size, rows, tmp_path, monkeypatch):
+    """A long text that repeats is in the file once, and in memory once for every row."""
+    record = {"chosen": [USER, said("x" * size)], "rejected": [USER, said("No.")]}
+    pq.write_table(pa.Table.from_pylist([record] * 400), tmp_path / "p.parquet", row_group_size=200)
+    asked = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def batches(self, rows, *groups):
+        asked.append(rows)
+        return iter_batches(self, rows, *groups)
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", batches)
+    monkeypatch.setattr("llmdoctor.token_rewards.sources._BATCH", 1 << 22)
+    assert [pair.id for pair in read(tmp_path / "p.parquet")[0]] == [str(n) for n in range(1, 401)]
+    assert len(asked) == 2  # for each group its own
+    assert all(0.7 * rows < found < 1.1 * rows for found in asked)  # its size is known to about a tenth
+
+
 def test_a_folder_is_read_as_a_data_set(write, tmp_path):
     write(GOOD, name="train.jsonl")
     assert read(tmp_path)[0] == [PreferencePair("1", (USER,), "Because.", "No.")]

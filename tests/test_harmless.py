@@ -6,6 +6,7 @@ import json
 import random
 import re
 import unicodedata
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -13,15 +14,18 @@ from rich.panel import Panel
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from textual.color import Color
 
 from llmdoctor.cli.clean_console import CleanConsole
 from llmdoctor.cli.picture import svg
 from llmdoctor.cli.terminal import console, put, put_json, say, waiting
 from llmdoctor.errors import DataError
-from llmdoctor.harmless import MARK, clean, finite, json_text, require_unicode
+from llmdoctor.files import _write_error
+from llmdoctor.harmless import MARK, clean, finite, first_line, json_text, require_unicode
 from llmdoctor.show.page import rewards_page
 from llmdoctor.show.rewards import RewardedText, ShownPair
+from llmdoctor.token_rewards.folder import _damaged
 from llmdoctor.tui.visible import VisibleControls
 
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -161,3 +165,19 @@ def test_text_that_is_not_unicode_is_refused_with_its_place():
     assert require_unicode("日本", "it") == "日本"
     with pytest.raises(DataError, match=r"the prompt is not Unicode: character 3 is '\\udcff'"):
         require_unicode("ab\udcff", "the prompt")
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("", "ValueError"),
+        (" \n\n", "ValueError"),
+        ("\n  why \nmore", "why"),
+        ("because:\n\n  of this\nx", "because: of this"),
+    ],
+)
+def test_an_errors_first_line_says_something(message, line):
+    assert first_line(ValueError(message)) == line
+    assert line in str(_damaged(Path("shard"), ValueError(message)))
+    if line != "ValueError":
+        assert str(_write_error(SafetensorError(message), Path())).startswith(line)

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import struct
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ from peft import (
     VBLoRAConfig,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
+from llmdoctor import adapters
 from llmdoctor.adapters import log_probs
 from llmdoctor.artefacts import AdapterConfig, DoctorFile, RewardsMeta
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
-from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
+from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import file_checksum, read_json, write_json
 from llmdoctor.models import Vocabulary, load_lm, load_patient, load_tokenizer, model_fingerprint
 from llmdoctor.profile import load_profile
@@ -47,6 +50,7 @@ from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.folder import SCHEMA_VERSION, RewardsFolder, write_shard
 from llmdoctor.token_rewards.pairs import read_pairs, read_questions
 from llmdoctor.token_rewards.sources import fingerprint
+from llmdoctor.training import folder as doctor_folder
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import load_doctor, save_doctor
 from llmdoctor.training.train import train
@@ -124,8 +128,17 @@ KINDS = {
 }  # fmt: skip
 
 
+def state(doctor):
+    """All that saving could change: the tensors and what they share, what is trained, and the adapters."""
+    weights = [*doctor.named_parameters(remove_duplicate=False), *doctor.named_buffers()]
+    held = [(name, id(w), w.data_ptr(), w.requires_grad, w.dtype, w.tolist()) for name, w in weights]
+    adapters = [*doctor.lm.peft_config] if isinstance(doctor.lm, PeftModel) else []
+    merged = [m.merged for m in doctor.modules() if isinstance(m, BaseTunerLayer)]
+    return held, adapters, merged, doctor.training, doctor.lm.config.tie_word_embeddings
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_doctor_is_itself_when_loaded(kind, base, tmp_path):
+def test_a_saved_doctor_is_itself_when_loaded(kind, base, tmp_path, monkeypatch):
     """Also LoRA on a head that is tied to the embedding: merged into both it would be another model."""
     model = adapted(base, copy.deepcopy(KINDS[kind]))
     tokenizer = load_tokenizer(base)
@@ -134,7 +147,11 @@ def test_a_saved_doctor_is_itself_when_loaded(kind, base, tmp_path):
     own = log_probs(model, ids)
     with model.disable_adapter():
         plain = log_probs(model, ids)
-    save_doctor(tmp_path / "d", made, tokenizer, {**META, "base_model": str(base)})
+    before = state(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor_folder, "load_lm", lambda *_, **__: pytest.fail("a second base was loaded"))
+        save_doctor(tmp_path / "d", made, tokenizer, {**META, "base_model": str(base)})
+    assert state(made) == before  # bit for bit
     loaded = load_doctor(tmp_path / "d", dtype="float32", device="cpu")
     torch.testing.assert_close(log_probs(loaded.model, ids), own, atol=1e-4, rtol=1e-4)
     assert (own - plain).abs().max() > 0.01
@@ -143,6 +160,75 @@ def test_a_saved_doctor_is_itself_when_loaded(kind, base, tmp_path):
         shutil.copy(tmp_path / "d" / file, tmp_path / "a" / file)
     patient = load_lm(tmp_path / "a", dtype="float32", device="cpu")
     torch.testing.assert_close(log_probs(patient, ids), own, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("broken", ["tied", "file"])
+def test_a_doctor_that_its_file_does_not_give_is_not_saved(broken, base, tmp_path, monkeypatch):
+    """A head that stays tied is merged into the embedding too; a file without what was trained is the bare base."""
+    model, tokenizer = adapted(base, copy.deepcopy(KINDS["lora on the head"])), load_tokenizer(base)
+    made = Doctor(model, Vocabulary.of(tokenizer))
+    before = state(made)
+    if broken == "tied":
+        monkeypatch.setattr(adapters, "_untie", lambda _: None)
+    else:
+        write = PeftModel.save_pretrained
+
+        def spoil(self, where, **options):
+            write(self, where, **options)
+            change(
+                Path(where) / "adapter_model.safetensors", lambda held: held.update({k: 0 * v for k, v in held.items()})
+            )
+
+        monkeypatch.setattr(PeftModel, "save_pretrained", spoil)
+    save = lambda: save_doctor(tmp_path / "d", made, tokenizer, {**META, "base_model": str(base)})  # noqa: E731
+    assert "other log-probs" in refusal(save, LoadError)
+    assert list(tmp_path.iterdir()) == []
+    assert state(made) == before
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_whole_doctor_is_compared_with_its_file(spoilt, base, tmp_path, monkeypatch):
+    made, tokenizer = new_doctor(base, TrainSettings(method="full", device="cpu"))
+    write = type(made.lm).save_pretrained
+
+    def save(self, where, **options):
+        write(self, where, **options)
+        if spoilt:
+            change(Path(where) / "model.safetensors", scaled(1.1))
+
+    monkeypatch.setattr(type(made.lm), "save_pretrained", save)
+    monkeypatch.setattr(doctor_folder, "load_lm", lambda *_, **__: pytest.fail("a second one was loaded"))
+    action = lambda: save_doctor(tmp_path / "d", made, tokenizer, {**META, "base_model": str(base)})  # noqa: E731
+    assert "other log-probs" in refusal(action, LoadError) if spoilt else action() is None
+
+
+def test_a_doctor_that_cannot_be_checked_without_a_second_one_is_loaded_if_there_is_room(base, tmp_path, monkeypatch):
+    """Without room, or where memory ends while it loads, one line says so; any other doctor is still refused."""
+    monkeypatch.setattr(doctor_folder, "_is_as_saved", lambda *_: False)
+    tokenizer, made = load_tokenizer(base), Doctor(adapted(base, KINDS["lora"]), Vocabulary.of(load_tokenizer(base)))
+    save = lambda: save_doctor(tmp_path / "d", made, tokenizer, {**META, "base_model": str(base)})  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LLMDoctorWarning)
+        save()
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    for name, value in (
+        ("training.folder._has_room", lambda _: False),
+        ("models.AutoModelForCausalLM.from_pretrained", full),
+    ):
+        shutil.rmtree(tmp_path / "d")
+        with monkeypatch.context() as patch:
+            patch.setattr(f"llmdoctor.{name}", value)
+            with pytest.warns(LLMDoctorWarning, match="was not checked") as said:
+                save()
+        assert len(said) == 1
+        assert (tmp_path / "d" / "doctor.json").is_file()
+    with torch.no_grad():
+        made.lm.get_input_embeddings().weight.add_(torch.randn_like(made.lm.get_input_embeddings().weight))
+    shutil.rmtree(tmp_path / "d")
+    assert "other log-probs" in refusal(save, LoadError)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +254,38 @@ def test_a_doctor_that_would_load_as_another_is_not_saved(base, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def with_code(base, copied):
+    """A base whose own program must be trusted."""
+    folder = copied(base)
+    (folder / "modeling_own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_a_doctor_on_a_base_with_code_of_its_own_is_saved(method, with_code, tmp_path):
+    settings = TrainSettings(method=method, lora_rank=2, device="cpu")
+    made, tokenizer = new_doctor(with_code, settings, trust_remote_code=True)
+    meta = {**META, "base_model": str(with_code), "settings": {"train": {"method": method}}}
+    save_doctor(tmp_path / "d", made, tokenizer, meta, trust_remote_code=True)
+    loaded = load_doctor(tmp_path / "d", dtype="float32", device="cpu", trust_remote_code=True)
+    ids = torch.arange(20, 40)[None]
+    torch.testing.assert_close(log_probs(loaded.model, ids), log_probs(made.lm, ids), atol=1e-4, rtol=1e-4)
+
+
 def test_rewards_of_another_adapter_are_not_its_own(base, tmp_path):
     folders = []
     for seed in (0, 1):
@@ -186,6 +304,10 @@ def change(path: Path, edit: Any) -> None:
     held = load_file(path)
     edit(held)
     save_file({name: tensor.contiguous() for name, tensor in held.items()}, path)
+
+
+def scaled(factor: float) -> Any:
+    return lambda held: held.update({name: factor * tensor for name, tensor in held.items()})
 
 
 def drop(held: Any) -> None:

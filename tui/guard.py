@@ -16,12 +16,20 @@ def full_screen(stdin: IO[str], stdout: IO[str]) -> bool:
     return stdin.isatty() and stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
 
 
-def take_any_bytes() -> None:
-    """Show typed bytes that are not UTF-8 as marks: they would end the thread that reads keys, and so the app."""
-    with suppress(ImportError):  # on Windows there are no bytes
-        from textual.drivers import linux_driver
+def take_any_bytes() -> bool:
+    """Show typed bytes that are not UTF-8 as marks: they would end the thread that reads keys, and so the app.
 
-        linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[assignment, attr-defined]
+    False where that cannot be had: on Windows, where there are no bytes, and with a Textual that decodes in another way
+    than those that are known. Its own way is then left alone.
+    """
+    try:
+        from textual.drivers import linux_driver
+    except ImportError:
+        return False
+    if getattr(linux_driver, "getincrementaldecoder", None) not in (codecs.getincrementaldecoder, _forgiving_decoder):
+        return False
+    linux_driver.getincrementaldecoder = _forgiving_decoder  # type: ignore[assignment, attr-defined]
+    return True
 
 
 def _forgiving_decoder(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:

@@ -10,7 +10,7 @@ models of other packages. This module is that command with the model "llmdoctor"
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from llmdoctor.assistant import LLMdoctor
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength
 from llmdoctor.decoding.product import product
-from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
+from llmdoctor.errors import DataError, LLMDoctorError, LoadError, UsageError
 from llmdoctor.evaluation.reading import Readers, Row
 from llmdoctor.models import not_numbers
+from llmdoctor.records import Message
 from llmdoctor.settings import Sampling
+from llmdoctor.text import conversation_text
 from llmdoctor.training.folder import LoadedDoctor
 
 try:
@@ -108,15 +110,17 @@ class GuidedLM(TemplateLM):  # type: ignore[misc]
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation in the patient's chat template."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        """The conversation in the patient's chat template; otherwise the last turn is left open, to be continued."""
+        messages = cast("Sequence[Message]", chat_history)
+        text = conversation_text(self.tokenizer, messages, answer_next=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        said = messages[-1]["content"]
+        last = said if said in text else said.strip()  # some templates trim
+        before, found, _ = text.rpartition(last)
+        if not found:
+            raise DataError("the model's chat template drops the last turn, which is to be continued")
+        return before + last
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts; one longer than the context is read in windows that each predict new tokens."""

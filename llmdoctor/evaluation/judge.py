@@ -6,11 +6,14 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,8 +21,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.model_source import ModelSource, first_line
-from llmdoctor.models import from_pretrained, pick_device
+from llmdoctor.harmless import first_line
+from llmdoctor.model_source import ModelSource
+from llmdoctor.models import from_pretrained, load_checked, pick_device
+from llmdoctor.records import Message
+from llmdoctor.text import conversation, conversation_text
 
 Kind = Literal["scalar", "pairwise"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -107,22 +113,18 @@ class RewardModel:
         placed = pick_device(device)
         how = {"trust_remote_code": trust_remote_code}
         self._tokenizer = from_pretrained(where, AutoTokenizer, "the tokenizer of", where.place, **how)
-        loaded, report = from_pretrained(
+        loaded = load_checked(
             where,
             AutoModelForSequenceClassification,
             "the reward model",
-            where.place,
             dtype="float32" if placed.type == "cpu" else "auto",  # half precision makes ties of small differences
-            output_loading_info=True,
+            device_map={"": placed},
             **how,
         )
-        # transformers only warns about these, and initialises them at random
-        if missing := sorted(report["missing_keys"]):
-            raise LoadError(f"{source} is no reward model: it lacks {len(missing)} weights, the first is {missing[0]}")
         if loaded.config.num_labels != 1:
             labels = loaded.config.num_labels
             raise LoadError(f"{source} is no reward model: expected a sequence classifier with 1 label, got {labels}")
-        self._model = loaded.to(placed).eval()
+        self._model = loaded.eval()
 
     def ask(self, requests: Sequence[Request]) -> Iterator[float]:
         """The score of every request's conversation."""
@@ -135,23 +137,23 @@ class RewardModel:
                 raise UsageError(f"the reward model {self._source} failed: {first_line(error)}") from error
 
     @torch.inference_mode()
-    def _score(self, messages: list[dict[str, Any]]) -> float:
+    def _score(self, messages: list[Message]) -> float:
         if self._tokenizer.chat_template is None:
             *before, last = (message["content"] for message in messages)
             inputs = self._tokenizer("\n\n".join(before), last, truncation=True, return_tensors="pt")
         else:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            text = conversation_text(self._tokenizer, messages)
             inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
         return float(self._model(**inputs.to(self._model.device)).logits[0, 0])
 
 
-def _messages(prompt: Any, answer: Any) -> list[dict[str, Any]]:
+def _messages(prompt: Any, answer: Any) -> list[Message]:
     """Prompt and answer as a conversation; of several turns, each with its answer."""
     several = isinstance(answer, list)
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     for asked, said in zip(prompt if several else [prompt], answer if several else [answer], strict=True):
-        messages += [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        messages.append({"role": "assistant", "content": said})
+        messages += conversation(asked)
+        messages.append(Message(role="assistant", content=said))
     return messages
 
 
@@ -194,18 +196,16 @@ def _kind_of(name: str, function: Callable[..., Any]) -> Kind:
 
 def _command(command: str) -> Callable[[Sequence[Request]], Iterator[Any]]:
     def ask(requests: Sequence[Request]) -> Iterator[Any]:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            yield from pool.map(one, requests)
-
-    def one(request: Request) -> Any:
-        given = json.dumps(request, ensure_ascii=False)
+        shells, pool = _Shells(command), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
-            done = subprocess.run(
-                command, shell=True, input=given, capture_output=True, encoding="utf-8", errors="replace",
-                timeout=_PATIENCE, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise UsageError(f"the judge {command!r} took more than {_PATIENCE} seconds for one answer") from None
+            yield from pool.map(partial(one, shells), requests)
+        finally:  # one failed, the caller has enough, or Ctrl+C
+            pool.shutdown(wait=False, cancel_futures=True)
+            shells.end()
+            pool.shutdown()
+
+    def one(shells: _Shells, request: Request) -> Any:
+        done = shells.run(json.dumps(request, ensure_ascii=False))
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["it printed no message"])[-1]
             raise UsageError(f"the judge {command!r} ended with exit status {done.returncode}: {said}")
@@ -215,6 +215,51 @@ def _command(command: str) -> Callable[[Sequence[Request]], Iterator[Any]]:
             raise UsageError(f"the judge {command!r}: expected JSON on its stdout, got {_short(done.stdout)}") from None
 
     return ask
+
+
+class _Shells:
+    """Runs of a shell command, each ended with all that it started: in a session of its own, where there are any.
+
+    Ctrl+C does not reach other sessions, so that whoever runs them must `end` them.
+    """
+
+    def __init__(self, command: str) -> None:
+        self._command, self._running, self._ended = command, set[subprocess.Popen[str]](), False
+
+    def run(self, given: str) -> subprocess.CompletedProcess[str]:
+        """Run it once, in any thread. Raises UsageError if it takes too long."""
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            self._command, shell=True, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace",
+            start_new_session=os.name == "posix",
+        ) as process:  # fmt: skip
+            self._running.add(process)
+            if self._ended:
+                _kill(process)
+            try:
+                out, said = process.communicate(given, timeout=_PATIENCE)
+            except subprocess.TimeoutExpired:
+                _kill(process)
+                raise UsageError(
+                    f"the judge {self._command!r} took more than {_PATIENCE} seconds for one answer"
+                ) from None
+            finally:
+                self._running.discard(process)
+        return subprocess.CompletedProcess(self._command, process.returncode, out, said)
+
+    def end(self) -> None:
+        """Kill what still runs, and what is just being started."""
+        self._ended = True
+        for process in [*self._running]:
+            _kill(process)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    if os.name != "posix":
+        process.kill()
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _inside(reply: Any, key: str) -> Any:

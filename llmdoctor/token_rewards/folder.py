@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from llmdoctor.artefacts import ProbeMeta, RewardsMeta
 from llmdoctor.errors import LoadError
 from llmdoctor.files import atomic_path, file_checksum, present, read_json, require_regular, user_path
+from llmdoctor.harmless import first_line
 from llmdoctor.records import Floats, PairScores, Side, TokenScores
 from llmdoctor.schema import shown
 from llmdoctor.tensors import read_tensors
@@ -148,8 +149,7 @@ def _numbers(batch: pa.RecordBatch, name: str, size: int | None) -> list[np.ndar
 def _damaged(path: Path, error: Exception) -> LoadError:
     if isinstance(error, KeyError):
         return LoadError(f"cannot read {path}: no column {error}. Delete the folder and run extract again.")
-    reason = str(error).splitlines()[0]
-    return LoadError(f"cannot read {path}: {reason}. Delete it and run the same extract command again.")
+    return LoadError(f"cannot read {path}: {first_line(error)}. Delete it and run the same extract command again.")
 
 
 class RewardsFolder:

@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 
 from llmdoctor.errors import DataError
 from llmdoctor.files import present, require_regular, user_path
+from llmdoctor.harmless import first_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST = 1 << 26  # bytes of a record
 _UNPACKED, _RATIO = 1 << 28, 500
-_ROWS = 32
+_BATCH, _ROWS = 1 << 28, 1024  # bytes and rows of Parquet that are unpacked together, at most
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -133,7 +134,7 @@ def _reading(source: str | Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
     except pa.ArrowException as error:
-        raise DataError(f"{source}: not a Parquet file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{source}: not a Parquet file ({first_line(error)})") from error
     except csv.Error as error:
         raise DataError(f"{source}: not a table with a header row ({error})") from error
     except UnicodeDecodeError as error:
@@ -261,13 +262,35 @@ def _parquet_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[tupl
                 unpacked.write(block)
                 _require_packed(unpacked.tell(), stream.fileobj.tell())  # type: ignore[union-attr]
         file = pq.ParquetFile(unpacked if compressed else stream)
-        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-            columns = [group.column(i) for i in range(group.num_columns)]
-            for column in columns:
-                _require_packed(column.total_uncompressed_size, column.total_compressed_size)
-        # few rows at a time: where values repeat, a file may be far smaller than what a batch of it takes
-        batches = file.iter_batches(_ROWS)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+        for column in chain.from_iterable(columns):
+            _require_packed(column.total_uncompressed_size, column.total_compressed_size)
+        batches = (
+            batch
+            for i, group in enumerate(groups)
+            for batch in file.iter_batches(_rows_at_once(columns[i], group.num_rows), [i])
+        )
         yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
+
+
+def _rows_at_once(columns: list[Any], rows: int) -> int:
+    """How many of a group's rows to unpack together.
+
+    They have the group's mean size, or that of its dictionaries: a long value that repeats is there once.
+    """
+    size: int = sum(column.total_uncompressed_size for column in columns)
+    widest: int = sum(_dictionary_size(column) for column in columns)
+    return max(1, min(_ROWS, _BATCH // max(1, widest, size // max(1, rows))))
+
+
+def _dictionary_size(column: Any) -> int:
+    """About how many bytes the column's dictionary has, which none of its values exceeds; 0 without one."""
+    if not any("DICTIONARY" in encoding for encoding in column.encodings):
+        return 0
+    start, end = column.dictionary_page_offset, column.data_page_offset
+    packed = end - start if start is not None and 0 < start < end else column.total_compressed_size
+    return int(packed * column.total_uncompressed_size / max(1, column.total_compressed_size))
 
 
 def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
@@ -282,6 +305,5 @@ def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
             HfApi().dataset_info(name)  # fails at once where load_dataset would try again for half a minute
         yield from enumerate(load_dataset(name, split=split, streaming=True), start=1)
     except Exception as error:  # the hub client raises dozens of types: no network, no such name or split, no access
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = "Check its name, the split and the network, or give the path of a file"
-        raise DataError(f"cannot read data set {name!r}, split {split!r}: {reason}. {advice}.") from error
+        raise DataError(f"cannot read data set {name!r}, split {split!r}: {first_line(error)}. {advice}.") from error

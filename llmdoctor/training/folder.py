@@ -1,11 +1,14 @@
 """The doctor folder, as ``train`` writes it, and the doctor in decoding form, as it is loaded from there."""
 
 import os
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -13,14 +16,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdoctor.adapters import alike, merged_adapter
+from llmdoctor.adapters import alike, as_loaded, merged_adapter
 from llmdoctor.artefacts import DoctorFile
-from llmdoctor.errors import LoadError, UsageError
+from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, read_json, require_doctor, write_json
-from llmdoctor.harmless import clean
-from llmdoctor.model_source import ModelSource, first_line
-from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer
-from llmdoctor.tensors import read_tensors
+from llmdoctor.harmless import clean, first_line
+from llmdoctor.model_source import ModelSource
+from llmdoctor.models import SplitLM, Vocabulary, load_lm, load_tokenizer, shared_by_processes
+from llmdoctor.tensors import read_tensors, same_weights
 from llmdoctor.training.doctor import Doctor, HeadAdapter
 
 HEAD = "head.safetensors"
@@ -41,7 +44,7 @@ def save_doctor(
 
     ``meta["base_model"]`` is the base, whose fingerprint doctor.json states. A hub name and a file of a package stay as
     they are. Of a path, doctor.json has the absolute form and, as ``base_beside``, the one relative to the folder: they
-    are hints of where the base may be. What was written is loaded once, to see that it has the doctor's own log-probs.
+    are hints of where the base may be. What was written is compared with the doctor: see `_require_itself`.
 
     Raises StorageError; UsageError if the base lies in ``folder``; LoadError for a doctor that loads as another one.
     """
@@ -68,38 +71,113 @@ def save_doctor(
         _require_itself(temporary, doctor, str(meta["base_model"]), base["base_fingerprint"], trust_remote_code)
 
 
-@torch.no_grad()
+_OTHER = (
+    "the doctor cannot be saved: loaded again it has other log-probs than the trained one. Train another kind of "
+    "adapter, or other lora_targets"
+)
+
+
 def _require_itself(
     folder: Path, doctor: Doctor, base_model: str, base_fingerprint: str, trust_remote_code: bool
 ) -> None:
-    """Load what was saved and compare its log-probs with the doctor's own. Raises LoadError if they differ."""
-    lm, was_training = doctor.lm, doctor.training
+    """Raise LoadError if what was saved loads as another doctor. The base is there once: two may not fit.
+
+    Only where an adapter or a form of weights cannot be looked at in this way is the doctor loaded beside the trained
+    one, if there is room; else a warning says that it was not checked.
+    """
+    was_training = doctor.training
     doctor.eval()
-    ids = torch.arange(_PROBE, device=lm.device)[None] % doctor.vocabulary.size
-    plain = getattr(doctor.split.backbone, "dtype", torch.float32)
     try:
-        own = _doctor_log_probs(doctor, ids)
-        with doctor.base_alone():
-            base = _doctor_log_probs(doctor, ids)
-        # a head leaves its base as it is, so that it need not be loaded once more
-        kept = cast("PreTrainedModel", lm)
-        bases = {base_fingerprint: Base(kept, doctor.vocabulary)} if doctor.change is not None else None
-        dtype = str(plain).removeprefix("torch.")
-        loaded = load_doctor(
-            folder, base=None if bases else base_model, bases=bases, dtype=dtype, device=str(lm.device)
+        with torch.no_grad():
+            if _is_as_saved(folder, doctor, base_model, base_fingerprint):
+                return
+            if not _has_room(doctor):
+                raise MemoryError
+            options = {"base": base_model, "device": str(doctor.lm.device), "trust_remote_code": trust_remote_code}
+            loaded = load_doctor(folder, dtype=str(_dtype(doctor)).removeprefix("torch."), **options)  # type: ignore[arg-type]
+            _require_own(doctor, lambda ids: _loaded_log_probs(loaded, doctor.vocabulary, ids))
+    except (RuntimeError, MemoryError, LoadError) as error:
+        if not _is_of_memory(error):
+            raise
+        warnings.warn(
+            "the saved doctor was not checked: there is no memory to load a second one beside the trained one",
+            LLMDoctorWarning,
+            stacklevel=3,
         )
-        split = SplitLM.of(loaded.model)
-        hidden = split.hidden(ids, torch.ones_like(ids))
-        found = doctor.vocabulary.mask(loaded.logits(split.logits(hidden), hidden)).log_softmax(-1)
-    except torch.OutOfMemoryError:  # no room for a second one beside the trained one
-        return
     finally:
         doctor.train(was_training)
-    if not alike(found, own, base, plain):
-        raise LoadError(
-            "the doctor cannot be saved: loaded again it has other log-probs than the trained one. Train another kind "
-            "of adapter, or other lora_targets"
-        )
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether there was no memory: on a CPU torch says so in a plain RuntimeError. What loads wraps either."""
+    if error is None or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return error is not None
+    return bool(re.search("out of memory|alloc", str(error), re.IGNORECASE)) or _is_of_memory(error.__cause__)
+
+
+def _is_as_saved(folder: Path, doctor: Doctor, base_model: str, base_fingerprint: str) -> bool:
+    """Whether the saved doctor could be compared without a second base. Raises LoadError if it is another one."""
+    lm = doctor.lm
+    if doctor.change is not None:
+        bases = {base_fingerprint: Base(cast("PreTrainedModel", lm), doctor.vocabulary)}
+        loaded = load_doctor(folder, bases=bases)
+        _require_own(doctor, lambda ids: _loaded_log_probs(loaded, doctor.vocabulary, ids))
+        return True
+    if not isinstance(lm, PeftModel):
+        same = same_weights(lm, folder)
+        if same is False:
+            raise LoadError(_OTHER)
+        return bool(same)
+    base = lm.get_base_model()
+    if getattr(base, "hf_quantizer", None) is not None or shared_by_processes(base):
+        return False
+    where = ModelSource.of(base_model)
+    files = None if where.gguf else where.file("config.json", download=False)
+    if files is not None and same_weights(base, files.parent) is False:
+        raise LoadError(_OTHER)
+    try:
+        with as_loaded(lm, folder):
+            found = _doctor_log_probs(doctor, _probe(doctor))
+    except LoadError as error:
+        raise LoadError(f"the doctor cannot be saved: {error}") from error
+    except Exception as error:  # PEFT can have no second adapter of some kinds
+        if _is_of_memory(error):
+            raise
+        return False
+    _require_own(doctor, lambda _: found)
+    return True
+
+
+def _require_own(doctor: Doctor, log_probs: Callable[[Tensor], Tensor]) -> None:
+    """Raise LoadError unless ``log_probs`` are those of the trained doctor."""
+    ids = _probe(doctor)
+    own = _doctor_log_probs(doctor, ids)
+    with doctor.base_alone():
+        base = _doctor_log_probs(doctor, ids)
+    if not alike(log_probs(ids), own, base, _dtype(doctor)):
+        raise LoadError(_OTHER)
+
+
+def _probe(doctor: Doctor) -> Tensor:
+    return torch.arange(_PROBE, device=doctor.lm.device)[None] % doctor.vocabulary.size
+
+
+def _dtype(doctor: Doctor) -> torch.dtype:
+    return cast("torch.dtype", getattr(doctor.split.backbone, "dtype", torch.float32))
+
+
+def _has_room(doctor: Doctor) -> bool:
+    """Whether a second doctor fits beside this one, as far as can be told."""
+    needed = sum(p.numel() * p.element_size() for p in doctor.lm.parameters())
+    if doctor.lm.device.type == "cuda":
+        return torch.cuda.mem_get_info(doctor.lm.device)[0] > needed
+    return int(psutil.virtual_memory().available) > needed
+
+
+def _loaded_log_probs(loaded: "LoadedDoctor", vocabulary: Vocabulary, ids_B_L: Tensor) -> Tensor:
+    split = SplitLM.of(loaded.model)
+    hidden = split.hidden(ids_B_L, torch.ones_like(ids_B_L))
+    return vocabulary.mask(loaded.logits(split.logits(hidden), hidden)).log_softmax(-1)
 
 
 def _doctor_log_probs(doctor: Doctor, ids_B_L: Tensor) -> Tensor:
@@ -202,7 +280,7 @@ def load_doctor(
     source = ""
     if (not whole and not (only_head and plain)) or (with_base and plain is None):
         source = _find_base(folder, meta, base)
-    vocabulary = None if only_head else Vocabulary.of(load_tokenizer(folder))
+    vocabulary = None if only_head else Vocabulary.of(load_tokenizer(folder, trust_remote_code=trust_remote_code))
     if plain is None and (with_base or only_head):
         key = _fingerprint(source)
         plain = bases[key] = bases.get(key) or Base(

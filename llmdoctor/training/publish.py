@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
 from llmdoctor.files import require_doctor
-from llmdoctor.model_source import first_line
+from llmdoctor.harmless import first_line
 
 
 def files_of(folder: str | Path) -> dict[str, int]:

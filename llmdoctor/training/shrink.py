@@ -29,8 +29,7 @@ from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
 from llmdoctor.errors import DataError, LLMDoctorWarning, UsageError
 from llmdoctor.files import atomic_path, ensure_replaceable, locked, write_json
-from llmdoctor.harmless import clean
-from llmdoctor.model_source import first_line
+from llmdoctor.harmless import clean, first_line
 from llmdoctor.models import Patient, SplitLM, Vocabulary, by_chunks
 from llmdoctor.records import Message
 from llmdoctor.settings import Sampling, ShrinkSettings

@@ -1,8 +1,10 @@
 """The guided patient in lm-evaluation-harness itself, on small local tasks."""
 
+import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +84,21 @@ def evaluate(model: Any, tasks: Path) -> dict[str, Any]:
         },
         "samples": {name: [doc["resps"] for doc in docs] for name, docs in found["samples"].items()},
     }
+
+
+@pytest.mark.parametrize("said", ["Go to bed", " Go to bed "])
+def test_a_last_turn_may_be_left_open(said: str, tiny_tokenizer: Any) -> None:
+    """Without the harness too: what transformers' continue_final_message gives."""
+    turns = [{"role": "user", "content": "Go to bed?"}, {"role": "assistant", "content": said}]
+    found = GuidedLM.apply_chat_template(SimpleNamespace(tokenizer=tiny_tokenizer), turns, False)
+    assert found == tiny_tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+
+
+def test_a_chat_template_without_a_system_role_gets_the_system_prompt(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}"
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert GuidedLM.apply_chat_template(SimpleNamespace(tokenizer=tokenizer), turns) == "[Be kind.\n\nHi]"
 
 
 def test_without_guidance_it_is_the_harnesss_own_model(harness: Any, clinic: LLMdoctor, tasks: Path) -> None:

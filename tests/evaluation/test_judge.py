@@ -1,14 +1,18 @@
 """Judges of all three kinds: real functions, commands and a small classifier; those that fail say so in one line."""
 
+import copy
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmdoctor.answers import share
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
@@ -164,6 +168,96 @@ def test_what_is_no_reward_model(classifier: Callable[[int], Path], tiny_model: 
         RewardModel(str(classifier(2)))
     with pytest.raises(LoadError, match=re.escape("score.weight")):  # transformers would make one up
         RewardModel(str(tiny_model("llama")))
+
+
+def test_a_reward_model_is_never_read_from_a_pickle_and_has_finite_weights(classifier: Callable[[int], Path]) -> None:
+    folder = classifier(1)
+    weights = folder / "model.safetensors"
+    held = load_file(weights)
+    save_file({**held, "score.weight": held["score.weight"] * float("nan")}, weights, {"format": "pt"})
+    with pytest.raises(LoadError, match=r"score\.weight.*not finite"):
+        RewardModel(str(folder))
+    torch.save(held, folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(LoadError, match=r"pytorch_model\.bin is a pickle"):
+        RewardModel(str(folder))
+
+
+@pytest.mark.parametrize(
+    "system", ["{{ raise_exception('no system role') }}", ""], ids=["refuses the system role", "drops it"]
+)
+def test_a_reward_model_without_a_system_role_reads_the_system_prompt(
+    system: str, classifier: Callable[[int], Path], tiny_tokenizer: Any
+) -> None:
+    template = "{% for m in messages %}{% if m.role == 'system' %}" + system + "{% else %}[{{ m.content }}]{% endif %}"
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template + "{% endfor %}"
+    folder = classifier(1)
+    tokenizer.save_pretrained(folder)
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    judge = load_judge(str(folder))
+    (found,) = judge.replies([{"prompt": turns, "answer": "Hello."}])
+    (same,) = judge.replies([{"prompt": "Be kind.\n\nHi", "answer": "Hello."}])
+    (other,) = judge.replies([{"prompt": "Hi", "answer": "Hello."}])
+    assert found == same != other
+
+
+def test_a_template_of_a_reward_model_is_bounded(classifier: Callable[[int], Path], tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content * 10 ** 10 }}{% endfor %}"
+    folder = classifier(1)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UsageError, match="characters"):
+        list(load_judge(str(folder)).replies(ONE))
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody waits for stays as a zombie."""
+    with suppress(OSError):
+        return "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    return True
+
+
+def started(file: Path) -> int:
+    """The process id that a judge wrote there."""
+    for _ in range(1000):
+        if file.is_file() and (text := file.read_text()).endswith("\n"):
+            return int(text)
+        time.sleep(0.01)
+    pytest.fail("the judge did not start")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at the processes in /proc")
+def test_a_command_that_takes_too_long_is_ended_with_its_children(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmdoctor.evaluation.judge._PATIENCE", 0.5)
+    with pytest.raises(UsageError, match=r"more than 0\.5 seconds"):
+        list(load_judge("sleep 97 & echo $! > child; wait; echo 1").replies(TWO))
+    assert wait_until(lambda: gone(started(folder / "child")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at the processes in /proc")
+def test_commands_are_ended_when_one_fails_or_the_caller_stops(folder: Path) -> None:
+    """As with Ctrl+C, which reaches only this process."""
+    slow = "read a; case $a in *slow*) sleep 97 & echo $! > child; wait;; *ok*) echo 1;; *) exit 3;; esac"
+    for first in ("ok", "fails"):
+        (folder / "child").unlink(missing_ok=True)
+        replies = load_judge(slow).replies([{"prompt": p, "a": "a", "b": "b"} for p in (first, "slow")])
+        if first == "ok":
+            assert next(replies) == 1
+            child = started(folder / "child")
+            replies.close()  # type: ignore[attr-defined]
+        else:
+            with pytest.raises(UsageError, match="status 3"):
+                next(replies)
+            child = started(folder / "child") if (folder / "child").is_file() else 0
+        assert not child or wait_until(lambda child=child: gone(child))
+
+
+def wait_until(true: Callable[[], bool]) -> bool:
+    """Whether it becomes true in ten seconds."""
+    return any(true() or time.sleep(0.01) for _ in range(1000))
 
 
 def judge_of(kind: Any, ask: Callable[[Any], Any]) -> tuple[Judge, list[Any]]:

@@ -1,5 +1,6 @@
 """The real program in a real (pseudo-)terminal, with the embedded models; and where there is none."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -13,6 +14,8 @@ import termios
 import time
 
 import pytest
+
+from llmdoctor.tui.guard import take_any_bytes
 
 SIZE = struct.pack("HHHH", 40, 120, 0, 0)
 
@@ -133,3 +136,19 @@ def test_a_dumb_terminal_is_no_full_screen():
     assert code == 2
     assert "need the full screen" in rest
     assert "\x1b[?1049h" not in rest
+
+
+def test_bytes_that_are_no_text_are_taken_where_textual_decodes_as_known(monkeypatch):
+    from textual.drivers import linux_driver
+
+    monkeypatch.setattr(linux_driver, "getincrementaldecoder", codecs.getincrementaldecoder)
+    assert take_any_bytes()
+    assert linux_driver.getincrementaldecoder("utf-8")().decode(b"a\xff") == "a\ufffd"
+    assert take_any_bytes()  # once more
+    for other in (None, print):
+        monkeypatch.setattr(linux_driver, "getincrementaldecoder", other)
+        assert not take_any_bytes()
+        assert linux_driver.getincrementaldecoder is other
+    monkeypatch.delattr(linux_driver, "getincrementaldecoder")
+    assert not take_any_bytes()
+    assert not hasattr(linux_driver, "getincrementaldecoder")

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from llmdoctor.decoding.caches.dynamic import DynamicKV, positions
 from llmdoctor.decoding.caches.protocol import Read
 from llmdoctor.errors import LLMDoctorWarning
+from llmdoctor.harmless import first_line
 from llmdoctor.models import shared_by_processes
 
 Graph = Callable[..., tuple[Tensor, ...]]
@@ -66,10 +67,9 @@ def _tried(model: PreTrainedModel) -> Graph | None:
         if not holds(model, lambda *step: run_step(graph, *step).logits_B_K_V):
             raise ValueError("the recorded step gives other logits than the model")
     except Exception as error:  # whatever a model does that cannot be recorded
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(
-            f"the decoding steps of {type(model).__name__} cannot be recorded ({reason}): they run step by step, "
-            "correct but slower",
+            f"the decoding steps of {type(model).__name__} cannot be recorded ({first_line(error)}): they run step "
+            "by step, correct but slower",
             LLMDoctorWarning,
             stacklevel=2,
         )

@@ -22,6 +22,7 @@ from llmdoctor.decoding.caches.dynamic import DynamicKV, stacked
 from llmdoctor.decoding.caches.protocol import KVCache, Read
 from llmdoctor.decoding.caches.recorded import close, holds
 from llmdoctor.errors import LLMDoctorWarning
+from llmdoctor.harmless import first_line
 from llmdoctor.models import shared_by_processes
 
 LONGEST = 32  # tokens of a recorded step; longer ones are prompts, whose launches do not count
@@ -302,10 +303,10 @@ def _record(model: PreTrainedModel, forward: Callable[[], Read]) -> Replay | Non
 
 
 def _refuse(model: PreTrainedModel, error: Exception) -> None:
-    name, reason = type(model).__name__, str(error).splitlines()[0] if str(error) else type(error).__name__
     _possible[model] = False
     warnings.warn(
-        f"the decoding steps of {name} are not recorded as CUDA graphs ({reason}): every step costs its launches",
+        f"the decoding steps of {type(model).__name__} are not recorded as CUDA graphs ({first_line(error)}): "
+        "every step costs its launches",
         LLMDoctorWarning,
         stacklevel=2,
     )
