@@ -322,7 +322,7 @@ def test_a_base_in_the_doctor_folder(tiny_model: Callable[..., Path], tmp_path: 
     expected = logits(load_doctor(folder).model)
     stored = json.loads((folder / "doctor.json").read_text())
     shutil.copytree(tiny_model("llama"), folder / "base")
-    (folder / "doctor.json").write_text(json.dumps({**stored, "base_model": "./base", "base_beside": None}))
+    (folder / "doctor.json").write_text(json.dumps({**stored, "base_model": "./base", "base_beside": ""}))
     moved = folder.rename(tmp_path / "moved")
     assert torch.equal(logits(load_doctor(moved).model), expected)
     with pytest.raises(UsageError, match="lies in the doctor folder"):
