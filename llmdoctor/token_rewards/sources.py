@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ from llmdoctor.files import present, require_regular, user_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_LONGEST = 1 << 26  # bytes of a record
+_LONGEST = 1 << 23  # bytes of a record: Python takes up to thirty times as many for the values that they spell
 _UNPACKED, _RATIO = 1 << 28, 500
-_ROWS = 32
+_UNZIPPED = 1 << 23  # less than _UNPACKED: empty lines of so many bytes already take seconds
+_ROWS, _BATCH = 32, 1 << 28
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -145,7 +147,7 @@ def _reading(source: str | Path) -> Iterator[None]:
         raise DataError(f"{source}: {about} ({str(error)[:200]})") from error
 
 
-def _lines(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[bytes]:
+def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
     """The lines; what is compressed may hold one of any length, so a longer one than a record ends the reading."""
     while line := stream.readline(_LONGEST + 1):
         _require_short(len(line))
@@ -157,17 +159,54 @@ def _require_short(length: int) -> None:
         raise ValueError(f"a record of more than {_LONGEST >> 20} MiB: split it, or look at what is in it")
 
 
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+class _Unzipped(io.RawIOBase):
+    """The bytes that a gzip file unpacks to; ValueError once they are out of all proportion."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = gzip.GzipFile(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        _require_packed(self._file.tell(), self._file.fileobj.tell(), _UNZIPPED)  # type: ignore[union-attr]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(path: Path) -> io.BufferedReader:
     """The file's bytes, unpacked if it is gzip, whatever its name says. Raises OSError for what is no file."""
     require_regular(path)
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if compressed else path.open("rb")
+    return io.BufferedReader(_Unzipped(path), 1 << 16) if compressed else path.open("rb")
+
+
+class _Keys:
+    """A hook for JSON objects that remembers the first key that one of them has twice."""
+
+    def __init__(self) -> None:
+        self.repeated: str | None = None
+
+    def __call__(self, items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(items)
+        if len(names) < len(items) and self.repeated is None:
+            self.repeated = next(name for i, (name, _) in enumerate(items) if name in dict(items[:i]))
+        return names
+
+    def checked(self, record: object) -> object:
+        """The record, or why it cannot be used: of two values for a key, one would be lost in silence."""
+        return record if self.repeated is None else Unusable(f"the key {self.repeated[:40]!r} comes twice")
 
 
 def _parse(line: bytes) -> object:
+    keys = _Keys()
     try:
-        return json.loads(line.rstrip())
+        return keys.checked(json.loads(line.rstrip(), object_pairs_hook=keys))
     except json.JSONDecodeError as error:
         return Unusable(f"not JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError:
@@ -178,7 +217,7 @@ def _parse(line: bytes) -> object:
         return Unusable("not JSON: a number of thousands of digits")
 
 
-def _array_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[object]:
+def _array_records(stream: io.BufferedReader) -> Iterator[object]:
     """The elements of a JSON array, one at a time; ValueError where it is not one."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig")
     buffer, opening, ended = "", "[", False
@@ -215,14 +254,15 @@ def _array_element(buffer: str, opening: str) -> tuple[object, int | None]:
         raise json.JSONDecodeError(f"Expecting '{opening}' delimiter", buffer, 0)
     if sign[-1] == "]":
         return None, None
-    element, stop = json.JSONDecoder().raw_decode(buffer, found.end())
+    keys = _Keys()
+    element, stop = json.JSONDecoder(object_pairs_hook=keys).raw_decode(buffer, found.end())
     following = re.compile(r"\s*[,\]]").match(buffer, stop)
     if following is None:  # the element may go on beyond the buffer, as the number 12 may be the start of 123
         raise json.JSONDecodeError("Expecting ',' delimiter", buffer, stop)
-    return element, stop
+    return keys.checked(element), stop
 
 
-def _table_records(stream: gzip.GzipFile | io.BufferedReader, delimiter: str) -> Iterator[tuple[int, object]]:
+def _table_records(stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, object]]:
     csv.field_size_limit(_LONGEST)  # its default of 128 KiB is less than a long conversation
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
@@ -247,27 +287,38 @@ def _table_records(stream: gzip.GzipFile | io.BufferedReader, delimiter: str) ->
         text.detach()
 
 
-def _require_packed(size: int, packed: int) -> None:
-    """Raise ValueError for what grows far more by unpacking than text or numbers do."""
-    if size > _UNPACKED and size > _RATIO * packed:
-        raise ValueError(f"it unpacks to {_RATIO} times its size and more, over {_UNPACKED >> 20} MiB: no data does")
+def _require_packed(size: int, packed: int, least: int) -> None:
+    """Raise ValueError for more than ``least`` bytes that grow far more by unpacking than text or numbers do."""
+    if size > least and size > _RATIO * packed:
+        raise ValueError(f"it unpacks to {_RATIO} times its size and more, over {least >> 20} MiB: no data does")
 
 
-def _parquet_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[tuple[int, object]]:
+def _parquet_records(stream: io.BufferedReader) -> Iterator[tuple[int, object]]:
     with tempfile.TemporaryFile() as unpacked:
-        compressed = isinstance(stream, gzip.GzipFile)
+        compressed = isinstance(stream.raw, _Unzipped)
         if compressed:  # Parquet is read from its end, and gzip cannot seek there
-            while block := stream.read(1 << 20):
-                unpacked.write(block)
-                _require_packed(unpacked.tell(), stream.fileobj.tell())  # type: ignore[union-attr]
+            shutil.copyfileobj(stream, unpacked)
         file = pq.ParquetFile(unpacked if compressed else stream)
-        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-            columns = [group.column(i) for i in range(group.num_columns)]
-            for column in columns:
-                _require_packed(column.total_uncompressed_size, column.total_compressed_size)
-        # few rows at a time: where values repeat, a file may be far smaller than what a batch of it takes
-        batches = file.iter_batches(_ROWS)
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
+        yield from enumerate(chain.from_iterable(map(_parquet_rows, _batches(file))), start=1)
+
+
+def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """A few rows at a time: where values repeat, a file may be far smaller than what a batch of it takes.
+
+    The longest value of a column is known only to be no longer than the column, and every row may hold it.
+    """
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+    for column in chain.from_iterable(columns):
+        _require_packed(column.total_uncompressed_size, column.total_compressed_size, _UNPACKED)
+    for group, parts in enumerate(columns):
+        longest = max((column.total_uncompressed_size for column in parts), default=0)
+        yield from file.iter_batches(max(1, min(_ROWS, _BATCH // max(1, longest))), row_groups=[group])
+
+
+def _parquet_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    _require_short(batch.nbytes // max(1, batch.num_rows))
+    return batch.to_pylist()
 
 
 def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
