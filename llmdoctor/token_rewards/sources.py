@@ -198,15 +198,20 @@ class _Keys:
             self.repeated = next(name for i, (name, _) in enumerate(items) if name in dict(items[:i]))
         return names
 
-    def checked(self, record: object) -> object:
-        """The record, or why it cannot be used: of two values for a key, one would be lost in silence."""
-        return record if self.repeated is None else Unusable(f"the key {self.repeated[:40]!r} comes twice")
+    def checked(self, value: object) -> object:
+        """The value, or why it cannot be used: of two values for a key, one would be lost in silence."""
+        return value if self.repeated is None else Unusable(f"the key {self.repeated[:40]!r} comes twice")
+
+
+def json_value(text: str | bytes) -> object:
+    """What a text spells in JSON, an `Unusable` where a key comes twice. Raises ValueError or RecursionError."""
+    keys = _Keys()
+    return keys.checked(json.loads(text, object_pairs_hook=keys))
 
 
 def _parse(line: bytes) -> object:
-    keys = _Keys()
     try:
-        return keys.checked(json.loads(line.rstrip(), object_pairs_hook=keys))
+        return json_value(line.rstrip())
     except json.JSONDecodeError as error:
         return Unusable(f"not JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError:
