@@ -163,11 +163,12 @@ def test_another_prompt_is_refused_unless_it_says_the_same(record, name):
         assert pair.prompt == (USER,)
 
 
-def test_rows_that_need_something_else_too_are_not_one_pair(tmp_path):
+@pytest.mark.parametrize("more", [{"context": "It rains."}, {"tools": [CALL]}])
+def test_rows_that_need_something_else_too_are_not_one_pair(more, tmp_path):
     row = {"prompt": "Why?", "response": "Yes.", "helpfulness": 3}
-    rows = [row, row | {"response": "No.", "helpfulness": 1, "context": "It rains."}, row | {"tools": [CALL]}]
+    rows = [row, row | {"response": "No.", "helpfulness": 1} | more]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match="none of its first 3 records"):
+    with pytest.raises(DataError, match="none of its first 2 records"):
         list(read_pairs(tmp_path / "rows.jsonl"))
 
 

@@ -323,7 +323,8 @@ def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
 
 def _parquet_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     _require_short(batch.nbytes // max(1, batch.num_rows))
-    return batch.to_pylist()
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
 
 
 def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
