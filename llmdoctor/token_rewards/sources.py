@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -195,7 +196,8 @@ class _Keys:
     def __call__(self, items: list[tuple[str, Any]]) -> dict[str, Any]:
         names = dict(items)
         if len(names) < len(items) and self.repeated is None:
-            self.repeated = next(name for i, (name, _) in enumerate(items) if name in dict(items[:i]))
+            counts = Counter(name for name, _ in items)
+            self.repeated = next(name for name in counts if counts[name] > 1)
         return names
 
     def checked(self, value: object) -> object:
