@@ -85,14 +85,19 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class PairShape:
-    """How pairs were found: the data set whose shape it is, the columns that were read, and what decided."""
+    """How pairs were found: the data set whose shape it is, the columns that were read, and what decided.
+
+    ``unused`` names the columns that the first of these pairs has beside them.
+    """
 
     name: str
     columns: tuple[str, ...]
     rule: str
+    unused: str = ""
 
     def __str__(self) -> str:
-        return f"pairs read as {self.name} ({', '.join(self.columns)}): {self.rule}"
+        read = f"pairs read as {self.name} ({', '.join(self.columns)}): {self.rule}"
+        return f"{read}; not used: {self.unused}" if self.unused else read
 
 
 @dataclass(frozen=True, slots=True)

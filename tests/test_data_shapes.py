@@ -297,6 +297,11 @@ TIES = {
         "chosen-rating": 4,
         "rejected-rating": 4.0,
     },
+    "score_chosen is below score_rejected: the rejected answer is the better one": BINARIZED | {"score_rejected": 9},
+    "chosen-rating is below rejected-rating: the rejected answer is the better one": {
+        **{"prompt": "Why?", "chosen": "Yes.", "rejected": "No."},
+        **{"chosen-rating": "3", "rejected-rating": "10"},
+    },
     "a tie: status says so": ORCA | {"status": "tie", "rating": [9.0, 9.0]},
     "a tie: all answers are rated alike": ULTRA | {"completions": [completion("Yes.", 6), completion("No.", 6)]},
     "a tie": STEER_PREFERENCE | {"preference_strength": 0},
@@ -429,7 +434,7 @@ BEFORE = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "
             {"instruction": "Sum up.", "input": "It rains."} | TEXTS,
             [{"role": "user", "content": "Sum up.\n\nIt rains."}],
         ),
-        ({"prompt": "Why?", "question": "what?", "history": []} | TEXTS, [USER]),
+        ({"prompt": "Why?", "question": "Why?", "history": []} | TEXTS, [USER]),
         ({"messages": [SYSTEM, *BEFORE, USER]} | LISTS, [SYSTEM, *BEFORE, USER]),
     ],
 )
@@ -661,7 +666,7 @@ NAMED = {"chosen": "good", "rejected": "bad", "prompt": "ask"}
 def test_named_columns_are_read_and_no_others(write):
     pairs, _, (shape,) = read(write(OWN), columns=NAMED)
     assert pairs == [PAIR]
-    assert str(shape) == "pairs read as named columns (ask, good, bad): as --columns says"
+    assert str(shape) == "pairs read as named columns (ask, good, bad): as --columns says; not used: sys, prompt"
     pairs, _, (shape,) = read(write(OWN, OWN | {"sys": None}), columns=NAMED | {"system": "sys"})
     assert [pair.prompt for pair in pairs] == [(SYSTEM, USER), (USER,)]
     assert shape.columns == ("ask", "sys", "good", "bad")

@@ -19,10 +19,14 @@ from llmdoctor.token_rewards.turns import (
     NOTHING,
     ends_with_user,
     from_cells,
+    opened,
     parsed,
     prompt_messages,
     refuse_unread,
+    says_no_more,
     split,
+    system_names,
+    system_text,
 )
 
 Columns = dict[str, Any]
@@ -32,7 +36,6 @@ NEEDED = "prompt + chosen + rejected, or the columns of a data set that `llmdoct
 NAME_THEM = "name them with --columns chosen=A,rejected=B[,prompt=C,system=D]"
 _PROMPTS = ("prompt", "conversations", "messages", "trajectory", "instruction", "question", "query")
 _MORE_PROMPTS = ("input", "context", "history")  # beside another one these add to it
-_SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 _QUESTIONS = ("prompt", "turns", *(name for name in _PROMPTS if name != "prompt"), "conversation")
 _IDS = ("question_id", "prompt_id", "id")
 _SCORES = (
@@ -48,8 +51,9 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, tokenizers
 class Shape:
     """One way to write a pair: ``read`` finds the better and the worse answer where a record has all ``columns``.
 
-    ``prompt`` and ``system`` are the columns that hold them; None looks for the usual names. Of a shape with ``rows``,
-    consecutive records with one prompt are one pair: `merged` has put their best and worst answer into a list.
+    ``prompt`` are the columns that hold it; None looks for the usual names. A shape that the user has ``named`` reads
+    these and ``system``, and looks at no others. Of a shape with ``rows``, consecutive records with one prompt are one
+    pair: `merged` has put their best and worst answer into a list.
     """
 
     name: str
@@ -57,8 +61,9 @@ class Shape:
     rule: str
     read: Callable[[Columns], tuple[object, object]]
     prompt: tuple[str, ...] | None = None
-    system: tuple[str, ...] | None = None
+    system: tuple[str, ...] = ()
     rows: bool = False
+    named: bool = False
 
 
 # --- which answer is better ------------------------------------------------------------------------------------------
@@ -80,13 +85,17 @@ def _label(columns: Columns, name: str, low: float, high: float) -> float:
 
 
 def _chosen(chosen: str, rejected: str) -> Callable[[Columns], tuple[object, object]]:
-    """The two columns as they are named, unless their scores say that neither answer is better."""
+    """The two columns as they are named, unless their scores do not say that the chosen answer is better."""
 
     def read(columns: Columns) -> tuple[object, object]:
         for better, worse in _SCORES:
             scores = _number(columns.get(better)), _number(columns.get(worse))
-            if None not in scores and scores[0] == scores[1]:
+            if scores[0] is None or scores[1] is None:
+                continue
+            if scores[0] == scores[1]:
                 raise Unusable(f"a tie: {better} equals {worse}")
+            if scores[0] < scores[1]:
+                raise Unusable(f"{better} is below {worse}: the rejected answer is the better one")
         if columns.get("status") == "tie":  # distilabel-intel-orca-dpo-pairs
             raise Unusable("a tie: status says so")
         return columns[chosen], columns[rejected]
@@ -305,7 +314,8 @@ def shapes(label: str | None, columns: Mapping[str, str] | None) -> tuple[Shape,
     if columns:
         names = chosen, rejected = (columns["chosen"], columns["rejected"])
         prompt, system = (tuple(filter(None, [columns.get(key)])) for key in ("prompt", "system"))
-        return (Shape("named columns", names, "as --columns says", lambda c: (c[chosen], c[rejected]), prompt, system),)
+        read = lambda c: (c[chosen], c[rejected])  # noqa: E731
+        return (Shape("named columns", names, "as --columns says", read, prompt, system, named=True),)
     label = label or DEFAULT_LABEL
     safe = ("response_0", "response_1", label)
     verdict = _binary(label, 0)
@@ -319,12 +329,12 @@ def to_pair(id: str, record: object, known: tuple[Shape, ...]) -> tuple[Preferen
     """The pair that a record holds, and how it was found; raises `Unusable` where it holds none."""
     columns, all_names = _columns(record), set(record) if isinstance(record, dict) else set()
     shape = _recognised(columns, known)
-    if shape.prompt is None:
+    if not shape.named:
         refuse_unread(columns)
     chosen, rejected = shape.read(columns)
     prompt_names, prompt = _prompt(columns, shape)
-    system_names, system = _system(columns, shape)
-    if missing := [name for name in shape.system or () if name not in all_names]:  # null is no system prompt
+    read_systems, system = _system(columns, shape)
+    if missing := [name for name in shape.system if name not in all_names]:  # null is no system prompt
         raise Unusable(f"missing column {missing[0]!r} (found {_found(columns)})")
     if isinstance(chosen, str) != isinstance(rejected, str) or not all(
         isinstance(answer, str | list | dict) for answer in (chosen, rejected)
@@ -338,7 +348,11 @@ def to_pair(id: str, record: object, known: tuple[Shape, ...]) -> tuple[Preferen
         raise Unusable("empty answer")
     if chosen_text == rejected_text:
         raise Unusable("both answers are the same")
-    messages = ends_with_user(_opened(messages, system))
+    messages = ends_with_user(opened(messages, system))
+    for name, value in _other_prompts(columns, shape, prompt_names).items():
+        if not says_no_more(value, messages, chosen_text, rejected_text):
+            first = (*prompt_names, *shape.columns)[0]
+            raise Unusable(f"{first!r} and {name!r} may both be the prompt (found {_found(columns)}): {NAME_THEM}")
     try:
         written = json.dumps([messages, chosen_text, rejected_text], ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
@@ -346,8 +360,10 @@ def to_pair(id: str, record: object, known: tuple[Shape, ...]) -> tuple[Preferen
     if _LONE_SURROGATE.search(written):
         raise Unusable("not Unicode: half of a surrogate pair")
     pair = PreferencePair(id, tuple(messages), chosen_text, rejected_text)
-    read = dict.fromkeys((*prompt_names, *system_names, *shape.columns))
-    return pair, PairShape(shape.name, tuple(read), shape.rule)
+    read = dict.fromkeys((*prompt_names, *read_systems, *shape.columns))
+    used = {*read, *(name for scores in _SCORES for name in scores if shape in CHOSEN)}
+    unused = {name: value for name, value in columns.items() if name not in used and value not in NOTHING}
+    return pair, PairShape(shape.name, tuple(read), shape.rule, _found(unused) if unused else "")
 
 
 def _columns(record: object) -> Columns:
@@ -384,31 +400,25 @@ def _prompt(columns: Columns, shape: Shape) -> tuple[list[str], object]:
             raise Unusable(f"missing column {missing[0]!r} (found {_found(columns)})")
     else:
         names = [name for name in (*_PROMPTS, *_MORE_PROMPTS) if columns.get(name) not in NOTHING]
-        if "prompt" in columns:
-            names = ["prompt", *(name for name in names if name in _MORE_PROMPTS)]
+        names = ["prompt"] if "prompt" in columns else names  # with nothing in it, the prompt is not in the answers
     if names == ["instruction", "input"] and all(isinstance(columns[name], str) for name in names):  # Alpaca
         return names, f"{columns['instruction']}\n\n{columns['input']}"
-    if len(names) > 1:
-        raise Unusable(f"{names[0]!r} and {names[1]!r} may both be the prompt (found {_found(columns)}): {NAME_THEM}")
-    return names, columns[names[0]] if names else None
+    return names[:1], columns[names[0]] if names else None
+
+
+def _other_prompts(columns: Columns, shape: Shape, read: list[str]) -> Columns:
+    """The columns that may hold a prompt too, and are not read as it."""
+    others = () if shape.named else (*_PROMPTS, *_MORE_PROMPTS)
+    return {
+        name: columns[name]
+        for name in others
+        if name not in (*read, *shape.columns) and columns.get(name) not in NOTHING
+    }
 
 
 def _system(columns: Columns, shape: Shape) -> tuple[list[str], str | None]:
-    names = [name for name in (_SYSTEMS if shape.system is None else shape.system) if columns.get(name)]
-    texts = {columns[name] if isinstance(columns[name], str) else None for name in names}
-    if len(texts) > 1 or None in texts:
-        raise Unusable(f"{' and '.join(map(repr, names))} do not hold one system prompt")
-    return names, texts.pop() if texts else None
-
-
-def _opened(messages: list[Message], system: str | None) -> list[Message]:
-    """The conversation with the system prompt of a column of its own."""
-    own = [message["content"] for message in messages if message["role"] == "system"]
-    if not system or own == [system]:
-        return messages
-    if own:
-        raise Unusable("the system prompt beside the conversation differs from the one inside it")
-    return [{"role": "system", "content": system}, *messages]
+    names = [name for name in shape.system if columns.get(name)] if shape.named else system_names(columns)
+    return names, system_text(columns, names)
 
 
 # --- several records for one pair ------------------------------------------------------------------------------------
@@ -432,7 +442,11 @@ def merged(records: Iterable[tuple[int, object]], known: tuple[Shape, ...]) -> I
         try:
             columns = _columns(record)
             shape = _recognised(columns, known)
-            return (_prompt(columns, shape)[1], _system(columns, shape)[1]) if shape is by_rows else line
+            if shape is not by_rows:
+                return line
+            refuse_unread(columns)
+            names, prompt = _prompt(columns, shape)
+            return prompt, _system(columns, shape)[1], _other_prompts(columns, shape, names)
         except Unusable:
             return line
 
@@ -474,12 +488,13 @@ def to_question(line: int, record: object, known: tuple[Shape, ...]) -> tuple[Qu
         names.append("input")
     unused: list[str] = []
     if names:
-        system_names, system = _system(columns, CHOSEN[0])  # which looks for the usual names
+        read_systems = system_names(columns)
+        system = system_text(columns, read_systems)
         asked = columns[names[0]] if len(names) == 1 else "\n\n".join(columns[name] for name in names)
         turns, unused = _turns_of(parsed(asked) if names == ["turns"] else asked)
         if system:
-            turns = (_opened(prompt_messages(turns[0]), system), *turns[1:])
-        names += system_names
+            turns = (opened(prompt_messages(turns[0]), system), *turns[1:])
+        names += read_systems
     elif any(columns.keys() >= set(shape.columns) for shape in known):
         turns = (list(to_pair(str(line), record, known)[0].prompt),)
     else:

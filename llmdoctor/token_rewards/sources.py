@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -23,8 +25,9 @@ from llmdoctor.harmless import first_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_LONGEST = 1 << 26  # bytes of a record
+_LONGEST = 1 << 23  # bytes of a record: Python takes up to thirty times as many for the values that they spell
 _UNPACKED, _RATIO = 1 << 28, 500
+_UNZIPPED = 1 << 23  # less than _UNPACKED: empty lines of so many bytes already take seconds
 _BATCH, _ROWS = 1 << 28, 1024  # bytes and rows of Parquet that are unpacked together, at most
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -146,7 +149,7 @@ def _reading(source: str | Path) -> Iterator[None]:
         raise DataError(f"{source}: {about} ({str(error)[:200]})") from error
 
 
-def _lines(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[bytes]:
+def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
     """The lines; what is compressed may hold one of any length, so a longer one than a record ends the reading."""
     while line := stream.readline(_LONGEST + 1):
         _require_short(len(line))
@@ -158,17 +161,60 @@ def _require_short(length: int) -> None:
         raise ValueError(f"a record of more than {_LONGEST >> 20} MiB: split it, or look at what is in it")
 
 
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+class _Unzipped(io.RawIOBase):
+    """The bytes that a gzip file unpacks to; ValueError once they are out of all proportion."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = gzip.GzipFile(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        _require_packed(self._file.tell(), self._file.fileobj.tell(), _UNZIPPED)  # type: ignore[union-attr]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(path: Path) -> io.BufferedReader:
     """The file's bytes, unpacked if it is gzip, whatever its name says. Raises OSError for what is no file."""
     require_regular(path)
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if compressed else path.open("rb")
+    return io.BufferedReader(_Unzipped(path), 1 << 16) if compressed else path.open("rb")
+
+
+class _Keys:
+    """A hook for JSON objects that remembers the first key that one of them has twice."""
+
+    def __init__(self) -> None:
+        self.repeated: str | None = None
+
+    def __call__(self, items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(items)
+        if len(names) < len(items) and self.repeated is None:
+            counts = Counter(name for name, _ in items)
+            self.repeated = next(name for name in counts if counts[name] > 1)
+        return names
+
+    def checked(self, value: object) -> object:
+        """The value, or why it cannot be used: of two values for a key, one would be lost in silence."""
+        return value if self.repeated is None else Unusable(f"the key {self.repeated[:40]!r} comes twice")
+
+
+def json_value(text: str | bytes) -> object:
+    """What a text spells in JSON, an `Unusable` where a key comes twice. Raises ValueError or RecursionError."""
+    keys = _Keys()
+    return keys.checked(json.loads(text, object_pairs_hook=keys))
 
 
 def _parse(line: bytes) -> object:
     try:
-        return json.loads(line.rstrip())
+        return json_value(line.rstrip())
     except json.JSONDecodeError as error:
         return Unusable(f"not JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError:
@@ -179,7 +225,7 @@ def _parse(line: bytes) -> object:
         return Unusable("not JSON: a number of thousands of digits")
 
 
-def _array_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[object]:
+def _array_records(stream: io.BufferedReader) -> Iterator[object]:
     """The elements of a JSON array, one at a time; ValueError where it is not one."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig")
     buffer, opening, ended = "", "[", False
@@ -216,14 +262,15 @@ def _array_element(buffer: str, opening: str) -> tuple[object, int | None]:
         raise json.JSONDecodeError(f"Expecting '{opening}' delimiter", buffer, 0)
     if sign[-1] == "]":
         return None, None
-    element, stop = json.JSONDecoder().raw_decode(buffer, found.end())
+    keys = _Keys()
+    element, stop = json.JSONDecoder(object_pairs_hook=keys).raw_decode(buffer, found.end())
     following = re.compile(r"\s*[,\]]").match(buffer, stop)
     if following is None:  # the element may go on beyond the buffer, as the number 12 may be the start of 123
         raise json.JSONDecodeError("Expecting ',' delimiter", buffer, stop)
-    return element, stop
+    return keys.checked(element), stop
 
 
-def _table_records(stream: gzip.GzipFile | io.BufferedReader, delimiter: str) -> Iterator[tuple[int, object]]:
+def _table_records(stream: io.BufferedReader, delimiter: str) -> Iterator[tuple[int, object]]:
     csv.field_size_limit(_LONGEST)  # its default of 128 KiB is less than a long conversation
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
@@ -248,30 +295,35 @@ def _table_records(stream: gzip.GzipFile | io.BufferedReader, delimiter: str) ->
         text.detach()
 
 
-def _require_packed(size: int, packed: int) -> None:
-    """Raise ValueError for what grows far more by unpacking than text or numbers do."""
-    if size > _UNPACKED and size > _RATIO * packed:
-        raise ValueError(f"it unpacks to {_RATIO} times its size and more, over {_UNPACKED >> 20} MiB: no data does")
+def _require_packed(size: int, packed: int, least: int) -> None:
+    """Raise ValueError for more than ``least`` bytes that grow far more by unpacking than text or numbers do."""
+    if size > least and size > _RATIO * packed:
+        raise ValueError(f"it unpacks to {_RATIO} times its size and more, over {least >> 20} MiB: no data does")
 
 
-def _parquet_records(stream: gzip.GzipFile | io.BufferedReader) -> Iterator[tuple[int, object]]:
+def _parquet_records(stream: io.BufferedReader) -> Iterator[tuple[int, object]]:
     with tempfile.TemporaryFile() as unpacked:
-        compressed = isinstance(stream, gzip.GzipFile)
+        compressed = isinstance(stream.raw, _Unzipped)
         if compressed:  # Parquet is read from its end, and gzip cannot seek there
-            while block := stream.read(1 << 20):
-                unpacked.write(block)
-                _require_packed(unpacked.tell(), stream.fileobj.tell())  # type: ignore[union-attr]
+            shutil.copyfileobj(stream, unpacked)
         file = pq.ParquetFile(unpacked if compressed else stream)
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
-        for column in chain.from_iterable(columns):
-            _require_packed(column.total_uncompressed_size, column.total_compressed_size)
-        batches = (
-            batch
-            for i, group in enumerate(groups)
-            for batch in file.iter_batches(_rows_at_once(columns[i], group.num_rows), [i])
-        )
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
+        yield from enumerate(chain.from_iterable(map(_parquet_rows, _batches(file))), start=1)
+
+
+def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """Some rows at a time: where values repeat, a file may be far smaller than what a batch of it takes."""
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+    for column in chain.from_iterable(columns):
+        _require_packed(column.total_uncompressed_size, column.total_compressed_size, _UNPACKED)
+    for number, group in enumerate(groups):
+        yield from file.iter_batches(_rows_at_once(columns[number], group.num_rows), [number])
+
+
+def _parquet_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    _require_short(batch.nbytes // max(1, batch.num_rows))
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
 
 
 def _rows_at_once(columns: list[Any], rows: int) -> int:

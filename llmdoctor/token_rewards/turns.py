@@ -7,12 +7,12 @@ messages: {"role", "content"} or ShareGPT's {"from", "value"}. A content is a te
 import ast
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast, get_args
 
 from llmdoctor.records import Message, Role
 from llmdoctor.schema import shown
-from llmdoctor.token_rewards.sources import Cells, Unusable
+from llmdoctor.token_rewards.sources import Cells, Unusable, json_value
 
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 _MARKED_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
@@ -24,8 +24,29 @@ _ROLES = {
     "observation": "tool",
 }
 NOTHING: tuple[Any, ...] = (None, "", "[]", [], {})
-_UNREAD = ("tools", "functions", *("image", "images", "audio", "audios", "video", "videos"), "documents", "files")
-_UNREAD_IN_TURNS = ("reasoning_content", "reasoning", "thinking", "refusal")  # said by the turn, but not its content
+# Names are written as `_plain` makes them.
+SYSTEMS = {
+    *("system", "systemprompt", "systemmessage", "systeminstruction", "systeminstructions"),
+    *("sysprompt", "sysmessage", "developer", "developerprompt", "developermessage", "persona"),
+}
+_UNREAD = {
+    *("tools", "functions", "files", "attachments", "contexts"),
+    *(
+        kind + more
+        for kind in ("image", "audio", "video")
+        for more in ("", "s", "path", "paths", "url", "urls", "file")
+    ),
+    *(kind + more for kind in ("document", "passage", "article") for more in ("", "s")),
+}
+_TURN = ("role", "from", "content", "value", "text", "tool_calls", "function_call", "tool_call_id", "name")
+_ABOUT = {  # what is kept about a turn and was not part of it
+    *("id", "messageid", "msgid", "uuid", "parentid", "parentmessageid", "turnid", "conversationid", "userid", "hash"),
+    *("timestamp", "createtime", "createdat", "updatetime", "updatedat", "date", "time", "country", "state", "header"),
+    *("model", "modelname", "generator", "language", "lang", "source", "hashedip", "status", "recipient", "mimetype"),
+    *("score", "rating", "label", "weight", "loss", "finishreason", "stopreason", "logprobs", "usage", "cachecontrol"),
+    *("metadata", "meta", "moderation", "openaimoderation", "detoxifymoderation", "toxicity"),
+}
+_PLAIN_TYPES = (("type", "message"), ("type", "text"))
 _OPENING = ("system", "developer", "user")  # an answer that begins with one of these holds its own prompt
 _ANSWERED = ("user", "tool", "function")
 
@@ -59,11 +80,27 @@ def _joined(outer: list[Message], messages: list[Message]) -> list[Message]:
     if messages[0]["role"] not in _OPENING or not inner:
         return [*outer, *messages]
     within, around = list(map(_said, outer)), list(map(_said, inner))
-    if any(around[i : i + len(within)] == within for i in range(len(around))):
+    if _contains(around, within):
         return messages
     if within[-len(around) :] == around:
         return [*outer, answer]
     raise Unusable("the prompt beside the answers differs from the one inside them")
+
+
+def _contains(around: list[Any], within: list[Any]) -> bool:
+    return any(around[i : i + len(within)] == within for i in range(len(around)))
+
+
+def says_no_more(value: object, prompt: list[Message], *answers: str) -> bool:
+    """Whether all that ``value`` says stands in the prompt, or in it and one of its answers."""
+    if isinstance(value, str) and any(value.strip() in message["content"] for message in prompt):
+        return True
+    try:
+        within = list(map(_said, prompt_messages(value)))
+    except (Unusable, RecursionError):
+        return False
+    whole = ([*prompt, Message(role="assistant", content=answer)] for answer in answers)
+    return any(_contains(list(map(_said, messages)), within) for messages in whole)
 
 
 def _said(message: Message) -> tuple[str, str, str]:
@@ -78,9 +115,10 @@ def prompt_messages(prompt: object) -> list[Message]:
     """The messages of a prompt; an assistant turn without text at its end, where the answer belongs, is left out."""
     if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's {"messages": [...], "tools": [...]}
         refuse_unread(prompt)
-        if prompt.get("system") not in NOTHING:
-            raise Unusable("a system prompt beside the messages of the prompt: put it into them")
-        prompt = prompt["messages"]
+        names = system_names(prompt, SYSTEMS | {"instructions"})
+        if extra := _extra(prompt, ("messages", "tool_choice", *names)):
+            raise Unusable(f"a prompt with {shown(extra)}: only its messages and a system prompt are read")
+        return opened(message_list(prompt["messages"]), system_text(prompt, names))
     if not isinstance(prompt, str):
         return message_list(prompt)
     if _is_transcript(prompt):
@@ -94,9 +132,51 @@ def prompt_messages(prompt: object) -> list[Message]:
 
 def refuse_unread(columns: dict[str, Any]) -> None:
     """Raise `Unusable` where something stands beside the prompt that it needs and that a pair cannot hold."""
-    for name in _UNREAD:
-        if columns.get(name) not in NOTHING:
-            raise Unusable(f"{name!r} cannot be kept: only texts are read")
+    for name, value in columns.items():
+        if _plain(name) in _UNREAD and not _is_nothing(value):
+            raise Unusable(f"{shown(name)} cannot be kept: only texts are read")
+
+
+def _plain(name: object) -> str:
+    """The name without what tells system_prompt, system-prompt and systemPrompt apart."""
+    return re.sub(r"[\s_-]", "", str(name)).lower()
+
+
+def _is_nothing(value: object) -> bool:
+    """Whether nothing is said; Parquet fills the objects of a column with the keys of all others."""
+    return value in NOTHING or (isinstance(value, dict) and all(one in NOTHING for one in value.values()))
+
+
+def _extra(fields: dict[str, Any], known: Collection[str]) -> str | None:
+    """The first other field that says something: not one about the turn, and no number or truth value."""
+    for name, value in fields.items():
+        about = _plain(name) in _ABOUT or (name, value) in _PLAIN_TYPES or isinstance(value, bool | int | float)
+        if name not in known and not about and not _is_nothing(value):
+            return name
+    return None
+
+
+def system_names(columns: dict[str, Any], names: Collection[str] = SYSTEMS) -> list[str]:
+    """The columns that hold a system prompt, in whatever way ``names`` are spelt."""
+    return [name for name, value in columns.items() if _plain(name) in names and value not in NOTHING]
+
+
+def system_text(columns: dict[str, Any], names: list[str]) -> str | None:
+    """The one text of these columns, None without any. Raises `Unusable` unless they say the same."""
+    texts = {columns[name] if isinstance(columns[name], str) else None for name in names}
+    if len(texts) > 1 or None in texts:
+        raise Unusable(f"{' and '.join(map(shown, names))} do not hold one system prompt")
+    return texts.pop() if texts else None
+
+
+def opened(messages: list[Message], system: str | None) -> list[Message]:
+    """The conversation with the system prompt that stands beside it."""
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if not system or own == [system]:
+        return messages
+    if own:
+        raise Unusable("the system prompt beside the conversation differs from the one inside it")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def ends_with_user(messages: list[Message]) -> list[Message]:
@@ -136,28 +216,42 @@ def message_list(value: object) -> list[Message]:
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise Unusable("a message without role and content")
-    refuse_unread(turn)
-    if unread := [name for name in _UNREAD_IN_TURNS if turn.get(name) not in NOTHING]:
-        raise Unusable(f"a message with {unread[0]!r}: only its content is read")
-    role = turn.get("role") or turn.get("from")
-    content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
-    calls = parsed(turn.get("tool_calls")) or []
-    if isinstance(turn.get("function_call"), dict):
-        calls = [turn["function_call"]]
-    if role == "function_call":  # a role of ShareGPT, whose text is the call
-        role, content, calls = "assistant", None, parsed(content)
-    if not isinstance(content, str | list) and not (content is None and calls):
+    if extra := _extra(turn, _TURN):
+        raise Unusable(f"a message with {shown(extra)}: only its content is read")
+    roles = {name: turn.get(name) for name in ("role", "from")}
+    role = _one({name: _ROLES.get(who, who) if isinstance(who, str) else who for name, who in roles.items()})
+    content = _one({name: turn.get(name) for name in ("content", "value", "text")})
+    calls = _one({name: _calls(turn.get(name)) for name in ("tool_calls", "function_call")})
+    if role == "function_call" and not calls:  # a role of ShareGPT, whose text is the call
+        role, content, calls = "assistant", None, _calls(content)
+    if role is None or (not isinstance(content, str | list) and not (content is None and calls)):
         raise Unusable("a message without role and content")
     if not isinstance(role, str) or role not in _ROLES:
         raise Unusable(f"unknown role {shown(role)}")
     message = Message(role=cast(Role, _ROLES[role]), content=_text(content or ""))
     if calls:
-        message["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+        message["tool_calls"] = [_call(call) for call in calls]
     if turn.get("tool_call_id"):
         message["tool_call_id"] = turn["tool_call_id"]
     if turn.get("name"):
         message["name"] = turn["name"]
     return message
+
+
+def _one(values: dict[str, Any]) -> Any:
+    """What one or several keys of a message say. Raises `Unusable` where they say different things."""
+    said = {name: value for name, value in values.items() if value not in (None, "", [])}
+    first, *others = said or values
+    if differing := [name for name in others if said and said[name] != said[first]]:
+        raise Unusable(f"a message whose {first!r} and {differing[0]!r} differ")
+    return values[first] if said else next((value for value in values.values() if value is not None), None)
+
+
+def _calls(value: Any) -> list[Any]:
+    calls = parsed(value)
+    if _is_nothing(calls):
+        return []
+    return calls if isinstance(calls, list) else [calls]
 
 
 def _text(content: str | list[Any]) -> str:
@@ -169,6 +263,8 @@ def _text(content: str | list[Any]) -> str:
         kind = part.get("type") or "text" if isinstance(part, dict) else "text"
         if kind != "text" or not isinstance(text, str):
             raise Unusable(f"a message with a part of type {shown(kind)}: only texts are read")
+        if extra := _extra(part, ("type", "text")) if isinstance(part, dict) else None:
+            raise Unusable(f"a message with a part with {shown(extra)}: only texts are read")
         texts.append(text)
     return "".join(texts)
 
@@ -197,9 +293,12 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value
     try:
-        return json.loads(value)
+        spelt = json_value(value)
     except (ValueError, RecursionError):
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise Unusable("a list in a text that is not JSON") from None
+    if isinstance(spelt, Unusable):
+        raise spelt
+    return spelt
