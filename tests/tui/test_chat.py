@@ -177,14 +177,13 @@ def test_the_inspector_shows_the_known_probabilities_and_forces_a_branch(make_ap
         assert inspector.token == token
         shown = ranked(token)
         logps = product(BOTH)
-        assert [a.id for a, _, _ in shown] == sorted(range(len(WORDS)), key=lambda i: -logps[i])
-        by_patient = sorted(range(len(WORDS)), key=lambda i: -PATIENT[i])
-        assert [was for a, was, _ in shown] == [by_patient.index(a.id) + 1 for a, _, _ in shown]
+        assert [a.id for a in shown] == sorted(range(len(WORDS)), key=lambda i: -logps[i])
         table = inspector.query_one(Alternatives)
-        best = shown[0][0]
+        best = shown[0]
         row = [str(cell) for cell in table.get_row_at(0)]
         percents = [math.exp(logps[best.id]), PATIENT[best.id], *(DOCTORS[n][best.id] for n in ("helpful", "safe"))]
         assert row[2:6] == [f"{100 * p:.1f}%" for p in percents]
+        assert row[6] == f"{best.id + 1}→1 ▲{best.id}"
         assert "3 of 24" in d.text()
         assert app.chat.query_one(Curve).cursor == 2
         await d.press("enter")
@@ -192,11 +191,11 @@ def test_the_inspector_shows_the_known_probabilities_and_forces_a_branch(make_ap
         await d.press("right")
         assert app.chat.view("guided").selected.position == 3  # the table's arrows move the token too
         await d.press("left")
-        other = next(i for i, (a, _, _) in enumerate(ranked(token)) if a.id not in (token.id, END))
+        other = next(i for i, a in enumerate(ranked(token)) if a.id not in (token.id, END))
         await d.press(*["down"] * other, "enter")
         await d.idle()
         second = app.chat.turns
-        chosen = ranked(token)[other][0]
+        chosen = ranked(token)[other]
         assert [t.id for t in second[0].guided.tokens[:3]] == [*(t.id for t in first[0].guided.tokens[:2]), chosen.id]
         assert second[0].guided.forced == (2,)
         assert second[0].patient is first[0].patient
@@ -622,7 +621,7 @@ def test_lenses_colour_mark_and_explain(make_app, drive):
 
     async def steps(d):
         await d.ask("Go")
-        assert "changed by guidance (KL, nats)  0 ━━━━━━ +1" in d.text()
+        assert "changed by guidance (KL, nats)  0 ━━━━━━ 1 " in d.text()
         assert len({s.color.name for s in styles().values()}) == 1  # the fake doctors change every place alike
         await d.press("ctrl+l")
         assert app.chat.query_one(Curve).high == pytest.approx(math.log(0.4) + 2)

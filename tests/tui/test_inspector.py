@@ -70,7 +70,7 @@ def test_after_forcing_and_stepping_it_shows_the_answer_that_is_there(make_app, 
         await d.ask("Go")
         before = app.chat.turns[0].guided.tokens
         await d.press("f2", "home", "right", "right", "enter")
-        other = next(i for i, (a, _, _) in enumerate(ranked(before[2])) if a.id not in (before[2].id, END))
+        other = next(i for i, a in enumerate(ranked(before[2])) if a.id not in (before[2].id, END))
         await d.press(*["down"] * other, "enter")
         await d.idle()
         after = app.chat.turns[0].guided.tokens
@@ -110,7 +110,7 @@ def test_a_place_that_the_new_answer_does_not_reach_is_its_end(make_app, drive):
         await d.press("f2", "home", "enter")
         await d.press(*["down"] * 7)
         assert "end of answer <end>" in d.text()
-        (last,) = [i for i, (a, _, _) in enumerate(ranked(inspected(app))) if a.id == END]
+        (last,) = [i for i, a in enumerate(ranked(inspected(app))) if a.id == END]
         app.chat.query_one(DataTable).move_cursor(row=last)
         await d.press("enter")
         await d.idle()

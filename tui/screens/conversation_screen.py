@@ -214,8 +214,8 @@ class ConversationScreen(Screen[None]):
         self.history.open(session.turns)
         self.panes.close_inspector()
         self.editing = False
-        for difference in self.settings.resume(session, self.app.start.profile):
-            self.notify(difference, severity="warning", markup=False)
+        if differences := self.settings.resume(session, self.app.start.profile):
+            self.notify(" ".join(differences), severity="warning", markup=False)
         self.sliders.show()
         self.show_all()
 
