@@ -195,6 +195,8 @@ class ChatScreen(ConversationScreen):
         """To the first slider; from a slider back to the prompt."""
         if isinstance(self.focused, Slider):
             self.prompt.focus()
+        elif self.has_class("tight"):
+            self.notify("The sliders need a higher window; /set changes the same.")
         else:
             self.query(Slider).first().focus()
 

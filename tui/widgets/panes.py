@@ -7,6 +7,7 @@ from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal
+from textual.message import Message
 
 from llmdoctor.records import Speaker
 from llmdoctor.sessions import Reply
@@ -42,6 +43,9 @@ _LOW = 40  # rows below which the inspector takes the curve's room
 
 class Panes(Horizontal):
     """Shows what ``answering`` holds. ``inspected`` is the side whose token is in the inspector, None while closed."""
+
+    class Fitted(Message):
+        """Panes and inspector have been placed anew."""
 
     app: "ChatApp"  # type: ignore[assignment]
 
@@ -304,6 +308,7 @@ class Panes(Horizontal):
         self.set_class(below, "below")
         self.show_headings()
         self._curve.display = not below or (height >= _LOW and width >= _SIDE_BY_SIDE)
+        self.post_message(self.Fitted())
 
 
 def _other(which: Speaker) -> Speaker:
