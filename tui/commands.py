@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text  # in a str the palette would read [KIND] as markup
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from llmdoctor.errors import UsageError
@@ -143,17 +144,17 @@ class Palette(Provider):
     async def discover(self) -> Hits:
         """All of them."""
         for text, act, help_text in self._all():
-            yield DiscoveryHit(text, act, help=help_text)
+            yield DiscoveryHit(Text(text), act, text=text, help=help_text)
 
     async def search(self, query: str) -> Hits:
         """Those that match."""
         matcher = self.matcher(query)
         for text, act, help_text in self._all():
             if (score := matcher.match(f"{text} {help_text}")) > 0:
-                yield Hit(score, matcher.highlight(text), act, help=help_text)
+                yield Hit(score, Text(text), act, text=text, help=help_text)
 
     def _all(self) -> Iterator[tuple[str, Callable[[], None], str]]:
-        app: ChatApp = self.app
+        app: ChatApp = self.app  # type: ignore[assignment]
         for command in COMMANDS:
             needs = command.arguments and not command.arguments.startswith("[")
             act = partial(app.begin_command, command.name) if needs else partial(app.obey, f"/{command.name}")

@@ -1,5 +1,7 @@
 """What a low window leaves out: legend and sliders first, then header and keys; the prompt stays to the last."""
 
+from typing import Any
+
 from textual.screen import Screen
 
 _AROUND = 4  # rows of header, status, prompt and keys
@@ -7,7 +9,7 @@ _FRAME = 2  # rows of the frame around a text
 _LINES = 2  # of every text that stay before header and keys do
 
 
-def fit_height(screen: "Screen[object]", height: int, *, stacked: int, more: int = 0) -> None:
+def fit_height(screen: "Screen[Any]", height: int, *, stacked: int, more: int = 0) -> None:
     """Set the classes of a window of ``height`` rows with ``stacked`` texts above each other.
 
     ``more`` rows are wanted for what else there is: legend, sliders, inspector.

@@ -307,7 +307,7 @@ class Panes(Horizontal):
         self.set_class(width < _SIDE_BY_SIDE, "stacked")
         self.set_class(below, "below")
         self.show_headings()
-        self._curve.display = not below or (height >= _LOW and width >= _SIDE_BY_SIDE)
+        self.set_class(below and (height < _LOW or width < _SIDE_BY_SIDE), "curveless")
         self.post_message(self.Fitted())
 
 
