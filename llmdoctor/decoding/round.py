@@ -270,6 +270,9 @@ def _ranks(logprobs_B_J_V: Tensor, picked_B_J_K: Tensor) -> list[list[list[int]]
     """The places of the picked tokens in the whole vocabulary, from 1."""
     values_B_J_K = logprobs_B_J_V.gather(2, picked_B_J_K)
     # one token at a time: all at once would take K times the memory of the log-probs
-    above = [(logprobs_B_J_V > value_B_J[..., None]).sum(dim=-1) for value_B_J in values_B_J_K.unbind(dim=-1)]
+    above = [
+        (logprobs_B_J_V > value_B_J[..., None]).sum(dim=-1, dtype=torch.int32)
+        for value_B_J in values_B_J_K.unbind(dim=-1)
+    ]
     ranks: list[list[list[int]]] = (torch.stack(above, dim=-1) + 1).tolist()
     return ranks
