@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmdoctor.show.colours import scale_colour
 from llmdoctor.show.comparison import Mark, MarkedText, View
-from llmdoctor.show.lens import legend_steps, lens_name
+from llmdoctor.show.lens import legend_steps, lens_name, scale_end
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -128,4 +128,4 @@ def _legend(view: View) -> "list[Text]":
     text.append(f"{lens_name(view.lens, view.doctor)}: {view.limit * steps[0]:.2g} ")
     for share in steps:
         text.append("━━", style=f"not dim {scale_colour(share, 1)}")
-    return [*lines, text.append(f" {view.limit:+.2g}")]
+    return [*lines, text.append(f" {scale_end(view.lens, view.limit)}")]

@@ -186,13 +186,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A token that could have been said at one position, with its natural log-probs at temperature 1."""
+    """A token that could have been said at one position, with its natural log-probs at temperature 1.
+
+    ``rank`` and ``patient_rank`` are its places in the whole vocabulary, from 1, by the product and by the patient;
+    equally likely tokens share the lowest. 0 in older records.
+    """
 
     id: int
     text: str
     patient_logprob: float
     doctor_logprobs: Mapping[str, float]
     logprob: float
+    rank: int = 0
+    patient_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +211,8 @@ class GuidedToken:
     KL(product || patient) in nats. ``text`` is the printable piece: it is empty for special tokens and for bytes that
     do not yet complete a character. ``patient_id`` and ``patient_text`` are what the patient alone would say here,
     after the same text: its likeliest token, or, where the answer is followed, its own draw with the same random
-    numbers; -1 and "" in older records.
+    numbers; -1 and "" in older records. ``top`` are as many of the product's likeliest tokens as were asked for, and
+    behind them, where they are not among these, the patient's likeliest token and this one.
     """
 
     position: int

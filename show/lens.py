@@ -58,6 +58,11 @@ def following(items: Sequence[T], current: T | None) -> T:
     return items[(items.index(current) + 1) % len(items)] if current in items else items[0]
 
 
+def scale_end(lens: Lens, limit: float) -> str:
+    """The scale's high end: with a sign where the scale has a negative end too."""
+    return f"{limit:.2g}" if lens == "kl" else f"{limit:+.2g}"
+
+
 def legend_steps(lens: Lens) -> tuple[float, ...]:
     """The shares of the scale's limit that a legend shows; KL is never negative."""
     return (0.0, 0.5, 1.0) if lens == "kl" else (-1.0, -0.5, 0.0, 0.5, 1.0)

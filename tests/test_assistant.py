@@ -144,7 +144,10 @@ def test_compare_keeps_its_contract(assistant: LLMdoctor) -> None:
                 "position", "id", "text", "patient_logprob", "doctor_logprobs", "logprob", "values", "flip", "kl",
                 "alpha", "betas", "top", "patient_id", "patient_text",
             ]  # fmt: skip
-            assert len(token["top"]) == 2
+            likeliest, listed = token["patient_id"], [other["id"] for other in token["top"]]
+            assert {likeliest, token["id"]} <= set(listed)
+            assert set(listed[2:]) <= {likeliest, token["id"]}
+            assert [other["rank"] for other in token["top"][:2]] == [1, 2]
     alone, guided = compared.patient, compared.guided
     assert heard == [("patient", i) for i in ids(alone.tokens)] + [("guided", i) for i in ids(guided.tokens)]
     assert ids(alone.tokens) == ids(assistant.stream(PROMPTS[0], guidance=Guidance(1.0)))

@@ -228,9 +228,11 @@ def test_every_number_of_every_token_equals_the_uncached_twin(arch: str) -> None
             assert token.logprob == pytest.approx(mixed[drawn].item(), abs=1e-9)
             assert token.kl == pytest.approx((mixed.exp() * (mixed - own)).sum().item(), abs=1e-9)
             assert token.flip == (own.argmax().item() != mixed.argmax().item())
-            best = mixed.topk(3).indices.tolist()
-            assert [a.id for a in token.top] == best
+            listed = [*mixed.topk(3).indices.tolist(), own.argmax().item(), drawn]
+            assert [a.id for a in token.top] == list(dict.fromkeys(listed))
             for alternative in token.top:
+                assert alternative.rank == 1 + (mixed > mixed[alternative.id]).sum().item()
+                assert alternative.patient_rank == 1 + (own > own[alternative.id]).sum().item()
                 assert alternative.logprob == pytest.approx(mixed[alternative.id].item(), abs=1e-9)
                 assert alternative.patient_logprob == pytest.approx(own[alternative.id].item(), abs=1e-9)
                 expected = {n: lp[alternative.id].item() for n, lp in each.items()}

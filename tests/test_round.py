@@ -38,11 +38,24 @@ def test_golden() -> None:
     assert first.kl == pytest.approx(0.0)
     assert (first.top[0].id, second.top[0].id) == (0, 1)
     assert second.top[0].logprob == pytest.approx(HALF)
+    # equally likely tokens share the lowest rank; in the vocabulary, not among the two that are listed
+    assert [(c.id, c.rank, c.patient_rank) for c in first.top] == [(0, 1, 1), (1, 2, 2)]
     # all drafts accepted: the place behind them is drawn too
     accepted = Round(torch.tensor([[0, 1]]), patient, {"d": doctor}, {}, {"d": values})
     (places,) = draw_round(accepted, [Guidance(1.0, {"d": 0.0})], [Sampling()], own)
     assert [place.drawn.id for place in places] == [0, 1, 0]
     assert [place.drafted for place in places] == [True, True, False]
+
+
+def test_the_alternatives_end_with_the_patients_likeliest_and_the_drawn_token() -> None:
+    """The product is the doctor: token 3 first, then 2; the patient's first is token 0, and token 1 is forced."""
+    patient, doctor = log([0.4, 0.3, 0.2, 0.1]), log([0.1, 0.15, 0.25, 0.5])
+    round_ = Round(torch.empty(1, 0, dtype=torch.long), patient, {"d": doctor})
+    for forced, listed in ((1, [3, 0, 1]), (0, [3, 0]), (3, [3, 0])):
+        how = [Guidance(0.0, {"d": 1.0})], [Sampling()], torch.zeros(1, 1, dtype=torch.long)
+        ((place,),) = draw_round(round_, *how, top=1, forced=[forced])
+        assert [c.id for c in place.top] == listed
+        assert all((c.rank, c.patient_rank) == (4 - c.id, c.id + 1) for c in place.top)
 
 
 def test_the_product_under_each_rows_own_guidance_and_sampling() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.command import Provider
 from textual.content import Content
 from textual.dom import DOMNode
 from textual.filter import LineFilter
@@ -45,6 +46,7 @@ class DoctorApp(App[int]):
 
     CSS_PATH: ClassVar[Any] = Path(__file__).with_name("app.tcss")
     TITLE = "llmdoctor"
+    ENABLE_COMMAND_PALETTE = False  # Textual's own commands are not ours; the conversation has a palette of its own
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(
             "ctrl+c",
@@ -111,13 +113,12 @@ class DoctorApp(App[int]):
         timeout: float | None = None,
         markup: bool = True,
     ) -> None:
-        """Say it in the status line, long enough to be read; it replaces what has no severity.
+        """Say it in the status line, long enough to be read, in place of the message before.
 
         Textual's own toasts would cover the text. To be called in the app's thread.
         """
         plain = Content.from_markup(message).plain if markup else message
-        for notice in [one for one in self.notices if one.severity == "information" or one.message == plain]:
-            del self.notices[notice]
+        self.notices.clear()
         seconds = timeout or max(_NOTICE, len(plain) / _READ)
         self.notices.add(Notification(plain, title, severity, seconds, markup=False))
         self._show_notices()
@@ -171,12 +172,21 @@ class DoctorApp(App[int]):
         """Show the error that leaves nothing to do but quit."""
         from llmdoctor.tui.screens.failed import FailedScreen
 
+        self.use_command_palette = False
         self.push_screen(FailedScreen(error))
+
+
+def _commands() -> type[Provider]:
+    from llmdoctor.tui.commands import Palette
+
+    return Palette
 
 
 class ChatApp(DoctorApp):
     """``llmdoctor chat``."""
 
+    ENABLE_COMMAND_PALETTE = True
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_commands}
     worker: Worker
 
     def __init__(self, start: Start, config: Config | None = None) -> None:
@@ -205,6 +215,24 @@ class ChatApp(DoctorApp):
         from llmdoctor.tui.screens.chat import ChatScreen
 
         return next(screen for screen in self.screen_stack if isinstance(screen, ChatScreen))
+
+    def obey(self, line: str) -> None:
+        """Run a slash command, on whatever screen: the conversation comes to the front first."""
+        self._to_chat()
+        self.chat.obey(line)
+
+    def begin_command(self, name: str) -> None:
+        """Put a command that needs arguments into the conversation's prompt."""
+        self._to_chat()
+        self.chat.begin_command(name)
+
+    def _to_chat(self) -> None:
+        from llmdoctor.tui.screens.columns_screen import ColumnsScreen
+
+        while (screen := self.screen) is not self.chat:
+            if isinstance(screen, ColumnsScreen):
+                screen.stop()
+            self.pop_screen()
 
     @property
     def _has_chat(self) -> bool:

@@ -86,6 +86,9 @@ def _column(item: str, guidance: Guidance, sampling: Sampling, turns: tuple[Turn
     for change in item.split(","):
         if change in doctors:
             guidance = _alone(change, guidance)
+        elif "=" not in change:
+            known = f" or one of {', '.join(doctors)}" if doctors else ""
+            raise UsageError(f"/compare: expected name=value{known}, got {change!r}")
         else:
             changes.append(change)
     if changes:

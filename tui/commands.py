@@ -6,15 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text  # in a str the palette would read [KIND] as markup
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from llmdoctor.errors import UsageError
 from llmdoctor.set_command import setting_names
 from llmdoctor.show.lens import LENSES, following
 from llmdoctor.tui.columns import EXAMPLES, columns_of
+from llmdoctor.tui.export import KINDS
 from llmdoctor.tui.screens.columns_screen import ColumnsScreen
 
 if TYPE_CHECKING:
+    from llmdoctor.tui.app import ChatApp
     from llmdoctor.tui.screens.chat import ChatScreen
 
 
@@ -29,12 +32,7 @@ class Command:
 
 
 def _without(action: Callable[["ChatScreen"], None]) -> Callable[["ChatScreen", str], None]:
-    def run(screen: "ChatScreen", text: str) -> None:
-        if text:
-            raise UsageError(f"expected nothing after the command, got {text!r}")
-        action(screen)
-
-    return run
+    return lambda screen, _text: action(screen)
 
 
 def _set(screen: "ChatScreen", text: str) -> None:
@@ -49,16 +47,16 @@ def _show(screen: "ChatScreen") -> None:
 
 def _lens(screen: "ChatScreen", text: str) -> None:
     if text and text not in LENSES:
-        raise UsageError(f"lens: expected one of {', '.join(LENSES)}, got {text!r}")
+        raise UsageError(f"/lens: expected one of {', '.join(LENSES)}, got {text!r}")
     screen.recolour(next((lens for lens in LENSES if lens == text), following(LENSES, screen.lens)), screen.doctor)
 
 
 def _doctor(screen: "ChatScreen", text: str) -> None:
     names = list(screen.guidance.betas)
     if not names:
-        raise UsageError("there is no doctor")
+        raise UsageError("/doctor: there is no doctor")
     if text and text not in names:
-        raise UsageError(f"there is no doctor {text!r} (there are: {', '.join(names)})")
+        raise UsageError(f"/doctor: there is no doctor {text!r} (there are: {', '.join(names)})")
     screen.recolour(screen.lens, text or following(names, screen.doctor))
 
 
@@ -78,13 +76,15 @@ def _compare(screen: "ChatScreen", text: str) -> None:
 
 def _rename(screen: "ChatScreen", title: str) -> None:
     if not title:
-        raise UsageError("expected a title, for example: /rename Sleep")
+        raise UsageError("/rename: expected a title, for example: /rename Sleep")
     screen.session = replace(screen.session, title=title)
     screen.save()
 
 
 def _export(screen: "ChatScreen", text: str) -> None:
-    kind, _, name = text.partition(" ")
+    kind, _, name = (text or "md").partition(" ")
+    if kind not in KINDS:
+        raise UsageError(f"/export: expected one of {', '.join(KINDS)}, got {kind!r}")
     path = Path(name.strip()) if name.strip() else None
     screen.app.export(replace(screen.session, turns=screen.turns), kind, path, screen.lens, screen.doctor)
 
@@ -96,7 +96,7 @@ def _theme(screen: "ChatScreen", text: str) -> None:
         screen.app.theme = text
     else:
         known = ", ".join(sorted(screen.app.available_themes))
-        raise UsageError(f"there is no theme {text!r} (there are: {known})")
+        raise UsageError(f"/theme: there is no theme {text!r} (there are: {known})")
 
 
 COMMANDS = (
@@ -120,7 +120,7 @@ COMMANDS = (
     Command("sessions", "", "browse, rename, delete, export", _without(lambda s: s.action_sessions())),
     Command("resume", "ID", "go on with a saved conversation", lambda s, text: s.open(s.app.load_session(text))),
     Command("rename", "TITLE", "name this conversation", _rename),
-    Command("export", "md|json|html|svg [FILE]", "write this conversation", _export),
+    Command("export", "[md|json|html|svg] [FILE]", "write this conversation, by default as md", _export),
     Command("theme", "[NAME]", "other colours; without a name, choose from a list", _theme),
     Command("quit", "", "leave", _without(lambda s: s.app.exit())),
 )  # fmt: skip
@@ -131,6 +131,8 @@ def run(screen: "ChatScreen", line: str) -> None:
     name, _, rest = line.removeprefix("/").partition(" ")
     for command in COMMANDS:
         if command.name == name:
+            if rest.strip() and not command.arguments:
+                raise UsageError(f"/{name}: expected nothing behind it, got {rest.strip()!r}")
             command.run(screen, rest.strip())
             return
     raise UsageError(f"unknown command /{name}; F1 lists them")
@@ -142,18 +144,18 @@ class Palette(Provider):
     async def discover(self) -> Hits:
         """All of them."""
         for text, act, help_text in self._all():
-            yield DiscoveryHit(text, act, help=help_text)
+            yield DiscoveryHit(Text(text), act, text=text, help=help_text)
 
     async def search(self, query: str) -> Hits:
         """Those that match."""
         matcher = self.matcher(query)
         for text, act, help_text in self._all():
             if (score := matcher.match(f"{text} {help_text}")) > 0:
-                yield Hit(score, matcher.highlight(text), act, help=help_text)
+                yield Hit(score, Text(text), act, text=text, help=help_text)
 
     def _all(self) -> Iterator[tuple[str, Callable[[], None], str]]:
-        screen: ChatScreen = self.screen  # type: ignore[assignment]
+        app: ChatApp = self.app  # type: ignore[assignment]
         for command in COMMANDS:
             needs = command.arguments and not command.arguments.startswith("[")
-            act = partial(screen.begin_command, command.name) if needs else partial(screen.obey, f"/{command.name}")
+            act = partial(app.begin_command, command.name) if needs else partial(app.obey, f"/{command.name}")
             yield f"/{command.name} {command.arguments}".strip(), act, command.help

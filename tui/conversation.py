@@ -181,12 +181,13 @@ def ending(turn: int, reply: Reply, error: str = "") -> Iterator[Piece]:
             yield Piece(" ⟨interrupted⟩" if reply.tokens else "⟨interrupted⟩", "note")
         case "error":
             yield Piece(f" ⟨error{': ' if error else ''}{error}⟩", "note")
-    yield Piece("\n\n", "plain")
 
 
 def asked(turns: Sequence[Turn], number: int, welcome: WelcomeSettings) -> Iterator[Piece]:
     """The question of a turn, with a notice if the patient knows nothing about it."""
     question = turns[number].prompt
+    if number:  # not behind the answer before: a low window would show the empty lines and no text
+        yield Piece("\n\n", "plain")
     yield Piece(f"❯ {question}\n", "user")
     if not welcome.covers(question, first=number == 0):
         yield Piece(f"⟨{OUTSIDE}⟩\n", "note")

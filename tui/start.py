@@ -40,8 +40,12 @@ class Start:
 
     @property
     def doctors(self) -> list[str]:
-        """The names of the doctors."""
-        return list(self.profile.get("doctors", {}))
+        """The names of the doctors; of one that has no name of its own (it is "doctor" then), its folder's."""
+        doctors = self.profile.get("doctors", {})
+        return [
+            short_name(settings.get("checkpoint", "")) or name if name == "doctor" else name
+            for name, settings in doctors.items()
+        ]
 
     @property
     def header(self) -> str:

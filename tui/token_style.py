@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llmdoctor.records import GuidedToken
 from llmdoctor.show.colours import scale_colour
-from llmdoctor.show.lens import Lens, legend_steps, lens_limit, lens_name, lens_scores
+from llmdoctor.show.lens import Lens, legend_steps, lens_limit, lens_name, lens_scores, scale_end
 
 _DARK = ((0xFF, 0x9A, 0x3D), (0xBE, 0xBE, 0xBE), (0x62, 0xB4, 0xFF))
 _LIGHT = ((0x9E, 0x46, 0x00), (0x55, 0x55, 0x55), (0x00, 0x59, 0xB8))
@@ -49,7 +49,7 @@ def legend(name: str, lens: Lens, limit: float, *, dark: bool, narrow: bool) -> 
     text.append(f"  {limit * steps[0]:.2g} ")
     for share in steps:
         text.append("━━", Style(color=style(share, 1, dark=dark).color))
-    text.append(f" {limit:+.2g} ")
+    text.append(f" {scale_end(lens, limit)} ")
     if not narrow:
         text.append(" bold", Style(bold=True)).append(": high")
         if lens != "kl":

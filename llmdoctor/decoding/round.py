@@ -53,12 +53,17 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A possible token at a place, with its log-probs: the product's, the patient's and each doctor's."""
+    """A possible token at a place, with its log-probs: the product's, the patient's and each doctor's.
+
+    ``rank`` and ``patient_rank`` are those of `Alternative`; 0 where no alternatives were asked for.
+    """
 
     id: int
     logprob: float
     patient_logprob: float
     doctor_logprobs: Mapping[str, float]
+    rank: int = 0
+    patient_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class Place:
 
     ``drafted`` says that it is the drafted token, so that the next place can be drawn from the same round. ``values``
     is log V after it, empty where it is not drafted: the doctors have not read it yet. ``flip``, ``kl`` and
-    ``patient_id`` are those of `GuidedToken`; ``top`` are the likeliest tokens of the product.
+    ``patient_id`` and ``top`` are those of `GuidedToken`.
     """
 
     drawn: Choice
@@ -110,7 +115,7 @@ def draw_round(
             ids_B_J[row, 0] = token
     # everything is worked out on the device first, for all places: it costs less than a look at each token
     numbers = _Numbers.of(round_, product_B_J_V, ids_B_J, patient_ids_B_J)
-    best = _tops(round_, product_B_J_V, top) if top else None
+    best = _tops(round_, product_B_J_V, top, ids_B_J) if top else None
     rows = []
     for row, ids in enumerate(numbers.ids):
         drafts = numbers.drafts[row]
@@ -236,23 +241,38 @@ def _flips(product_B_J_V: Tensor, patient_B_J_V: Tensor) -> Tensor:
     return patient_B_J_V.gather(-1, best_B_J_1)[..., 0] < patient_B_J_V.amax(dim=-1)
 
 
-def _tops(round_: Round, product_B_J_V: Tensor, top: int) -> list[list[tuple[Choice, ...]]]:
-    """The likeliest tokens of the product at every place of every row."""
-    highest = product_B_J_V.topk(min(top, product_B_J_V.shape[-1]), dim=-1)
+def _tops(round_: Round, product_B_J_V: Tensor, top: int, ids_B_J: Tensor) -> list[list[tuple[Choice, ...]]]:
+    """The alternatives at every place of every row: the product's likeliest, the patient's likeliest, and the drawn."""
+    count = min(top, product_B_J_V.shape[-1])
+    further = [round_.patient_B_J_V.argmax(dim=-1, keepdim=True), ids_B_J[..., None]]
+    picked_B_J_K = torch.cat([product_B_J_V.topk(count, dim=-1).indices, *further], dim=-1)
 
-    def of_best(logprobs_B_J_V: Tensor) -> list[list[list[float]]]:
-        found: list[list[list[float]]] = logprobs_B_J_V.gather(2, highest.indices).tolist()
+    def of_picked(logprobs_B_J_V: Tensor) -> list[list[list[float]]]:
+        found: list[list[list[float]]] = logprobs_B_J_V.gather(2, picked_B_J_K).tolist()
         return found
 
-    ids, logprobs, patient = highest.indices.tolist(), highest.values.tolist(), of_best(round_.patient_B_J_V)
-    doctors = {name: of_best(logprobs_B_J_V) for name, logprobs_B_J_V in round_.doctors_B_J_V.items()}
-    return [
-        [
-            tuple(
-                Choice(i, logprobs[b][p][k], patient[b][p][k], {name: own[b][p][k] for name, own in doctors.items()})
-                for k, i in enumerate(ids[b][p])
-            )
-            for p in range(len(ids[b]))
-        ]
-        for b in range(len(ids))
+    ids, logprobs, patient = picked_B_J_K.tolist(), of_picked(product_B_J_V), of_picked(round_.patient_B_J_V)
+    doctors = {name: of_picked(logprobs_B_J_V) for name, logprobs_B_J_V in round_.doctors_B_J_V.items()}
+    ranks, patient_ranks = (_ranks(each, picked_B_J_K) for each in (product_B_J_V, round_.patient_B_J_V))
+
+    def choice(b: int, p: int, k: int) -> Choice:
+        own = {name: logprobs[b][p][k] for name, logprobs in doctors.items()}
+        return Choice(ids[b][p][k], logprobs[b][p][k], patient[b][p][k], own, ranks[b][p][k], patient_ranks[b][p][k])
+
+    def of_place(b: int, p: int) -> tuple[Choice, ...]:
+        seen = ids[b][p]
+        return tuple(choice(b, p, k) for k in range(len(seen)) if seen[k] not in seen[:k])
+
+    return [[of_place(b, p) for p in range(len(ids[b]))] for b in range(len(ids))]
+
+
+def _ranks(logprobs_B_J_V: Tensor, picked_B_J_K: Tensor) -> list[list[list[int]]]:
+    """The places of the picked tokens in the whole vocabulary, from 1."""
+    values_B_J_K = logprobs_B_J_V.gather(2, picked_B_J_K)
+    # one token at a time: all at once would take K times the memory of the log-probs
+    above = [
+        (logprobs_B_J_V > value_B_J[..., None]).sum(dim=-1, dtype=torch.int32)
+        for value_B_J in values_B_J_K.unbind(dim=-1)
     ]
+    ranks: list[list[list[int]]] = (torch.stack(above, dim=-1) + 1).tolist()
+    return ranks

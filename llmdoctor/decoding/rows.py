@@ -139,6 +139,8 @@ class Row:
                     patient_logprob=choice.patient_logprob,
                     doctor_logprobs=choice.doctor_logprobs,
                     logprob=choice.logprob,
+                    rank=choice.rank,
+                    patient_rank=choice.patient_rank,
                 )
                 for choice in place.top
             ),

@@ -99,6 +99,7 @@ class FakeAssistant:
         chosen = drawn if forced is None else forced
         names = self.doctor_names if how["guided"] else ()
         order = sorted(range(len(WORDS)), key=lambda i: -logps[i])
+        listed = list(dict.fromkeys([*order[: how["top"]], 0, chosen]))
         return GuidedToken(
             position=position,
             id=chosen,
@@ -118,8 +119,10 @@ class FakeAssistant:
                     math.log(PATIENT[i]),
                     {name: math.log(DOCTORS[name][i]) for name in names},
                     logps[i],
+                    rank=order.index(i) + 1,
+                    patient_rank=i + 1,
                 )
-                for i in order[: how["top"]]
+                for i in listed
             ),
         )
 

@@ -177,14 +177,13 @@ def test_the_inspector_shows_the_known_probabilities_and_forces_a_branch(make_ap
         assert inspector.token == token
         shown = ranked(token)
         logps = product(BOTH)
-        assert [a.id for a, _, _ in shown] == sorted(range(len(WORDS)), key=lambda i: -logps[i])
-        by_patient = sorted(range(len(WORDS)), key=lambda i: -PATIENT[i])
-        assert [was for a, was, _ in shown] == [by_patient.index(a.id) + 1 for a, _, _ in shown]
+        assert [a.id for a in shown] == sorted(range(len(WORDS)), key=lambda i: -logps[i])
         table = inspector.query_one(Alternatives)
-        best = shown[0][0]
+        best = shown[0]
         row = [str(cell) for cell in table.get_row_at(0)]
         percents = [math.exp(logps[best.id]), PATIENT[best.id], *(DOCTORS[n][best.id] for n in ("helpful", "safe"))]
         assert row[2:6] == [f"{100 * p:.1f}%" for p in percents]
+        assert row[6] == f"{best.id + 1}→1 ▲{best.id}"
         assert "3 of 24" in d.text()
         assert app.chat.query_one(Curve).cursor == 2
         await d.press("enter")
@@ -192,11 +191,11 @@ def test_the_inspector_shows_the_known_probabilities_and_forces_a_branch(make_ap
         await d.press("right")
         assert app.chat.view("guided").selected.position == 3  # the table's arrows move the token too
         await d.press("left")
-        other = next(i for i, (a, _, _) in enumerate(ranked(token)) if a.id not in (token.id, END))
+        other = next(i for i, a in enumerate(ranked(token)) if a.id not in (token.id, END))
         await d.press(*["down"] * other, "enter")
         await d.idle()
         second = app.chat.turns
-        chosen = ranked(token)[other][0]
+        chosen = ranked(token)[other]
         assert [t.id for t in second[0].guided.tokens[:3]] == [*(t.id for t in first[0].guided.tokens[:2]), chosen.id]
         assert second[0].guided.forced == (2,)
         assert second[0].patient is first[0].patient
@@ -609,7 +608,7 @@ def test_nonsense_is_shown_as_it_is(make_app, drive):
 
 
 def test_lenses_colour_mark_and_explain(make_app, drive):
-    app = make_app(FakeAssistant(shortest=999), sampling=Sampling(max_new_tokens=300))
+    app = make_app(FakeAssistant(shortest=999), sampling=Sampling(max_new_tokens=140))
 
     def styles():
         view = app.chat.view("guided")
@@ -622,7 +621,7 @@ def test_lenses_colour_mark_and_explain(make_app, drive):
 
     async def steps(d):
         await d.ask("Go")
-        assert "changed by guidance (KL, nats)  0 ━━━━━━ +1" in d.text()
+        assert "changed by guidance (KL, nats)  0 ━━━━━━ 1  bold" in d.text()
         assert len({s.color.name for s in styles().values()}) == 1  # the fake doctors change every place alike
         await d.press("ctrl+l")
         assert app.chat.query_one(Curve).high == pytest.approx(math.log(0.4) + 2)
@@ -928,5 +927,116 @@ def test_help_holds_every_command_and_key_and_is_wrapped_once(make_app, drive):
             assert len(prose[0]) <= box
             assert width < 80 or prose[0].endswith("0.35 Enter.")
             await d.press("escape")
+
+    drive(app, steps)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (80, 14), (80, 10), (80, 8), (60, 14), (40, 12), (40, 10)])
+def test_a_low_window_shows_the_prompt_and_two_lines_of_each_text(size, make_app, drive):
+    app = make_app(FakeAssistant(shortest=99), sampling=Sampling(max_new_tokens=140))
+
+    async def steps(d):
+        await d.ask("Go")
+        await d.pilot.resize_terminal(*size)
+        await d.pilot.pause(0.05)
+        assert "▌ Ask" in d.text()
+        rooms = [app.chat.view(which) for which in ("patient", "guided")]
+        for view in rooms:
+            shown = [view.render_line(y).text.strip() for y in range(view.size.height)]
+            assert len(shown) >= 2
+            assert all(shown[-2:]), shown  # no empty lines at the end, while there is text above them
+        assert ("changed by guidance" in d.text()) == (size[1] > 16)
+        assert ("α patient" in d.text()) == (size[1] > 16)
+
+    drive(app, steps)
+
+
+def test_the_prompt_is_the_last_to_go(make_app, drive):
+    app = make_app()
+
+    async def steps(d):
+        await d.ask("Go")
+        for height in range(9, 0, -1):
+            await d.pilot.resize_terminal(30, height)
+            await d.pilot.pause(0.05)
+            assert "▌ Ask" in d.text(), height
+
+    drive(app, steps)
+
+
+def test_the_same_commands_are_in_the_palette_of_every_screen(make_app, drive):
+    app = make_app()
+
+    async def steps(d):
+        await d.ask("Go")
+
+        def first_hit():
+            below = d.text().partition("🔎")[2].splitlines()[1:]
+            return next((line.strip() for line in below if line.strip().startswith("/")), "")
+
+        async def choose(command, shown):
+            await d.press("ctrl+p")
+            await d.until(lambda: first_hit() == "/help")
+            assert "Screenshot" not in d.text()
+            await d.press(*command)
+            await d.until(lambda: first_hit() == shown)
+            await d.press("enter")
+
+        for opening in (["f1"], ["f9"], []):
+            before = app.chat.lens
+            await d.press(*opening)
+            await choose("/lens", "/lens [KIND]")
+            await d.until(lambda before=before: app.screen is app.chat and app.chat.lens != before)
+        await d.type("/compare beta=0 beta=1")
+        await d.until(lambda: app.screen is not app.chat)
+        await choose("/rename", "/rename TITLE")
+        await d.until(lambda: app.screen is app.chat and app.chat.prompt.text == "/rename ")
+        assert app.chat.prompt.has_focus
+
+    drive(app, steps)
+
+
+def test_one_message_at_a_time_until_the_next_command(make_app, drive):
+    app = make_app()
+
+    async def steps(d):
+        await d.type("/dance")
+        await d.type("/lens pink")
+        assert "/dance" not in d.notices
+        assert "/lens: expected one of kl, ratio" in d.notices
+        app.notify("Copied.")
+        assert d.notices == "Copied."
+        await d.type("/lens off")
+        assert d.notices == ""
+
+    drive(app, steps)
+
+
+def test_mistakes_name_the_command_and_what_it_takes(make_app, drive, tmp_path):
+    app = make_app()
+
+    async def steps(d):
+        for line, said in (
+            ("/compare foo", "/compare: expected name=value or one of helpful, safe, got 'foo'"),
+            ("/export doc", "/export: expected one of md, json, html, svg, got 'doc'"),
+            ("/show 3", "/show: expected nothing behind it, got '3'"),
+        ):
+            await d.type(line)
+            assert d.notices == said
+        await d.ask("Go")
+        await d.type("/export")
+        assert d.notices.startswith("wrote ")
+        assert [path.suffix for path in tmp_path.glob("llmdoctor-*")] == [".md"]
+
+    drive(app, steps)
+
+
+def test_one_doctor_is_spoken_of_in_the_singular(make_app, drive):
+    profile = {"patient": {"model": "tiny"}, "doctors": {"doctor": {"checkpoint": "/runs/calm"}}}
+    app = make_app(profile=profile)
+
+    async def steps(d):
+        assert "patient tiny · doctor runs/calm" in d.text()
+        assert "by a small doctor: runs/calm" in " ".join(d.text().replace("│", " ").split())
 
     drive(app, steps)

@@ -76,7 +76,7 @@ def test_a_single_setting_stands_beside_those_in_use_and_mistakes_are_told():
     ]
     for text, words in (
         ("", "for example /compare beta=0.5 beta=2"),
-        ("quack", "expected name=value, got 'quack'"),
+        ("quack", "expected name=value or one of helpful, safe, got 'quack'"),
         ("beta=x beta=2", "/compare: "),
         ("alpha=0,beta=0", "nothing is left"),
         ("beta=1 " * 7, "at most 6"),

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 from textual.widgets import DataTable
@@ -76,7 +77,7 @@ def test_after_forcing_and_stepping_it_shows_the_answer_that_is_there(make_app, 
         await d.ask("Go")
         before = app.chat.turns[0].guided.tokens
         await d.press("f2", "home", "right", "right", "enter")
-        other = next(i for i, (a, _, _) in enumerate(ranked(before[2])) if a.id not in (before[2].id, END))
+        other = next(i for i, a in enumerate(ranked(before[2])) if a.id not in (before[2].id, END))
         await d.press(*["down"] * other, "enter")
         await d.idle()
         after = app.chat.turns[0].guided.tokens
@@ -116,7 +117,7 @@ def test_a_place_that_the_new_answer_does_not_reach_is_its_end(make_app, drive):
         await d.press("f2", "home", "enter")
         await d.press(*["down"] * 7)
         assert "end of answer <end>" in d.text()
-        (last,) = [i for i, (a, _, _) in enumerate(ranked(inspected(app))) if a.id == END]
+        (last,) = [i for i, a in enumerate(ranked(inspected(app))) if a.id == END]
         app.chat.query_one(DataTable).move_cursor(row=last)
         await d.press("enter")
         await d.idle()
@@ -256,5 +257,54 @@ def test_a_long_error_leaves_rows_to_the_texts_in_a_narrow_browser(drive):
         assert min(map(rows, app.screen.views)) >= 2
         await told(d, len(LONG))
         assert min(map(rows, app.screen.views)) >= 1
+
+    drive(app, steps, size=(80, 24))
+
+
+def test_ranks_are_those_of_the_vocabulary_and_the_patients_first_token_stays(make_app, drive):
+    """Flat laws: all are rare, but what was said and what the patient would have said are shown."""
+    flat = math.log(0.0005)
+    top = tuple(
+        Alternative(number, f" w{number}", flat, {"helpful": flat}, flat, rank, patient_rank)
+        for number, rank, patient_rank in ((1, 1, 57), (2, 2, 40), (3, 3000, 1))
+    )
+    said = GuidedToken(0, 1, " w1", flat, {"helpful": flat}, flat, {"helpful": 0.0}, True, 0.1, 1.0, {}, top)
+    older = replace(said, top=tuple(replace(other, rank=0, patient_rank=0) for other in top))
+    app = make_app()
+
+    async def steps(d):
+        await d.ask("Go")
+        await d.press("f2")
+        inspector = app.chat.query_one(Inspector)
+        table = inspector.query_one(DataTable)
+
+        def rows():
+            return [[str(cell) for cell in table.get_row_at(row)] for row in range(table.row_count - 1)]
+
+        inspector.show(said, None, 1, {})
+        assert [(row[1], row[-1]) for row in rows()] == [("·w1", "57→1 ▲56"), ("·w3", "1→3000 ▼2999")]
+        inspector.show(older, None, 1, {})
+        assert [(row[1], row[-1]) for row in rows()] == [("·w1", "")]
+
+    drive(app, steps)
+
+
+def test_columns_are_as_wide_as_the_rows_that_are_there(make_app, drive):
+    """Also between two rows drawn at once, and after wider or narrower ones: no cell is cut."""
+    app = make_app(FakeAssistant(shortest=99))
+
+    async def steps(d):
+        await d.ask("Go")
+        await d.press("f2", "enter", "down", "enter")
+        await d.idle()
+        inspector = app.chat.query_one(Inspector)
+        table = inspector.query_one(DataTable)
+        for top in (inspector.token.top, inspector.token.top[:1], inspector.token.top):
+            inspector.show(replace(inspector.token, top=top), None, 24, {})
+            for at, column in enumerate(table.ordered_columns):  # at once: a frame may be drawn any time
+                cells = [table.get_row_at(row)[at] for row in range(table.row_count)]
+                assert column.get_render_width(table) - 2 * table.cell_padding >= max(cell.cell_len for cell in cells)
+        assert "●" in d.text()
+        assert "▲" in d.text()
 
     drive(app, steps, size=(80, 24))

@@ -1,7 +1,7 @@
 """What the keys, the prompt and the sliders do in a conversation."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from textual import on
 from textual.binding import Binding, BindingType
@@ -23,7 +23,6 @@ from llmdoctor.tui.widgets.welcome import Examples, Welcome
 class ChatScreen(ConversationScreen):
     """A conversation to take part in."""
 
-    COMMANDS: ClassVar[set[Any]] = {commands.Palette}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop the answer; close what is open", id="chat.stop"),
         Binding("f1", "help", "This help", priority=True, id="chat.help"),
@@ -196,6 +195,8 @@ class ChatScreen(ConversationScreen):
         """To the first slider; from a slider back to the prompt."""
         if isinstance(self.focused, Slider):
             self.prompt.focus()
+        elif self.has_class("tight"):
+            self.notify("The sliders need a higher window; /set changes the same.")
         else:
             self.query(Slider).first().focus()
 
@@ -236,7 +237,8 @@ class ChatScreen(ConversationScreen):
     # Commands
 
     def obey(self, line: str) -> None:
-        """Run a slash command; what is wrong with it is one line."""
+        """Run a slash command; what is wrong with it is one line, in place of what there was to say before."""
+        self.app.clear_notifications()
         try:
             commands.run(self, line)
         except LLMDoctorError as error:

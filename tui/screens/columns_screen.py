@@ -20,6 +20,7 @@ from llmdoctor.tui.conversation import Said, asked, conversation, ending, pieces
 from llmdoctor.tui.current_settings import other_seed
 from llmdoctor.tui.generation import Ended, Event, SideEnded, Spoken
 from llmdoctor.tui.pacing import FRAME, Pacing
+from llmdoctor.tui.room import fit_height
 from llmdoctor.tui.widgets.hints import Hint, Hints
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector
 from llmdoctor.tui.widgets.prompt import Prompt
@@ -274,7 +275,9 @@ class ColumnsScreen(Screen[str | None]):
 
     def on_resize(self) -> None:
         """As many columns beside each other as there is room for."""
-        self.set_class(self.app.size.height < _LOW, "low")
+        height = self.app.size.height
+        self.set_class(height < _LOW, "low")
+        fit_height(self, height, stacked=1)
         self.fit()
         self.show_status()
 

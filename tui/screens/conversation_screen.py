@@ -23,6 +23,7 @@ from llmdoctor.tui.current_settings import CurrentSettings
 from llmdoctor.tui.generation import Assistant
 from llmdoctor.tui.history import History, Turns
 from llmdoctor.tui.pacing import FRAME, Pacing
+from llmdoctor.tui.room import fit_height
 from llmdoctor.tui.widgets.hints import Hint, Hints
 from llmdoctor.tui.widgets.panes import Panes
 from llmdoctor.tui.widgets.prompt import Prompt
@@ -37,6 +38,7 @@ _STATUS_EVERY = 0.4  # seconds between two updates of the status line while toke
 # Rows below which the curve is lower and the prompt has no margin; rows from which the curve is higher; columns from
 # which the inspector opens by itself.
 _LOW, _ROOMY, _WIDE = 30, 45, 180
+_INSPECTOR = 8  # rows that an inspector below the texts needs
 
 
 class ConversationScreen(Screen[None]):
@@ -91,6 +93,14 @@ class ConversationScreen(Screen[None]):
         self.set_class(height >= _ROOMY, "roomy")
         self.panes.fit()
         self.sliders.fit(width)
+        self.fit_height()
+
+    @on(Panes.Fitted)
+    def fit_height(self) -> None:
+        """Leave out what has no room."""
+        height = self.app.size.height
+        more = 1 + self.sliders.rows + (_INSPECTOR if self.panes.has_class("below") else 0)
+        fit_height(self, height, stacked=2 if self.panes.has_class("stacked") else 1, more=more)
 
     @on(events.DescendantFocus)
     @on(events.DescendantBlur)
@@ -214,8 +224,8 @@ class ConversationScreen(Screen[None]):
         self.history.open(session.turns)
         self.panes.close_inspector()
         self.editing = False
-        for difference in self.settings.resume(session, self.app.start.profile):
-            self.notify(difference, severity="warning", markup=False)
+        if differences := self.settings.resume(session, self.app.start.profile):
+            self.notify(" ".join(differences), severity="warning", markup=False)
         self.sliders.show()
         self.show_all()
 

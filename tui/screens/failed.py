@@ -29,7 +29,7 @@ class FailedScreen(Screen[None]):
             yield Static(Text(f"error: {' '.join(clean(str(self.error)).split())}"), id="failed-text")
             yield Static(Text("Press q to leave.", style="dim"))
         yield StatusLine()
-        yield Footer(compact=True)
+        yield Footer(compact=True, show_command_palette=False)
 
     def action_leave(self) -> None:
         """Quit."""

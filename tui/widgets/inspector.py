@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import ClassVar
 
 from rich.text import Text
@@ -106,27 +107,32 @@ class Inspector(Vertical):
         table.clear(columns=True)
         if token is None:
             return
-        names = list(token.doctor_logprobs)
-        guided = ["guided"] if names else []  # the patient alone has nothing beside itself
-        for label in ("", "token", *guided, "patient", *names, *(["rank"] if names else [])):
-            table.add_column(Text(label), key=label or "mark")
-        places = ranked(token)
-        folded = [place for place in places if _rare(place[0], token)]
-        shown = places if self._unfolded else [place for place in places if place not in folded]
-        self._rows = [alternative for alternative, _, _ in shown]
-        for alternative, was, now in shown:
-            row = [percent(alternative.logprob)] if names else []
-            row += [percent(alternative.patient_logprob)]
-            row += [percent(alternative.doctor_logprobs.get(name, -math.inf)) for name in names]
-            said = alternative.id == token.id
-            cells = [Text("●" if said else " "), Text(self._named(alternative), style="bold" if said else "")]
-            for cell in cells:
-                cell.truncate(_WIDEST, overflow="ellipsis")
-            rank = [moved(was, now)] if names else []
-            table.add_row(*cells, *(Text(cell, justify="right") for cell in row), *rank)
+        every = ranked(token)
+        folded = [other for other in every if _rare(other, token)]
+        self._rows = [other for other in every if self._unfolded or other not in folded]
+        rows = [self._row(other, token) for other in self._rows]
         if folded:
             what = "fold those below 0.1%" if self._unfolded else f"{len(folded)} more below 0.1%"
-            table.add_row(Text(" "), Text(what, style="dim"))
+            rows.append([Text(" "), Text(what, style="dim")])
+        names = list(token.doctor_logprobs)
+        labels = ["", "token", *(["guided"] if names else []), "patient", *names, *(["rank"] if names else [])]
+        for label, *cells in zip_longest(map(Text, labels), *rows, fillvalue=Text()):
+            # a width of our own: the table measures later, and may draw before, as wide as older rows were
+            table.add_column(label, key=label.plain or "mark", width=max(cell.cell_len for cell in (label, *cells)))
+        for row in rows:
+            table.add_row(*row)
+
+    def _row(self, other: Alternative, token: GuidedToken) -> list[Text]:
+        """The cells of one alternative; the patient alone has no guided one beside itself."""
+        names = list(token.doctor_logprobs)
+        said = other.id == token.id
+        cells = [Text("●" if said else " "), Text(self._named(other), style="bold" if said else "")]
+        for cell in cells:
+            cell.truncate(_WIDEST, overflow="ellipsis")
+        shares = [other.logprob] if names else []
+        shares += [other.patient_logprob, *(other.doctor_logprobs.get(name, -math.inf) for name in names)]
+        rank = [moved(other.patient_rank, other.rank)] if names else []
+        return [*cells, *(Text(percent(share), justify="right") for share in shares), *rank]
 
     def _named(self, token: GuidedToken | Alternative) -> str:
         """Its text, or what it is if it has none."""
@@ -162,27 +168,25 @@ class Inspector(Vertical):
             self.query_one(Alternatives).move_cursor(row=event.cursor_row)
 
 
-def ranked(token: GuidedToken) -> Sequence[tuple[Alternative, int, int]]:
-    """The alternatives and the token itself, by the product, each with its place for the patient and for the product.
-
-    Places count among these alternatives.
-    """
+def ranked(token: GuidedToken) -> Sequence[Alternative]:
+    """The alternatives and the token itself, by the product."""
     others = list(token.top)
-    if token.id not in {other.id for other in others}:
+    if token.id not in {other.id for other in others}:  # so in older records
         own = Alternative(token.id, token.text, token.patient_logprob, token.doctor_logprobs, token.logprob)
         others.append(own)
-    others.sort(key=lambda other: -other.logprob)
-    by_patient = sorted(others, key=lambda other: -other.patient_logprob)
-    was = {other.id: place for place, other in enumerate(by_patient, start=1)}
-    return [(other, was[other.id], place) for place, other in enumerate(others, start=1)]
+    return sorted(others, key=lambda other: -other.logprob)
 
 
 def _rare(alternative: Alternative, token: GuidedToken) -> bool:
-    """Whether neither the patient nor the product is likely to say it; never what was said."""
-    return alternative.id != token.id and max(alternative.logprob, alternative.patient_logprob) < _RARE
+    """Whether neither the patient nor the product is likely to say it; never what was said or the patient's first."""
+    if alternative.id == token.id or alternative.patient_rank == 1:
+        return False
+    return max(alternative.logprob, alternative.patient_logprob) < _RARE
 
 
 def moved(was: int, now: int) -> Text:
-    """``3→1 ▲2``: from the patient's place to the product's."""
+    """``3→1 ▲2``: from the patient's place in the vocabulary to the product's; nothing where they are not known (0)."""
+    if not was or not now:
+        return Text()
     arrow = f" ▲{was - now}" if now < was else f" ▼{now - was}" if now > was else ""
     return Text(f"{was}→{now}{arrow}")

@@ -7,6 +7,7 @@ from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal
+from textual.message import Message
 
 from llmdoctor.records import Speaker
 from llmdoctor.sessions import Reply
@@ -42,6 +43,9 @@ _LOW = 40  # rows below which the inspector takes the curve's room
 
 class Panes(Horizontal):
     """Shows what ``answering`` holds. ``inspected`` is the side whose token is in the inspector, None while closed."""
+
+    class Fitted(Message):
+        """Panes and inspector have been placed anew."""
 
     app: "ChatApp"  # type: ignore[assignment]
 
@@ -303,7 +307,8 @@ class Panes(Horizontal):
         self.set_class(width < _SIDE_BY_SIDE, "stacked")
         self.set_class(below, "below")
         self.show_headings()
-        self._curve.display = not below or (height >= _LOW and width >= _SIDE_BY_SIDE)
+        self.set_class(below and (height < _LOW or width < _SIDE_BY_SIDE), "curveless")
+        self.post_message(self.Fitted())
 
 
 def _other(which: Speaker) -> Speaker:

@@ -19,6 +19,7 @@ class Sliders(Grid):
     def __init__(self, settings: CurrentSettings, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._settings = settings
+        self.rows = 1
 
     def compose(self) -> ComposeResult:
         """One slider per number."""
@@ -60,7 +61,7 @@ class Sliders(Grid):
         """As many beside each other as ``width`` columns hold, in rows of equal length."""
         count = len(self.query(Slider))
         columns = max(1, min(count, width // (26 if width < 100 else 36)))
-        rows = -(-count // columns)
-        self.styles.grid_size_columns = -(-count // rows)
-        self.styles.grid_size_rows = rows
-        self.styles.height = rows
+        self.rows = -(-count // columns)
+        self.styles.grid_size_columns = -(-count // self.rows)
+        self.styles.grid_size_rows = self.rows
+        self.styles.height = self.rows

@@ -64,7 +64,8 @@ class Welcome(VerticalScroll, can_focus=False):
 
     def _sees(self) -> Text:
         doctors = ", ".join(self._start.doctors)
-        guides = f"guided token by token by small doctors: {doctors}" if doctors else "guided by nothing: no doctor"
+        by = "a small doctor" if len(self._start.doctors) == 1 else "small doctors"
+        guides = f"guided token by token by {by}: {doctors}" if doctors else "guided by nothing: no doctor"
         return Text.assemble(
             ("Left", "bold"), ": the patient alone, a frozen language model. ",
             ("Right", "bold"), f": the same, {guides}. ",
