@@ -16,7 +16,7 @@ from llmdoctor.tui.start import start_of
 _QUESTION = "How can I sleep better?"
 
 
-async def picture(path: Path, size: tuple[int, int], theme: str, token: int) -> None:
+async def picture(path: Path, size: tuple[int, int], theme: str, token: int | None) -> None:
     """Ask one question, open the inspector on one token, and write what the screen shows."""
     with tempfile.TemporaryDirectory() as folder:
         store = SessionStore(Path(folder) / "sessions.sqlite3")
@@ -26,7 +26,9 @@ async def picture(path: Path, size: tuple[int, int], theme: str, token: int) -> 
             app.chat.send(_QUESTION)
             while app.chat.live is not None:
                 await pilot.pause(0.1)
-            if token:
+            if token is None:  # it opens on the first token that guidance changed
+                await pilot.press("f2")
+            elif token:
                 await pilot.press("f2", "home", *["right"] * (token - 1))
             await pilot.pause(0.5)
             write(path, without_fonts(app.export_screenshot(title="llmdoctor chat")))
@@ -38,7 +40,11 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--size", default="150x32")
     parser.add_argument("--theme", default="textual-dark")
-    parser.add_argument("--token", type=int, default=8, help="the token to inspect; 0 leaves the inspector closed")
+    parser.add_argument(
+        "--token",
+        type=int,
+        help="the token to inspect; by default the first changed one; 0 leaves the inspector closed",
+    )
     given = parser.parse_args()
     width, height = map(int, given.size.split("x"))
     asyncio.run(picture(given.path, (width, height), given.theme, given.token))
