@@ -10,7 +10,7 @@ from llmdoctor.cli import options
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
-from llmdoctor.show.formats import short_name
+from llmdoctor.show.formats import counted, short_name
 
 if TYPE_CHECKING:
     from llmdoctor.profile import Profile
@@ -102,8 +102,11 @@ def train(
     if as_json:
         put_json({**report, "changed": bool(steps)})
         return
-    first = f"trained {short_name(chosen.doctor)} on {len(folder)} pairs; wrote {output} in {report['seconds']:.1f} s"
     metrics = made.get("metrics") or {}
+    held = metrics.get("pairs_held_out", 0)
+    kept = f", {counted(held, 'pair')} held out (whole prompts)" if held else ""
+    learnt = counted(metrics.get("pairs", 0) - held, "pair")
+    first = f"trained {short_name(chosen.doctor)} on {learnt}{kept}; wrote {output} in {report['seconds']:.1f} s"
     lines = [first if steps else f"{output} is finished", *flat_lines(metrics), "", _held_out(metrics)]
     put("\n".join([*lines, "", "next:", *_next(output, folder.meta["patient"], settings, profile, chosen.method)]))
 

@@ -504,6 +504,8 @@ def _is_message(item: Any) -> bool:
 def _messages(prompt: Any) -> list[Message]:
     """The prompt as messages. Raises UsageError for what is neither a text nor a conversation."""
     if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UsageError("the prompt is empty: expected a text, or a list of messages")
         return conversation(prompt)
     if not isinstance(prompt, Sequence) or not prompt:
         raise UsageError(f"expected a prompt: a text, or a list of messages, got {prompt!r}")

@@ -470,7 +470,9 @@ def test_guidance_for_one_call_and_lists_of_conversations(assistant: LLMdoctor) 
     assert assistant.generate([one, one], seed=[3, 3], alpha=0.5, beta={name: 2.0}) == [said, said]
 
 
-@pytest.mark.parametrize("prompt", [5, [5], [{"role": "user"}], [{"content": "Hi"}], [[{"role": "user"}]], [[]]])
+@pytest.mark.parametrize(
+    "prompt", [5, "", " \n", [5], [{"role": "user"}], [{"content": "Hi"}], [[{"role": "user"}]], [[]]]
+)
 def test_what_is_no_prompt_is_one_line(assistant: LLMdoctor, prompt: Any) -> None:
     with pytest.raises(UsageError, match="expected"):
         assistant.generate(prompt)
