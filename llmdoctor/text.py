@@ -189,7 +189,9 @@ def conversation_text(
             refusal = error
             continue
         if dropped := _dropped(messages, text):
-            refusal = DataError(f"the model's chat template refuses this conversation: it drops the {dropped} turn")
+            refusal = DataError(
+                f"the model's chat template refuses this conversation: it drops the {dropped} turn, or a part of it"
+            )
             continue
         # Some templates silently drop a system turn. Both faces would then give the same prompt.
         if attempt is tries[-1] or attempt[0]["content"].strip() in text:
@@ -198,10 +200,11 @@ def conversation_text(
 
 
 def _dropped(messages: Sequence[Message], text: str) -> str | None:
-    """The role of a turn, of those that not every template knows, that is not in the rendered ``text``."""
+    """The role of a turn that is not, or not whole, in the rendered ``text``."""
     for message in messages:
         said = [call["function"]["name"] for call in message.get("tool_calls", ())]
-        if message["role"] not in ("system", "user", "assistant"):
+        # an answer may lose its reasoning, and a system turn is looked for by the caller
+        if message["role"] not in ("system", "assistant"):
             said.append(message["content"].strip())
         # some templates write a tool's result as JSON
         if not all(part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in said):

@@ -197,3 +197,18 @@ def clinic():
     from llmdoctor.profile import load_profile
 
     return load_tokenizer(load_profile("clinic").patient.model)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1].content }}",
+        "{% for m in messages %}{{ m.content[:20] }}{% endfor %}",
+        "{% for m in messages %}{% if loop.first or m.role != 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+    ],
+    ids=["all but the last", "their ends", "all but the first"],
+)
+def test_a_template_that_loses_what_a_user_says_is_refused(tiny_tokenizer, template):
+    turns = [("user", "What is a tide, and when is it high?"), ("assistant", "Water."), ("user", "And when is it low?")]
+    with pytest.raises(DataError, match="drops the user turn, or a part of it"):
+        prompt_ids(with_template(tiny_tokenizer, template), [{"role": role, "content": text} for role, text in turns])
