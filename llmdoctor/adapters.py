@@ -28,6 +28,7 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SECONDS = 10.0  # in which the patterns of an adapter must have been compared with all names of modules
 _PROBE = 8  # tokens
 _AGAIN = "as_saved"  # the name of a saved adapter beside the one that was trained
+_MOST_LAYERS = 1000  # that an adapter may replicate
 _PLAIN = re.compile(r"[\w.^$\\-]*")  # a pattern without repetition
 
 
@@ -146,6 +147,16 @@ def _require_small(config: dict[str, Any], held: dict[str, Tensor]) -> None:
     for key, rank in named.items():
         if isinstance(rank, int) and rank > widest:
             raise LoadError(f"{_CONFIG} states {key} {rank}, but no tensor is wider than {widest}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and (rounds := re.fullmatch(r"pissa_niter_(\d+)", start)) and len(rounds[1]) > 3:
+        raise LoadError(f"{_CONFIG} states init_lora_weights {start[:40]!r}: expected at most 999 rounds")
+    if copies := config.get("layer_replication"):
+        try:
+            layers = sum(max(0, end - begin) for begin, end in copies)
+        except (TypeError, ValueError):
+            raise LoadError(f"{_CONFIG}: layer_replication is no list of [first, last] pairs") from None
+        if len(copies) > _MOST_LAYERS or layers > _MOST_LAYERS:
+            raise LoadError(f"{_CONFIG} states layer_replication of {layers} layers: expected at most {_MOST_LAYERS}")
 
 
 def _require_quick(config: dict[str, Any], names: list[str]) -> None:

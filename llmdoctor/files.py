@@ -105,8 +105,10 @@ def _descriptor(path: Path) -> int | None:
 
 
 def require_file(path: Path, *, or_folder: bool = False) -> None:
-    """Raise UsageError for a folder, a socket or a disk, which are neither replaced by a file nor written to."""
+    """Raise UsageError for a folder, a socket, a disk or a link that leads nowhere: no file can be put there."""
     mode = _mode(path)
+    if not mode and path.is_symlink():
+        raise UsageError(f"{path} is a link that leads nowhere: give the name of a file")
     refused = {"socket": stat.S_ISSOCK, "disk": stat.S_ISBLK} | ({} if or_folder else {"folder": stat.S_ISDIR})
     for name, is_one in refused.items():
         if is_one(mode):

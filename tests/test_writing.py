@@ -183,3 +183,12 @@ def test_a_file_that_outgrows_its_limit_is_one_line_and_the_old_one_stays(tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == '"old"\n'
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("target", ["loop", "nowhere/file"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path, target):
+    """It would be replaced by a file, or a folder would be made somewhere else."""
+    (tmp_path / "loop").symlink_to(tmp_path / target)
+    with pytest.raises(UsageError, match="is a link that leads nowhere"):
+        require_file(tmp_path / "loop")
+    assert (tmp_path / "loop").is_symlink()
