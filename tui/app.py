@@ -113,12 +113,15 @@ class DoctorApp(App[int]):
         timeout: float | None = None,
         markup: bool = True,
     ) -> None:
-        """Say it in the status line, long enough to be read, in place of the message before.
+        """Say it in the status line, long enough to be read, in place of the message before; a warning stays.
 
         Textual's own toasts would cover the text. To be called in the app's thread.
         """
         plain = Content.from_markup(message).plain if markup else message
+        warnings = [notice for notice in self.notices if notice.severity == "warning"]
         self.notices.clear()
+        for notice in warnings:
+            self.notices.add(notice)
         seconds = timeout or max(_NOTICE, len(plain) / _READ)
         self.notices.add(Notification(plain, title, severity, seconds, markup=False))
         self._show_notices()

@@ -88,7 +88,8 @@ def test_compare_reads_the_prompt_from_stdin_and_lists_alternatives(run):
     for token in compared["guided"]["tokens"]:
         keys = ["id", "text", "patient_logprob", "doctor_logprobs", "logprob", "rank", "patient_rank"]
         assert all(list(other) == keys for other in token["top"])
-        assert [other["rank"] for other in token["top"][:3]] == [1, 2, 3]
+        ranks = [other["rank"] for other in token["top"][:3]]  # those that are cut tie
+        assert ranks[0] == 1 and ranks == sorted(ranks)
 
 
 def test_chat_streams_and_goes_on_after_a_prompt_that_is_too_long(run):
