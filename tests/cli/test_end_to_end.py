@@ -89,7 +89,8 @@ def test_compare_reads_the_prompt_from_stdin_and_lists_alternatives(run):
         keys = ["id", "text", "patient_logprob", "doctor_logprobs", "logprob", "rank", "patient_rank"]
         assert all(list(other) == keys for other in token["top"])
         ranks = [other["rank"] for other in token["top"][:3]]  # those that are cut tie
-        assert ranks[0] == 1 and ranks == sorted(ranks)
+        assert ranks[0] == 1
+        assert ranks == sorted(ranks)
 
 
 def test_chat_streams_and_goes_on_after_a_prompt_that_is_too_long(run):
