@@ -65,6 +65,8 @@ def complaint(invalid: ValidationError, given: Mapping[str, Any], schema: type[S
             return error["msg"].removeprefix("Value error, ")
         case "string_pattern_mismatch" if error["loc"][-1] == "[key]":
             return f"name {name!r} may hold only letters, digits, '_', '.' and '-'"
+        case "tuple_type":
+            return f"{name!r} should be a list, got {shown(error['input'])}"
         case "model_type" | "dict_type":
             return f"{name!r} expected `key: value` lines under it, got {shown(error['input'])}"
     expected = re.sub("^Input |, (unable|got) .*", "", error["msg"])

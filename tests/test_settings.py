@@ -218,3 +218,9 @@ def test_a_field_added_to_the_schema_is_found_everywhere():
     script = Path(__file__).with_name("one_field_more.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (0, "found everywhere\n"), done.stdout + done.stderr
+
+
+def test_a_list_is_called_a_list() -> None:
+    """Not a tuple, which neither YAML nor JSON has."""
+    with pytest.raises(UsageError, match=r"^'stop' should be a list, got 5$"):
+        Sampling(stop=5)  # type: ignore[arg-type]
