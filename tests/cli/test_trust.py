@@ -200,8 +200,11 @@ def test_hf_hub_offline_is_honoured_where_a_hub_name_is_asked_for(run, no_networ
 
 
 @pytest.mark.slow
-def test_compare_killed_in_the_middle_of_an_answer_leaves_whole_lines_and_goes_on(run, tmp_path):
-    """SIGKILL while the second prompt is answered: no page, no half line; again, the file is as if never killed."""
+def test_compare_killed_in_the_middle_of_an_answer_leaves_only_answers_and_goes_on(run, tmp_path):
+    """SIGKILL while answers are written: no page; run again, the file is as if it was never killed.
+
+    A kill may cut the write of the last line in two, so only lines that end are read.
+    """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("How can I sleep better?\nHow do I boil an egg?\nHow can I sleep well?\n")
     how = ("--prompts", prompts, "--max-new-tokens", 20, "--seed", 1, "--rows", 1, "--html", tmp_path / "page.html")
@@ -212,9 +215,9 @@ def test_compare_killed_in_the_middle_of_an_answer_leaves_whole_lines_and_goes_o
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     kept = killed.read_bytes()
-    assert all(json.loads(line)["answer"]["text"] for line in kept.splitlines())
+    assert all(json.loads(line)["answer"]["text"] for line in kept.splitlines(keepends=True) if line.endswith(b"\n"))
     assert {path.name for path in tmp_path.iterdir()} <= {"prompts.txt", "killed.jsonl", "work"}
-    killed.write_bytes(kept + kept[: len(kept) // 2])  # cut in the middle of a line, as a full buffer may be
+    killed.write_bytes(kept + kept[: len(kept) // 2])  # surely cut in the middle of a line
     for output in (killed, tmp_path / "whole.jsonl"):
         assert run("compare", *how, "-o", output).exit_code == 0
     said = [
