@@ -3,11 +3,12 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from textual.widgets import DataTable, OptionList
 
 from llmdoctor.errors import DataError
-from llmdoctor.records import Answer, Comparison
+from llmdoctor.records import Answer, Comparison, Versus
 from llmdoctor.show.rewards import RewardedText
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
@@ -71,6 +72,17 @@ def compared(seed):
     metrics = {"flips": 3, "guided_tokens": count, "kl": kl, "kl_per_token": kl / count}
     settings = {"alpha": 1.0, "betas": {"helpful": 0.8, "safe": 0.4}, "temperature": 1.0, "seed": seed}
     return Comparison(f"Prompt {seed}", settings, *sides, metrics)
+
+
+def test_every_guided_answer_has_an_entry_of_its_own():
+    one = compared(1)
+    further = Versus("beta=2", {**one.settings, "betas": {"helpful": 2.0}}, compared(2).guided, one.metrics)
+    first, second = comparison_items(replace(one, vs=(further,)))
+    assert (first.title, second.title) == ("Prompt 1", "beta=2: Prompt 1")
+    assert [heading for heading, _ in second.sides] == ["patient alone", "beta=2: guided by helpful 2"]
+    texts = ["".join(piece.text for piece in shown) for item in (first, second) for _, shown in item.sides]
+    assert texts[0] == texts[2]
+    assert compared(2).guided.text in texts[3]
 
 
 def test_comparisons_are_browsed_while_they_are_made(drive):
