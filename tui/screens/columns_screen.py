@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _COLUMN = 38  # cells that a column needs to stand beside another
 _LEAST = 6  # rows of a column, else the columns scroll
-_LOW = 30  # rows below which the prompt has no margin
+_LOW, _ROOMY = 30, 45  # rows below which the prompt has no margin, and from which the inspector is higher
 
 
 class ColumnsScreen(Screen[str | None]):
@@ -286,6 +286,7 @@ class ColumnsScreen(Screen[str | None]):
         """As many columns beside each other as there is room for."""
         height = self.app.size.height
         self.set_class(height < _LOW, "low")
+        self.set_class(height >= _ROOMY, "roomy")
         fit_height(self, height, stacked=1)
         self.fit()
         self.show_status()
