@@ -39,19 +39,13 @@ Ctrl+C stops an answer and keeps the conversation."""
 @options.derived
 def chat(
     *,
-    profile: options.ProfileName = None,
-    patient: options.Patient = None,
-    doctor: options.Doctors = None,
-    doctor_base: options.DoctorBase = None,
-    beta: options.Betas = None,
-    decode: options.Decode,
+    guided: options.Guided,
     seed: options.Seed = None,
     plain: Annotated[bool, option("--plain", "A conversation line by line, without the full screen.")] = False,
     go_on: Annotated[bool, option("--continue", "Continue the last saved conversation (full screen).")] = False,
     resume: Annotated[
         str | None, option("--resume", "Continue this saved conversation (full screen).", metavar="ID")
     ] = None,
-    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -67,15 +61,7 @@ def chat(
         if not screen:
             raise UsageError("--continue and --resume need the full screen: a terminal, without --plain and --json")
         store, session = _saved_session(None if go_on else resume)
-    settings = options.guided_profile(
-        options.load(profile) if session is None or profile else _profile_of(session),
-        named=profile is not None,
-        patient={"model": patient, **loading},
-        doctors=doctor,
-        doctor_base=doctor_base,
-        betas=beta,
-        decode=decode,
-    )
+    settings = options.guided_profile(guided, _profile_of(session) if session and not guided["profile"] else None)
     if screen:
         from llmdoctor.tui import launch
 
