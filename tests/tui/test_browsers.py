@@ -43,6 +43,7 @@ def test_rewards_are_browsed_pair_by_pair_and_token_by_token(drive):
         assert "chosen, reward +0.75" in d.text()
         assert "rejected, reward -1.00" in d.text()
         assert "1 of 3   Question 0?" in d.text()
+        assert d.strips[-1].text.strip() == "↑↓ choose  Enter its tokens  / search  q leave"
         await d.press("n", "n")
         assert "Question 2?" in d.text()
         assert screen.view("left").limit == screen.view("right").limit == 2.25
@@ -52,6 +53,7 @@ def test_rewards_are_browsed_pair_by_pair_and_token_by_token(drive):
         assert view._style(2, view.rich_style, dark=True).bold
         await d.press("tab", "left")
         assert "rejected, token 1   reward -1.000" in d.text()
+        assert d.strips[-1].text.strip().startswith("←→↑↓ token  Tab other text  Esc back to the list")
         await d.press("escape", "p")
         assert screen.current == 1
         assert isinstance(app.focused, OptionList)
