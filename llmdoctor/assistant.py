@@ -281,7 +281,7 @@ class LLMdoctor:
         guidance = self._of_this_call(guidance, sampling)
         settings = self.sampling.replace(**sampling)
         seeds = seeds_of(settings.seed if seed is None else seed, len(prompts))
-        each = [guidance] * len(prompts) if guidance is None or isinstance(guidance, Guidance) else guidance
+        each = guidance if isinstance(guidance, Sequence) else [guidance] * len(prompts)
         if len(each) != len(prompts):
             raise UsageError(f"expected one guidance for each of {len(prompts)} prompts, got {len(each)}")
         if len(seeds) != len(prompts):
