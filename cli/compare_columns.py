@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmdoctor.cli import options
 from llmdoctor.errors import UsageError
 from llmdoctor.set_command import parse_settings, setting_items
-from llmdoctor.settings import DoctorSettings, Guidance, Sampling
+from llmdoctor.settings import DoctorSettings, Guidance, Sampling, check_guidance
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
@@ -143,8 +143,6 @@ class Models:
         ]
 
     def _load(self) -> None:
-        from llmdoctor.decoding.product import check_guidance
-
         for plan in self._plans:
             check_guidance(plan.guidance or Guidance(), tuple(plan.profile.doctors))
         pools: dict[str, list[Plan]] = {}
