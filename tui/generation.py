@@ -170,6 +170,9 @@ class Worker:
     def cancel(self) -> None:
         """Stop the running answer and those that wait; takes effect at the next token."""
         self._cancelled_up_to = self._number
+        hang_up = getattr(self._assistant, "hang_up", None)  # of a server, which may be silent
+        if hang_up is not None:
+            hang_up()
 
     def close(self) -> None:
         """Stop, and end the thread. While it is still loading it cannot be ended: it then ends with the program."""
@@ -204,7 +207,7 @@ class Worker:
         except Exception as error:  # else the thread would die unseen, and the screen wait forever
             self.events.append(Failed(LLMDoctorError(f"{type(error).__name__}: {error}")))
             return
-        from llmdoctor.decoding.prefix import PrefixCache  # needs torch, which is loaded by now
+        from llmdoctor.decoding.prefix import PrefixCache
 
         self._prefix_caches = {"patient": PrefixCache(), "guided": PrefixCache()}
         # A full collection would otherwise walk through all objects of torch and transformers: 0.3 s without a key.
@@ -220,7 +223,8 @@ class Worker:
         except _Cancelled:
             return Ended(number, "interrupted")
         except LLMDoctorError as error:
-            return Ended(number, "error", str(error))
+            cancelled = number <= self._cancelled_up_to  # a server's stream then ends with an error
+            return Ended(number, "interrupted") if cancelled else Ended(number, "error", str(error))
         except Exception as error:
             return Ended(number, "error", _reason(error))
         return Ended(number, "done")
