@@ -73,7 +73,7 @@ def chat(
     models: RemoteDoctor | None = None
     if server is not None:
         chosen = {"profile": profile, "patient": patient, "doctor": doctor, "doctor_base": doctor_base, **loading}
-        models = remote.connect(server, api_key, decode=decode, trust_remote_code=trust_remote_code, **chosen)
+        models = remote.connect(server, api_key, decode=decode, trust_remote_code=trust_remote_code or None, **chosen)
         offered = models.profile if session is None else _as_held(models.profile, session)
         settings = remote.settings_on(offered, betas=beta, decode=decode)
         models.guidance = settings.decode.guidance(settings.doctors)

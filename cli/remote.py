@@ -26,7 +26,7 @@ _LOADING = ("speculation", "draft_model")  # settings of stage 3 that are the se
 def connect(url: str, api_key: str | None, *, decode: Mapping[str, Any], **given: Any) -> "RemoteDoctor":
     """The models of the server at ``url``. Raises UsageError for options about models that were ``given``."""
     given |= {name: decode[name] for name in _LOADING}
-    if wrong := [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False, [])]:
+    if wrong := [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, [])]:
         raise UsageError(f"--server: the models are the server's: leave out {', '.join(wrong)} (or unset its variable)")
     from llmdoctor.serving.client import RemoteDoctor
 

@@ -52,7 +52,7 @@ class Start:
     def header(self) -> str:
         """``patient clinic/patient · doctors helpful, safe · profile clinic``."""
         named = {"doctor" if len(self.doctors) == 1 else "doctors": ", ".join(self.doctors) or "none"}
-        where = {"profile": self.profile.get("name"), "at": self.profile.get("server")}
+        where = {"at": self.profile.get("server"), "profile": self.profile.get("name")}
         shown = {"patient": self.patient, **named, **where}
         return one_line(" · ".join(f"{what} {name}" for what, name in shown.items() if name))
 
