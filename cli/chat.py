@@ -40,12 +40,7 @@ Ctrl+C stops an answer and keeps the conversation."""
 @options.derived
 def chat(
     *,
-    profile: options.ProfileName = None,
-    patient: options.Patient = None,
-    doctor: options.Doctors = None,
-    doctor_base: options.DoctorBase = None,
-    beta: options.Betas = None,
-    decode: options.Decode,
+    guided: options.Guided,
     seed: options.Seed = None,
     server: remote.Server = None,
     api_key: remote.ApiKey = None,
@@ -54,7 +49,6 @@ def chat(
     resume: Annotated[
         str | None, option("--resume", "Continue this saved conversation (full screen).", metavar="ID")
     ] = None,
-    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -72,21 +66,11 @@ def chat(
         store, session = _saved_session(None if go_on else resume)
     models: RemoteDoctor | None = None
     if server is not None:
-        chosen = {"profile": profile, "patient": patient, "doctor": doctor, "doctor_base": doctor_base, **loading}
-        models = remote.connect(server, api_key, decode=decode, trust_remote_code=trust_remote_code or None, **chosen)
-        offered = models.profile if session is None else _as_held(models.profile, session)
-        settings = remote.settings_on(offered, betas=beta, decode=decode)
+        models = remote.connect(server, api_key, guided, trust_remote_code=trust_remote_code)
+        settings = remote.settings_on(models.profile if session is None else _as_held(models.profile, session), guided)
         models.guidance = settings.decode.guidance(settings.doctors)
     else:
-        settings = options.guided_profile(
-            options.load(profile) if session is None or profile else _profile_of(session),
-            named=profile is not None,
-            patient={"model": patient, **loading},
-            doctors=doctor,
-            doctor_base=doctor_base,
-            betas=beta,
-            decode=decode,
-        )
+        settings = options.guided_profile(guided, _profile_of(session) if session and not guided["profile"] else None)
     if screen:
         from llmdoctor.tui import launch
 

@@ -37,12 +37,7 @@ def serve(
     name: Annotated[
         str | None, option("--name", "The model's name for clients (default: the patient's).", metavar="NAME")
     ] = None,
-    profile: options.ProfileName = None,
-    patient: options.Patient = None,
-    doctor: options.Doctors = None,
-    doctor_base: options.DoctorBase = None,
-    beta: options.Betas = None,
-    decode: options.Decode,
+    guided: options.Guided,
     seed: options.Seed = None,
     rows: Annotated[
         int, option("--rows", "Answers that are written together (default: 64).", metavar="N", min=1, max=4096)
@@ -65,7 +60,6 @@ def serve(
     grace: Annotated[
         int, option("--grace", "Seconds that running answers get at the end (default: 30).", metavar="N", min=0)
     ] = 30,
-    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve the guided patient to many clients at once, as OpenAI's API does; alpha and beta a request.
@@ -75,15 +69,7 @@ def serve(
     if lacking := [module for module in ("starlette", "uvicorn") if importlib.util.find_spec(module) is None]:
         raise UsageError(f"serving needs {lacking[0]}: pip install 'llmdoctor-guided[serve]'")
     signal.signal(signal.SIGTERM, _end)
-    settings = options.guided_profile(
-        options.load(profile),
-        named=profile is not None,
-        patient={"model": patient, **loading},
-        doctors=doctor,
-        doctor_base=doctor_base,
-        betas=beta,
-        decode=decode,
-    )
+    settings = options.guided_profile(guided)
     with _bound(host, port) as listening:  # a port in use is told before the models load
         import uvicorn
 
@@ -116,14 +102,17 @@ def serve(
 
 def _about(settings: "Profile") -> "About":
     """What a terminal elsewhere is told of the models: names, and no paths."""
-    from llmdoctor.cli.compare_files import weights_of
+    from llmdoctor.model_source import doctor_fingerprint, model_fingerprint
     from llmdoctor.serving.info import About
+
+    weights = [model_fingerprint(settings.patient.model)]
+    weights += [doctor_fingerprint(doctor.checkpoint) for doctor in settings.doctors.values()]
 
     return About(
         profile=settings.name,
         patient=short_name(settings.patient.model),
         doctors={name: short_name(doctor.checkpoint) for name, doctor in settings.doctors.items()},
-        weights=weights_of(settings),
+        weights=weights,
         welcome=settings.welcome.model_dump(),
     )
 

@@ -1,15 +1,44 @@
 """``llmdoctor compare --sweep``: measures of the guided answers, which need no judge, over settings."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llmdoctor.cli.measures_table import cell, spoken
+from llmdoctor.cli.compare_columns import Models, Plan
+from llmdoctor.cli.compare_files import Forms
+from llmdoctor.cli.measures_table import cell, markdown_table, spoken, text_table
+from llmdoctor.cli.sweep_chart import Point, settings_of, svg_sweep
+from llmdoctor.cli.terminal import put, put_json, write_file
 from llmdoctor.show.formats import counted
+from llmdoctor.show.page import sweep_page
 
 if TYPE_CHECKING:
+    from llmdoctor.cli.kept_run import KeptRun
     from llmdoctor.comparing import Column, Run
 
-Point = dict[str, Any]
+
+def sweep(
+    points: Sequence[Mapping[str, str]], plans: Sequence[Plan], models: Models, kept: "KeptRun", forms: Forms
+) -> None:
+    """Measure the answers at every point, print the table, and write the pages."""
+    found = []
+    for values, column in zip(points, models.columns(plans, kept), strict=True):
+        with kept.asking():
+            found.append(measured(kept.run, values, column))
+        if forms.jsonl:
+            put_json(found[-1])
+    heading = sweep_heading(kept.run)
+    header, rows = sweep_rows(found)
+    if forms.as_json:
+        numbers = {"prompts": len(kept.run.questions), "answers": sum(1 for _ in kept.run.keys(""))}
+        put_json({"sweep": list(points[0]), **numbers, "seed": kept.run.seed, "points": found})
+    elif not forms.jsonl:
+        put(f"{heading}\n{text_table(header, rows)}")
+    if forms.html:
+        write_file(forms.html, sweep_page(heading, header, rows, svg_sweep(found, heading, alone=False)))
+    if forms.svg:
+        write_file(forms.svg, svg_sweep(found, heading))
+    if forms.markdown:
+        write_file(forms.markdown, f"{heading}\n\n{markdown_table(header, rows)}")
 
 
 def measured(run: "Run", values: Mapping[str, str], column: "Column") -> Point:
@@ -39,13 +68,6 @@ def sweep_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(name for point in points for name in point["measures"]))
     rows = [[settings_of(point), *(cell(point["measures"].get(name)) for name in names)] for point in points]
     return [settings[0] if len(settings) == 1 else "", *map(spoken, names)], rows
-
-
-def settings_of(point: Point, *without: str) -> str:
-    """``helpful=0.5 safe=1``; the value alone where one setting is swept."""
-    shown = {name: value for name, value in point["point"].items() if name not in without}
-    texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in shown.items()}
-    return next(iter(texts.values())) if len(point["point"]) == 1 else " ".join(f"{n}={t}" for n, t in texts.items())
 
 
 def _number(text: str) -> float | str:

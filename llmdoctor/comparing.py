@@ -7,7 +7,7 @@ again: so a run that was stopped goes on where it was.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Question, Versus
 from llmdoctor.settings import Guidance, Sampling
@@ -28,6 +28,27 @@ class Key(NamedTuple):
 Timed = tuple[Answer, float]  # an answer and its seconds
 
 
+class Answers(Protocol):
+    """What a column needs of `LLMdoctor`, or of the models of a server."""
+
+    def answer_all(
+        self,
+        prompts: Sequence[list[Message]],
+        *,
+        guided: bool,
+        guidance: Guidance | None,
+        seed: Sequence[int],
+        top: int,
+        follow: bool,
+        rows: int,
+        on_token: Callable[[GuidedToken], None] | None,
+        on_answer: Callable[[int, Answer], None] | None,
+        **sampling: Any,
+    ) -> list[Answer]:
+        """Answer all prompts."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One way to answer. ``guidance`` None is the patient alone; a seed in ``sampling`` replaces that of the run.
@@ -36,7 +57,7 @@ class Column:
     """
 
     name: str
-    assistant: "LLMdoctor | None"
+    assistant: Answers | None
     guidance: Guidance | None
     sampling: Sampling
 

@@ -63,9 +63,13 @@ def browse_comparisons(compare: Compare, *, lens: "Lens", doctor: str | None, do
     """
     from llmdoctor.tui.app import BrowserApp, run
     from llmdoctor.tui.screens.browser import Post
-    from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
+    from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_items
 
     def source(post: Post, check: Callable[[], None]) -> None:
-        compare(lambda said: post(said if isinstance(said, str) else comparison_item(said)), check)
+        def post_all(said: Comparison | str) -> None:
+            for item in (said,) if isinstance(said, str) else comparison_items(said):
+                post(item)
+
+        compare(post_all, check)
 
     return run(BrowserApp(lambda: ComparisonsScreen(source, lens, doctor, doctors)))

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from llmdoctor.cli import compare, options
+from llmdoctor.cli.kept_run import KeptRun
 from llmdoctor.cli.measures_table import text_table
 from llmdoctor.profile import load_profile
 
@@ -91,7 +92,7 @@ def test_a_stopped_run_goes_on_with_what_had_finished(run, prompts, monkeypatch)
     """It is stopped within a batch; what had finished is in the file, and the rest is the same as without the stop."""
     command = ("compare", "--prompts", prompts, "--max-new-tokens", 4, "--vs", "beta=2")
     whole = json.loads(run(*command, "--seed", 1, "--json").stdout)
-    answered = compare._Asking.on_answer
+    answered = KeptRun.keep
 
     def stop_after_four(self, key, timed):
         answered(self, key, timed)
@@ -99,7 +100,7 @@ def test_a_stopped_run_goes_on_with_what_had_finished(run, prompts, monkeypatch)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare._Asking, "on_answer", stop_after_four)
+        patch.setattr(KeptRun, "keep", stop_after_four)
         assert run(*command, "--seed", 1, "--output", "a.jsonl").exit_code == 130
     assert [(one["column"], one["id"], one["turn"]) for one in lines("a.jsonl")[:3]] == [
         ("patient", "1", 1),

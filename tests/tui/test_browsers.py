@@ -12,7 +12,7 @@ from llmdoctor.show.rewards import RewardedText
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
 from llmdoctor.tui.screens.browser import Item
-from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
+from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_items
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.rewards_browser import RewardsScreen, rewards_item
 from llmdoctor.tui.widgets.inspector import Inspector
@@ -78,10 +78,10 @@ def test_comparisons_are_browsed_while_they_are_made(drive):
 
     def source(post, check):
         post("loading")
-        post(comparison_item(compared(1)))
+        post(*comparison_items(compared(1)))
         while not more.wait(0.01):
             check()
-        post(comparison_item(compared(2)))
+        post(*comparison_items(compared(2)))
         while True:  # as a long list of prompts: only leaving ends it
             check()
             time.sleep(0.01)

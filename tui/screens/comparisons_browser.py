@@ -1,6 +1,6 @@
 """The browser of comparisons: ``llmdoctor compare --tui``."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -12,6 +12,7 @@ from llmdoctor.records import Comparison
 from llmdoctor.sessions import Reply
 from llmdoctor.show.comparison import View
 from llmdoctor.show.lens import LENSES, Lens, following, lens_limit
+from llmdoctor.show.text import clean
 from llmdoctor.tui import token_style
 from llmdoctor.tui.conversation import ENDED, Said, ending, pieces
 from llmdoctor.tui.screens.browser import BrowserScreen, Item, Source
@@ -90,11 +91,13 @@ class ComparisonsScreen(BrowserScreen):
         self.show_facts()
 
 
-def comparison_item(comparison: Comparison) -> Item:
-    """A finished comparison."""
-    view = View.of(comparison, "off")
-    sides = []
-    for heading, answer in (("patient alone", comparison.patient), (view.heading, comparison.guided)):
-        reply = Reply(answer.tokens, "done" if answer.finished else "length")
-        sides.append((heading, [*pieces(0, reply), *ending(0, reply)]))
-    return Item(view.prompt, tuple(sides), f"{view.prompt}\n{'; '.join(view.summary())}")
+def comparison_items(comparison: Comparison) -> Iterator[Item]:
+    """An item for every guided answer of a finished comparison, beside that of the patient alone."""
+    for view in View.of(comparison, "off").columns:
+        one = view.comparison
+        sides = []
+        for heading, answer in (("patient alone", one.patient), (view.heading, one.guided)):
+            reply = Reply(answer.tokens, "done" if answer.finished else "length")
+            sides.append((heading, [*pieces(0, reply), *ending(0, reply)]))
+        title = f"{clean(view.name)}: {view.prompt}" if view.name else view.prompt
+        yield Item(title, tuple(sides), f"{title}\n{'; '.join(view.summary())}")
