@@ -147,7 +147,7 @@ def compare(
     how: dict[str, Any] = {"samples": samples, "top": top or 10 * tui, "follow": follow, "kl_budget": kl_budget}
     models = Models(plans, trust_remote_code=trust_remote_code)
     if there is not None:
-        models, how["server"] = remote.RemoteModels(plans, there), there.weights
+        models, how["weights"] = remote.RemoteModels(plans, there), there.weights
     with KeptRun(output, plans, asked, seed, rows=rows, **how) as kept:
         if points:
             run_sweep(points, plans, models, kept, forms)

@@ -9,17 +9,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, LLMDoctorError
+from llmdoctor.cli.chat import _profile_of
 from llmdoctor.comparing import Column, Run
 from llmdoctor.errors import UsageError
 from llmdoctor.records import Message, Question
 from llmdoctor.serving import client
 from llmdoctor.serving.client import BusyError, RemoteDoctor, ServerError
 from llmdoctor.serving.info import About
+from llmdoctor.sessions import Session
+from llmdoctor.tui.generation import Ended, Part, Worker
 
 Served = Callable[..., AbstractContextManager[str]]
 TALK: list[Message] = [
@@ -433,7 +437,7 @@ def test_a_plain_conversation_needs_no_models(here: LLMdoctor, url: str) -> None
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--doctor", "d", "--device", "cpu", "--no-speculation"), "leave out --doctor, --device, --speculation"),
+        (("--doctor", "d", "--device", "cpu", "--no-speculation"), "leave out --doctor, --speculation, --device"),
         (("--beta", "other=1"), "no doctor named 'other'"),
         (("--api-key", "wrong"), "refuses this API key"),
     ],
@@ -443,3 +447,57 @@ def test_a_mistake_is_one_line(options: tuple[str, ...], words: str, url: str) -
     assert done.returncode in (2, 3)
     assert len(done.stderr.splitlines()) == 2
     assert words in done.stderr
+
+
+def test_the_app_leaves_a_silent_server_at_once() -> None:
+    """The next answer need not wait for it."""
+    with answering(http(INFO)) as address:  # the next connection stands, and nobody takes it
+        there = RemoteDoctor(address)
+        there.sampling = there.sampling.replace(max_new_tokens=9)
+        worker = Worker(lambda _progress: there, there.sampling)
+        worker.start()
+        worker.speak([Part("patient", TALK), Part("guided", TALK)], 1, there.sampling)
+        until(lambda: bool(there._sockets))
+        worker.cancel()
+        until(lambda: any(isinstance(event, Ended) for event in worker.events))
+        assert worker.events[-1] == Ended(1, "interrupted")
+        worker.close()
+        assert not worker.alive
+
+
+def test_compare_on_a_server_is_compare_here(here: LLMdoctor, url: str, tmp_path: Path) -> None:
+    question, file = "What should I eat?", tmp_path / "answers.jsonl"
+    asked = ("compare", question, "--server", url, "--seed", "4", "--vs", "helpful=3", "--output", str(file))
+    done = command(*asked, "--json")
+    found = json.loads(done.stdout)
+    expected = here.compare(question, seed=4)
+    strong = here.guidance.replace(betas={**here.guidance.betas, "helpful": 3.0})
+    assert found["patient"]["text"] == expected.patient.text
+    assert found["guided"]["text"] == expected.guided.text
+    assert found["vs"][0]["answer"]["text"] == here.generate(question, seed=4, guidance=strong)
+    assert found["settings"] == json.loads(json.dumps(dict(expected.settings)))
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert "holds all 3 answers" in command(*asked).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--vs", "doctor=x"), "--vs: a server has its own models"),
+        (("--vs", "system_prompt=x"), "--vs: a server has its own models"),
+        (("--follow",), "leave out --follow"),
+        (("--top", "21", "--json"), "less than or equal to 20"),
+    ],
+)
+def test_what_a_server_cannot_compare_is_one_line(options: tuple[str, ...], words: str, url: str) -> None:
+    done = command("compare", "Why?", "--server", url, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    line, *rest = done.stderr.splitlines()
+    assert words in line
+    assert rest in (["[]"], [])  # while requests run the process ends at once
+
+
+def test_a_conversation_held_on_a_server_says_where_to_go_on() -> None:
+    session = Session.new({"name": "p", "server": "http://host:8000"})
+    with pytest.raises(UsageError, match="add --server http://host:8000"):
+        _profile_of(session)
