@@ -16,7 +16,7 @@ from llmdoctor.cli.compare_budget import budget_text, within
 from llmdoctor.cli.compare_columns import Models, Plan, another, sides, sweep_points
 from llmdoctor.cli.compare_files import Forms
 from llmdoctor.cli.kept_run import KeptRun
-from llmdoctor.cli.measures_table import summary_table
+from llmdoctor.cli.measures_table import filled, summary_table
 from llmdoctor.cli.options import option
 from llmdoctor.cli.picture import svg as picture
 from llmdoctor.cli.side_by_side import markdown_comparison, plain_comparison, rich_comparison
@@ -200,15 +200,15 @@ def _compare(
         elif shown:
             _print(view(result), first=not collected)
         collected.append(result)
-    summary = _summary(collected, kept.run) if len(collected) > 1 else {}
+    summary = _summary(plans, kept.run) if len(collected) > 1 else {}
     if forms.as_json:
         comparisons = [result.to_dict() for result in collected]
         found = {"kl_budget": budget} if budget else {}
         put_json((comparisons[0] if one else {"comparisons": comparisons, **summary}) | found)
     tables = [summary_table(summary["summary"])] if summary else []
-    tables += [budget_text(budget)] if budget else []
+    tables += [filled(budget_text(budget))] if budget else []
     if tables and not forms.as_json and not forms.jsonl:
-        put("\n" + "\n\n".join(tables))
+        put("\n" * shown + "\n\n".join(tables))
     views = [view(result) for result in collected] if forms.pages else []
     if forms.html:
         write_file(forms.html, comparisons_page(views, "\n\n".join(tables)))
@@ -220,17 +220,14 @@ def _compare(
         write_file(forms.markdown, text + "".join(f"\n```\n{table}\n```\n" for table in tables))
 
 
-def _summary(comparisons: "Sequence[Comparison]", run: "Run") -> dict[str, Any]:
+def _summary(plans: Sequence[Plan], run: "Run") -> dict[str, Any]:
     """What all answers of each column have in common, with 95% intervals over the prompts."""
-    from llmdoctor.answers import estimates_to_dict, measures
+    from llmdoctor.answers import estimates_to_dict
 
-    def of(answers: Any) -> dict[str, dict[str, float]]:
-        return estimates_to_dict(measures(list(answers), run.groups()))
-
-    vs = {other.name: of(one.vs[i].answer for one in comparisons) for i, other in enumerate(comparisons[0].vs)}
-    found = {"patient": of(one.patient for one in comparisons), "guided": of(one.guided for one in comparisons)}
-    counts = {"prompts": len(run.questions), "answers": len(comparisons)}
-    return {"summary": {**counts, **found, **({"vs": vs} if vs else {})}}
+    patient, guided, *others = (estimates_to_dict(run.measures(plan.name)) for plan in plans)
+    vs = dict(zip((plan.name for plan in plans[2:]), others, strict=True))
+    counts = {"prompts": len(run.questions), "answers": sum(1 for _ in run.keys(""))}
+    return {"summary": {**counts, "patient": patient, "guided": guided, **({"vs": vs} if vs else {})}}
 
 
 def questions(prompt: str | None, file: str | None, *, used: Sequence[str]) -> "list[Question]":

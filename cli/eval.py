@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.cli import options
+from llmdoctor.cli import measures_table, options
 from llmdoctor.cli.compare import questions
 from llmdoctor.cli.compare_columns import Plan
 from llmdoctor.cli.evaluation_report import drawing, subject, tables, text_report
@@ -31,7 +31,7 @@ EXAMPLES = (
     "eval outputs/doctor --prompts prompts.txt --betas 0,0.5,1,2 --html report.html",
 )
 """Shown by ``llmdoctor eval --help``; the tests run them."""
-EPILOG = "\n\n".join(["Examples:", *(f"llmdoctor {line}" for line in EXAMPLES)])
+EPILOG = "\n\n".join(["Examples:", *(f"llmdoctor {line}" for line in EXAMPLES), measures_table.EPILOG])
 
 
 _DOCTORS = Annotated[
@@ -107,14 +107,12 @@ def evaluate(
     untrained base and the patient. A doctor prefers the answer to which training gave the greater probability: its
     score is the sum, over the answer's tokens, of log doctor - log base, as in mode "ratio", whatever the mode.
 
-    With --prompts: guided answers beside those of the patient alone: KL, diversity, length, repetition, speed and,
-    with --judge, how often the guided answer wins.
+    With --prompts: measures of guided answers beside those of the patient alone and, with --judge, how often the guided
+    answer wins.
 
     A judge is asked {"prompt", "answer"} and replies with a number, or {"prompt", "a", "b"} and replies with "a", "b",
     "tie" or how probably a is better, from 0 to 1. The second kind is asked in both orders, and the mean counts. A
     function gets the values in this order; a command gets the JSON on its stdin and prints JSON.
-
-    All intervals are of 95%.
     """
     if data is None and prompts is None:
         raise UsageError(f"give --data PAIRS, --prompts FILE or both, for example: llmdoctor {EXAMPLES[0]}")

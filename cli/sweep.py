@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 
 from llmdoctor.cli.compare_columns import Models, Plan
 from llmdoctor.cli.compare_files import Forms
-from llmdoctor.cli.measures_table import cell, markdown_table, spoken, text_table
+from llmdoctor.cli.measures_table import by_setting, counts_text, markdown_table, text_table
 from llmdoctor.cli.sweep_chart import Point, settings_of, svg_sweep
 from llmdoctor.cli.terminal import put, put_json, write_file
-from llmdoctor.show.formats import counted
 from llmdoctor.show.page import sweep_page
 
 if TYPE_CHECKING:
@@ -26,11 +25,13 @@ def sweep(
             found.append(measured(kept.run, values, column))
         if forms.jsonl:
             put_json(found[-1])
-    heading = sweep_heading(kept.run)
-    header, rows = sweep_rows(found)
+    settings = list(points[0])
+    prompts, answers = len(kept.run.questions), sum(1 for _ in kept.run.keys(""))
+    heading = f"{counts_text(prompts, answers, 'per point')}, seed {kept.run.seed} (95% intervals)"
+    title = settings[0] if len(settings) == 1 else ""
+    header, rows = by_setting(title, [(settings_of(point), point["measures"]) for point in found])
     if forms.as_json:
-        numbers = {"prompts": len(kept.run.questions), "answers": sum(1 for _ in kept.run.keys(""))}
-        put_json({"sweep": list(points[0]), **numbers, "seed": kept.run.seed, "points": found})
+        put_json({"sweep": settings, "prompts": prompts, "answers": answers, "seed": kept.run.seed, "points": found})
     elif not forms.jsonl:
         put(f"{heading}\n{text_table(header, rows)}")
     if forms.html:
@@ -46,28 +47,14 @@ def measured(run: "Run", values: Mapping[str, str], column: "Column") -> Point:
 
     The point is {"point": {setting: value}, "settings", "measures": {name: {"value", "low", "high"}}}.
     """
-    from llmdoctor.answers import estimates_to_dict, measures
+    from llmdoctor.answers import estimates_to_dict
 
+    run.answers(column)
     return {
         "point": {name: _number(value) for name, value in values.items()},
         "settings": column.settings(column.seed(run.seed, 1)),
-        "measures": estimates_to_dict(measures(run.answers(column), run.groups())),
+        "measures": estimates_to_dict(run.measures(column.name)),
     }
-
-
-def sweep_heading(run: "Run") -> str:
-    """What every point is measured on."""
-    answers = sum(1 for _ in run.keys(""))
-    per_point = f"{counted(len(run.questions), 'prompt')}, {counted(answers, 'answer')} per point"
-    return f"{per_point}, seed {run.seed} (± 95% interval over prompts)"
-
-
-def sweep_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table: a row per point, a column per setting and measure."""
-    settings = list(points[0]["point"])
-    names = list(dict.fromkeys(name for point in points for name in point["measures"]))
-    rows = [[settings_of(point), *(cell(point["measures"].get(name)) for name in names)] for point in points]
-    return [settings[0] if len(settings) == 1 else "", *map(spoken, names)], rows
 
 
 def _number(text: str) -> float | str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Question, Versus
+from llmdoctor.answers import measures
+from llmdoctor.records import Answer, Comparison, Estimate, GuidedToken, Message, Question, Versus
 from llmdoctor.settings import Guidance, Sampling
 
 if TYPE_CHECKING:
@@ -119,6 +120,11 @@ class Run:
         for chunk in self._chunks(keys):
             self._answer(column, chunk)
         return [self.known[key][0] for key in keys]
+
+    def measures(self, column: str) -> dict[str, Estimate]:
+        """`answers.measures` of a column whose answers are all known."""
+        said = [self.known[key] for key in self.keys(column)]
+        return measures([answer for answer, _ in said], self.groups(), [seconds for _, seconds in said])
 
     def keys(self, column: str) -> Iterator[Key]:
         """All answers of a column, by question, sample and turn."""
