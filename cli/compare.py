@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.cli import options
+from llmdoctor.cli import options, remote
 from llmdoctor.cli.compare_budget import budget_text, within
 from llmdoctor.cli.compare_columns import Models, Plan, another, sides, sweep_points
 from llmdoctor.cli.compare_files import Forms
@@ -76,6 +76,8 @@ def compare(
         option("--kl-budget", "Find the beta with this mean KL per token (nats), and answer with it.", metavar="X"),
     ] = None,
     seed: options.Seed = None,
+    server: remote.Server = None,
+    api_key: remote.ApiKey = None,
     top: Annotated[int, option("--top", "Alternatives of every token in JSON.", metavar="N", min=0)] = 0,
     lens: Annotated[
         str, option("--lens", "Colour tokens by kl (default), ratio, value, flips or off.", metavar="KIND")
@@ -119,7 +121,10 @@ def compare(
         _require_none("--sweep measures answers and shows none", unfit, "run compare a second time for them")
     if lens not in LENSES:
         raise UsageError(f"--lens must be one of {', '.join(LENSES)}, got {lens!r}")
-    settings = options.guided_profile(guided)
+    there = None
+    if server is not None:
+        there = remote.connect(server, api_key, guided, trust_remote_code=trust_remote_code)
+    settings = options.guided_profile(guided) if there is None else remote.settings_on(there.profile, guided)
     if lens_doctor is not None and lens_doctor not in settings.doctors:
         known = ", ".join(settings.doctors) or "none"
         raise UsageError(f"--lens-doctor: there is no doctor named {lens_doctor!r} (there are: {known})")
@@ -139,8 +144,10 @@ def compare(
     else:
         plans = _columns(settings, vs or (), further)
     asked = questions(prompt, prompts, used=("dataset",) if alpaca_eval else ())
-    models = Models(plans, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"samples": samples, "top": top or 10 * tui, "follow": follow, "kl_budget": kl_budget}
+    models = Models(plans, trust_remote_code=trust_remote_code)
+    if there is not None:
+        models, how["weights"] = remote.RemoteModels(plans, there), there.weights
     with KeptRun(output, plans, asked, seed, rows=rows, **how) as kept:
         if points:
             run_sweep(points, plans, models, kept, forms)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from llmdoctor.cli import options
 from llmdoctor.errors import UsageError
 from llmdoctor.set_command import parse_settings, setting_items
-from llmdoctor.settings import DoctorSettings, Guidance, Sampling
+from llmdoctor.settings import DoctorSettings, Guidance, Sampling, check_guidance
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.cli.kept_run import KeptRun
-    from llmdoctor.comparing import Column
+    from llmdoctor.comparing import Answers, Column
     from llmdoctor.profile import Profile
 
 _MOST_POINTS = 1000
@@ -33,7 +33,7 @@ class Plan:
     guidance: Guidance | None
     sampling: Sampling
 
-    def column(self, assistant: "LLMdoctor | None" = None) -> "Column":
+    def column(self, assistant: "Answers | None" = None) -> "Column":
         """As a run takes it; without models where every answer is known."""
         from llmdoctor.comparing import Column
 
@@ -146,8 +146,6 @@ class Models:
         return [plan.column(self._loaded[_models_of(plan.profile)]) for plan in plans]
 
     def _load(self, load: Callable[..., "LLMdoctor"]) -> None:
-        from llmdoctor.decoding.product import check_guidance
-
         for plan in self._plans:
             check_guidance(plan.guidance or Guidance(), tuple(plan.profile.doctors))
         pools: dict[str, list[Plan]] = {}

@@ -30,8 +30,9 @@ class KeptRun:
     """A run whose answers go to ``path``, one by one, and that takes those which are there already.
 
     What ``plans``, ``questions`` and ``command`` say must be the same as for the answers that are there; where ``seed``
-    is None it is that of the file. Without a ``path`` nothing is kept. Raises UsageError for a file of another command
-    or another ``seed``. As a context it closes the file and says what is in it, also after Ctrl+C.
+    is None it is that of the file. ``weights`` tell the models of a server from others; by default the files of the
+    models do. Without a ``path`` nothing is kept. Raises UsageError for a file of another command or another ``seed``.
+    As a context it closes the file and says what is in it, also after Ctrl+C.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class KeptRun:
         seed: int | None,
         *,
         rows: int,
+        weights: Sequence[str] | None = None,
         **command: Any,
     ) -> None:
         from llmdoctor.comparing import Run
@@ -49,7 +51,8 @@ class KeptRun:
         known: dict[Key, Timed] = {}
         self._command = ""
         if path is not None:
-            self._command = _fingerprint(plans, questions, command)
+            told = _weights(plan.profile for plan in plans) if weights is None else list(weights)
+            self._command = _fingerprint(plans, questions, {"weights": told, **command})
             known, seed = _read(path, self._command, seed)
         how = {name: command[name] for name in ("samples", "top", "follow") if name in command}
         seed = options.fresh_seed() if seed is None else seed
@@ -181,9 +184,8 @@ def _fingerprint(plans: "Sequence[Plan]", questions: "Sequence[Question]", comma
         ]
         for plan in plans
     ]
-    weights = _weights(plan.profile for plan in plans)
     turns = [question.turns for question in questions]
-    told = {"columns": columns, "weights": weights, "prompts": turns, **command}
+    told = {"columns": columns, "prompts": turns, **command}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -18,6 +18,9 @@ from llmdoctor.show.formats import short_name
 if TYPE_CHECKING:
     from types import FrameType
 
+    from llmdoctor.profile import Profile
+    from llmdoctor.serving.info import About
+
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -78,7 +81,7 @@ def serve(
         called = name or short_name(settings.patient.model)
         engine = Engine(assistant, rows=rows, queue=queue, longest=max_prompt)
         limits = Limits(body=max_body, output=max_output, seconds=timeout)
-        app = create_app(engine, name=called, limits=limits, api_key=api_key)
+        app = create_app(engine, name=called, limits=limits, api_key=api_key, about=_about(settings))
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up
         where = f"[{host}]" if ":" in host else host
@@ -95,6 +98,23 @@ def serve(
             limit_concurrency=2 * (rows + queue) + 64,  # connections, those that say nothing included
         )
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _about(settings: "Profile") -> "About":
+    """What a terminal elsewhere is told of the models: names, and no paths."""
+    from llmdoctor.model_source import doctor_fingerprint, model_fingerprint
+    from llmdoctor.serving.info import About
+
+    weights = [model_fingerprint(settings.patient.model)]
+    weights += [doctor_fingerprint(doctor.checkpoint) for doctor in settings.doctors.values()]
+
+    return About(
+        profile=settings.name,
+        patient=short_name(settings.patient.model),
+        doctors={name: short_name(doctor.checkpoint) for name, doctor in settings.doctors.items()},
+        weights=weights,
+        welcome=settings.welcome.model_dump(),
+    )
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -7,7 +7,7 @@ again: so a run that was stopped goes on where it was.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from llmdoctor.answers import measures
 from llmdoctor.records import Answer, Comparison, Estimate, GuidedToken, Message, Question, Versus
@@ -29,6 +29,27 @@ class Key(NamedTuple):
 Timed = tuple[Answer, float]  # an answer and its seconds
 
 
+class Answers(Protocol):
+    """What a column needs of `LLMdoctor`, or of the models of a server."""
+
+    def answer_all(
+        self,
+        prompts: Sequence[list[Message]],
+        *,
+        guided: bool,
+        guidance: Guidance | None,
+        seed: Sequence[int],
+        top: int,
+        follow: bool,
+        rows: int,
+        on_token: Callable[[GuidedToken], None] | None,
+        on_answer: Callable[[int, Answer], None] | None,
+        **sampling: Any,
+    ) -> list[Answer]:
+        """Answer all prompts."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One way to answer. ``guidance`` None is the patient alone; a seed in ``sampling`` replaces that of the run.
@@ -37,7 +58,7 @@ class Column:
     """
 
     name: str
-    assistant: "LLMdoctor | None"
+    assistant: Answers | None
     guidance: Guidance | None
     sampling: Sampling
 
