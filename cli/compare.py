@@ -280,7 +280,7 @@ class _Asking:
         if self._file is None:
             self._file = open_to_append(self._output)
         settings = column.settings(column.seed(self._run.seed, key.sample))
-        put_answer(self._file, self._run, key, timed, settings, self._command)
+        put_answer(self._output, self._file, self._run, key, timed, settings, self._command)
 
 
 def _compare(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from llmdoctor.errors import UsageError
-from llmdoctor.harmless import finite, json_text
+from llmdoctor.files import storage_errors
+from llmdoctor.harmless import json_text
 
 if TYPE_CHECKING:
     from llmdoctor.comparing import Key, Run, Timed
@@ -67,9 +68,9 @@ def weights_of(profile: "Profile") -> list[str]:
 
 
 def put_answer(
-    file: IO[str], run: "Run", key: "Key", timed: "Timed", settings: Mapping[str, Any], command: str
+    path: Path, file: IO[str], run: "Run", key: "Key", timed: "Timed", settings: Mapping[str, Any], command: str
 ) -> None:
-    """One line of ``--output``, on the disk before the next answer is finished."""
+    """One line of ``--output``, on the disk before the next answer is finished. Raises StorageError."""
     question = run.questions[key.question - 1]
     line = {
         "id": question.id,
@@ -81,8 +82,9 @@ def put_answer(
         "run_seed": run.seed,
         "command": command,
     }
-    file.write(json_text(finite(line)) + "\n")
-    file.flush()
+    with storage_errors(path):
+        file.write(json_text(line) + "\n")
+        file.flush()
 
 
 def fingerprint(command: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmdoctor.artefacts import DoctorFile
 from llmdoctor.cli import options
 from llmdoctor.cli.compare import questions, write_file
 from llmdoctor.cli.compare_files import fingerprint, kept_answers, put_answer, weights_of
@@ -219,7 +220,7 @@ def _with_own_patient(settings: "Profile") -> "Profile":
     from llmdoctor.model_source import model_fingerprint
     from llmdoctor.profile import override
 
-    meta = read_json(require_doctor(next(iter(settings.doctors.values())).checkpoint) / DOCTOR)
+    meta = read_json(require_doctor(next(iter(settings.doctors.values())).checkpoint) / DOCTOR, DoctorFile)
     rewards = meta.get("rewards", {}) if isinstance(meta, dict) else {}
     if not rewards.get("patient") or rewards.get("patient_fingerprint") == model_fingerprint(settings.patient.model):
         return settings
@@ -278,9 +279,9 @@ def _answered(
         def on_answer(key: "Key", timed: "Timed") -> None:
             nonlocal answers
             answers += 1
-            if file is not None:
+            if file is not None and output is not None:
                 column = by_name[key.column]
-                put_answer(file, run, key, timed, column.settings(column.seed(run.seed, key.sample)), command)
+                put_answer(output, file, run, key, timed, column.settings(column.seed(run.seed, key.sample)), command)
 
         run = replace(run, on_token=on_token, on_answer=on_answer)
         found = [one for column in columns[1:] for one in run.compare([columns[0], column])]
