@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmdoctor.artefacts import DoctorFile
 from llmdoctor.cli import measures_table, options
 from llmdoctor.cli.compare import questions
 from llmdoctor.cli.compare_columns import Plan
@@ -193,7 +194,7 @@ def _with_own_patient(settings: "Profile") -> "Profile":
     from llmdoctor.model_source import model_fingerprint
     from llmdoctor.profile import override
 
-    meta = read_json(require_doctor(next(iter(settings.doctors.values())).checkpoint) / DOCTOR)
+    meta = read_json(require_doctor(next(iter(settings.doctors.values())).checkpoint) / DOCTOR, DoctorFile)
     rewards = meta.get("rewards", {}) if isinstance(meta, dict) else {}
     if not rewards.get("patient") or rewards.get("patient_fingerprint") == model_fingerprint(settings.patient.model):
         return settings

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from llmdoctor.cli import options
 from llmdoctor.cli.terminal import Advance, every_ten_seconds, progress, say
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.harmless import finite, json_text
+from llmdoctor.files import open_to_append, storage_errors
+from llmdoctor.harmless import json_text
 from llmdoctor.show.formats import counted
 
 if TYPE_CHECKING:
@@ -113,8 +114,6 @@ class KeptRun:
         if self._path is None:
             return
         if self._file is None:
-            from llmdoctor.files import open_to_append
-
             self._file = open_to_append(self._path)
         question, column = self.run.questions[key.question - 1], self._columns[key.column]
         line = {
@@ -127,8 +126,9 @@ class KeptRun:
             "run_seed": self.run.seed,
             "command": self._command,
         }
-        self._file.write(json_text(finite(line)) + "\n")
-        self._file.flush()
+        with storage_errors(self._path):
+            self._file.write(json_text(line) + "\n")
+            self._file.flush()
         self._kept += 1
 
     def _on_token(self, _column: str, _token: object) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from llmdoctor.harmless import finite, json_text
+from llmdoctor.harmless import json_text
 from llmdoctor.show.text import clean, one_line
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def put(text: str) -> None:
 
 def put_json(data: Any) -> None:
     """One JSON document on one line of stdout."""
-    put(json_text(finite(data)))
+    put(json_text(data))
 
 
 def write_file(path: Path, text: str) -> None:

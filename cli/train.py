@@ -33,14 +33,15 @@ def train(
     training: options.Train,
     face: options.FaceNames = None,
     rewarding: options.Rewards,
-    fresh: Annotated[bool, option("--fresh", "Start from scratch, even if a stopped run could be continued.")] = False,
+    fresh: Annotated[bool, option("--fresh", "Start from scratch, and replace what another run made.")] = False,
     patient: options.Patient = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Train a small doctor on a rewards folder.
 
-    The same command again continues a run that was stopped, from its last checkpoint. With --patient, or with a
+    The same command again continues a run that was stopped, from its last checkpoint. A finished doctor of other
+    settings is only replaced with --fresh. With --patient, or with a
     profile named, the rewards must come from that patient. With no profile named, rewards of another patient than the
     clinic's are trained on with general settings, not the clinic's own.
     """

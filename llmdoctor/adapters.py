@@ -8,13 +8,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +24,7 @@ from llmdoctor.artefacts import AdapterConfig
 from llmdoctor.errors import LLMDoctorError, LoadError
 from llmdoctor.files import read_json
 from llmdoctor.harmless import first_line
+from llmdoctor.schema import shown
 from llmdoctor.tensors import read_tensors, refuse_pickles, require_finite_weights
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -126,11 +129,33 @@ def _merged_while_it_runs(layer: Any) -> Iterator[None]:
 def _read_adapter(base: nn.Module, folder: Path, name: str) -> set[str]:
     """The names of an adapter's tensors, which are safe to load onto ``base``. Raises LoadError."""
     config = read_json(folder / _CONFIG, AdapterConfig)
+    _require_types(config)
     refuse_pickles(folder, name)
     held = read_tensors(folder / _WEIGHTS)
     _require_small(config, held)
     _require_quick(config, [key for key, _ in base.named_modules()])
     return set(held)
+
+
+def _require_types(config: dict[str, Any]) -> None:
+    """Raise LoadError for a value that is not what PEFT states for its key. AdapterConfig knows some keys better."""
+    stated = config.get("peft_type", "LORA")
+    if stated not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise LoadError(f"{_CONFIG} states peft_type {shown(stated)}, which this version of PEFT does not know")
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[stated]
+    types = get_type_hints(kind)
+    for field in fields(kind):
+        key, value = field.name, config.get(field.name, field.default)
+        if key in AdapterConfig.model_fields or value == field.default:
+            continue
+        try:
+            TypeAdapter(types[key]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            # PEFT reads more words than it states, and says what is wrong with others
+            if isinstance(value, str) and all(found["type"] == "literal_error" for found in error.errors()):
+                continue
+            expected = re.sub(r"\b(\w+\.)+|<class '|'>", "", str(types[key]))
+            raise LoadError(f"{_CONFIG}: {key!r} expected {expected[:200]}, got {shown(value)}") from error
 
 
 def _require_mergeable(adapted: Any) -> None:

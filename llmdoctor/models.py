@@ -263,6 +263,8 @@ def load_checked(where: ModelSource, kind: Any, what: str, **options: Any) -> An
     ``what`` the model is called in messages; ``options`` are those of ``from_pretrained``.
     """
     where.require_plausible()
+    if not options.get("trust_remote_code"):
+        where.require_own_code()
     safe = {} if where.gguf else {"use_safetensors": True}
     model, report = _loaded(where, kind, what, output_loading_info=True, **safe, **options)
     require_finite_weights(model, f"{what} {where.name}")

@@ -118,8 +118,8 @@ def test_a_folder_without_meta_says_whether_extract_has_not_finished(folder, tmp
     ("meta", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "expected schema_version 1, got None"),
-        ('{"schema_version": 99}', "expected schema_version 1, got 99"),
+        ("[]", "expected a JSON object, got []: run extract again"),
+        ('{"schema_version": 99}', "expected schema_version 1 or less, got 99: update llmdoctor"),
         ('{"schema_version": 1}', "expected a key 'patient'"),
     ],
 )
