@@ -15,7 +15,8 @@ from llmdoctor.comparing import Run, both_sides
 from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength, Drafting
-from llmdoctor.decoding.prefix import PrefixCache
+from llmdoctor.decoding.prefill import Pieces
+from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Step, patient_alone
 from llmdoctor.errors import LLMDoctorWarning, UsageError
 from llmdoctor.models import (
@@ -401,10 +402,11 @@ class LLMdoctor:
         """
         return prompt_ids(self.patient.tokenizer, with_system(_messages(prompt), self.system_prompt))
 
-    def batch(self) -> Batch:
+    def batch(self, *, pieces: Pieces | None = None, prefixes: SharedPrefixes | None = None) -> Batch:
         """A batch of these models, for prompts that join and leave while it runs.
 
-        Mode "ratio" is open to its prompts where it is the instance's own mode: the doctors then have their bases.
+        For ``pieces`` and ``prefixes`` see `Batch`. Mode "ratio" is open to its prompts where it is the instance's
+        own mode: the doctors then have their bases.
         """
         return Batch(
             self.patient,
@@ -412,6 +414,8 @@ class LLMdoctor:
             drafting=self._drafts(guided=True),
             draft_model=self._draft_model,
             with_bases=bool(self._doctors) and self._guidance.mode == "ratio",
+            pieces=pieces,
+            prefixes=prefixes,
         )
 
     def part(self, doctors: Mapping[str, str], *, system_prompt: str | None) -> "LLMdoctor":

@@ -87,6 +87,11 @@ class Row:
         return [repeating([*self._ids, *drafts[:k]], n) if n else set() for k in range(len(drafts) + 1)]
 
     @property
+    def history(self) -> list[int]:
+        """The tokens of the prompt and, behind it, of the answer."""
+        return [*self.request.prompt, *self._ids[self.request.begun :]]
+
+    @property
     def drawn(self) -> int:
         """How many tokens have been drawn: those taken, and the pending one."""
         return self.position + (self.pending is not None)

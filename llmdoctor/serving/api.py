@@ -177,7 +177,12 @@ class _Api:
 
     async def metrics(self, _request: Request) -> Response:
         running, waiting = self.engine.load
-        text = self.engine.metrics.text(running=running, waiting=waiting, acceptance=self.engine.assistant.acceptance)
+        text = self.engine.metrics.text(
+            running=running,
+            waiting=waiting,
+            acceptance=self.engine.assistant.acceptance,
+            prefixes=self.engine.prefixes,
+        )
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def health(self, _request: Request) -> Response:
