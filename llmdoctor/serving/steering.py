@@ -247,9 +247,6 @@ class BatchRows:
                 if moved is not None:
                     self._rows[target] = moved
             self._gone = {key: one for key, one in self._gone.items() if one in self.steering.follower}
-        for one in self._rows.values():
-            # tokens can be taken back, if only after a failure to load keys and values; others may follow
-            one.seen = min(one.seen, len(one.prompt) + len(one.output))
 
     def _leave(self, index: int) -> None:
         if (one := self._rows.pop(index, None)) is not None:
@@ -271,7 +268,7 @@ class BatchRows:
         for index, one in self._rows.items():
             length = len(one.prompt) + len(one.output)
             # A prompt that vLLM reads in parts has a row for each part, although no token is drawn: the doctors have
-            # read all of it with the first and read its last token again.
+            # read all of it with the first and read its last token again. So it is with tokens that were taken back.
             start = min(one.seen, length - 1)
             prompt, output = one.prompt, one.output
             tail = [*prompt[start:], *output] if start < len(prompt) else output[start - len(prompt) :]
