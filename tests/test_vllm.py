@@ -396,6 +396,7 @@ def engine(patient: Path) -> Iterator[Any]:
             max_model_len=192,
             max_num_seqs=6,
             max_num_batched_tokens=16,
+            block_size=32,
             kv_cache_memory_bytes=3 << 20,
             enable_prefix_caching=True,
             disable_log_stats=False,
