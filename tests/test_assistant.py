@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
 from llmdoctor.comparing import Column, Key, Run, both_sides
 from llmdoctor.decoding.caches.recorded import RecordedKV
+from llmdoctor.decoding.drafting import AdaptiveLength
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import load_profile
@@ -49,9 +51,17 @@ def folders(tiny_model: Callable[..., Path], make_doctor: Callable[..., Path]) -
     return str(tiny_model("llama", seed=1, rows=448)), doctors
 
 
-@pytest.fixture
-def assistant(folders: tuple[str, dict[str, Path]]) -> LLMdoctor:
+@pytest.fixture(scope="module")
+def loaded(folders: tuple[str, dict[str, Path]]) -> LLMdoctor:
     return LLMdoctor(folders[0], folders[1], beta={"kind": 0.8, "safe": 0.3}, sampling=SHORT)
+
+
+@pytest.fixture
+def assistant(loaded: LLMdoctor) -> LLMdoctor:
+    """With settings and drafting of its own on models that are loaded once."""
+    own = copy(loaded)
+    own._drafting, own._drafting_alone = AdaptiveLength(), AdaptiveLength()
+    return own
 
 
 def ids(tokens: Any) -> list[int]:
@@ -401,11 +411,12 @@ def test_a_continued_answer_goes_on_where_its_tokens_end(assistant: LLMdoctor) -
                 assert [a.id for a in token.top] == [a.id for a in twin.top]
 
 
-def test_draws_behind_a_prefix_are_new_ones(assistant: LLMdoctor) -> None:
+def test_draws_behind_a_prefix_are_new_ones(folders: tuple[str, dict[str, Path]]) -> None:
     """They depend on the seed and on the prefix's length alone, and no two of these share them.
 
     The patient here likes all tokens alike whatever came before, so that the tokens are the random numbers.
     """
+    assistant = LLMdoctor(folders[0])
     assistant.patient.model.get_output_embeddings().weight.data.zero_()
 
     def drawn(seed: int, prefix: list[int]) -> tuple[int, ...]:
