@@ -179,6 +179,15 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
 
 
+@each_page
+def test_every_figure_names_the_command_that_makes_it(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("!["):
+            below = "\n".join(lines[number + 1 : number + 8])
+            assert re.search(r"(python|llmdoctor) [^\n]*(makes|: ) ?the picture", below), f"{page.name}: {line}"
+
+
 def test_the_index_and_the_readme_lead_to_every_page() -> None:
     for page in (ROOT / "docs" / "index.md", README):
         linked = {(page.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+\.md)", prose(page))}
