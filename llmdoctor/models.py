@@ -153,6 +153,22 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(sorted(self.ids.items())).encode()).hexdigest()
 
     @cached_property
+    def spaceless(self) -> list[int]:
+        """[size] The id of each token's text without a space before it; its own where no token has that text."""
+        found = list(range(self.size))
+        for token, i in self.ids.items():
+            found[i] = self.ids.get(token.lstrip("Ġ▁"), i)  # what stands for a space in byte-level BPE and in Llama's
+        return found
+
+    @cached_property
+    def spaced(self) -> dict[int, set[int]]:
+        """The ids that `spaceless` maps to an id."""
+        found: dict[int, set[int]] = {}
+        for i, word in enumerate(self.spaceless):
+            found.setdefault(word, set()).add(i)
+        return found
+
+    @cached_property
     def _unused(self) -> Tensor | None:
         """[size] True for the ids that no token uses; None if there are none."""
         if len(used := set(self.ids.values())) == self.size:

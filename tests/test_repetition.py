@@ -7,7 +7,7 @@ import torch
 
 from llmdoctor.decoding.repetition import repeating, without
 from llmdoctor.settings import Guidance
-from tests.test_decode import PROMPTS, SIZE, bigram, doctor_of, ids_of, patient_of, tiny
+from tests.test_decode import EOS, LETTERS, PROMPTS, SIZE, bigram, char_tokenizer, doctor_of, ids_of, patient_of, tiny
 from tests.test_speculative import Erratic, run, same
 
 
@@ -51,6 +51,29 @@ def test_drafts_change_nothing_and_no_n_gram_comes_twice(n: int, how: dict[str, 
     assert again(plain) == 0
     if n < 4:
         assert again(run(patient, [doctor], PROMPTS, guidance, **how)) > 0
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_space_ahead_makes_no_other_word_and_an_answer_begins_like_a_sentence(n: int) -> None:
+    words = [".", *LETTERS[:14]]
+    ids = {"<eos>": EOS, **{token: i + 1 for i, token in enumerate([*words, *("Ġ" + word for word in words[1:])])}}
+    tokenizer = char_tokenizer(ids)
+    word_of = {i: token.removeprefix("Ġ") for token, i in ids.items()}
+    patient = patient_of(tiny("llama", seed=3), tokenizer)
+    doctor = doctor_of(tiny("llama", seed=4), vocabulary=patient.vocabulary)
+    guidance = Guidance(0.8, {"doctor": 0.9})
+
+    def again(rows: list[list[object]]) -> int:
+        found = 0
+        for row in rows:
+            said = [".", *(word_of[i] for i in ids_of(row))]
+            grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
+            found += len(grams) - len(set(grams))
+        return found
+
+    plain = run(patient, [doctor], PROMPTS * 4, guidance, no_repeat_ngram=n, max_new_tokens=24)
+    assert again(plain) == 0 < again(run(patient, [doctor], PROMPTS * 4, guidance, max_new_tokens=24))
+    same(run(patient, [doctor], PROMPTS * 4, guidance, Erratic(n), no_repeat_ngram=n, max_new_tokens=24), plain)
 
 
 @pytest.mark.parametrize("n", [2, 3])

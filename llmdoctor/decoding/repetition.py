@@ -1,5 +1,9 @@
 """Which tokens would repeat an n-gram of the answer.
 
+A sentence is nearly repeated when another begins with its first words: n = 2 counts the full stop before the first one.
+An answer has none before its first sentence, and no space before its first word, so `Row` adds the one and ignores the
+other.
+
 What is forbidden at a place depends on the tokens before it only, drafted ones included: speculation stays exact.
 """
 

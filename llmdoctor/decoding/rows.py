@@ -67,7 +67,10 @@ class Row:
         # a row's own stream: a character may be spread over several tokens
         self._texts = TextStream(patient.tokenizer)
         self._generator = torch.Generator().manual_seed(request.seed)
-        self._ids = list(request.prompt[len(request.prompt) - request.begun :])  # of the answer
+        self._said: list[int] = []  # the answer's tokens, each without the space before it
+        if self.sampling.no_repeat_ngram > 1 and (stop := patient.vocabulary.ids.get(".")) is not None:
+            self._said.append(stop)  # an answer begins as its other sentences do
+        self._said += self._words(request.prompt[len(request.prompt) - request.begun :])
         self._keys: list[int] = []  # of the next positions, drawn ahead
         self._last = request.prompt[-1]
         self.pending: tuple[Place, Mapping[str, float]] | None = None  # drawn, but not every doctor has read it
@@ -84,7 +87,15 @@ class Row:
     def forbidden(self, drafts: Sequence[int]) -> list[set[int]]:
         """The tokens that would repeat, at the next place and behind each of ``drafts``."""
         n = self.sampling.no_repeat_ngram
-        return [repeating([*self._ids, *drafts[:k]], n) if n else set() for k in range(len(drafts) + 1)]
+        if not n:
+            return [set() for _ in range(len(drafts) + 1)]
+        words = self._words(drafts)
+        found = [repeating([*self._said, *words[:k]], n) for k in range(len(words) + 1)]
+        return [{token for word in again for token in self._patient.vocabulary.spaced[word]} for again in found]
+
+    def _words(self, ids: Sequence[int]) -> list[int]:
+        """The tokens without the space before them: an answer's first word has none, and is the same word."""
+        return [self._patient.vocabulary.spaceless[token] for token in ids] if self.sampling.no_repeat_ngram else []
 
     @property
     def history(self) -> list[int]:
@@ -111,7 +122,7 @@ class Row:
         token = self._token(place, values)
         self.position += 1
         self._last = token.id
-        self._ids.append(token.id)
+        self._said += self._words([token.id])
         del self._keys[0]
         if token.id in self._patient.eos_ids:
             self.ended = "eos"
