@@ -436,7 +436,7 @@ def test_an_adapter_config_of_wrong_types_is_one_line(key, spoilt):
         ("init_lora_weights", "pissa_niter_999999999", "at most 999 rounds"),
         ("layer_replication", [[0, 1]] * 2000, "layer_replication of 2000 layers"),
         ("layer_replication", [[0, 10**9]], "at most 1000"),
-        ("layer_replication", [5], "no list of"),
+        ("layer_replication", [5], "'layer_replication' expected"),
     ],
 )
 def test_an_adapter_config_that_asks_for_too_much_is_refused_first(key, value, words, spoilt, monkeypatch):
