@@ -31,7 +31,7 @@ QUESTIONS = ("How can I sleep better?", "How do I clean a keyboard?", "My neighb
 
 
 class Reading(NamedTuple):
-    """Of this process: resident memory in MB, open handles, threads; tokens or loads per CPU second since the last one."""
+    """Of this process: resident memory in MB, open handles, threads; tokens or loads per CPU second."""
 
     memory: float
     handles: int
