@@ -18,6 +18,9 @@ from llmdoctor.show.formats import short_name
 if TYPE_CHECKING:
     from types import FrameType
 
+    from llmdoctor.profile import Profile
+    from llmdoctor.serving.info import About
+
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -34,12 +37,7 @@ def serve(
     name: Annotated[
         str | None, option("--name", "The model's name for clients (default: the patient's).", metavar="NAME")
     ] = None,
-    profile: options.ProfileName = None,
-    patient: options.Patient = None,
-    doctor: options.Doctors = None,
-    doctor_base: options.DoctorBase = None,
-    beta: options.Betas = None,
-    decode: options.Decode,
+    guided: options.Guided,
     seed: options.Seed = None,
     rows: Annotated[
         int, option("--rows", "Answers that are written together (default: 64).", metavar="N", min=1, max=4096)
@@ -62,7 +60,6 @@ def serve(
     grace: Annotated[
         int, option("--grace", "Seconds that running answers get at the end (default: 30).", metavar="N", min=0)
     ] = 30,
-    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve the guided patient to many clients at once, as OpenAI's API does; alpha and beta a request.
@@ -72,15 +69,7 @@ def serve(
     if lacking := [module for module in ("starlette", "uvicorn") if importlib.util.find_spec(module) is None]:
         raise UsageError(f"serving needs {lacking[0]}: pip install 'llmdoctor-guided[serve]'")
     signal.signal(signal.SIGTERM, _end)
-    settings = options.guided_profile(
-        options.load(profile),
-        named=profile is not None,
-        patient={"model": patient, **loading},
-        doctors=doctor,
-        doctor_base=doctor_base,
-        betas=beta,
-        decode=decode,
-    )
+    settings = options.guided_profile(guided)
     with _bound(host, port) as listening:  # a port in use is told before the models load
         import uvicorn
 
@@ -92,7 +81,7 @@ def serve(
         called = name or short_name(settings.patient.model)
         engine = Engine(assistant, rows=rows, queue=queue, longest=max_prompt)
         limits = Limits(body=max_body, output=max_output, seconds=timeout)
-        app = create_app(engine, name=called, limits=limits, api_key=api_key)
+        app = create_app(engine, name=called, limits=limits, api_key=api_key, about=_about(settings))
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up
         where = f"[{host}]" if ":" in host else host
@@ -109,6 +98,23 @@ def serve(
             limit_concurrency=2 * (rows + queue) + 64,  # connections, those that say nothing included
         )
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _about(settings: "Profile") -> "About":
+    """What a terminal elsewhere is told of the models: names, and no paths."""
+    from llmdoctor.model_source import doctor_fingerprint, model_fingerprint
+    from llmdoctor.serving.info import About
+
+    weights = [model_fingerprint(settings.patient.model)]
+    weights += [doctor_fingerprint(doctor.checkpoint) for doctor in settings.doctors.values()]
+
+    return About(
+        profile=settings.name,
+        patient=short_name(settings.patient.model),
+        doctors={name: short_name(doctor.checkpoint) for name, doctor in settings.doctors.items()},
+        weights=weights,
+        welcome=settings.welcome.model_dump(),
+    )
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from llmdoctor.decoding.drafting import LENGTHS, Drafting
 from llmdoctor.decoding.ensemble import Ensemble
 from llmdoctor.decoding.prefix import PrefixCache
-from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.round import Place, Round, draw_round
 from llmdoctor.decoding.rows import Request, Row, Step
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.models import Patient, context_of, require_embedded
-from llmdoctor.settings import Guidance
+from llmdoctor.settings import Guidance, check_guidance
 from llmdoctor.training.folder import LoadedDoctor
 
 

@@ -1,10 +1,12 @@
 """What a conversation keeps between its answers, so that the next turn reads only what is new."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-from llmdoctor.decoding.caches import KVCache, open_cache
+    from llmdoctor.decoding.caches import KVCache
 
 
 @dataclass(eq=False)
@@ -17,7 +19,7 @@ class PrefixCache:
     """
 
     ids: list[int] = field(default_factory=list)
-    caches: dict[str, KVCache] = field(default_factory=dict)  # by role, "patient" or "doctor NAME" or "base NAME"
+    caches: "dict[str, KVCache]" = field(default_factory=dict)  # by role, "patient" or "doctor NAME" or "base NAME"
     prefilled: int = 0
 
     def shared(self, prompt: list[int]) -> int:
@@ -25,11 +27,13 @@ class PrefixCache:
         most = min(len(self.ids), len(prompt) - 1)
         return next((i for i in range(most) if self.ids[i] != prompt[i]), most)
 
-    def begin(self, prompt: list[int], models: dict[str, PreTrainedModel]) -> dict[str, KVCache]:
+    def begin(self, prompt: list[int], models: "dict[str, PreTrainedModel]") -> "dict[str, KVCache]":
         """The caches of ``models`` for an answer to ``prompt``, rewound to what they have already read of it.
 
         Caches of other models are dropped: they will not see this answer, so ``ids`` would be wrong for them.
         """
+        from llmdoctor.decoding.caches import open_cache  # torch, which a terminal without models does not load
+
         # ``ids`` may be longer than a cache: an answer that was left had shown tokens that not every model had read
         shared, held = self.shared(prompt), self.caches
         self.caches = {}

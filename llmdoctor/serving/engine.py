@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmdoctor.assistant import LLMdoctor, with_strengths
-from llmdoctor.decoding.product import check_guidance
 from llmdoctor.decoding.rows import Request, Step
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
 from llmdoctor.harmless import require_unicode
-from llmdoctor.records import Message
+from llmdoctor.records import Alternative, GuidedToken, Message
 from llmdoctor.serving.metrics import Metrics
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling, check_guidance
 
 _STRENGTHS = ("beta", "dead_zone")  # one number for all doctors, or by doctor
 
@@ -51,6 +50,8 @@ class Job:
     emit: Callable[[Step | Exception], None]
     top: int = 0
     deadline: float = float("inf")
+    first: int | None = None  # the first token, instead of a draw
+    begun: int = 0  # tokens at the end of the prompt that are the answer's beginning
     row: int = -1  # in the batch; -1 while it waits
     ended: bool = False
     cancelled: bool = False
@@ -208,7 +209,7 @@ class Engine:
 
     def _join(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            request = Request(job.prompt, job.read_guidance, job.sampling, seed=job.seed)
+            request = Request(job.prompt, job.read_guidance, job.sampling, job.seed, job.first, job.begun)
             try:
                 (job.row,) = self._batch.join([request])
             except LLMDoctorError as error:
@@ -236,7 +237,7 @@ class Engine:
         if step.finish:
             self._end(job)  # before it is told: its receiver may leave at once
         if wanted:
-            _tell(job, step._replace(token=replace(token, top=token.top[: job.top])) if token.top else step)
+            _tell(job, step._replace(token=replace(token, top=_top(token, job.top))) if token.top else step)
 
     def _end(self, job: Job, error: Exception | None = None) -> None:
         """Take a job out of the batch, with the error that ends it before its time."""
@@ -263,6 +264,12 @@ class Engine:
                 self._end(job, error)
         if broken:
             self._batch = self.assistant.batch()
+
+
+def _top(token: GuidedToken, count: int) -> tuple[Alternative, ...]:
+    """What a batch gives that was asked for ``count`` alternatives: another job may have asked for more."""
+    behind = [one for one in token.top[count:] if one.id in (token.patient_id, token.id)] if count else []
+    return (*token.top[:count], *sorted(behind, key=lambda one: one.id != token.patient_id))
 
 
 def _tell(job: Job, event: Step | Exception) -> None:
