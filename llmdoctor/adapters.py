@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -41,8 +41,9 @@ def merged_adapter(base: PreTrainedModel, folder: Path, name: str) -> PreTrained
     Raises LoadError, naming them, for tensors that are missing, that the adapter has no place for, or that are not
     finite; for a pickle; for an adapter of a kind that cannot be merged without a change of its log-probs.
     """
+    config: dict[str, Any] = {}
     try:
-        held = _read_adapter(base, folder, name)
+        config, held = _read_adapter(base, folder, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT only warns of what is checked below
             adapted: Any = PeftModel.from_pretrained(base, str(folder)).eval()
@@ -52,7 +53,10 @@ def merged_adapter(base: PreTrainedModel, folder: Path, name: str) -> PreTrained
     except LLMDoctorError as error:
         raise LoadError(f"cannot load the adapter {name}: {error}") from error
     except Exception as error:
-        raise LoadError(f"cannot load the adapter {name}: {first_line(error)}") from error
+        reason = first_line(error)
+        if isinstance(error, AttributeError | KeyError | TypeError | RecursionError):  # which say nothing of the file
+            reason = f"PEFT does not take a value in its {_CONFIG}, which sets {_listed(_set_keys(config))} ({reason})"
+        raise LoadError(f"cannot load the adapter {name}: {reason}") from error
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def as_loaded(adapted: Any, folder: Path) -> Iterator[None]:
     second base is needed. Afterwards all is as before, bit for bit. Raises LoadError as `merged_adapter` does.
     """
     active, needs = adapted.active_adapter, {p: p.requires_grad for p in adapted.parameters()}
-    held = _read_adapter(adapted, folder, "that was saved")
+    _, held = _read_adapter(adapted, folder, "that was saved")
     _require_mergeable(adapted)
     with warnings.catch_warnings(), ExitStack() as after:
         warnings.simplefilter("ignore")
@@ -126,15 +130,25 @@ def _merged_while_it_runs(layer: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _read_adapter(base: nn.Module, folder: Path, name: str) -> set[str]:
-    """The names of an adapter's tensors, which are safe to load onto ``base``. Raises LoadError."""
+def _read_adapter(base: nn.Module, folder: Path, name: str) -> tuple[dict[str, Any], set[str]]:
+    """An adapter's config, and the names of its tensors, which are safe to load onto ``base``. Raises LoadError."""
     config = read_json(folder / _CONFIG, AdapterConfig)
     _require_types(config)
     refuse_pickles(folder, name)
     held = read_tensors(folder / _WEIGHTS)
     _require_small(config, held)
     _require_quick(config, [key for key, _ in base.named_modules()])
-    return set(held)
+    return config, set(held)
+
+
+def _set_keys(config: dict[str, Any]) -> list[str]:
+    """The keys whose meaning is PEFT's alone, and which are not as it sets them."""
+    told = {*AdapterConfig.model_fields, "peft_version", "inference_mode"}
+    usual = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[config.get("peft_type", "LORA")])
+    }
+    return [key for key, value in config.items() if key not in told and value != usual.get(key)]
 
 
 def _require_types(config: dict[str, Any]) -> None:
@@ -152,7 +166,7 @@ def _require_types(config: dict[str, Any]) -> None:
             TypeAdapter(types[key]).validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             # PEFT reads more words than it states, and says what is wrong with others
-            if isinstance(value, str) and all(found["type"] == "literal_error" for found in error.errors()):
+            if isinstance(value, str) and any(found["type"] == "literal_error" for found in error.errors()):
                 continue
             expected = re.sub(r"\b(\w+\.)+|<class '|'>", "", str(types[key]))
             raise LoadError(f"{_CONFIG}: {key!r} expected {expected[:200]}, got {shown(value)}") from error
@@ -176,10 +190,7 @@ def _require_small(config: dict[str, Any], held: dict[str, Tensor]) -> None:
     if isinstance(start, str) and (rounds := re.fullmatch(r"pissa_niter_(\d+)", start)) and len(rounds[1]) > 3:
         raise LoadError(f"{_CONFIG} states init_lora_weights {start[:40]!r}: expected at most 999 rounds")
     if copies := config.get("layer_replication"):
-        try:
-            layers = sum(max(0, end - begin) for begin, end in copies)
-        except (TypeError, ValueError):
-            raise LoadError(f"{_CONFIG}: layer_replication is no list of [first, last] pairs") from None
+        layers = sum(max(0, end - begin) for begin, end in copies)
         if len(copies) > _MOST_LAYERS or layers > _MOST_LAYERS:
             raise LoadError(f"{_CONFIG} states layer_replication of {layers} layers: expected at most {_MOST_LAYERS}")
 

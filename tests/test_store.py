@@ -278,9 +278,8 @@ def test_json_is_read_as_it_was_written_and_is_plain_utf8(tmp_path):
 
 
 def test_json_never_holds_what_other_programs_cannot_read(tmp_path):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "a.json", {"loss": float("nan")})
-    assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert read_json(tmp_path / "a.json") == {"loss": None}
 
 
 def test_missing_json_is_a_load_error(tmp_path):

@@ -726,7 +726,7 @@ def test_a_finished_doctor_of_another_run_is_only_replaced_when_asked(world: Pat
     output, seen = tmp_path / "doctor", []
     made = start(world, output, max_steps=1, rho=2.0)
     held = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    assert start(world, output, seen.append, max_steps=1, rho=2.0) == made
+    assert start(world, output, seen.append, max_steps=1, rho=2.0)["run"] == made["run"]
     with pytest.raises(UsageError, match=r"finished doctor with another rho, seed: .*--fresh to replace it") as refused:
         start(world, output, seen.append, max_steps=1, rho=3.0, seed=9)
     assert "\n" not in str(refused.value)
