@@ -68,5 +68,5 @@ def budget_text(found: dict[str, Any]) -> str:
     off = abs(kl["value"] / found["asked"] - 1)
     return (
         f"KL budget {found['asked']:g} nats per token: beta {betas_text(found['betas'])} has {kl['value']:.4g} "
-        f"({interval}), {off:.1%} off after {len(found['tried'])} tries"
+        f"({interval}), {off:.1%} off after {counted(len(found['tried']), 'trial')}"
     )

@@ -63,7 +63,7 @@ def train(
         held = short_name(folder.meta["patient"]["model"])
         raise UsageError(f"profile {settings.name} names no base model for a doctor of {held}: give --doctor MODEL")
     used = ", ".join(face_names(folder.signals, reward_settings))
-    say(f"training {short_name(chosen.doctor)} on {len(folder)} pairs of {rewards} (rewards from: {used})")
+    say(f"training {short_name(chosen.doctor)} on {counted(len(folder), 'pair')} of {rewards} (rewards from: {used})")
 
     with waiting(f"Loading {short_name(chosen.doctor)} ..."):
         from llmdoctor.training.train import train as train_doctor

@@ -280,7 +280,7 @@ class LLMdoctor:
         guidance = self._of_this_call(guidance, sampling)
         settings = self.sampling.replace(**sampling)
         seeds = seeds_of(settings.seed if seed is None else seed, len(prompts))
-        each = [guidance] * len(prompts) if guidance is None or isinstance(guidance, Guidance) else guidance
+        each = guidance if isinstance(guidance, Sequence) else [guidance] * len(prompts)
         if len(each) != len(prompts):
             raise UsageError(f"expected one guidance for each of {len(prompts)} prompts, got {len(each)}")
         if len(seeds) != len(prompts):
@@ -360,17 +360,23 @@ class LLMdoctor:
         self,
         prompt: str | Sequence[Message],
         *,
+        guidance: Guidance | None = None,
         top: int = 0,
         on_token: Callable[[Speaker, GuidedToken], None] | None = None,
         **sampling: Any,
     ) -> Comparison:
-        """The patient alone, then the guided patient, on the same prompt and with the same random numbers."""
-        return next(self.compare_all([prompt], top=top, on_token=on_token, **sampling))
+        """The patient alone, then the guided patient, on the same prompt and with the same random numbers.
+
+        ``guidance`` and ``sampling`` are as in ``generate``: ``alpha``, ``beta`` and the others may be given for this
+        call. Raises UsageError for a value out of range and for what is no prompt.
+        """
+        return next(self.compare_all([prompt], guidance=guidance, top=top, on_token=on_token, **sampling))
 
     def compare_all(
         self,
         prompts: Sequence[str | Sequence[Message]],
         *,
+        guidance: Guidance | None = None,
         top: int = 0,
         on_token: Callable[[Speaker, GuidedToken], None] | None = None,
         **sampling: Any,
@@ -380,10 +386,12 @@ class LLMdoctor:
         All prompts have the same seed, so each is answered as if it were compared alone. The seconds of a prompt are
         the time of its batch divided by the number of prompts in it.
         """
+        guidance = self._read(self._of_this_call(guidance, sampling))()
+        check_guidance(guidance, self.doctor_names)
         settings = self.sampling.replace(**sampling)
         (seed,) = seeds_of(settings.seed, 1)
         questions = [Question(str(i), (p if isinstance(p, str) else list(p),)) for i, p in enumerate(prompts, start=1)]
-        sides = both_sides(self, **settings.model_dump(exclude={"seed"}))
+        sides = both_sides(self, guidance, **settings.model_dump(exclude={"seed"}))
         return Run(questions, seed, top=top, keep=False, on_token=on_token).compare(sides)  # type: ignore[arg-type]
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:

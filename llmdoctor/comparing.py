@@ -71,10 +71,10 @@ class Column:
         return (self.guidance or Guidance()).to_dict() | self.sampling.replace(seed=seed).model_dump()
 
 
-def both_sides(assistant: "LLMdoctor", **sampling: Any) -> list[Column]:
-    """The patient alone and the guided patient, with the settings that the assistant has now."""
+def both_sides(assistant: "LLMdoctor", guidance: Guidance | None = None, **sampling: Any) -> list[Column]:
+    """The patient alone and the guided patient, where nothing else is given with the assistant's settings of now."""
     how = assistant.sampling.replace(**sampling, seed=None)
-    return [Column("patient", assistant, None, how), Column("guided", assistant, assistant.guidance, how)]
+    return [Column("patient", assistant, None, how), Column("guided", assistant, guidance or assistant.guidance, how)]
 
 
 @dataclass(frozen=True, slots=True)

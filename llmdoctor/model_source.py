@@ -24,7 +24,7 @@ from llmdoctor.files import present, read_json, user_path
 from llmdoctor.gguf_file import read_header
 from llmdoctor.harmless import first_line
 from llmdoctor.schema import shown
-from llmdoctor.tensors import refuse_pickles, tensor_count
+from llmdoctor.tensors import refuse_pickles, tensor_sizes
 
 _PACKAGE = "package:"
 _HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.IGNORECASE)
@@ -122,7 +122,7 @@ class ModelSource:
         refuse_pickles(folder, f"the model {self.name}")
         config = self._read(folder / "config.json", Artefact)
         try:
-            count = sum(tensor_count(path) for path in folder.glob("*.safetensors"))
+            count = sum(len(tensor_sizes(path)) for path in folder.glob("*.safetensors"))
         except LoadError as error:
             raise LoadError(f"cannot load the model {self.name}: {error}") from error
         for key, value in _numbers(config):
@@ -187,6 +187,22 @@ class ModelSource:
         raise LoadError(
             f"{self.name} is not here: expected a folder with a config.json{self._hint()}, or a downloaded model"
         )
+
+    def parameters(self) -> int | None:
+        """How many numbers the weights have, by the headers of their files.
+
+        None for a model on the hub, and for files that cannot be read. Raises LoadError.
+        """
+        if self.gguf:
+            return read_header(self.gguf_path()).parameters
+        if self.base:
+            return self.base.parameters()
+        if not self.is_local:
+            return None
+        try:
+            return sum(sum(tensor_sizes(path)) for path in Path(self.place).glob("*.safetensors"))
+        except LoadError:
+            return None
 
     def quantization(self) -> dict[str, Any] | None:
         """How the weights are quantised: ``method``, and ``bits`` where the config states them; None if they are not.

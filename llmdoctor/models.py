@@ -236,8 +236,11 @@ def load_lm(
         placed["attn_implementation"] = attn_implementation
     target = pick_device(device if device_map is None else _device_of(device_map))
     weights = pick_dtype(dtype, target)
+    guessed = dtype == "auto" and weights == torch.bfloat16
+    if guessed and 0 < (where.parameters() or 0) <= _SMALL:
+        weights = torch.float32
     model = _load_lm(where, weights, trust_remote_code, placed)
-    if dtype == "auto" and weights == torch.bfloat16 and model.num_parameters() <= _SMALL:
+    if guessed and weights == torch.bfloat16 and model.num_parameters() <= _SMALL:  # what the files do not tell
         model = _load_lm(where, torch.float32, trust_remote_code, placed)
     if tp_plan is not None:
         _require_shares(where, model)

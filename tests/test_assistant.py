@@ -466,6 +466,18 @@ def test_guidance_for_one_call_and_lists_of_conversations(assistant: LLMdoctor) 
     assert said == "".join(token.text for token in assistant.stream("Hi", alpha=0.5, beta={name: 2.0}))
     with pytest.raises(UsageError, match="choose one of guidance and beta"):
         assistant.stream("Hi", beta=1.0, guidance=before)
+    compared = assistant.compare("Hi", seed=5, alpha=0.5, beta={name: 2.0}, temperature=0.9)
+    again = assistant.compare("Hi", seed=5, guidance=stronger, temperature=0.9)
+    assert compared.guided.text == again.guided.text != assistant.compare("Hi", seed=5, temperature=0.9).guided.text
+    assert (compared.settings["alpha"], compared.settings["betas"][name]) == (0.5, 2.0)
+    assert compared.patient.text == assistant.compare("Hi", seed=5, temperature=0.9).patient.text
+    for method in (assistant.generate, assistant.compare, lambda *asked, **how: assistant.compare_all([*asked], **how)):
+        for wrong in ({"alpha": -1.0}, {"beta": {"nurse": 1.0}}, {"temperature": -1.0}, {"guidance": 5}):
+            with pytest.raises(UsageError) as refused:
+                method("Hi", **wrong)
+            with pytest.raises(UsageError) as told:
+                assistant.answer_all(["Hi"], **wrong)
+            assert str(refused.value) == str(told.value)
     one = [{"role": "user", "content": "Hi"}]
     assert assistant.generate([one, one], seed=[3, 3], alpha=0.5, beta={name: 2.0}) == [said, said]
 

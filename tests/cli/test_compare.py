@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from llmdoctor import model_source
 from llmdoctor.cli import compare, options
 from llmdoctor.cli.kept_run import KeptRun
 from llmdoctor.cli.measures_table import text_table
@@ -59,7 +60,7 @@ def test_many_prompts_in_one_run(run, prompts):
         ("How can I relax?", "81", 1),
         ("So?", "81", 2),
     ]
-    assert f"{prompts}: 2 prompts of 2 turns; not used: by\n" in result.stderr  # dataset is: by --alpaca-eval
+    assert f"{prompts}: 2 prompts with 3 turns in all; not used: by\n" in result.stderr  # dataset is: by --alpaca-eval
     for path in ("a.html", "a.md", "a.svg"):
         assert made[2]["guided"]["text"].split()[-1] in Path(path).read_text()
     assert json.loads(Path("ae/guided.json").read_text())[0] == {
@@ -101,7 +102,13 @@ def test_a_stopped_run_goes_on_with_what_had_finished(run, prompts, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(KeptRun, "keep", stop_after_four)
-        assert run(*command, "--seed", 1, "--output", "a.jsonl").exit_code == 130
+        stopped = run(*command, "--seed", 1, "--output", "a.jsonl")
+        assert stopped.exit_code == 130
+        kept = "kept 4 answers in a.jsonl; run the same command again to go on"
+        assert stopped.stderr.splitlines()[-2:] == [kept, "interrupted"]
+        without = run(*command, "--seed", 1)
+        assert (without.exit_code, without.stderr.splitlines()[-1]) == (130, "interrupted")
+        assert without.stderr.splitlines()[-2].startswith("nothing was kept: with --output FILE ")
     assert [(one["column"], one["id"], one["turn"]) for one in lines("a.jsonl")[:3]] == [
         ("patient", "1", 1),
         ("patient", "81", 1),
@@ -260,6 +267,26 @@ def test_several_sweeps_are_a_grid(run):
     assert [point["settings"]["mode"] for point in made["points"]] == ["ratio", "product"] * 2
     assert all("mode=product" not in text or "ratio" not in text for text in Path("g.svg").read_text().splitlines())
     assert made["points"][0]["measures"]["tokens"] == {"value": 2.0, "low": None, "high": None}
+
+
+def test_a_sweep_reads_the_weights_once_however_many_points_it_has(run, monkeypatch):
+    """To tell its answers from those of other models at the same places."""
+    read = []
+    for name in ("doctor_fingerprint", "model_fingerprint"):
+        own = getattr(model_source, name)
+        monkeypatch.setattr(model_source, name, lambda place, own=own: read.append(str(place)) or own(place))
+    profile = load_profile("clinic")
+    how = ("compare", QUESTION, "--max-new-tokens", 1, "--sweep", "beta=0:4:1", "--output", "s.jsonl", "--quiet")
+    assert run(*how).exit_code == 0
+    doctors = [str(doctor.checkpoint) for doctor in profile.doctors.values()]
+    assert sorted(read) == sorted([profile.patient.model, *doctors])
+
+
+def test_what_a_full_screen_cannot_show_is_named(fails):
+    wanted = ["--tui shows whole answers", "no --sweep and no --follow", "--html FILE"]
+    fails(2, wanted, "compare", "Hi", "--tui", "--sweep", "beta=0,1", "--follow")
+    fails(2, ["it takes no --diff"], "compare", "Hi", "--tui", "--diff")
+    fails(2, ["--tui needs a terminal"], "compare", "Hi", "--tui", "--vs", "beta=1", "--kl-budget", 0.1)
 
 
 def test_a_kl_budget_finds_the_beta_and_answers_with_it(run, prompts):

@@ -16,6 +16,7 @@ from llmdoctor.show.text import clean
 from llmdoctor.tui import token_style
 from llmdoctor.tui.conversation import ENDED, Said, ending, pieces
 from llmdoctor.tui.screens.browser import BrowserScreen, Item, Source
+from llmdoctor.tui.widgets.hints import Hint, Hints
 from llmdoctor.tui.widgets.inspector import Inspector
 from llmdoctor.tui.widgets.token_view import TokenView
 
@@ -25,7 +26,7 @@ _ROOM_FOR_ALL = 160  # columns needed to show list, texts and inspector side by 
 class ComparisonsScreen(BrowserScreen):
     """Comparisons, the patient alone beside the guided patient, while they are made."""
 
-    heading = "prompts"
+    heading, entry = "prompts", "prompt"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f3", "next_lens", "Lens"),
         Binding("ctrl+l,shift+f3", "next_doctor", "Lens doctor"),
@@ -44,6 +45,10 @@ class ComparisonsScreen(BrowserScreen):
         inspector = Inspector(can_force=False, id="inspector")
         inspector.display = False
         return (inspector,)
+
+    def more_hints(self) -> Sequence[Hint]:
+        """The colours."""
+        return [("F3", f"colour: {self.lens}", "screen.next_lens")]
 
     def score(self, payload: Said) -> float | None:
         """The lens' score; no doctor judges the patient alone."""
@@ -88,6 +93,7 @@ class ComparisonsScreen(BrowserScreen):
         for view in self.views:
             view.scale = lens_limit(self.lens)
             view.recolour(self.score)
+        self.query_one(Hints).show(self.hints())
         self.show_facts()
 
 
