@@ -275,10 +275,11 @@ class _Side:
         self._force = part.force
         self._sampling: Sampling | None = None
         self._stream: Iterator[GuidedToken] = iter(())
+        self._elsewhere = isinstance(assistant, Elsewhere)
         self._since = time.perf_counter()  # when a server last gave a token: it makes the next one meanwhile
 
     def next(self, job: int, sampling: Sampling) -> Spoken | None:
-        started = self._since if isinstance(self._assistant, Elsewhere) else time.perf_counter()
+        started = self._since if self._elsewhere else time.perf_counter()
         sampling = self.part.sampling or sampling
         if sampling != self._sampling:
             self.close()
