@@ -87,14 +87,17 @@ def _verdicts(preference: Found) -> Iterator[str]:
     for name, found in preference["doctors"].items():
         chosen = _estimates(found)["chosen"]
         beyond = _estimates(preference["beyond"][name])
-        if chosen.low > 0.5:
-            verdict = "prefers the chosen answer more often than chance"
-        elif chosen.high < 0.5:
-            verdict = "prefers the rejected answer more often than chance"
-        else:
-            verdict = "does no better than chance, as far as these pairs tell"
         against = f"{_points(beyond['base'])} beyond its base, {_points(beyond['longer'])} beyond the longer answer"
-        yield f"{name} {verdict}: {against}"
+        yield f"{name} {verdict(chosen)}: {against}"
+
+
+def verdict(chosen: "Estimate") -> str:
+    """What a share of pairs, in which the chosen answer is preferred, says of a doctor; ``train`` says it too."""
+    if chosen.low > 0.5:
+        return "prefers the chosen answer more often than chance"
+    if chosen.high < 0.5:
+        return "prefers the rejected answer more often than chance"
+    return "does no better than chance, as far as these pairs tell"
 
 
 def _two_sides(answers: Found) -> Iterator[Table]:

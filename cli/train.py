@@ -116,9 +116,13 @@ def _held_out(metrics: Mapping[str, Any]) -> str:
     """How well the doctor did on pairs that it was not trained on."""
     if not (found := metrics.get("prefers_chosen")):
         return "no pairs were held out: --holdout 0.1 keeps some back and says how well the doctor does on them"
-    value, low, high = (found[key] for key in ("value", "low", "high"))
-    share = f"{value:.1%} of {metrics['pairs_held_out']} held-out pairs ({low:.1%} to {high:.1%}; chance is 50%)"
-    return f"the doctor prefers the chosen answer in {share}"
+    from llmdoctor.cli.evaluation_report import verdict
+    from llmdoctor.records import Estimate
+
+    chosen = Estimate(**found)
+    pairs = counted(metrics["pairs_held_out"], "held-out pair")
+    share = f"{chosen.value:.1%} of {pairs} (95%: {chosen.low:.1%} to {chosen.high:.1%}; chance is 50%)"
+    return f"the doctor prefers the chosen answer in {share}: it {verdict(chosen)}"
 
 
 def _next(

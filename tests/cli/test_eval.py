@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from llmdoctor.cli import eval as evaluation
+from llmdoctor.cli.evaluation_report import verdict
 from llmdoctor.cli.measures_table import MEASURES
 from llmdoctor.profile import profile_path
 from llmdoctor.profiles.clinic_world import held_out_questions
+from llmdoctor.records import Estimate
 
 CLINIC = profile_path("clinic").parent / "clinic"
 PROMPTS = held_out_questions(2)
@@ -156,8 +158,13 @@ def test_train_ends_with_how_it_did_and_what_to_run_next(run, tmp_path, clinic_r
         *(found["prefers_chosen"][key] for key in ("value", "low", "high")),
         found["pairs_held_out"],
     )
-    shown = f"the doctor prefers the chosen answer in {share:.1%} of {count} held-out pairs ({low:.1%} to {high:.1%}"
+    shown = (
+        f"the doctor prefers the chosen answer in {share:.1%} of {count} held-out pairs (95%: {low:.1%} to {high:.1%}; "
+    )
     assert shown in done
+    assert f"chance is 50%): it {verdict(Estimate(share, low, high))}\n" in done  # in the words of eval
+    assert verdict(Estimate(0.6, 0.52, 0.7)) == "prefers the chosen answer more often than chance"
+    assert verdict(Estimate(0.4, 0.3, 0.48)) == "prefers the rejected answer more often than chance"
     assert share == found["held_out"]["eval_reward_accuracy"]
     *_, chat, again = [shlex.split(line) for line in done.splitlines() if line.startswith("  llmdoctor ")]
     assert chat == ["llmdoctor", "chat", "--doctor", str(tmp_path / "doctor")]
