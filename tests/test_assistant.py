@@ -108,7 +108,8 @@ def test_the_embedded_clinic() -> None:
     assert compared.metrics["kl"] > 0
     doctor.beta = 0.0
     assert doctor.generate(question, seed=1) == compared.patient.text
-    patient_only = LLMdoctor(doctor.patient.name).generate(question, seed=1, max_new_tokens=240)
+    sampling = doctor.sampling.model_dump()
+    patient_only = LLMdoctor(doctor.patient.name).generate(question, **{**sampling, "seed": 1})
     assert patient_only == compared.patient.text
 
 

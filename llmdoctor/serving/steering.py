@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from llmdoctor.decoding.following import Ask, Follower
-from llmdoctor.decoding.product import check_guidance, product
+from llmdoctor.decoding.product import product
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.model_source import ModelSource
 from llmdoctor.models import Vocabulary, context_of, load_tokenizer
 from llmdoctor.profile import load_profile
 from llmdoctor.schema import hint
 from llmdoctor.set_command import parse_settings
-from llmdoctor.settings import DecodeSettings, DoctorSettings, Guidance, Sampling
+from llmdoctor.settings import DecodeSettings, DoctorSettings, Guidance, Sampling, check_guidance
 from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
 
 _NAMES = ("alpha", "beta", "dead_zone", "mode", "plausibility")
