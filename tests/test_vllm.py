@@ -442,11 +442,11 @@ def test_vllm_says_what_we_say(engine: Any, own: LLMdoctor) -> None:
 def test_vllm_draws_what_we_draw(
     engine: Any, own: LLMdoctor, chi_square_p: Callable[[Tensor, Tensor], float], xargs: dict[str, Any] | None
 ) -> None:
-    """Second tokens behind a sampled first one are not asked for: 3,000 first tokens against our distribution."""
+    """3,000 first tokens against our own distribution of them. vLLM has no seeds for requests on a CPU."""
     from vllm import SamplingParams
 
     message = [{"role": "user", "content": QUESTIONS[0]}]
-    params = SamplingParams(temperature=0.8, n=3000, max_tokens=1, seed=5, extra_args=xargs)
+    params = SamplingParams(temperature=0.8, n=3000, max_tokens=1, extra_args=xargs)
     (answer,) = engine.generate([{"prompt_token_ids": list(own.prompt_ids(message))}], params, use_tqdm=False)
     drawn = torch.tensor([one.token_ids[0] for one in answer.outputs])
     (token,) = own.stream(message, guidance=steered().guidance_of(xargs), max_new_tokens=1, top=1500)
@@ -459,8 +459,9 @@ def test_vllm_draws_what_we_draw(
 def test_vllm_refuses_one_request_alone(engine: Any) -> None:
     """A wrong setting fails its request before it is queued."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError  # type: ignore[import-not-found]
 
-    with pytest.raises(ValueError, match="'beta of helpful' should be greater than or equal to 0"):
+    with pytest.raises(VLLMValidationError, match="'beta of helpful' should be greater than or equal to 0"):
         engine.generate(["How?"], SamplingParams(extra_args={"beta": -1}), use_tqdm=False)
     (answer,) = engine.generate(["How?"], SamplingParams(max_tokens=3), use_tqdm=False)
     assert answer.outputs[0].token_ids
