@@ -29,7 +29,7 @@ from llmdoctor.tensors import read_tensors, refuse_pickles, require_finite_weigh
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SECONDS = 10.0  # in which the patterns of an adapter must have been compared with all names of modules
-_PROBE = 8  # tokens
+_PROBE = 32  # tokens
 _AGAIN = "as_saved"  # the name of a saved adapter beside the one that was trained
 _MOST_LAYERS = 1000  # that an adapter may replicate
 _PLAIN = re.compile(r"[\w.^$\\-]*")  # a pattern without repetition
@@ -254,7 +254,7 @@ def _listed(names: Iterable[str]) -> str:
 
 @torch.no_grad()
 def _merged(adapted: Any) -> PreTrainedModel:
-    probe = torch.arange(_PROBE, device=adapted.device)[None] % adapted.config.get_text_config().vocab_size
+    probe = probe_ids(adapted.config.get_text_config().vocab_size).to(adapted.device)
     own = log_probs(adapted, probe)
     with adapted.disable_adapter():
         base = log_probs(adapted, probe)
@@ -266,6 +266,14 @@ def _merged(adapted: Any) -> PreTrainedModel:
     return merged
 
 
+def probe_ids(size: int) -> Tensor:
+    """Tokens [1, 32] on which two models are compared, from all over a vocabulary of ``size``.
+
+    The first ids are special tokens, behind which a real model in bfloat16 is a nat off by rounding alone.
+    """
+    return torch.randint(size, (1, _PROBE), generator=torch.Generator().manual_seed(0))
+
+
 def log_probs(model: nn.Module, ids_B_L: Tensor) -> Tensor:
     """Log-probs of every token behind every prefix [B, L, V], float32."""
     logits: Tensor = model(input_ids=ids_B_L, use_cache=False).logits
@@ -275,9 +283,10 @@ def log_probs(model: nn.Module, ids_B_L: Tensor) -> Tensor:
 def alike(one: Tensor, other: Tensor, base: Tensor, dtype: torch.dtype) -> bool:
     """Whether two models' log-probs are equal but for rounding in ``dtype``, beside how far ``other`` is from its base.
 
-    The mean difference may be 0.001 in float32 and 0.1 in half precision, and a tenth of the change.
+    The mean difference may be 0.001 in float32 and 0.2 in half precision (SmolLM2 in bfloat16: 0.07 to 0.09), and a
+    tenth of the change.
     """
-    rounding = 1e-3 if torch.finfo(dtype).eps < 1e-5 else 0.1
+    rounding = 1e-3 if torch.finfo(dtype).eps < 1e-5 else 0.2
     return bool((one - other).abs().mean() <= rounding + 0.1 * (other - base).abs().mean())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdoctor.adapters import alike, as_loaded, merged_adapter
+from llmdoctor.adapters import alike, as_loaded, merged_adapter, probe_ids
 from llmdoctor.artefacts import DOCTOR_VERSION, DoctorFile
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, read_json, require_doctor, write_json
@@ -27,7 +27,6 @@ from llmdoctor.tensors import read_tensors, same_weights
 from llmdoctor.training.doctor import Doctor, HeadAdapter
 
 HEAD = "head.safetensors"
-_PROBE = 8  # tokens
 _HEAD_TENSORS = ("down.weight", "up.weight")
 
 
@@ -158,7 +157,7 @@ def _require_own(doctor: Doctor, log_probs: Callable[[Tensor], Tensor]) -> None:
 
 
 def _probe(doctor: Doctor) -> Tensor:
-    return torch.arange(_PROBE, device=doctor.lm.device)[None] % doctor.vocabulary.size
+    return probe_ids(doctor.vocabulary.size).to(doctor.lm.device)
 
 
 def _dtype(doctor: Doctor) -> torch.dtype:
