@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmdoctor.models as loading
+from llmdoctor.adapters import merged_adapter
 from llmdoctor.cli.main import app
 from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.model_source import ModelSource
@@ -348,3 +349,16 @@ def test_a_package_stays_the_reference(smollm: str, tmp_path: Path) -> None:
     """Of a base in a package, doctor.json holds no path of this machine."""
     record = base_record(smollm, tmp_path / "doctor")
     assert record == {"base_model": smollm, "base_fingerprint": model_fingerprint(smollm)}
+
+
+def test_an_adapter_of_a_real_model_is_merged_in_bfloat16(smollm: str, tmp_path: Path) -> None:
+    """Rounding is not taken for another adapter."""
+    base = load_lm(smollm, dtype="bfloat16")
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.005)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged_adapter(adapted.unload(), tmp_path / "adapter", "kind")
