@@ -350,7 +350,8 @@ def test_records_that_cannot_be_asked_are_skipped_and_ids_that_come_again_are_to
     assert [line["choices"][0]["turns"][0] for line in answered] == [
         one["guided"]["text"].strip() for one in made["comparisons"]
     ]
-    assert [(line["question"], line["prompt"]) for line in lines("a.jsonl") if line["column"] == "guided"] == [
+    kept = sorted((line["question"], line["prompt"]) for line in lines("a.jsonl") if line["column"] == "guided")
+    assert kept == [
         (1, "How can I cook rice?"),
         (2, "How can I go camping?"),
     ]
