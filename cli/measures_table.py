@@ -33,7 +33,10 @@ MEASURES = {
     "repeating": ("repeating answers", "share of answers with a repeated sentence"),
     "distinct_2": ("distinct-2", "different pairs of words, divided by all pairs of words, of all answers"),
     "distinct_4": ("distinct-4", "the same for four words"),
-    "tokens_per_second": ("tokens per second", "speed, with the prompts that are answered together"),
+    "tokens_per_second": (
+        "tokens per second",
+        "speed of all answers together; without an interval",
+    ),
     "win_rate": ("guided wins", "share of prompts where the judge prefers the guided answer; a tie counts half"),
     "agreed": ("same in both orders", "share of prompts on which a judge of two answers says the same in both orders"),
     "patient_score": ("score of the patient", "mean score of the patient's answers, by a judge that scores one answer"),

@@ -50,8 +50,13 @@ def measures(
         "changed": share([sum(token.flip for token in answer.tokens) for answer in answers], groups, lengths),
         "unfinished": share([not answer.finished for answer in answers], groups),
         **text_measures([answer.text for answer in answers], groups),
-        **({"tokens_per_second": rate(lengths, seconds, groups)} if seconds is not None else {}),
+        **({"tokens_per_second": _speed(lengths, seconds)} if seconds is not None else {}),
     }
+
+
+def _speed(lengths: Sequence[int], seconds: Sequence[float]) -> Estimate:
+    """Without an interval: answers share the time of their batch, so they do not tell how sure it is."""
+    return Estimate(rate(lengths, seconds).value, math.nan, math.nan)
 
 
 def kl_per_token(answers: Sequence[Answer], groups: Sequence[Hashable] | None = None) -> Estimate:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from llmdoctor import model_source
-from llmdoctor.cli import compare, options
+from llmdoctor.cli import compare, options, terminal
 from llmdoctor.cli.kept_run import KeptRun
 from llmdoctor.cli.measures_table import text_table
 from llmdoctor.profile import load_profile
@@ -73,6 +74,17 @@ def test_many_prompts_in_one_run(run, prompts):
     assert list(answered) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
     assert answered["question_id"] == 81
     assert answered["choices"] == [{"index": 0, "turns": [one["patient"]["text"].strip() for one in made[1:]]}]
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(run, prompts, monkeypatch):
+    """Every ten seconds; here at once. It starts with the first answer of a run, not anew with every batch."""
+    command = ("compare", "--prompts", prompts, *SHORT, "--rows", 1)
+    assert "Asking" not in run(*command).stderr
+    monkeypatch.setattr(terminal, "_PLAIN_INTERVAL", 0.0)
+    said = re.findall(r"Asking: (\d+)/6 answers  (\d+) tokens?", run(*command).stderr)
+    assert [int(tokens) for _, tokens in said] == list(range(1, 25))
+    assert [int(answers) for answers, _ in said] == sorted(int(answers) for answers, _ in said)
+    assert "Asking" not in run(*command, "--quiet").stderr
 
 
 def test_answers_of_a_doctor_that_was_replaced_are_not_taken(run, tmp_path):
@@ -350,7 +362,8 @@ def test_records_that_cannot_be_asked_are_skipped_and_ids_that_come_again_are_to
     assert [line["choices"][0]["turns"][0] for line in answered] == [
         one["guided"]["text"].strip() for one in made["comparisons"]
     ]
-    assert [(line["question"], line["prompt"]) for line in lines("a.jsonl") if line["column"] == "guided"] == [
+    kept = sorted((line["question"], line["prompt"]) for line in lines("a.jsonl") if line["column"] == "guided")
+    assert kept == [
         (1, "How can I cook rice?"),
         (2, "How can I go camping?"),
     ]
