@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py                              # the clinic; about 10 minutes on two cores
     python benchmarks/serve.py --profile smollm2 --seconds 60
+    python benchmarks/serve.py --url http://HOST:PORT/v1 --label vllm   # any other server too, into the same table
     python benchmarks/serve.py --check 60                   # 64 clients for a minute, every answer compared
 
 Each way is a server of its own process, asked by the official client (needs the extra ``serve`` and openai); each
@@ -12,23 +13,25 @@ unfair to none. Tokens a second are those of all clients; the time to the first 
 - ``guided``: patient and doctors, one batch for all requests.
 - ``loop``: the same guided answers, each request decoded by a loop of its own in a thread of its own.
 
-The last table is what a long prompt costs a stream that speaks already: its longest silence, in tokens of its own pace.
+The last table is what a long prompt costs a stream that speaks already: the gaps between its tokens. What was measured
+is kept in ``--records``; started again, the program measures only what is missing there.
 """
 
 import argparse
 import asyncio
 import itertools
+import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 
@@ -95,38 +98,45 @@ def serve(profile: str, way: str, dtype: str) -> None:
         uvicorn.Server(config).run(sockets=[listening])
 
 
+class Server(NamedTuple):
+    """Where to ask, for which model, and the process that answers if it is one of ours."""
+
+    address: str
+    model: str
+    pid: int | None = None
+
+    def cpu(self) -> float:
+        """Processor seconds that its process has used; nan where that cannot be known."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        except OSError:
+            return float("nan")
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def server(args: argparse.Namespace, way: str) -> Iterator[str]:
-    """A server of its own process; its address."""
+def server(args: argparse.Namespace, way: str) -> Iterator[Server]:
+    """A server of its own process."""
     command = [sys.executable, __file__, "--profile", args.profile, "--dtype", args.dtype, "--serve", way]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+        yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", way, process.pid)
         process.terminate()
 
 
-@dataclass
-class Measured:
-    """What clients saw."""
-
-    tokens: int = 0
-    answers: int = 0
-    seconds: float = 0.0
-    first: list[float] = field(default_factory=list)
-
-    def __iadd__(self, other: "Measured") -> "Measured":
-        self.tokens, self.answers = self.tokens + other.tokens, self.answers + other.answers
-        self.seconds, self.first = self.seconds + other.seconds, self.first + other.first
-        return self
+def elsewhere(url: str) -> Server:
+    """A server that runs already, of any kind."""
+    return Server(url, openai.OpenAI(base_url=url, api_key="none").models.list().data[0].id)
 
 
-def asked(way: str, question: str, seed: int, tokens: int) -> dict[str, Any]:
+def asked(model: str, question: str, seed: int, tokens: int) -> dict[str, Any]:
     return {
-        "model": way,
+        "model": model,
         "messages": [{"role": "user", "content": question}],
         "seed": seed,
         "max_completion_tokens": tokens,
         "stream": True,
+        "logprobs": True,  # which count the tokens of a chunk, whoever sends it
     }
 
 
@@ -134,53 +144,70 @@ def client(address: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
 
 
-async def measure(address: str, way: str, clients: int, seconds: float, tokens: int) -> Measured:
+def tokens_in(chunk: Any) -> int:
+    logprobs = chunk.choices[0].logprobs if chunk.choices else None
+    return len(logprobs.content or ()) if logprobs else 0
+
+
+async def measure(server: Server, clients: int, seconds: float, tokens: int) -> dict[str, Any]:
     """So many clients ask for some seconds. Tokens count while the time runs, so no slow end is in it."""
-    found, began = Measured(seconds=seconds), time.perf_counter()
+    drawn, answers, first = 0, 0, []
     numbers = itertools.count()
+    cpu, began = server.cpu(), time.perf_counter()
 
     async def ask(api: openai.AsyncOpenAI) -> None:
+        nonlocal drawn, answers
         while time.perf_counter() - began < seconds:
             number = next(numbers)
-            asked_at, first = time.perf_counter(), True
-            body = asked(way, QUESTIONS[number % len(QUESTIONS)], number, tokens)
-            stream = await api.chat.completions.create(**body, extra_body={"llmdoctor": True})
+            asked_at, silent = time.perf_counter(), True
+            stream = await api.chat.completions.create(
+                **asked(server.model, QUESTIONS[number % len(QUESTIONS)], number, tokens)
+            )
             async for chunk in stream:
-                said = getattr(chunk.choices[0], "llmdoctor", None)
-                if said and first:
-                    found.first.append(time.perf_counter() - asked_at)
-                    first = False
+                said = tokens_in(chunk)
+                if said and silent:
+                    first.append(time.perf_counter() - asked_at)
+                    silent = False
                 if time.perf_counter() - began >= seconds:
                     await stream.close()
                     break
-                found.tokens += len(said["tokens"]) if said else 0
+                drawn += said
             else:
-                found.answers += 1
+                answers += 1
 
-    async with client(address) as api:
+    async with client(server.address) as api:
         await asyncio.gather(*(ask(api) for _ in range(clients)))
-    return found
+    return {"tokens": drawn, "answers": answers, "seconds": seconds, "cpu": server.cpu() - cpu, "first": first}
 
 
-async def silences(address: str, way: str, tokens: int, long: str) -> tuple[float, float]:
-    """The longest silence within a stream, without and with a long prompt that comes; in mean gaps between tokens."""
+async def beside(server: Server, tokens: int, words: int, seed: int) -> dict[str, Any]:
+    """The gaps between the tokens of a stream and the time of its answer: calm, and with a long prompt that comes."""
+    # another one each time: what was read is known
+    long = " ".join(random.Random(seed).choices(("sleep", "water", "pain", "food", "rest", "walk"), k=words))
 
-    async def gaps(api: openai.AsyncOpenAI, disturbed: bool) -> list[float]:
+    async def gaps(api: openai.AsyncOpenAI, disturbed: bool) -> tuple[list[float], float, float]:
         came: list[float] = []
-        other: asyncio.Task[Any] | None = None
-        stream = await api.chat.completions.create(**asked(way, QUESTIONS[0], 1, tokens))
-        async for _ in stream:
-            came.append(time.perf_counter())
-            if disturbed and other is None and len(came) > tokens // 3:
-                other = asyncio.create_task(api.chat.completions.create(**{**asked(way, long, 1, 4), "stream": False}))
-        if other:
-            await other
-        return [after - before for before, after in itertools.pairwise(came[1:])]
+        other: asyncio.Task[float] | None = None
 
-    async with client(address) as api:
-        await gaps(api, disturbed=False)
-        calm, disturbed = await gaps(api, disturbed=False), await gaps(api, disturbed=True)
-    return max(calm) / statistics.mean(calm), max(disturbed) / statistics.mean(calm)
+        async def ask_other() -> float:
+            began = time.perf_counter()
+            await api.chat.completions.create(**{**asked(server.model, long, 1, 2), "stream": False})
+            return time.perf_counter() - began
+
+        began = time.perf_counter()
+        stream = await api.chat.completions.create(**asked(server.model, QUESTIONS[0], 3, tokens))
+        async for chunk in stream:
+            came += [time.perf_counter()] * tokens_in(chunk)
+            if disturbed and other is None and len(came) >= 5:
+                other = asyncio.create_task(ask_other())
+        took = time.perf_counter() - began
+        waited = await other if other else 0.0
+        return [after - before for before, after in itertools.pairwise(came[5:])], took, waited
+
+    async with client(server.address) as api:
+        calm, took, _ = await gaps(api, disturbed=False)
+        disturbed, longer, waited = await gaps(api, disturbed=True)
+    return {"calm": calm, "disturbed": disturbed, "took": took, "longer": longer, "waited": waited}
 
 
 async def check(address: str, assistant: LLMdoctor, seconds: float, tokens: int) -> str:
@@ -216,30 +243,80 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
-def table(args: argparse.Namespace) -> Iterator[str]:
-    """The lines of the report."""
-    yield f"### {args.profile}, answers of {args.tokens} tokens, {args.repeats} x {args.seconds:g} s each\n"
-    yield "| clients | server | tokens/s | of patient | first token, median | 95% |"
-    yield "|---|---|---|---|---|---|"
+def records(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All measurements: those of ``--records`` and what is missing there, which is added."""
+    path: Path = args.records
+    known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     with ExitStack() as stack:
-        addresses = {way: stack.enter_context(server(args, way)) for way in WAYS}
-        for way, address in addresses.items():
-            asyncio.run(measure(address, way, 2, 3.0, args.tokens))  # warm
-        for clients in args.clients:
-            found = {way: Measured() for way in WAYS}
-            for _ in range(args.repeats):
-                for way, address in addresses.items():
-                    found[way] += asyncio.run(measure(address, way, clients, args.seconds, args.tokens))
-            rates = {way: one.tokens / one.seconds for way, one in found.items()}
-            for way, one in found.items():
-                share, first = rates[way] / rates["patient"], one.first
-                times = f"{percentile(first, 0.5):.3f} s | {percentile(first, 0.95):.3f} s"
-                yield f"| {clients} | {way} | {rates[way]:.1f} | {share:.2f} | {times} |"
-        yield "\n| server | longest silence, calm | with a long prompt beside |"
-        yield "|---|---|---|"
-        for way in ("patient", "guided"):
-            calm, disturbed = asyncio.run(silences(addresses[way], way, args.tokens, "sleep well " * args.long))
-            yield f"| {way} | {calm:.1f} tokens | {disturbed:.1f} tokens |"
+        servers: dict[str, Server] = {}
+
+        def of(way: str) -> Server:
+            if way not in servers:
+                servers[way] = elsewhere(args.url) if way == args.label else stack.enter_context(server(args, way))
+                asyncio.run(measure(servers[way], 2, 3.0, args.tokens))  # warm
+            return servers[way]
+
+        def add(key: dict[str, Any], measured: Callable[[], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+            if any(key.items() <= one.items() for one in known):
+                return
+            known.append({**key, **asyncio.run(measured())})
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(known[-1]) + "\n")
+            print(key, flush=True, file=sys.stderr)
+
+        for repeat in range(args.repeats):  # servers take turns, so that a busy machine is unfair to none
+            for clients in args.clients:
+                for way in args.ways:
+                    key = {"profile": args.profile, "clients": clients, "way": way, "repeat": repeat}
+                    add(key, lambda way=way, n=clients: measure(of(way), n, args.seconds, args.tokens))  # type: ignore[misc]
+        for repeat in range(args.beside):
+            for way in args.ways:
+                if way != "loop":
+                    key = {"profile": args.profile, "beside": args.long, "way": way, "repeat": repeat}
+                    add(key, lambda way=way, n=repeat: beside(of(way), args.tokens, args.long, n))  # type: ignore[misc]
+    return known
+
+
+def table(found: Sequence[dict[str, Any]], profile: str) -> Iterator[str]:
+    """The lines of the report."""
+    mine = [one for one in found if one["profile"] == profile]
+    load: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for one in mine:
+        if "clients" in one:
+            load.setdefault((one["clients"], one["way"]), []).append(one)
+    yield f"### {profile}\n"
+    yield "| clients | server | tokens/s | of patient | tokens per CPU second | first token, median | 95% | runs |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for (clients, way), runs in sorted(load.items(), key=lambda one: one[0][0]):
+        rate = statistics.median(one["tokens"] / one["seconds"] for one in runs)
+        by_repeat = {one["repeat"]: one["tokens"] / one["seconds"] for one in load.get((clients, "patient"), ())}
+        shares = [
+            one["tokens"] / one["seconds"] / by_repeat[one["repeat"]] for one in runs if by_repeat.get(one["repeat"])
+        ]
+        share = statistics.median(shares) if shares else float("nan")
+        cpu = sum(one["tokens"] for one in runs) / sum(one["cpu"] for one in runs)
+        first = [seconds for one in runs for seconds in one["first"]]
+        times = f"{percentile(first, 0.5):.3f} s | {percentile(first, 0.95):.3f} s"
+        yield f"| {clients} | {way} | {rate:.1f} | {share:.2f} | {cpu:.1f} | {times} | {len(runs)} |"
+    neighbours: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for one in mine:
+        if "beside" in one:
+            neighbours.setdefault((one["beside"], one["way"]), []).append(one)
+    if neighbours:
+        yield "\nGaps between the tokens of a stream: median, 95%, longest, without and with a long prompt that comes.\n"
+        yield "| words of the prompt | server | calm | beside it | answer, times as long | the prompt's answer |"
+        yield "|---|---|---|---|---|---|"
+    for (words, way), runs in neighbours.items():
+        calm, disturbed = (
+            ", ".join(
+                f"{1000 * statistics.median(percentile(one[name], share) for one in runs):.0f}"
+                for share in (0.5, 0.95, 1)
+            )
+            for name in ("calm", "disturbed")
+        )
+        longer = statistics.median(one["longer"] / one["took"] for one in runs)
+        waited = statistics.median(one["waited"] for one in runs)
+        yield f"| {words} | {way} | {calm} ms | {disturbed} ms | {longer:.2f} | {waited:.2f} s |"
 
 
 def main() -> None:
@@ -250,25 +327,28 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--long", type=int, default=400, help="words of the long prompt, halved")
+    parser.add_argument("--long", type=int, default=600, help="words of the long prompt")
+    parser.add_argument("--beside", type=int, default=5, help="how often a long prompt comes beside a stream")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--url", help="measure also the server at this address, http://HOST:PORT/v1")
+    parser.add_argument("--label", default="vllm", help="its name in the table")
+    parser.add_argument(
+        "--records", type=Path, default=Path("serve.jsonl"), help="what was measured; goes on from there"
+    )
     parser.add_argument("--check", type=float, metavar="SECONDS")
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(args.profile, args.serve, args.dtype)
         return
     if args.check:
-        with server(args, "guided") as address:
+        with server(args, "guided") as one:
             assistant = load(args.profile, "guided", args.dtype)
-            print(asyncio.run(check(address, assistant, args.check, args.tokens)))
+            print(asyncio.run(check(one.address, assistant, args.check, args.tokens)))
         return
-    lines = []
-    for line in table(args):
-        print(line, flush=True)
-        lines.append(line)
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if args.url and args.label not in args.ways:
+        args.ways.append(args.label)
+    print("\n".join(table(records(args), args.profile)))
 
 
 if __name__ == "__main__":
