@@ -30,6 +30,10 @@ class _Tokenizer(Artefact):
     size: Count = 0
 
 
+class _PatientTokenizer(_Tokenizer):
+    fingerprint: str
+
+
 class _Training(Artefact):
     method: str = ""
     anchor: bool = False
@@ -69,8 +73,8 @@ class _Face(Artefact):
 
 
 class _Dataset(Artefact):
-    source: str = "?"
-    fingerprint: str = ""
+    source: str
+    fingerprint: str
 
 
 class _Counts(Artefact):
@@ -85,10 +89,10 @@ class RewardsMeta(Artefact):
 
     schema_version: Annotated[int, Field(ge=1, le=REWARDS_VERSION)]
     patient: _Patient
-    tokenizer: _Tokenizer
+    tokenizer: _PatientTokenizer
     faces: dict[str, _Face]
     shards: dict[ShardName, str] | list[ShardName]
-    dataset: _Dataset = _Dataset()
+    dataset: _Dataset
     counts: _Counts | None = None
     skipped: dict[str, Count] = {}
     skipped_lines: dict[str, list[Count]] = {}

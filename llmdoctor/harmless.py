@@ -16,6 +16,7 @@ STEERING = re.compile(
     "\u202a-\u202e\u2066-\u2069"  # bidi embeddings, overrides and isolates: what follows may read as something else
     "\ud800-\udfff\ufdd0-\ufdef" + _NONCHARACTERS + "]"  # what UTF-8 and XML do not have
 )
+_LONGEST = 500  # characters of a message of others
 MARK = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -27,10 +28,11 @@ def clean(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of a library's message that says something, with the next one if it ends in a colon.
 
-    The name of the exception if its message says nothing.
+    The name of the exception if its message says nothing. Cut to 500 characters: it may quote what a stranger wrote.
     """
     first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
-    return f"{first} {second}" if first.endswith(":") else first or type(error).__name__
+    text = f"{first} {second}" if first.endswith(":") else first or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def require_unicode(text: str, what: str) -> str:

@@ -222,6 +222,10 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     # TextStream needs the Rust tokenizer; those written in Python only have none.
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or getattr(tokenizer, "backend_tokenizer", None) is None:
         raise LoadError(f"the tokenizer of {source} has no fast (tokenizers) form, which streaming needs")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise LoadError(
+            f"the tokenizer of {source} states model_max_length {shown(tokenizer.model_max_length)}, expected a number"
+        )
     return tokenizer
 
 
@@ -351,7 +355,10 @@ def from_pretrained(where: ModelSource, kind: Any, what: str, place: str, **opti
             ) from error
         raise LoadError(f"cannot load {what} {where.name}: {first_line(error)}") from error
     except Exception as error:
-        raise LoadError(f"cannot load {what} {where.name}: {first_line(error)}") from error
+        reason = first_line(error)
+        if isinstance(error, AttributeError | TypeError):  # which name no key, and mostly no file
+            reason = f"a value in one of its JSON files is not what transformers expects ({reason})"
+        raise LoadError(f"cannot load {what} {where.name}: {reason}") from error
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def folder(tmp_path) -> Path:
         "patient": {"model": "m", "fingerprint": "f"},
         "tokenizer": {"fingerprint": "t", "size": 1000},
         "faces": {face: {"positive": "+", "negative": "-"} for face in FACES},
+        "dataset": {"source": "s", "fingerprint": "f"},
         "shards": [shard.name for shard in shards],
     }
     write_json(folder / "meta.json", meta)

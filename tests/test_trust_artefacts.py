@@ -545,6 +545,23 @@ def test_a_config_may_name_an_attention_that_transformers_has(value, base, copie
     assert load_lm(model, device="cpu").config._attn_implementation == value
 
 
+@pytest.mark.parametrize("value", ["", "many", [1], {"a": 1}])
+def test_a_tokenizer_with_a_length_that_is_no_number_is_one_line(value, base, copied):
+    model = copied(base)
+    spoil(model / "tokenizer_config.json", "model_max_length", value)
+    assert "model_max_length" in refusal(lambda: load_tokenizer(model), LoadError)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("generation_config.json", "pad_token_id", "x"), ("tokenizer_config.json", "tokenizer_class", [1])],
+)
+def test_a_value_that_transformers_does_not_take_is_told_as_such(file, key, value, base, copied):
+    model = copied(base)
+    spoil(model / file, key, value)
+    assert "one of its JSON files" in refusal(lambda: load_patient(model, device="cpu"), LoadError)
+
+
 @pytest.mark.parametrize("name", ["doctor.json", "adapter_config.json"])
 @pytest.mark.parametrize(
     "text", ["[" * 9999, '{"a":' * 9999, "", "null", "[]", "{", '"x"', "\ud800", '{"r": NaN}', "1" * 9999, "\xff\xfe"]
@@ -641,6 +658,18 @@ def test_a_shard_that_no_patient_made_is_refused_and_named(name, column, words, 
 )  # fmt: skip
 def test_a_meta_json_of_wrong_types_is_one_line(key, rewards):
     each_odd(rewards / "meta.json", key, RewardsMeta, lambda: list(RewardsFolder(rewards)))
+
+
+@pytest.mark.parametrize("key", ["dataset", "dataset.source", "dataset.fingerprint", "tokenizer.fingerprint", "faces"])
+def test_a_meta_json_without_a_key_that_is_read_is_one_line(key, rewards):
+    """Each was a traceback of inspect or train."""
+    data = json.loads((rewards / "meta.json").read_text())
+    *parents, last = key.split(".")
+    del (data[parents[0]] if parents else data)[last]
+    write_json(rewards / "meta.json", data)
+    text = refusal(lambda: RewardsFolder(rewards), LoadError)
+    assert key in text
+    assert "run extract again" in text
 
 
 def test_a_shard_outside_of_the_folder_is_not_opened(rewards):

@@ -60,10 +60,11 @@ def texts(tiny_tokenizer, tmp_path_factory):
         ]
         write_shard(folder, 0, pairs, ("kind",))
         made = {"model": "a patient", "fingerprint": ""}
-        meta = {"schema_version": 1, "patient": made, "tokenizer": {}, "shards": ["rewards-00000.parquet"]}
+        meta = {"schema_version": 1, "patient": made, "tokenizer": {"fingerprint": "t"}}
+        data = {"dataset": {"source": NASTY[0], "fingerprint": "f"}, "shards": ["rewards-00000.parquet"]}
         faces = {"kind": {"positive": "good", "negative": "bad"}}
         counts = {"pairs": len(pairs), "tokens": 0, "skipped": 0, "truncated_prompts": 0}
-        write_json(folder / "meta.json", {**meta, "faces": faces, "dataset": {"source": NASTY[0]}, "counts": counts})
+        write_json(folder / "meta.json", {**meta, "faces": faces, "counts": counts, **data})
         return folder
 
     return make
