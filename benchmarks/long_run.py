@@ -5,7 +5,8 @@
 The first half speaks with the embedded models: conversations of several turns, every third answer cancelled in the
 middle, every fifth of several prompts at once. The second half loads models of several architectures, speaks (on a CPU
 that records their steps) and drops them, the embedded patient with its doctors among them. A line per tenth of the
-way; at the end, growth from the second tenth on, when all that is kept once is there.
+way; at the end, growth from the second tenth on, when all that is kept once is there. Speed is per second of this
+process's own time on the processor, which other programs touch less than the clock. 0 leaves a half out.
 """
 
 import argparse
@@ -30,7 +31,7 @@ QUESTIONS = ("How can I sleep better?", "How do I clean a keyboard?", "My neighb
 
 
 class Reading(NamedTuple):
-    """Of this process: resident memory in MB, open handles, threads; tokens or loads per second since the last one."""
+    """Of this process: resident memory in MB, open handles, threads; tokens or loads per CPU second."""
 
     memory: float
     handles: int
@@ -50,13 +51,13 @@ def readings(
 ) -> list[Reading]:
     """One for each tenth of ``total``; a step says how much of it has been done."""
     found: list[Reading] = []
-    done, began = 0, time.monotonic()
+    done, began = 0, time.process_time()
     for step in steps:
         done += step
         if done >= total / 10:
-            found.append(reading(done, time.monotonic() - began))
+            found.append(reading(done, time.process_time() - began))
             show(found[-1])
-            done, began = 0, time.monotonic()
+            done, began = 0, time.process_time()
         if len(found) == 10:
             break
     return found
@@ -132,6 +133,8 @@ def main() -> None:
             ("tokens", conversation(), given.tokens),
             ("loads", loads(Path(folder)), given.loads),
         ):
+            if not total:
+                continue
             print(f"{total} {name}", flush=True)
             print(f"  growth: {growth(readings(steps, total, show))}", flush=True)
 

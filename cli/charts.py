@@ -7,6 +7,7 @@ too.
 
 import html
 import io
+import math
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -145,7 +146,9 @@ def _interval(estimate: "Estimate") -> str:
 
 
 def percents(part: "Estimate") -> str:
-    """``71.7% (59.2% to 81.5%)``."""
+    """``71.7% (59.2% to 81.5%)``; the value alone where there is no interval, ``-`` where there is no value."""
+    if math.isnan(part.low):
+        return "-" if math.isnan(part.value) else f"{part.value:.1%}"
     return f"{part.value:.1%} ({part.low:.1%} to {part.high:.1%})"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.cli import options
+from llmdoctor.cli import options, remote
 from llmdoctor.cli.options import option
 from llmdoctor.cli.side_by_side import coloured_text
 from llmdoctor.cli.terminal import console, decorated, put_json, say
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
     from llmdoctor.records import GuidedToken, Message
+    from llmdoctor.serving.client import RemoteDoctor
     from llmdoctor.sessions import Session, SessionStore
 
 _HELP = """\
@@ -39,19 +40,15 @@ Ctrl+C stops an answer and keeps the conversation."""
 @options.derived
 def chat(
     *,
-    profile: options.ProfileName = None,
-    patient: options.Patient = None,
-    doctor: options.Doctors = None,
-    doctor_base: options.DoctorBase = None,
-    beta: options.Betas = None,
-    decode: options.Decode,
+    guided: options.Guided,
     seed: options.Seed = None,
+    server: remote.Server = None,
+    api_key: remote.ApiKey = None,
     plain: Annotated[bool, option("--plain", "A conversation line by line, without the full screen.")] = False,
     go_on: Annotated[bool, option("--continue", "Continue the last saved conversation (full screen).")] = False,
     resume: Annotated[
         str | None, option("--resume", "Continue this saved conversation (full screen).", metavar="ID")
     ] = None,
-    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -67,23 +64,20 @@ def chat(
         if not screen:
             raise UsageError("--continue and --resume need the full screen: a terminal, without --plain and --json")
         store, session = _saved_session(None if go_on else resume)
-    settings = options.guided_profile(
-        options.load(profile) if session is None or profile else _profile_of(session),
-        named=profile is not None,
-        patient={"model": patient, **loading},
-        doctors=doctor,
-        doctor_base=doctor_base,
-        betas=beta,
-        decode=decode,
-    )
+    models: RemoteDoctor | None = None
+    if server is not None:
+        models = remote.connect(server, api_key, guided, trust_remote_code=trust_remote_code)
+        settings = remote.settings_on(models.profile if session is None else _as_held(models.profile, session), guided)
+        models.guidance = settings.decode.guidance(settings.doctors)
+    else:
+        settings = options.guided_profile(guided, _profile_of(session) if session and not guided["profile"] else None)
     if screen:
         from llmdoctor.tui import launch
 
-        raise typer.Exit(
-            launch.chat(settings, seed=seed, session=session, store=store, trust_remote_code=trust_remote_code)
-        )
+        how = {"seed": seed, "session": session, "store": store}
+        raise typer.Exit(launch.chat(settings, remote=models, trust_remote_code=trust_remote_code, **how))  # type: ignore[arg-type]
     sampling = settings.decode.sampling(seed)
-    assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
+    assistant = models or options.load_assistant(settings, trust_remote_code=trust_remote_code)
     interactive = sys.stdin.isatty()
     welcome = settings.welcome if interactive else WelcomeSettings()
     conversation = Conversation(assistant, sampling, welcome, as_json=as_json)
@@ -124,12 +118,20 @@ def _profile_of(session: "Session") -> "Profile":
     """The profile of a saved conversation, with the settings of its last turn."""
     from llmdoctor.profile import Profile
 
+    if "server" in session.profile:
+        where = session.profile["server"]
+        raise UsageError(f"session {session.id} was held on a server: add --server {where}, or name a --profile")
     try:
         saved = Profile.model_validate(session.profile)
     except ValueError:
         raise UsageError(
             f"session {session.id} was held with a profile that this version cannot read: name one with --profile"
         ) from None
+    return _as_held(saved, session)
+
+
+def _as_held(saved: "Profile", session: "Session") -> "Profile":
+    """The profile with the settings of the conversation's last turn."""
     if not session.turns:
         return saved
     guidance, sampling = session.turns[-1].guidance, session.turns[-1].sampling
@@ -162,7 +164,9 @@ def _typed() -> Iterator[str]:
 class Conversation:
     """A conversation and its settings, changed and printed line by line as the user types."""
 
-    def __init__(self, assistant: "LLMdoctor", sampling: Sampling, welcome: WelcomeSettings, *, as_json: bool) -> None:
+    def __init__(
+        self, assistant: "LLMdoctor | RemoteDoctor", sampling: Sampling, welcome: WelcomeSettings, *, as_json: bool
+    ) -> None:
         from llmdoctor.decoding.prefix import PrefixCache
 
         self.assistant, self.sampling, self.as_json = assistant, sampling, as_json

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from llmdoctor.cli import options
 from llmdoctor.errors import UsageError
 from llmdoctor.set_command import parse_settings, setting_items
-from llmdoctor.settings import DoctorSettings, Guidance, Sampling
+from llmdoctor.settings import DoctorSettings, Guidance, Sampling, check_guidance
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
-    from llmdoctor.comparing import Column, Run
+    from llmdoctor.cli.kept_run import KeptRun
+    from llmdoctor.comparing import Answers, Column
     from llmdoctor.profile import Profile
 
 _MOST_POINTS = 1000
@@ -31,6 +32,12 @@ class Plan:
     profile: "Profile"
     guidance: Guidance | None
     sampling: Sampling
+
+    def column(self, assistant: "Answers | None" = None) -> "Column":
+        """As a run takes it; without models where every answer is known."""
+        from llmdoctor.comparing import Column
+
+        return Column(self.name, assistant, self.guidance, self.sampling)
 
 
 def sides(profile: "Profile") -> list[Plan]:
@@ -129,31 +136,25 @@ class Models:
         self._plans, self._trust = list(plans), trust_remote_code
         self._loaded: dict[str, LLMdoctor] = {}
 
-    def columns(self, plans: Sequence[Plan], run: "Run") -> "list[Column]":
-        """The plans with their models, or without where every answer is known."""
-        from llmdoctor.comparing import Column
-
-        columns = [Column(plan.name, None, plan.guidance, plan.sampling) for plan in plans]
-        if not run.missing(columns):
+    def columns(self, plans: Sequence[Plan], kept: "KeptRun", *, silent: bool = False) -> "list[Column]":
+        """The plans with their models, or without where every answer is known; ``silent`` without a spinner."""
+        columns = [plan.column() for plan in plans]
+        if not kept.begin(columns):
             return columns
         if not self._loaded:
-            self._load()
-        return [
-            Column(plan.name, self._loaded[_models_of(plan.profile)], plan.guidance, plan.sampling) for plan in plans
-        ]
+            self._load(options.assistant if silent else options.load_assistant)
+        return [plan.column(self._loaded[_models_of(plan.profile)]) for plan in plans]
 
-    def _load(self) -> None:
-        from llmdoctor.decoding.product import check_guidance
-
+    def _load(self, load: Callable[..., "LLMdoctor"]) -> None:
         for plan in self._plans:
             check_guidance(plan.guidance or Guidance(), tuple(plan.profile.doctors))
         pools: dict[str, list[Plan]] = {}
         for plan in self._plans:
             pools.setdefault(_patient_of(plan.profile), []).append(plan)
         for pool in pools.values():
-            self._load_pool(pool)
+            self._load_pool(pool, load)
 
-    def _load_pool(self, pool: Sequence[Plan]) -> None:
+    def _load_pool(self, pool: Sequence[Plan], load: Callable[..., "LLMdoctor"]) -> None:
         profiles = {_models_of(plan.profile): plan.profile for plan in pool}
         doctors: dict[str, DoctorSettings] = {}
         names = {key: _joined(profile.doctors, doctors) for key, profile in profiles.items()}
@@ -161,7 +162,7 @@ class Models:
         if any(plan.guidance is not None and plan.guidance.mode == "ratio" for plan in pool):
             decode = first.decode.model_copy(update={"mode": "ratio"})  # the doctors' bases are needed from the start
             first = first.model_copy(update={"decode": decode})
-        loaded = options.load_assistant(first.model_copy(update={"doctors": doctors}), trust_remote_code=self._trust)
+        loaded = load(first.model_copy(update={"doctors": doctors}), trust_remote_code=self._trust)
         for key, profile in profiles.items():
             self._loaded[key] = loaded.part(names[key], system_prompt=profile.patient.system_prompt)
 

@@ -1,93 +1,47 @@
-"""What ``compare`` writes beside the screen: answers as they finish, and the files of AlpacaEval and MT-Bench."""
+"""The forms in which ``compare`` gives what it found, and the files of AlpacaEval and MT-Bench."""
 
 import hashlib
 import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from llmdoctor.errors import UsageError
-from llmdoctor.harmless import finite, json_text
+from llmdoctor.cli.terminal import write_file
+from llmdoctor.harmless import json_text
 
 if TYPE_CHECKING:
-    from llmdoctor.comparing import Key, Run, Timed
-    from llmdoctor.profile import Profile
+    from llmdoctor.comparing import Run
 
 
-def kept_answers(path: Path, command: str, seed: int | None) -> "tuple[dict[Key, Timed], int | None]":
-    """The answers that a stopped run of the same command left in its ``--output``, and the seed they have.
+@dataclass(frozen=True)
+class Forms:
+    """What is asked for: JSON on stdout, pages, and by kind the folder of files for other programs."""
 
-    There are none if there is no such file. A line that was cut by the stop is removed from the file. Raises UsageError
-    for the file of another command or another ``seed``.
-    """
-    from llmdoctor.comparing import Key
-    from llmdoctor.files import is_stream
-    from llmdoctor.records import Answer
+    as_json: bool
+    jsonl: bool
+    html: Path | None
+    svg: Path | None
+    markdown: Path | None
+    exports: Mapping[str, Path | None]
 
-    if not path.exists() or is_stream(path):
-        return {}, seed
-    found: dict[Key, Timed] = {}
-    whole = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                data = json.loads(line)
-                theirs, run_seed = data["command"], data["run_seed"]
-                key = Key(data["column"], data["question"], data["sample"], data["turn"])
-                timed = Answer.from_dict(data["answer"]), data["seconds"]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if line.endswith(b"\n"):
-                    raise UsageError(f"{path} was not written by compare --output: give another file") from error
-                break
-            if theirs != command:
-                raise UsageError(f"{path} holds answers of another command: give another --output, or remove it")
-            if seed not in (None, run_seed):
-                raise UsageError(
-                    f"{path} holds answers of seed {run_seed}, not {seed}: give another --output, or that seed"
-                )
-            seed, found[key] = run_seed, timed
-            whole += len(line)
-    with path.open("r+b") as file:
-        file.truncate(whole)
-    return found, seed
+    @property
+    def pages(self) -> bool:
+        """Whether there is a page or picture to write."""
+        return bool(self.html or self.svg or self.markdown)
 
+    @property
+    def text(self) -> bool:
+        """Whether nothing was asked for, so that answers are printed."""
+        return not (self.as_json or self.jsonl or self.pages or any(self.exports.values()))
 
-def weights_of(profile: "Profile") -> list[str]:
-    """What tells the patient and the doctors of a profile from others that were at the same places before."""
-    from llmdoctor.errors import LoadError
-    from llmdoctor.model_source import doctor_fingerprint, model_fingerprint
-
-    found = [doctor_fingerprint(doctor.checkpoint) for doctor in profile.doctors.values()]
-    with suppress(LoadError):  # a model of the hub that is not here yet
-        found.append(model_fingerprint(profile.patient.model))
-    return found
-
-
-def put_answer(
-    file: IO[str], run: "Run", key: "Key", timed: "Timed", settings: Mapping[str, Any], command: str
-) -> None:
-    """One line of ``--output``, on the disk before the next answer is finished."""
-    question = run.questions[key.question - 1]
-    line = {
-        "id": question.id,
-        **key._asdict(),
-        "prompt": question.turns[key.turn - 1],
-        "settings": dict(settings),
-        "answer": timed[0].to_dict(),
-        "seconds": timed[1],
-        "run_seed": run.seed,
-        "command": command,
-    }
-    file.write(json_text(finite(line)) + "\n")
-    file.flush()
-
-
-def fingerprint(command: Mapping[str, Any]) -> str:
-    """What tells one command from another in the lines of ``--output``."""
-    return hashlib.sha256(json.dumps(command, sort_keys=True).encode()).hexdigest()[:16]
+    def export(self, run: "Run", columns: Sequence[str]) -> None:
+        """Write the files for other programs, where they are asked for."""
+        for kind, folder in self.exports.items():
+            for name, content in EXPORTS[kind](run, columns) if folder is not None else ():
+                write_file(Path(folder or ".") / name, content)
 
 
 def alpaca_eval_files(run: "Run", columns: Sequence[str]) -> Iterator[tuple[str, str]]:

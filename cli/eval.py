@@ -1,31 +1,29 @@
 """``llmdoctor eval``: whether a doctor works, on held-out pairs and on prompts."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.cli import options
-from llmdoctor.cli.compare import questions, write_file
-from llmdoctor.cli.compare_files import fingerprint, kept_answers, put_answer, weights_of
+from llmdoctor.artefacts import DoctorFile
+from llmdoctor.cli import measures_table, options
+from llmdoctor.cli.compare import questions
+from llmdoctor.cli.compare_columns import Plan
 from llmdoctor.cli.evaluation_report import drawing, subject, tables, text_report
+from llmdoctor.cli.kept_run import KeptRun
 from llmdoctor.cli.options import option
-from llmdoctor.cli.terminal import progress, put, put_json, say, waiting
+from llmdoctor.cli.terminal import progress, put, put_json, say, waiting, write_file
 from llmdoctor.errors import UsageError
 from llmdoctor.files import DOCTOR, read_json, require_doctor
-from llmdoctor.show.formats import betas_text, counted
+from llmdoctor.show.formats import betas_text
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
-    from llmdoctor.comparing import Column, Key, Run, Timed
     from llmdoctor.evaluation.judge import Judge
     from llmdoctor.profile import Profile
-    from llmdoctor.records import Comparison, GuidedToken, SkippedRecord
+    from llmdoctor.records import Comparison, SkippedRecord
     from llmdoctor.settings import DataSettings, Guidance
 
 EXAMPLES = (
@@ -34,21 +32,24 @@ EXAMPLES = (
     "eval outputs/doctor --prompts prompts.txt --betas 0,0.5,1,2 --html report.html",
 )
 """Shown by ``llmdoctor eval --help``; the tests run them."""
-EPILOG = "\n\n".join(["Examples:", *(f"llmdoctor {line}" for line in EXAMPLES)])
+EPILOG = "\n\n".join(["Examples:", *(f"llmdoctor {line}" for line in EXAMPLES), measures_table.EPILOG])
+
+
+_DOCTORS = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="DOCTOR",
+        help="Doctor folder, PATH or NAME=PATH; several are applied together (default: those of the profile).",
+        show_default=False,
+        autocompletion=options.complete_doctor,
+    ),
+]
 
 
 @options.derived
 def evaluate(
-    doctor: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="DOCTOR",
-            help="Doctor folder, PATH or NAME=PATH; several are applied together (default: those of the profile).",
-            show_default=False,
-            autocompletion=options.complete_doctor,
-        ),
-    ] = None,
     *,
+    guided: Annotated[options.Given, options.GuidedOptions(_DOCTORS)],
     data: Annotated[
         str | None,
         option("--data", "Held-out preference pairs, as extract takes them.", env="EVAL_DATA", metavar="SOURCE"),
@@ -92,16 +93,10 @@ def evaluate(
             metavar="FILE",
         ),
     ] = None,
-    profile: options.ProfileName = None,
-    patient: options.Patient = None,
-    doctor_base: options.DoctorBase = None,
-    beta: options.Betas = None,
-    decode: options.Decode,
     seed: options.Seed = None,
     batch_tokens: Annotated[
         int | None, option("--batch-tokens", "Tokens per forward over pairs (default: what fits).", metavar="N", min=1)
     ] = None,
-    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     html: Annotated[Path | None, option("--html", "Write a web page.", metavar="FILE")] = None,
@@ -113,14 +108,12 @@ def evaluate(
     untrained base and the patient. A doctor prefers the answer to which training gave the greater probability: its
     score is the sum, over the answer's tokens, of log doctor - log base, as in mode "ratio", whatever the mode.
 
-    With --prompts: guided answers beside those of the patient alone: KL, diversity, length, repetition, speed and,
-    with --judge, how often the guided answer wins.
+    With --prompts: measures of guided answers beside those of the patient alone and, with --judge, how often the guided
+    answer wins.
 
     A judge is asked {"prompt", "answer"} and replies with a number, or {"prompt", "a", "b"} and replies with "a", "b",
     "tie" or how probably a is better, from 0 to 1. The second kind is asked in both orders, and the mean counts. A
     function gets the values in this order; a command gets the JSON on its stdin and prints JSON.
-
-    All intervals are of 95%.
     """
     if data is None and prompts is None:
         raise UsageError(f"give --data PAIRS, --prompts FILE or both, for example: llmdoctor {EXAMPLES[0]}")
@@ -128,54 +121,36 @@ def evaluate(
         raise UsageError(f"{unused[0]} is about answers to --prompts: give --prompts FILE")
     if judge_kind not in (None, "scalar", "pairwise"):
         raise UsageError(f"--judge-kind must be scalar or pairwise, got {judge_kind!r}")
-    settings = options.guided_profile(
-        options.load(profile),
-        named=profile is not None,
-        patient={"model": patient, **loading},
-        doctors=doctor,
-        doctor_base=doctor_base,
-        betas=beta,
-        decode=decode,
-    )
+    settings = options.guided_profile(guided)
     if not settings.doctors:
         raise UsageError("there is no doctor to evaluate: name its folder")
-    from llmdoctor.comparing import Column, Run
-
     options.require_outputs((output, html, svg))
     tried = _tried(betas, settings)
     asked = questions(None, prompts, used=()) if prompts is not None else []
     source = _source(data, split=split, label=label, columns=columns) if data else None
-    if doctor and patient is None and profile is None:
+    if guided["doctor"] and not guided["patient"] and not guided["profile"]:
         settings = _with_own_patient(settings)
-    referee = _judge(judge, judge_kind, loading["device"], trust_remote_code=trust_remote_code) if judge else None
-    # as in compare, a command that goes on where it was stopped takes the seed of the file
-    command: dict[str, Any] = {
-        "profile": settings.model_dump(mode="json", include={"patient", "doctors", "decode"}),
-        "weights": weights_of(settings) if output is not None else [],
-        "prompts": hashlib.sha256(repr([question.turns for question in asked]).encode()).hexdigest()[:16],
-        "samples": samples,
-        "betas": {name: dict(guidance.betas) for name, guidance in tried.items()},
-    }
-    known, seed = kept_answers(output, fingerprint(command), seed) if output is not None and asked else ({}, seed)
-    run = Run(asked, options.fresh_seed() if seed is None else seed, samples, rows, known=known)
-    if known:
-        say(f"{output}: going on after {counted(len(known), 'answer')}")
+    referee = _judge(judge, judge_kind, guided["device"], trust_remote_code=trust_remote_code) if judge else None
     how = settings.decode.sampling()
-    ways = [Column(name, None, guidance, how) for name, guidance in {"patient": None, **tried}.items()]
-    missing = run.missing(ways)
-    assistant = None
-    if source or missing:
-        assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code, with_bases=source is not None)
+    plans = [Plan(name, settings, guidance, how) for name, guidance in {"patient": None, **tried}.items()]
     report: dict[str, Any] = {
         "patient": settings.patient.model,
         "doctors": {name: each.checkpoint for name, each in settings.doctors.items()},
     }
-    if source and assistant:
-        report["preference"] = _preference(assistant, source, limit, batch_tokens)
-    if asked:
-        ways = [replace(column, assistant=assistant) for column in ways]
-        results = _answered(run, ways, missing, output, fingerprint(command))
-        report["answers"] = _winning(results, referee)
+    with KeptRun(output if asked else None, plans, asked, seed, rows=rows, samples=samples) as kept:
+        missing = kept.begin([plan.column() for plan in plans])
+        assistant = None
+        if source or missing:
+            assistant = options.load_assistant(
+                settings, trust_remote_code=trust_remote_code, with_bases=source is not None
+            )
+        if source and assistant:
+            report["preference"] = _preference(assistant, source, limit, batch_tokens)
+        if asked:
+            alone, *others = (plan.column(assistant) for plan in plans)
+            with kept.asking():
+                results = [one for column in others for one in kept.run.compare([alone, column])]
+            report["answers"] = _winning(results, referee)
     if as_json:
         put_json(report)
     else:
@@ -219,7 +194,7 @@ def _with_own_patient(settings: "Profile") -> "Profile":
     from llmdoctor.model_source import model_fingerprint
     from llmdoctor.profile import override
 
-    meta = read_json(require_doctor(next(iter(settings.doctors.values())).checkpoint) / DOCTOR)
+    meta = read_json(require_doctor(next(iter(settings.doctors.values())).checkpoint) / DOCTOR, DoctorFile)
     rewards = meta.get("rewards", {}) if isinstance(meta, dict) else {}
     if not rewards.get("patient") or rewards.get("patient_fingerprint") == model_fingerprint(settings.patient.model):
         return settings
@@ -257,36 +232,6 @@ def _preference(
         pairs = read_pairs(**source.model_dump(), limit=limit, on_skip=on_skip)
         found = preferences(assistant, pairs, batch_tokens=batch_tokens, on_pair=advance, on_skip=on_skip)
     return {"data": source.source, **found.to_dict(), "skipped": dict(skipped)}
-
-
-def _answered(
-    run: "Run", columns: "Sequence[Column]", missing: int, output: Path | None, command: str
-) -> "list[Comparison]":
-    """The patient beside each of the guidances; every answer goes to ``output`` when it is finished."""
-    from llmdoctor.files import open_to_append
-
-    by_name = {column.name: column for column in columns}
-    file = open_to_append(output) if output is not None and missing else None
-    tokens = answers = 0
-    with file or nullcontext(), progress("Answering", missing, "answers") as advance:
-
-        def on_token(_column: str, _token: "GuidedToken") -> None:
-            nonlocal tokens
-            tokens += 1
-            advance(counted(tokens, "token"), done=answers)
-
-        def on_answer(key: "Key", timed: "Timed") -> None:
-            nonlocal answers
-            answers += 1
-            if file is not None:
-                column = by_name[key.column]
-                put_answer(file, run, key, timed, column.settings(column.seed(run.seed, key.sample)), command)
-
-        run = replace(run, on_token=on_token, on_answer=on_answer)
-        found = [one for column in columns[1:] for one in run.compare([columns[0], column])]
-    if file is not None:
-        say(f"wrote {output}")
-    return found
 
 
 def _winning(comparisons: "Sequence[Comparison]", judge: "Judge | None") -> dict[str, Any]:

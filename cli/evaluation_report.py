@@ -18,8 +18,9 @@ from llmdoctor.cli.charts import (
     percents,
     svg_of,
 )
+from llmdoctor.cli.measures_table import by_measure, by_setting, cell, counts_text, filled, spoken, text_table
 from llmdoctor.show.colours import scale_colour
-from llmdoctor.show.formats import betas_text, short_name, speaking_text
+from llmdoctor.show.formats import betas_text, counted, short_name, speaking_text
 from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from llmdoctor.records import Estimate
 
 Found = Mapping[str, Any]
-_NAMES = {"kl": "KL per answer", "kl_per_token": "KL per token", "distinct_4": "distinct-4"}
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ def text_report(report: Found) -> str:
 def subject(report: Found) -> str:
     """Who was evaluated."""
     named = ", ".join(f"{name} ({short_name(folder)})" for name, folder in report["doctors"].items())
-    return f"patient {short_name(report['patient'])}; doctor{'s' * (len(report['doctors']) > 1)} {named}"
+    doctors = "doctor" if len(report["doctors"]) == 1 else "doctors"
+    return f"patient {short_name(report['patient'])}; {doctors} {named}"
 
 
 def tables(report: Found) -> list[Table]:
-    """The report in parts; every number has its 95% interval."""
+    """The report in parts."""
     parts = [_preference(report["preference"])] if report.get("preference") else []
-    answers = report.get("answers")
-    if answers and len(answers["guided"]) == 1:
-        return [*parts, _two_sides(answers), *_judged(answers)]
-    return [*parts, *(_frontier(answers) if answers else ())]
+    if answers := report.get("answers"):
+        parts += _two_sides(answers) if len(answers["guided"]) == 1 else [_frontier(answers)]
+    return parts
 
 
 def judges(preference: Found) -> "Iterator[tuple[str, Mapping[str, Estimate]]]":
@@ -72,10 +72,10 @@ def judges(preference: Found) -> "Iterator[tuple[str, Mapping[str, Estimate]]]":
 
 
 def _preference(preference: Found) -> Table:
-    rows = [(name, percents(found["chosen"]), _percents(found["shorter"])) for name, found in judges(preference)]
+    rows = [(name, percents(found["chosen"]), percents(found["shorter"])) for name, found in judges(preference)]
     skipped = (f"skipped {count}: {reason}" for reason, count in preference["skipped"].items())
     return Table(
-        f"{preference['pairs']} pairs of {preference['data']} (95% interval)",
+        f"{counted(preference['pairs'], 'pair')} of {preference['data']} (95% intervals)",
         ("", "prefers the chosen answer", f"where it is the shorter one ({preference['shorter']})"),
         (*rows, ("chance", "50.0%", "50.0%")),
         (*skipped, *_verdicts(preference)),
@@ -87,62 +87,43 @@ def _verdicts(preference: Found) -> Iterator[str]:
     for name, found in preference["doctors"].items():
         chosen = _estimates(found)["chosen"]
         beyond = _estimates(preference["beyond"][name])
-        if chosen.low > 0.5:
-            verdict = "prefers the chosen answer more often than chance"
-        elif chosen.high < 0.5:
-            verdict = "prefers the rejected answer more often than chance"
-        else:
-            verdict = "does no better than chance, as far as these pairs tell"
         against = f"{_points(beyond['base'])} beyond its base, {_points(beyond['longer'])} beyond the longer answer"
-        yield f"{name} {verdict}: {against}"
+        yield f"{name} {verdict(chosen)}: {against}"
 
 
-def _two_sides(answers: Found) -> Table:
-    (guided,) = (_estimates(setting["measures"]) for setting in answers["guided"])
-    patient = _estimates(answers["patient"]["measures"])
-    rows = [
-        (_NAMES.get(name, name.replace("_", " ")), _number(patient[name]) if name in patient else "-", _number(found))
-        for name, found in guided.items()
-    ]
-    heading = f"{answers['prompts']} prompts, {answers['answers']} answers (95% interval)"
-    label = f"guided by {speaking_text(answers['guided'][0]['betas'])}"
-    return Table(heading, ("", "patient alone", label), tuple(rows))
+def verdict(chosen: "Estimate") -> str:
+    """What a share of pairs, in which the chosen answer is preferred, says of a doctor; ``train`` says it too."""
+    if chosen.low > 0.5:
+        return "prefers the chosen answer more often than chance"
+    if chosen.high < 0.5:
+        return "prefers the rejected answer more often than chance"
+    return "does no better than chance, as far as these pairs tell"
 
 
-def _judged(answers: Found) -> Iterator[Table]:
-    if "judge" not in answers:
-        return
-    found = _estimates(answers["guided"][0]["judge"])
-    rows = [("guided wins", percents(found["win_rate"]))]
-    if "agreed" in found:
-        rows.append(("same in both orders", _percents(found["agreed"])))
-    names = {"patient_score": "score, patient", "guided_score": "score, guided", "gain": "difference"}
-    rows += [(called, _number(found[name])) for name, called in names.items() if name in found]
-    yield Table(_judge(answers), ("", ""), tuple(rows))
+def _two_sides(answers: Found) -> Iterator[Table]:
+    (guided,) = answers["guided"]
+    name = f"guided by {speaking_text(guided['betas'])}"
+    titles, rows = by_measure(answers["patient"]["measures"], {name: guided["measures"]})
+    yield Table(_heading(answers, "per side"), tuple(titles), tuple(map(tuple, rows)))
+    if "judge" in answers:
+        said = tuple((spoken(key), cell(key, found)) for key, found in guided["judge"].items())
+        yield Table(_judge(answers), ("", ""), said)
+
+
+def _frontier(answers: Found) -> Table:
+    """A line for every setting."""
+    settings = [(setting_label(one), {**one.get("judge", {}), **one["measures"]}) for one in answers["guided"]]
+    titles, rows = by_setting("beta", settings)
+    judge = f"; {_judge(answers)}" if "judge" in answers else ""
+    return Table(_heading(answers, "per beta") + judge, tuple(titles), tuple(map(tuple, rows)))
+
+
+def _heading(answers: Found, each: str) -> str:
+    return f"{counts_text(answers['prompts'], answers['answers'], each)} (95% intervals)"
 
 
 def _judge(answers: Found) -> str:
     return f"judge {answers['judge']['name']} ({answers['judge']['kind']})"
-
-
-def _frontier(answers: Found) -> Iterator[Table]:
-    """Two tables with a line for every setting, so that each fits 80 columns."""
-    heading = f"{answers['prompts']} prompts, {answers['answers']} answers per beta (95% interval)"
-    titles = ["beta"]
-    if "judge" in answers:
-        heading += f"; {_judge(answers)}"
-        titles += ["guided wins"] + ["score"] * (answers["judge"]["kind"] == "scalar")
-    worth, style = [], []
-    for setting in answers["guided"]:
-        measured, said = _estimates(setting["measures"]), _estimates(setting.get("judge", {}))
-        won = [percents(said["win_rate"])] if said else []
-        won += [_spread(said["guided_score"])] if "guided_score" in said else []
-        label = setting_label(setting)
-        worth.append((label, *won, _spread(measured["kl_per_token"]), _spread(measured["kl"])))
-        names = ("tokens", "distinct_4", "repeated_sentences", "unfinished", "tokens_per_second")
-        style.append((label, *(_spread(measured[name]) for name in names)))
-    yield Table(heading, (*titles, "KL per token", "KL per answer"), tuple(worth))
-    yield Table("", ("beta", "tokens", "distinct-4", "repeated", "unfinished", "tokens/s"), tuple(style))
 
 
 def setting_label(setting: Found) -> str:
@@ -152,12 +133,9 @@ def setting_label(setting: Found) -> str:
 
 
 def _lines(table: Table) -> Iterator[str]:
-    yield from [table.heading] * bool(table.heading)
-    shown = (table.titles, *table.rows) if any(table.titles) else table.rows
-    widths = [max(map(len, column)) + 2 for column in zip(*shown, strict=True)]
-    for row in shown:
-        yield "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield from table.notes
+    yield filled(table.heading)
+    yield text_table(*((table.titles, table.rows) if any(table.titles) else (table.rows[0], table.rows[1:])))
+    yield from map(filled, table.notes)
 
 
 def _estimates(found: Found) -> "dict[str, Estimate]":
@@ -166,29 +144,10 @@ def _estimates(found: Found) -> "dict[str, Estimate]":
     return {name: Estimate(**value) for name, value in found.items()}
 
 
-def _percents(part: "Estimate") -> str:
-    return "-" if math.isnan(part.value) else percents(part)
-
-
 def _points(difference: "Estimate") -> str:
     """A difference of shares in percentage points."""
     value, low, high = (100 * x for x in (difference.value, difference.low, difference.high))
     return f"{value:+.1f} points" if math.isnan(low) else f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
-
-
-def _number(estimate: "Estimate") -> str:
-    value, low, high = (_short(x) for x in (estimate.value, estimate.low, estimate.high))
-    return value if math.isnan(estimate.low) else f"{value} ({low} to {high})"
-
-
-def _spread(estimate: "Estimate") -> str:
-    half = (estimate.high - estimate.low) / 2
-    return _short(estimate.value) if math.isnan(half) else f"{_short(estimate.value)} ±{_short(half, 2)}"
-
-
-def _short(number: float, digits: int = 3) -> str:
-    """Three digits that count, without an exponent for the numbers of every day."""
-    return f"{float(f'{number:.{digits}g}'):g}"
 
 
 # The picture
@@ -239,7 +198,7 @@ def _draw_frontier(figure: "Figure", answers: Found, top: float) -> None:
         axes.annotate(
             f"beta {setting_label(setting)}", (x.value, y.value), (0, 9), textcoords="offset points", ha="center"
         )
-    axes.set_xlabel("KL from the patient, nats per answer")
+    axes.set_xlabel(f"{spoken('kl')}, nats")
     axes.set_ylabel(title)
     axes.margins(0.08)
 
@@ -248,9 +207,9 @@ def _points_of(answers: Found) -> "tuple[str, float, list[Estimate]]":
     """What is drawn upwards: its name, the patient's own, and that of every setting."""
     if "judge" not in answers:
         points = [_estimates(setting["measures"])["distinct_4"] for setting in answers["guided"]]
-        return "distinct-4", _estimates(answers["patient"]["measures"])["distinct_4"].value, points
+        return spoken("distinct_4"), _estimates(answers["patient"]["measures"])["distinct_4"].value, points
     said = [_estimates(setting["judge"]) for setting in answers["guided"]]
     name = clean(answers["judge"]["name"])
     if answers["judge"]["kind"] == "scalar":
         return f"score by {name}", said[0]["patient_score"].value, [one["guided_score"] for one in said]
-    return f"guided wins, by {name}", 0.5, [one["win_rate"] for one in said]
+    return f"{spoken('win_rate')}, by {name}", 0.5, [one["win_rate"] for one in said]

@@ -10,7 +10,7 @@ from llmdoctor.cli import findings, options
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
-from llmdoctor.show.formats import short_name
+from llmdoctor.show.formats import counted, short_name
 
 if TYPE_CHECKING:
     from llmdoctor.profile import Profile
@@ -229,10 +229,10 @@ def _told(probe: dict[str, Any]) -> dict[str, Any]:
 def _summary(report: dict[str, Any]) -> str:
     cut = report["truncated_prompts"]
     lines = [
-        f"read {report['read']} records of {report['data']}",
+        f"read {counted(report['read'], 'record')} of {report['data']}",
         *(f"skipped {count}: {reason}" for reason, count in report["skipped"].items()),
-        *([f"cut {cut} prompts from the left: the patient's context is short"] if cut else []),
-        f"wrote {report['written']} pairs, {report['tokens']} tokens, to {report['output']}"
+        *([f"cut {counted(cut, 'prompt')} from the left: the patient's context is short"] if cut else []),
+        f"wrote {counted(report['written'], 'pair')}, {counted(report['tokens'], 'token')}, to {report['output']}"
         f" in {report['seconds']:.1f} s",
         *flat_lines(report["statistics"]),
         *(flat_lines({"probe": report["probe"]}) if report["probe"] else ()),

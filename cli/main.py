@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from llmdoctor import __version__
 from llmdoctor.cli import chat, compare, env, extract, inspect, options, profiles, push, serve, shrink, train
 from llmdoctor.cli import eval as evaluation
+from llmdoctor.cli.measures_table import EPILOG as MEASURES
 from llmdoctor.cli.terminal import narrate, say
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning
 from llmdoctor.show.text import clean
@@ -113,7 +114,7 @@ app = typer.Typer(
 )
 _TRY, _MAKE, _ABOUT = "Ask the guided model", "Make a doctor of your own", "Settings and help"
 app.command(rich_help_panel=_TRY)(chat.chat)
-app.command(rich_help_panel=_TRY)(compare.compare)
+app.command(rich_help_panel=_TRY, epilog=MEASURES)(compare.compare)
 app.command(rich_help_panel=_TRY)(serve.serve)
 app.command(rich_help_panel=_MAKE)(extract.extract)
 app.command(rich_help_panel=_MAKE)(inspect.inspect)

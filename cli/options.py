@@ -119,11 +119,13 @@ Verbose = Annotated[
 
 
 def derived(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as Typer needs it: every `FieldOptions` group of its signature replaced by the group's options."""
+    """The command as Typer needs it: every group of options in its signature replaced by these options."""
     parameters: list[Parameter] = []
     groups: dict[str, list[str]] = {}
     for parameter in signature(command).parameters.values():
-        group = next((mark for mark in get_args(parameter.annotation) if isinstance(mark, FieldOptions)), None)
+        group = next(
+            (mark for mark in get_args(parameter.annotation) if isinstance(mark, FieldOptions | GuidedOptions)), None
+        )
         own = group.parameters() if group else [parameter]
         parameters += own
         if group:
@@ -231,8 +233,33 @@ Betas = Annotated[
 ]
 
 Given = dict[str, Any]
-HowLoaded = Annotated[Given, FieldOptions(PatientSettings, without=("model", "system_prompt"))]
-Decode = Annotated[Given, FieldOptions(DecodeSettings)]
+_LOADING, _DECODING = FieldOptions(PatientSettings, without=("model", "system_prompt")), FieldOptions(DecodeSettings)
+HowLoaded = Annotated[Given, _LOADING]
+
+
+@dataclass(frozen=True)
+class GuidedOptions:
+    """The same for all that `guided_profile` takes. ``doctor`` is the option or argument that names the doctors."""
+
+    doctor: Any = Doctors
+
+    def parameters(self) -> list[Parameter]:
+        """The parameters that Typer makes options of."""
+        own = {
+            "profile": ProfileName,
+            "patient": Patient,
+            "doctor": self.doctor,
+            "doctor_base": DoctorBase,
+            "beta": Betas,
+        }
+        named = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in own.items()
+        ]
+        return [*named, *_DECODING.parameters(), *_LOADING.parameters()]
+
+
+Guided = Annotated[Given, GuidedOptions()]
 Rewards = Annotated[Given, FieldOptions(RewardSettings, without=("faces",))]
 Train = Annotated[
     Given,
@@ -311,45 +338,44 @@ def _own_name(checkpoint: Path) -> str:
         return "doctor"  # loading the doctor reports what is wrong with its folder
 
 
-def guided_profile(
-    profile: "Profile",
-    *,
-    named: bool,
-    patient: Mapping[str, Any],
-    doctors: Sequence[str] | None,
-    doctor_base: str | None,
-    betas: Sequence[str] | None,
-    decode: Mapping[str, Any],
-) -> "Profile":
-    """The profile, overridden by the options of ``chat`` and ``compare``.
+def guided_profile(given: Mapping[str, Any], profile: "Profile | None" = None) -> "Profile":
+    """The profile named by the options of a `GuidedOptions` group, else ``profile``, overridden by the other options.
 
-    ``named`` False: nobody chose the profile. It is then the clinic's, whose mode and plausibility are chosen for its
-    own doctors; doctors given as options get the defaults of `DecodeSettings`.
+    Where nobody chose a profile it is the clinic's, whose mode and plausibility are chosen for its own doctors; doctors
+    given as options get the defaults of `DecodeSettings`.
     """
     from llmdoctor.files import require_doctor
     from llmdoctor.profile import override
 
+    if profile is None or given["profile"]:
+        profile = load(given["profile"])
     chosen = dict(profile.doctors)
     decoding = profile.decode
-    if doctors:
-        if not named:
+    if given["doctor"]:
+        if not given["profile"]:
             decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
-        chosen = {name: checked(DoctorSettings, {"checkpoint": path}) for name, path in parse_doctors(doctors).items()}
-    strengths = parse_betas(betas or (), tuple(chosen))
+        chosen = {
+            name: checked(DoctorSettings, {"checkpoint": path}) for name, path in parse_doctors(given["doctor"]).items()
+        }
+    strengths = parse_betas(given["beta"] or (), tuple(chosen))
     for one in chosen.values():  # before a screen opens, and before the hub is asked for a patient
         require_doctor(one.checkpoint)
     return profile.model_copy(
         update={
-            "patient": override(profile.patient, **patient),
+            "patient": override(profile.patient, model=given["patient"], **_of(PatientSettings, given)),
             # what the profile says of its own patient says nothing of another
-            "welcome": WelcomeSettings() if patient.get("model") else profile.welcome,
+            "welcome": WelcomeSettings() if given["patient"] else profile.welcome,
             "doctors": {
-                name: override(settings, base=doctor_base, beta=strengths.get(name))
+                name: override(settings, base=given["doctor_base"], beta=strengths.get(name))
                 for name, settings in chosen.items()
             },
-            "decode": override(decoding, **decode),
+            "decode": override(decoding, **_of(DecodeSettings, given)),
         }
     )
+
+
+def _of(schema: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in schema.model_fields}
 
 
 def load_assistant(profile: "Profile", *, trust_remote_code: bool, with_bases: bool = False) -> "LLMdoctor":

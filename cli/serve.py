@@ -18,6 +18,10 @@ from llmdoctor.show.formats import short_name
 if TYPE_CHECKING:
     from types import FrameType
 
+    from llmdoctor.profile import Profile
+    from llmdoctor.serving.info import About
+
+_LAST_WORDS = 5  # seconds that clients get to read the error that ends their streams
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -34,12 +38,7 @@ def serve(
     name: Annotated[
         str | None, option("--name", "The model's name for clients (default: the patient's).", metavar="NAME")
     ] = None,
-    profile: options.ProfileName = None,
-    patient: options.Patient = None,
-    doctor: options.Doctors = None,
-    doctor_base: options.DoctorBase = None,
-    beta: options.Betas = None,
-    decode: options.Decode,
+    guided: options.Guided,
     seed: options.Seed = None,
     rows: Annotated[
         int, option("--rows", "Answers that are written together (default: 64).", metavar="N", min=1, max=4096)
@@ -47,6 +46,10 @@ def serve(
     queue: Annotated[
         int, option("--queue", "Answers that may wait; more get status 429 (default: 256).", metavar="N", min=0)
     ] = 256,
+    prefix_memory: Annotated[
+        int,
+        option("--prefix-memory", "MiB of prompts kept for those that begin alike (default: 512).", metavar="N", min=0),
+    ] = 512,
     max_prompt: Annotated[
         int | None, option("--max-prompt", "Longest prompt, in tokens (default: the context).", metavar="N", min=1)
     ] = None,
@@ -62,7 +65,6 @@ def serve(
     grace: Annotated[
         int, option("--grace", "Seconds that running answers get at the end (default: 30).", metavar="N", min=0)
     ] = 30,
-    loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve the guided patient to many clients at once, as OpenAI's API does; alpha and beta a request.
@@ -72,16 +74,10 @@ def serve(
     if lacking := [module for module in ("starlette", "uvicorn") if importlib.util.find_spec(module) is None]:
         raise UsageError(f"serving needs {lacking[0]}: pip install 'llmdoctor-guided[serve]'")
     signal.signal(signal.SIGTERM, _end)
-    settings = options.guided_profile(
-        options.load(profile),
-        named=profile is not None,
-        patient={"model": patient, **loading},
-        doctors=doctor,
-        doctor_base=doctor_base,
-        betas=beta,
-        decode=decode,
-    )
+    settings = options.guided_profile(guided)
     with _bound(host, port) as listening:  # a port in use is told before the models load
+        import asyncio
+
         import uvicorn
 
         assistant = options.load_assistant(settings, trust_remote_code=trust_remote_code)
@@ -90,12 +86,13 @@ def serve(
 
         assistant.sampling = settings.decode.sampling(seed)
         called = name or short_name(settings.patient.model)
-        engine = Engine(assistant, rows=rows, queue=queue, longest=max_prompt)
+        engine = Engine(assistant, rows=rows, queue=queue, longest=max_prompt, prefix_bytes=prefix_memory << 20)
         limits = Limits(body=max_body, output=max_output, seconds=timeout)
-        app = create_app(engine, name=called, limits=limits, api_key=api_key)
+        app = create_app(engine, name=called, limits=limits, api_key=api_key, about=_about(settings))
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up
         where = f"[{host}]" if ":" in host else host
+        listening.listen()  # from now on nobody is refused, though the server itself takes a moment yet
         say(f"Serving {called} at http://{where}:{listening.getsockname()[1]}/v1. Ctrl+C ends it.")
         if not api_key and host not in _LOCAL:
             say("warning: everyone who reaches this address can use it: set --api-key")
@@ -105,10 +102,40 @@ def serve(
             access_log=False,
             server_header=False,
             ws="none",
-            timeout_graceful_shutdown=grace,
+            timeout_graceful_shutdown=grace + _LAST_WORDS,
             limit_concurrency=2 * (rows + queue) + 64,  # connections, those that say nothing included
         )
-        uvicorn.Server(config).run(sockets=[listening])
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                """End what still runs after the grace period with an error, before its connections are closed."""
+
+                async def cut() -> None:
+                    await asyncio.sleep(grace)
+                    await asyncio.to_thread(engine.stop)
+
+                cutting = asyncio.create_task(cut())
+                await super().shutdown(sockets)
+                cutting.cancel()
+
+        Server(config).run(sockets=[listening])
+
+
+def _about(settings: "Profile") -> "About":
+    """What a terminal elsewhere is told of the models: names, and no paths."""
+    from llmdoctor.model_source import doctor_fingerprint, model_fingerprint
+    from llmdoctor.serving.info import About
+
+    weights = [model_fingerprint(settings.patient.model)]
+    weights += [doctor_fingerprint(doctor.checkpoint) for doctor in settings.doctors.values()]
+
+    return About(
+        profile=settings.name,
+        patient=short_name(settings.patient.model),
+        doctors={name: short_name(doctor.checkpoint) for name, doctor in settings.doctors.items()},
+        weights=weights,
+        welcome=settings.welcome.model_dump(),
+    )
 
 
 def _bound(host: str, port: int) -> socket.socket:

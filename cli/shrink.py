@@ -13,7 +13,7 @@ from llmdoctor.cli.options import FieldOptions, option
 from llmdoctor.cli.terminal import flat_lines, progress, put, put_json, say, waiting
 from llmdoctor.errors import UsageError
 from llmdoctor.settings import ShrinkSettings
-from llmdoctor.show.formats import short_name
+from llmdoctor.show.formats import counted, short_name
 
 if TYPE_CHECKING:
     from llmdoctor.records import Message
@@ -76,7 +76,7 @@ def shrink(
         if model.dtype == "auto" and pick_device(model.device).type == "cpu":
             model = override(model, dtype="float32")  # gradients through bfloat16 gain little there
         loaded = load_patient(model.model, trust_remote_code=trust_remote_code, **model.loading())
-    say(f"shrinking {short_name(model.model)} on its answers to {len(asked)} prompts")
+    say(f"shrinking {short_name(model.model)} on its answers to {counted(len(asked), 'prompt')}")
     began, worked = time.monotonic(), False
 
     def on_answer(done: int, total: int) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmdoctor.cli.charts import INK, PAPER, STYLE, svg_of
 from llmdoctor.cli.measures_table import spoken
-from llmdoctor.cli.sweep import Point, settings_of
 from llmdoctor.show.text import clean
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ _ACROSS = 3  # panels, or names of the legend, in a row
 _WIDTH, _HEIGHT, _MARGIN, _LEGEND = 3.6, 2.1, 0.4, 0.22  # inches: of a panel, above and below all, of a legend's line
 _COLOURS = ("#207fea", "#cc5f00", "#7d7d7d", "#009e73", "#b5498f", "#8a7500")  # any colour vision can tell them apart
 _LINES = ("-", "--", ":", "-.")
+Point = dict[str, Any]
 Line = tuple[str, Sequence[float], Sequence[Mapping[str, Any]]]  # what else is set, the swept values, the measures
 
 
@@ -59,6 +59,13 @@ def svg_sweep(points: Sequence[Point], heading: str, *, alone: bool = True) -> s
             shown = panels[0].get_legend_handles_labels()
             figure.legend(*shown, loc="lower center", ncols=min(_ACROSS, len(lines)), frameon=False)
         return svg_of(figure, "measures of the answers over a setting", alone=alone)
+
+
+def settings_of(point: Point, *without: str) -> str:
+    """``helpful=0.5 safe=1``; the value alone where one setting is swept."""
+    shown = {name: value for name, value in point["point"].items() if name not in without}
+    texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in shown.items()}
+    return next(iter(texts.values())) if len(point["point"]) == 1 else " ".join(f"{n}={t}" for n, t in texts.items())
 
 
 def _lines(points: Sequence[Point], axis: str, places: Mapping[Any, float]) -> list[Line]:

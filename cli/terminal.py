@@ -5,9 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from llmdoctor.harmless import finite, json_text
+from llmdoctor.harmless import json_text
 from llmdoctor.show.text import clean, one_line
 
 if TYPE_CHECKING:
@@ -58,7 +59,16 @@ def put(text: str) -> None:
 
 def put_json(data: Any) -> None:
     """One JSON document on one line of stdout."""
-    put(json_text(finite(data)))
+    put(json_text(data))
+
+
+def write_file(path: Path, text: str) -> None:
+    """All of it or nothing; then say so."""
+    from llmdoctor.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    say(f"wrote {path}")
 
 
 def _first_process() -> bool:
@@ -66,13 +76,10 @@ def _first_process() -> bool:
 
 
 @contextmanager
-def waiting(message: str, plain: Callable[[str], None] = lambda _message: None) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr while something of unknown length runs; gives the function that changes its message.
-
-    Where nothing may be animated, messages go to ``plain``, for example `every_ten_seconds`.
-    """
+def waiting(message: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while something of unknown length runs; gives the function that changes its message."""
     if _level < 0 or not (_first_process() and decorated(sys.stderr)):
-        yield plain if _level >= 0 else lambda _message: None
+        yield lambda _message: None
         return
     from rich.text import Text
 
@@ -82,10 +89,12 @@ def waiting(message: str, plain: Callable[[str], None] = lambda _message: None) 
 
 
 @contextmanager
-def progress(description: str, total: int | None, unit: str) -> Iterator["Advance"]:
-    """Progress on stderr: a bar on a terminal, else a plain line every ten seconds."""
+def progress(
+    description: str, total: int | None, unit: str, plain: Callable[[str], None] | None = None
+) -> Iterator["Advance"]:
+    """Progress on stderr: a bar on a terminal, else lines to ``plain``, by default one every ten seconds."""
     if _level < 0 or not (_first_process() and decorated(sys.stderr)):
-        yield Advance(_plain_line(description), total, unit)
+        yield Advance(_plain_line(description, plain or every_ten_seconds()), total, unit)
         return
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -132,8 +141,7 @@ def every_ten_seconds() -> Callable[[str], None]:
     return show
 
 
-def _plain_line(description: str) -> Callable[[int, int | None, str, str], None]:
-    show = every_ten_seconds()
+def _plain_line(description: str, show: Callable[[str], None]) -> Callable[[int, int | None, str, str], None]:
     return lambda _done, _total, counted, detail: show(f"{description}: {counted}  {detail}".rstrip())
 
 

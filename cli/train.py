@@ -33,14 +33,15 @@ def train(
     training: options.Train,
     face: options.FaceNames = None,
     rewarding: options.Rewards,
-    fresh: Annotated[bool, option("--fresh", "Start from scratch, even if a stopped run could be continued.")] = False,
+    fresh: Annotated[bool, option("--fresh", "Start from scratch, and replace what another run made.")] = False,
     patient: options.Patient = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Train a small doctor on a rewards folder.
 
-    The same command again continues a run that was stopped, from its last checkpoint. With --patient, or with a
+    The same command again continues a run that was stopped, from its last checkpoint. A finished doctor of other
+    settings is only replaced with --fresh. With --patient, or with a
     profile named, the rewards must come from that patient. With no profile named, rewards of another patient than the
     clinic's are trained on with general settings, not the clinic's own.
     """
@@ -63,7 +64,7 @@ def train(
         held = short_name(folder.meta["patient"]["model"])
         raise UsageError(f"profile {settings.name} names no base model for a doctor of {held}: give --doctor MODEL")
     used = ", ".join(face_names(folder.signals, reward_settings))
-    say(f"training {short_name(chosen.doctor)} on {len(folder)} pairs of {rewards} (rewards from: {used})")
+    say(f"training {short_name(chosen.doctor)} on {counted(len(folder), 'pair')} of {rewards} (rewards from: {used})")
 
     with waiting(f"Loading {short_name(chosen.doctor)} ..."):
         from llmdoctor.training.train import train as train_doctor
@@ -115,9 +116,13 @@ def _held_out(metrics: Mapping[str, Any]) -> str:
     """How well the doctor did on pairs that it was not trained on."""
     if not (found := metrics.get("prefers_chosen")):
         return "no pairs were held out: --holdout 0.1 keeps some back and says how well the doctor does on them"
-    value, low, high = (found[key] for key in ("value", "low", "high"))
-    share = f"{value:.1%} of {metrics['pairs_held_out']} held-out pairs ({low:.1%} to {high:.1%}; chance is 50%)"
-    return f"the doctor prefers the chosen answer in {share}"
+    from llmdoctor.cli.evaluation_report import verdict
+    from llmdoctor.records import Estimate
+
+    chosen = Estimate(**found)
+    pairs = counted(metrics["pairs_held_out"], "held-out pair")
+    share = f"{chosen.value:.1%} of {pairs} (95%: {chosen.low:.1%} to {chosen.high:.1%}; chance is 50%)"
+    return f"the doctor prefers the chosen answer in {share}: it {verdict(chosen)}"
 
 
 def _next(

@@ -6,6 +6,7 @@ each other, so they count as one group, and the interval is over groups.
 
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
@@ -18,14 +19,16 @@ _Z = 1.959963984540054  # half the width of a 95% interval, in standard errors
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def measures(answers: Sequence[Answer], groups: Sequence[Hashable] | None = None) -> dict[str, Estimate]:
+def measures(
+    answers: Sequence[Answer], groups: Sequence[Hashable] | None = None, seconds: Sequence[float] | None = None
+) -> dict[str, Estimate]:
     """What `text_measures` finds, and what the tokens tell.
 
     ``groups`` names the prompt of every answer; by default each answer has a prompt of its own. ``tokens`` is the
-    length of an answer. ``kl_per_token`` is KL(guided || patient), ``patient_logprob`` and, by doctor,
-    ``NAME_logprob`` are the log-probs of the tokens under each model, all in nats per token. ``changed`` is the share
-    of places where guidance changed the likeliest token, in [0, 1]; ``unfinished`` the share of answers cut by the
-    length limit.
+    length of an answer. ``kl_per_token`` is KL(guided || patient) and ``kl`` its sum over an answer;
+    ``patient_logprob`` and, by doctor, ``NAME_logprob`` are the log-probs of a token under each model; all in nats.
+    ``changed`` is the share of places where guidance changed the likeliest token, in [0, 1]; ``unfinished`` the share
+    of answers cut by the length limit. ``tokens_per_second`` is there if the answers' ``seconds`` are given.
     """
     lengths = [len(answer.tokens) for answer in answers]
     doctors = answers[0].tokens[0].doctor_logprobs if answers and answers[0].tokens else {}
@@ -36,6 +39,7 @@ def measures(answers: Sequence[Answer], groups: Sequence[Hashable] | None = None
     return {
         "tokens": rate(lengths, groups=groups),
         "kl_per_token": kl_per_token(answers, groups),
+        "kl": rate([sum(token.kl for token in answer.tokens) for answer in answers], groups=groups),
         "patient_logprob": per_token(sum(token.patient_logprob for token in answer.tokens) for answer in answers),
         **{
             f"{name}_logprob": per_token(
@@ -43,9 +47,10 @@ def measures(answers: Sequence[Answer], groups: Sequence[Hashable] | None = None
             )
             for name in doctors
         },
-        "changed": per_token(sum(token.flip for token in answer.tokens) for answer in answers),
-        "unfinished": rate([not answer.finished for answer in answers], groups=groups),
+        "changed": share([sum(token.flip for token in answer.tokens) for answer in answers], groups, lengths),
+        "unfinished": share([not answer.finished for answer in answers], groups),
         **text_measures([answer.text for answer in answers], groups),
+        **({"tokens_per_second": rate(lengths, seconds, groups)} if seconds is not None else {}),
     }
 
 
@@ -63,8 +68,8 @@ def text_measures(texts: Sequence[str], groups: Sequence[Hashable] | None = None
     repeated = [repeated_sentences(text) for text in texts]
     return {
         "words": rate([len(text.split()) for text in texts], groups=groups),
-        "repeated_sentences": rate([again for again, _ in repeated], [count for _, count in repeated], groups),
-        "repeating": rate([again > 0 for again, _ in repeated], groups=groups),
+        "repeated_sentences": share([again for again, _ in repeated], groups, [count for _, count in repeated]),
+        "repeating": share([again > 0 for again, _ in repeated], groups),
         "distinct_2": distinct_estimate(texts, 2, groups),
         "distinct_4": distinct_estimate(texts, 4, groups),
     }
@@ -94,17 +99,50 @@ def rate(
     return _around(value, math.sqrt(spread) / size, number)
 
 
-def share(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:
-    """The mean of values in [0, 1], with Wilson's 95% interval: it has a width also where all values are alike.
+def share(
+    values: Sequence[float], groups: Sequence[Hashable] | None = None, counts: Sequence[float] | None = None
+) -> Estimate:
+    """sum(values) / sum(counts) in [0, 1], with Wilson's 95% interval: it has a width also where all cases are alike.
 
-    The interval is that of as many values as there are groups. All is nan if there are no values.
+    Without ``counts`` every value is a share itself, and there are as many cases as groups. With them a value is how
+    many of so many cases, such as the tokens of an answer, and cases of a group resemble each other: the interval is
+    that of as many independent cases as would have the standard error that `rate` finds over groups (Korn and
+    Graubard, 1998). All is nan if there is nothing to count; with ``counts`` the interval is nan for a single group.
     """
-    if not values:
-        return Estimate(math.nan, math.nan, math.nan)
-    return wilson(sum(values) / len(values), len(set(groups)) if groups is not None else len(values))
+    if counts is None:
+        if not values:
+            return Estimate(math.nan, math.nan, math.nan)
+        return wilson(sum(values) / len(values), len(set(groups)) if groups is not None else len(values))
+    found = rate(values, counts, groups)
+    if math.isnan(found.low):
+        return found
+    if not 0 < found.value < 1:
+        return wilson(found.value, len(set(groups)) if groups is not None else len(values))
+    half = found.high - found.value
+    cases = found.value * (1 - found.value) * (_Z / half) ** 2 if half else math.inf
+    return wilson(found.value, min(cases, sum(counts)))
 
 
-def wilson(share: float, number: int) -> Estimate:
+def share_difference(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[Hashable] | None = None
+) -> Estimate:
+    """share(first) - share(second) of the same cases in [-1, 1], with Newcombe's 95% interval for paired shares (1998).
+
+    It joins the two Wilson intervals by the correlation of the cases, so it does not pass -1 or 1.
+    """
+    a, b = share(first, groups), share(second, groups)
+    both_vary = len(set(first)) > 1 and len(set(second)) > 1
+    together = statistics.correlation(first, second) if both_vary else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 + other**2 - 2 * together * one * other))
+
+    value = a.value - b.value
+    low = value - reach(a.value - a.low, b.high - b.value)
+    return Estimate(value, low, value + reach(a.high - a.value, b.value - b.low))
+
+
+def wilson(share: float, number: float) -> Estimate:
     """Wilson's 95% interval of a share of ``number`` cases."""
     centre = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
     half = _Z / (1 + _Z**2 / number) * math.sqrt(share * (1 - share) / number + _Z**2 / (4 * number**2))
@@ -112,8 +150,9 @@ def wilson(share: float, number: int) -> Estimate:
 
 
 def distinct_estimate(texts: Sequence[str], n: int = 4, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """`distinct_n` with its 95% interval: the jackknife over groups. It is nan for a single group.
+    """`distinct_n` with its 95% interval in [0, 1]: the jackknife over groups, on the scale of log-odds.
 
+    It is nan for a single group, and where every n-gram is distinct: nothing then tells how sure that is.
     Compare sets of the same size only: the more text, the fewer of its n-grams are new.
     """
     by_group: dict[Hashable, Counter[tuple[str, ...]]] = {}
@@ -124,7 +163,7 @@ def distinct_estimate(texts: Sequence[str], n: int = 4, groups: Sequence[Hashabl
         whole.update(counts)
     kinds, total, number = len(whole), whole.total(), len(by_group)
     value = kinds / total if total else 0.0
-    if number < 2:
+    if number < 2 or not 0 < value < 1:
         return Estimate(value, math.nan, math.nan)
     without = []
     for counts in by_group.values():
@@ -132,7 +171,9 @@ def distinct_estimate(texts: Sequence[str], n: int = 4, groups: Sequence[Hashabl
         lost = sum(whole[ngram] == count for ngram, count in counts.items())
         without.append((kinds - lost) / rest if rest else 0.0)
     mean = sum(without) / number
-    return _around(value, math.sqrt((number - 1) / number * sum((x - mean) ** 2 for x in without)), number)
+    error = math.sqrt((number - 1) / number * sum((x - mean) ** 2 for x in without))
+    odds = _around(math.log(value / (1 - value)), error / (value * (1 - value)), number)
+    return Estimate(value, *(1 / (1 + math.exp(-x)) for x in (odds.low, odds.high)))
 
 
 def distinct_n(answers: Sequence[str], n: int = 4) -> float:

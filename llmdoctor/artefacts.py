@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+DOCTOR_VERSION = REWARDS_VERSION = 1
+"""Of doctor.json and of meta.json, as this version writes them; later ones are refused."""
 _GREATEST = 1 << 31
 Count = Annotated[int, Field(ge=0, le=_GREATEST)]
 Number = Annotated[float, Field(ge=-1e9, le=1e9)]
@@ -42,7 +44,7 @@ class _DoctorSettings(Artefact):
 class DoctorFile(Artefact):
     """doctor.json."""
 
-    schema_version: Annotated[int, Field(ge=1)] = 1
+    schema_version: Annotated[int, Field(ge=1, le=DOCTOR_VERSION)] = 1  # first: it is the first that is told of
     base_model: Text
     name: Text = "doctor"
     run: str = ""
@@ -81,7 +83,7 @@ class _Counts(Artefact):
 class RewardsMeta(Artefact):
     """meta.json of a rewards folder."""
 
-    schema_version: int
+    schema_version: Annotated[int, Field(ge=1, le=REWARDS_VERSION)]
     patient: _Patient
     tokenizer: _Tokenizer
     faces: dict[str, _Face]
@@ -112,18 +114,26 @@ class AdapterConfig(Artefact):
     peft_type: str = "LORA"
     task_type: str | None = None
     base_model_name_or_path: str | None = None
-    r: Count | None = None
-    lora_alpha: Number | None = None
-    lora_dropout: Number | None = None
-    rank_pattern: dict[str, Count] | None = None
-    alpha_pattern: dict[str, Number] | None = None
+    r: Count = 0
+    lora_alpha: Number = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rank_pattern: dict[str, Count] = {}
+    alpha_pattern: dict[str, Number] = {}
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
-    bias: str | None = None
+    bias: str = "none"
     auto_mapping: dict[str, Any] | None = None
+
+
+class ProgressFile(Artefact):
+    """progress.json of a checkpoint."""
+
+    history: list[list[float | None]]
+    evaluations: list[dict[str, Any]]
+    tokens: Count
 
 
 class CopyFile(Artefact):

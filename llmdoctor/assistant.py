@@ -15,8 +15,8 @@ from llmdoctor.comparing import Run, both_sides
 from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength, Drafting
-from llmdoctor.decoding.prefix import PrefixCache
-from llmdoctor.decoding.product import check_guidance
+from llmdoctor.decoding.prefill import Pieces
+from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Step, patient_alone
 from llmdoctor.errors import LLMDoctorWarning, UsageError
 from llmdoctor.models import (
@@ -30,7 +30,7 @@ from llmdoctor.models import (
 )
 from llmdoctor.profile import Profile, load_profile
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Question, Speaker
-from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling
+from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling, check_guidance
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
 from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
 from llmdoctor.training.shrunk import shrunk_from_another
@@ -281,7 +281,7 @@ class LLMdoctor:
         guidance = self._of_this_call(guidance, sampling)
         settings = self.sampling.replace(**sampling)
         seeds = seeds_of(settings.seed if seed is None else seed, len(prompts))
-        each = [guidance] * len(prompts) if guidance is None or isinstance(guidance, Guidance) else guidance
+        each = guidance if isinstance(guidance, Sequence) else [guidance] * len(prompts)
         if len(each) != len(prompts):
             raise UsageError(f"expected one guidance for each of {len(prompts)} prompts, got {len(each)}")
         if len(seeds) != len(prompts):
@@ -342,10 +342,7 @@ class LLMdoctor:
                     f"{settings.max_new_tokens}: raise it to continue"
                 )
             settings = settings.replace(max_new_tokens=settings.max_new_tokens - len(prefix_ids))
-            # With the same seed a continuation would draw the same random numbers as its prefix did. Adding multiples
-            # of the golden ratio, as in SplitMix, gives each prefix length another seed, and not a neighbouring one:
-            # users take those (seed + 1, seed + 2, ...) for other answers.
-            seed = (seed + len(prefix_ids) * 0x9E3779B9) % (1 << 63)
+            seed = continued_seed(seed, len(prefix_ids))
         steps = self._decode(
             [prompt],
             settings,
@@ -357,23 +354,30 @@ class LLMdoctor:
             prefix=prefix_ids,
             first=force_id,
         )
-        return _continued(steps, self.patient.tokenizer, prefix_ids) if prefix_ids else (step.token for step in steps)
+        continuation = Continuation(self.patient.tokenizer, prefix_ids)
+        return (continuation.step(step).token for step in steps)
 
     def compare(
         self,
         prompt: str | Sequence[Message],
         *,
+        guidance: Guidance | None = None,
         top: int = 0,
         on_token: Callable[[Speaker, GuidedToken], None] | None = None,
         **sampling: Any,
     ) -> Comparison:
-        """The patient alone, then the guided patient, on the same prompt and with the same random numbers."""
-        return next(self.compare_all([prompt], top=top, on_token=on_token, **sampling))
+        """The patient alone, then the guided patient, on the same prompt and with the same random numbers.
+
+        ``guidance`` and ``sampling`` are as in ``generate``: ``alpha``, ``beta`` and the others may be given for this
+        call. Raises UsageError for a value out of range and for what is no prompt.
+        """
+        return next(self.compare_all([prompt], guidance=guidance, top=top, on_token=on_token, **sampling))
 
     def compare_all(
         self,
         prompts: Sequence[str | Sequence[Message]],
         *,
+        guidance: Guidance | None = None,
         top: int = 0,
         on_token: Callable[[Speaker, GuidedToken], None] | None = None,
         **sampling: Any,
@@ -383,10 +387,12 @@ class LLMdoctor:
         All prompts have the same seed, so each is answered as if it were compared alone. The seconds of a prompt are
         the time of its batch divided by the number of prompts in it.
         """
+        guidance = self._read(self._of_this_call(guidance, sampling))()
+        check_guidance(guidance, self.doctor_names)
         settings = self.sampling.replace(**sampling)
         (seed,) = seeds_of(settings.seed, 1)
         questions = [Question(str(i), (p if isinstance(p, str) else list(p),)) for i, p in enumerate(prompts, start=1)]
-        sides = both_sides(self, **settings.model_dump(exclude={"seed"}))
+        sides = both_sides(self, guidance, **settings.model_dump(exclude={"seed"}))
         return Run(questions, seed, top=top, keep=False, on_token=on_token).compare(sides)  # type: ignore[arg-type]
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
@@ -396,10 +402,11 @@ class LLMdoctor:
         """
         return prompt_ids(self.patient.tokenizer, with_system(_messages(prompt), self.system_prompt))
 
-    def batch(self) -> Batch:
+    def batch(self, *, pieces: Pieces | None = None, prefixes: SharedPrefixes | None = None) -> Batch:
         """A batch of these models, for prompts that join and leave while it runs.
 
-        Mode "ratio" is open to its prompts where it is the instance's own mode: the doctors then have their bases.
+        For ``pieces`` and ``prefixes`` see `Batch`. Mode "ratio" is open to its prompts where it is the instance's
+        own mode: the doctors then have their bases.
         """
         return Batch(
             self.patient,
@@ -407,6 +414,8 @@ class LLMdoctor:
             drafting=self._drafts(guided=True),
             draft_model=self._draft_model,
             with_bases=bool(self._doctors) and self._guidance.mode == "ratio",
+            pieces=pieces,
+            prefixes=prefixes,
         )
 
     def part(self, doctors: Mapping[str, str], *, system_prompt: str | None) -> "LLMdoctor":
@@ -525,22 +534,37 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return seeds
 
 
-def _continued(steps: Iterator[Step], tokenizer: Any, prefix: Sequence[int]) -> Iterator[GuidedToken]:
+def continued_seed(seed: int, drawn: int) -> int:
+    """The seed of an answer that goes on after ``drawn`` of its tokens.
+
+    With the same seed a continuation would draw the same random numbers as its prefix did. Adding multiples of the
+    golden ratio, as in SplitMix, gives each prefix length another seed, and not a neighbouring one: users take those
+    (seed + 1, seed + 2, ...) for other answers.
+    """
+    return (seed + drawn * 0x9E3779B9) % (1 << 63)
+
+
+class Continuation:
     """The tokens after ``prefix``, with the positions and texts that they have in the whole answer.
 
     The decoder has read the prefix as part of the prompt, so it starts from position 0 and an empty text. But a token
     may complete a character that the prefix began, and some tokenizers drop the space before an answer's first token.
     """
-    whole, part = TextStream(tokenizer), TextStream(tokenizer)
-    for i in prefix:
-        whole.push(i)
-    for step in steps:
-        token = step.token
-        last = step.finish is not None
-        text, fresh = whole.push(token.id, last=last), part.push(token.id, last=last)
-        # ``part`` repeats what the decoder did. Where they differ, a stop string cut the text: keep it as it is.
+
+    def __init__(self, tokenizer: Any, prefix: Sequence[int]) -> None:
+        self._begun, self._whole, self._part = len(prefix), TextStream(tokenizer), TextStream(tokenizer)
+        for i in prefix:
+            self._whole.push(i)
+
+    def step(self, step: Step) -> Step:
+        """The decoder's next step, in its place."""
+        if not self._begun:
+            return step
+        token, last = step.token, step.finish is not None
+        text, fresh = self._whole.push(token.id, last=last), self._part.push(token.id, last=last)
+        # ``_part`` repeats what the decoder did. Where they differ, a stop string cut the text: keep it as it is.
         text = text if fresh == token.text else token.text
-        yield replace(token, position=token.position + len(prefix), text=text)
+        return step._replace(token=replace(token, position=token.position + self._begun, text=text))
 
 
 def _answer(steps: Sequence[Step]) -> Answer:

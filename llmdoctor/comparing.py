@@ -7,9 +7,10 @@ again: so a run that was stopped goes on where it was.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Question, Versus
+from llmdoctor.answers import measures
+from llmdoctor.records import Answer, Comparison, Estimate, GuidedToken, Message, Question, Versus
 from llmdoctor.settings import Guidance, Sampling
 
 if TYPE_CHECKING:
@@ -28,6 +29,27 @@ class Key(NamedTuple):
 Timed = tuple[Answer, float]  # an answer and its seconds
 
 
+class Answers(Protocol):
+    """What a column needs of `LLMdoctor`, or of the models of a server."""
+
+    def answer_all(
+        self,
+        prompts: Sequence[list[Message]],
+        *,
+        guided: bool,
+        guidance: Guidance | None,
+        seed: Sequence[int],
+        top: int,
+        follow: bool,
+        rows: int,
+        on_token: Callable[[GuidedToken], None] | None,
+        on_answer: Callable[[int, Answer], None] | None,
+        **sampling: Any,
+    ) -> list[Answer]:
+        """Answer all prompts."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One way to answer. ``guidance`` None is the patient alone; a seed in ``sampling`` replaces that of the run.
@@ -36,7 +58,7 @@ class Column:
     """
 
     name: str
-    assistant: "LLMdoctor | None"
+    assistant: Answers | None
     guidance: Guidance | None
     sampling: Sampling
 
@@ -49,10 +71,10 @@ class Column:
         return (self.guidance or Guidance()).to_dict() | self.sampling.replace(seed=seed).model_dump()
 
 
-def both_sides(assistant: "LLMdoctor", **sampling: Any) -> list[Column]:
-    """The patient alone and the guided patient, with the settings that the assistant has now."""
+def both_sides(assistant: "LLMdoctor", guidance: Guidance | None = None, **sampling: Any) -> list[Column]:
+    """The patient alone and the guided patient, where nothing else is given with the assistant's settings of now."""
     how = assistant.sampling.replace(**sampling, seed=None)
-    return [Column("patient", assistant, None, how), Column("guided", assistant, assistant.guidance, how)]
+    return [Column("patient", assistant, None, how), Column("guided", assistant, guidance or assistant.guidance, how)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +120,11 @@ class Run:
         for chunk in self._chunks(keys):
             self._answer(column, chunk)
         return [self.known[key][0] for key in keys]
+
+    def measures(self, column: str) -> dict[str, Estimate]:
+        """`answers.measures` of a column whose answers are all known."""
+        said = [self.known[key] for key in self.keys(column)]
+        return measures([answer for answer, _ in said], self.groups(), [seconds for _, seconds in said])
 
     def keys(self, column: str) -> Iterator[Key]:
         """All answers of a column, by question, sample and turn."""

@@ -200,6 +200,8 @@ def _write_error(error: BaseException | None, target: Path) -> str | None:
     else:
         return None
     reason = os.strerror(code) if code else first_line(error)
+    if code == errno.ENOSPC and is_stream(target):
+        return f"{reason}. It is no file: give the name of one."
     if code in (errno.ENOSPC, errno.EDQUOT):
         return f"{reason} ({_free_space(target)}). Free some space and run again."
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -370,6 +372,9 @@ def _misfit(error: ValidationError | RecursionError) -> str:
         return "nested too deeply"
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))[:80]
+    if key == "schema_version" and first["type"] == "less_than_equal":
+        expected = f"expected schema_version {first['ctx']['le']} or less, got {shown(first['input'])}"
+        return f"it was written by a later llmdoctor, {expected}: update llmdoctor"
     if first["type"] == "missing":
         return f"expected a key {key!r}, there is none"
     return f"{key!r} {first['msg'].removeprefix('Input ')}, got {shown(first['input'])}"

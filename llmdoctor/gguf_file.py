@@ -190,7 +190,7 @@ def discard_if_damaged(folder: Path) -> bool:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        marker = read_json(folder / _MARKER)
+        marker = read_json(folder / _MARKER, CopyFile)
         return bool({**marker, **_marker(folder)} == marker)
     except (LLMDoctorError, OSError, TypeError):
         return False

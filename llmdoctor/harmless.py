@@ -54,9 +54,6 @@ def finite(data: Any) -> Any:
 
 
 def json_text(data: Any, *, indent: int | None = None) -> str:
-    """JSON with other letters than ASCII as they are, and escapes for what could steer a terminal.
-
-    Raises ValueError for nan and infinity: see `finite`.
-    """
-    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    """JSON with other letters than ASCII as they are, escapes for what could steer a terminal, and null for nan."""
+    text = json.dumps(finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
     return STEERING.sub(lambda match: json.dumps(match[0])[1:-1], text)

@@ -17,6 +17,7 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants
 from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_kernels_available
 
 from llmdoctor.artefacts import AdapterConfig, Artefact
 from llmdoctor.errors import LoadError
@@ -24,13 +25,14 @@ from llmdoctor.files import present, read_json, user_path
 from llmdoctor.gguf_file import read_header
 from llmdoctor.harmless import first_line
 from llmdoctor.schema import shown
-from llmdoctor.tensors import refuse_pickles, tensor_count
+from llmdoctor.tensors import refuse_pickles, tensor_sizes
 
 _PACKAGE = "package:"
 _HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.IGNORECASE)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PATIENCE = 4.0  # seconds in which the hub must be reached
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts"}
+_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "paged|eager", "batched_mm", "grouped_mm")  # transformers' own
 _EDGE = 1 << 20  # bytes of a weight file, at either end, that its fingerprint covers
 
 
@@ -122,15 +124,31 @@ class ModelSource:
         refuse_pickles(folder, f"the model {self.name}")
         config = self._read(folder / "config.json", Artefact)
         try:
-            count = sum(tensor_count(path) for path in folder.glob("*.safetensors"))
+            count = sum(len(tensor_sizes(path)) for path in folder.glob("*.safetensors"))
         except LoadError as error:
             raise LoadError(f"cannot load the model {self.name}: {error}") from error
-        for key, value in _numbers(config):
+        for path, value in _leaves(config):
+            if not isinstance(value, int | float):
+                continue
+            key = path.rpartition(".")[2]
             most = count if key in _LAYERS else 1 << 40
             if abs(value) > most:
                 expected = f"at most {most:,}" + (", the number of its tensors" if key in _LAYERS else "")
                 problem = f"its config.json states {key} {shown(value)}, expected {expected}"
                 raise LoadError(f"cannot load the model {self.name}: {problem}")
+
+    def require_own_code(self) -> None:
+        """Raise LoadError for a config.json that names a kernel, a program that transformers would get from the hub."""
+        config = None if self.gguf else self.file("config.json")
+        for path, value in _leaves(self._read(config, Artefact) if config else {}):
+            if "_implementation" not in path or not isinstance(value, str) or value in _IMPLEMENTATIONS:
+                continue
+            if not (value.startswith("flash_attention_") and not is_kernels_available()):
+                raise LoadError(
+                    f"cannot load the model {self.name}: its config.json states {path} {shown(value)}, a program from "
+                    f"the hub: expected one of {', '.join(_IMPLEMENTATIONS)}. Take it out, or trust it with "
+                    "--trust-remote-code"
+                )
 
     def _read(self, path: Path, schema: type[Artefact]) -> dict[str, Any]:
         try:
@@ -187,6 +205,22 @@ class ModelSource:
         raise LoadError(
             f"{self.name} is not here: expected a folder with a config.json{self._hint()}, or a downloaded model"
         )
+
+    def parameters(self) -> int | None:
+        """How many numbers the weights have, by the headers of their files.
+
+        None for a model on the hub, and for files that cannot be read. Raises LoadError.
+        """
+        if self.gguf:
+            return read_header(self.gguf_path()).parameters
+        if self.base:
+            return self.base.parameters()
+        if not self.is_local:
+            return None
+        try:
+            return sum(sum(tensor_sizes(path)) for path in Path(self.place).glob("*.safetensors"))
+        except LoadError:
+            return None
 
     def quantization(self) -> dict[str, Any] | None:
         """How the weights are quantised: ``method``, and ``bits`` where the config states them; None if they are not.
@@ -304,17 +338,16 @@ def _digest(files: Iterable[Path], *, named: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _numbers(config: Any) -> Iterator[tuple[str, float]]:
-    """Names and values of all numbers in a config, however deep."""
+def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in a config that is no object and no list, behind the names that lead there: ``rope.theta``, 1e6."""
     if isinstance(config, dict):
         for key, value in config.items():
-            if isinstance(value, int | float):
-                yield key, value
-            else:
-                yield from _numbers(value)
+            yield from _leaves(value, f"{path}.{key}".removeprefix("."))
     elif isinstance(config, list):
         for value in config:
-            yield from _numbers(value)
+            yield from _leaves(value, path)
+    else:
+        yield path, config
 
 
 def _bits(how: Any) -> int | None:

@@ -252,8 +252,11 @@ def load_lm(
         placed["attn_implementation"] = attn_implementation
     target = pick_device(device if device_map is None else _device_of(device_map))
     weights = pick_dtype(dtype, target)
+    guessed = dtype == "auto" and weights == torch.bfloat16
+    if guessed and 0 < (where.parameters() or 0) <= _SMALL:
+        weights = torch.float32
     model = _load_lm(where, weights, trust_remote_code, placed)
-    if dtype == "auto" and weights == torch.bfloat16 and model.num_parameters() <= _SMALL:
+    if guessed and weights == torch.bfloat16 and model.num_parameters() <= _SMALL:  # what the files do not tell
         model = _load_lm(where, torch.float32, trust_remote_code, placed)
     if tp_plan is not None:
         _require_shares(where, model)
@@ -276,6 +279,8 @@ def load_checked(where: ModelSource, kind: Any, what: str, **options: Any) -> An
     ``what`` the model is called in messages; ``options`` are those of ``from_pretrained``.
     """
     where.require_plausible()
+    if not options.get("trust_remote_code"):
+        where.require_own_code()
     safe = {} if where.gguf else {"use_safetensors": True}
     model, report = _loaded(where, kind, what, output_loading_info=True, **safe, **options)
     require_finite_weights(model, f"{what} {where.name}")

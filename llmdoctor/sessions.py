@@ -70,6 +70,26 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """One column of a comparison: ``turns`` hold its answers on the side ``which``."""
+
+    title: str
+    which: Speaker
+    guidance: Guidance
+    sampling: Sampling
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedComparison:
+    """Columns that have answered the same questions, one or more, after the turns ``past``."""
+
+    past: tuple[Turn, ...]
+    seed: int
+    columns: tuple[Compared, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Session:
     """A conversation. ``profile`` is the profile it uses (models, doctors, settings) as plain JSON values."""
 
@@ -88,10 +108,7 @@ class Session:
 
     def to_dict(self) -> dict[str, Any]:
         """The session with all its turns as plain JSON values."""
-        # asdict only copies the pydantic settings inside the turns, so they are converted here.
-        return asdict(
-            self, dict_factory=lambda items: {k: v.model_dump() if isinstance(v, Settings) else v for k, v in items}
-        )
+        return _plain(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +132,10 @@ def messages(turns: tuple[Turn, ...], which: Speaker, prompt: str) -> list[Messa
     return [*known, {"role": "user", "content": prompt}]
 
 
-_SCHEMA_VERSION = 2
+MOST_COLUMNS = 7  # of a comparison
+_SCHEMA_VERSION = 3
 # ``revision`` is greater for every later save, whatever the clock does. It orders sessions, and tells whether another
-# program has saved one meanwhile. Version 1 had none.
+# program has saved one meanwhile. Version 1 had none, and version 2 no comparisons.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS session (
     id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, profile TEXT NOT NULL,
@@ -128,6 +146,7 @@ CREATE TABLE IF NOT EXISTS turn (
     seed INTEGER NOT NULL, settings TEXT NOT NULL, patient BLOB NOT NULL, guided BLOB NOT NULL,
     PRIMARY KEY (session, number)
 );
+CREATE TABLE IF NOT EXISTS comparison (session TEXT PRIMARY KEY, held BLOB NOT NULL);
 """
 
 
@@ -231,6 +250,31 @@ class SessionStore:
                 f"{self.path}: session {name} is damaged ({reason}): delete it on the session screen (F9)"
             ) from error
 
+    def save_comparison(self, session_id: str, compared: SavedComparison) -> None:
+        """Keep it with the session, in place of the one before."""
+        held = _packed(compared)
+        with self._open() as db:
+            db.execute("INSERT OR REPLACE INTO comparison VALUES (?, ?)", (session_id, held))
+
+    def comparison(self, session_id: str) -> SavedComparison | None:
+        """The comparison that is kept with the session with exactly this id. Raises StorageError if it is damaged."""
+        with self._open() as db:
+            row = db.execute("SELECT held FROM comparison WHERE session = ?", (session_id,)).fetchone()
+        if row is None:
+            return None
+        try:
+            compared = _COMPARED.validate_json(_unpacked(row[0]))
+            if not 0 < len(compared.columns) <= MOST_COLUMNS:
+                raise ValueError(f"expected 1 to {MOST_COLUMNS} columns, got {len(compared.columns)}")
+            if not (len(counts := {len(column.turns) for column in compared.columns}) == 1 and min(counts)):
+                raise ValueError("expected the same number of answers in all columns, at least one")
+        except (ValueError, TypeError, UsageError, RecursionError, zlib.error) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise StorageError(
+                f"the comparison in conversation {session_id} is damaged and left out: {reason}"
+            ) from error
+        return compared
+
     def list(self) -> list[Summary]:
         """All sessions, the most recent first."""
         with self._open() as db:
@@ -253,7 +297,8 @@ class SessionStore:
         self._seen.pop(session_id, None)
         with self._open() as db:
             # SQLite ignores ON DELETE CASCADE unless each connection asks for it.
-            db.execute("DELETE FROM turn WHERE session = ?", (session_id,))
+            for table in ("turn", "comparison"):
+                db.execute(f"DELETE FROM {table} WHERE session = ?", (session_id,))
             db.execute("DELETE FROM session WHERE id = ?", (session_id,))
 
     @contextmanager
@@ -336,12 +381,20 @@ def _row(turn: Turn) -> tuple[str, int, str, bytes, bytes]:
     return _text(turn.prompt), turn.seed, json.dumps(settings), _packed(turn.patient), _packed(turn.guided)
 
 
-_REPLY = TypeAdapter(Reply)
+_REPLY, _COMPARED = TypeAdapter(Reply), TypeAdapter(SavedComparison)
 _LARGEST = 1 << 30  # bytes of one reply
 
 
-def _packed(reply: Reply) -> bytes:
-    return zlib.compress(json.dumps(asdict(reply), ensure_ascii=False).encode("utf-8", "replace"), level=3)
+def _plain(record: Any) -> dict[str, Any]:
+    """A record as plain JSON values."""
+    # asdict only copies the pydantic settings inside the turns, so they are converted here.
+    return asdict(
+        record, dict_factory=lambda items: {k: v.model_dump() if isinstance(v, Settings) else v for k, v in items}
+    )
+
+
+def _packed(record: Reply | SavedComparison) -> bytes:
+    return zlib.compress(json.dumps(_plain(record), ensure_ascii=False).encode("utf-8", "replace"), level=3)
 
 
 def _turn(row: tuple[Any, Any, Any, Any, Any]) -> Turn:
@@ -352,12 +405,14 @@ def _turn(row: tuple[Any, Any, Any, Any, Any]) -> Turn:
     how = json.loads(settings)
     # Fields that an older version did not store get their defaults.
     sampling, guidance = Sampling(**how["sampling"]), Guidance(**how["guidance"])
-    return Turn(prompt, seed, sampling, guidance, _unpacked(patient), _unpacked(guided))
+    return Turn(
+        prompt, seed, sampling, guidance, *(_REPLY.validate_json(_unpacked(held)) for held in (patient, guided))
+    )
 
 
-def _unpacked(packed: bytes) -> Reply:
+def _unpacked(packed: bytes) -> bytes:
     unpacker = zlib.decompressobj()
     stored = unpacker.decompress(packed, _LARGEST)
     if not unpacker.eof:
         raise ValueError("an answer is cut off, or larger than 1 GiB")
-    return _REPLY.validate_json(stored)
+    return stored

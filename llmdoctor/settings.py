@@ -7,7 +7,7 @@ these classes: a field added here is known to all of them.
 import json
 import os.path
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError, ValidationInfo
@@ -377,6 +377,15 @@ class Guidance(_Snapshot, GuidanceFields):
         """As plain values; ``plausibility`` and ``dead_zones`` only in mode "ratio", where they count."""
         values = self.model_dump(exclude=None if self.mode == "ratio" else {"plausibility", "dead_zones"})
         return {name: values[name] for name in self._order() if name in values}
+
+
+def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
+    """Raise UsageError for the name of a doctor that does not exist, and if alpha and every beta are 0."""
+    if unknown := [name for name in (*guidance.betas, *guidance.dead_zones) if name not in doctors]:
+        known = ", ".join(doctors) or "none"
+        raise UsageError(f"there is no doctor {unknown[0]!r}; the doctors are: {known}")
+    if guidance.alpha == 0 and not any(guidance.betas.values()):
+        raise UsageError("alpha and every beta are 0: nothing is left to decode from; set one of them above 0")
 
 
 class Sampling(_Snapshot, SamplingFields):

@@ -1,6 +1,7 @@
 """Tensors from files: whole, finite, and never from a pickle."""
 
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 
 import torch
@@ -33,12 +34,12 @@ def read_tensors(path: Path, names: Iterable[str] = ()) -> dict[str, Tensor]:
     return held
 
 
-def tensor_count(path: Path) -> int:
-    """How many tensors a safetensors file holds, by its header. Raises LoadError."""
+def tensor_sizes(path: Path) -> list[int]:
+    """How many numbers each tensor of a safetensors file has, by its header. Raises LoadError."""
     try:
         require_regular(path)
         with safe_open(path, "pt") as file:
-            return len(file.keys())
+            return [prod(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(f"{path.name}: {_reason(error)}") from error
 

@@ -16,6 +16,7 @@ from llmdoctor.harmless import require_unicode
 from llmdoctor.records import Message
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+_REASONED = re.compile(r".*(?:</[\w:]*(?:think|thought|reason)\w*>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
 
 
 def conversation(prompt: str | Sequence[Message]) -> list[Message]:
@@ -43,7 +44,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     the last one is "Assistant:".
 
     Raises DataError if the conversation is not Unicode, the template refuses it (some require that user and assistant
-    alternate) or drops a turn of a developer or tool, or if there is no template for such a turn.
+    alternate) or drops a turn or a part of it, or if there is no template for a turn of a developer or tool. Of an
+    answer, what is reasoned before it may be dropped.
     """
     for message in messages:
         require_unicode(message["content"] or "", f"the {message['role']} turn")
@@ -174,7 +176,7 @@ def conversation_text(
     """A conversation in the chat template, with what opens the assistant's turn if ``answer_next``.
 
     If the template refuses or drops the system role, the system prompt becomes the beginning of the first user turn.
-    Raises DataError as `prompt_ids` does, LoadError for a template that cannot be used.
+    Raises DataError as `prompt_ids` does, LoadError for a template that cannot be used or exceeds its bounds.
     """
     tries = [list(messages)]
     # Without a system role: its prompt as the beginning of the next turn.
@@ -203,12 +205,13 @@ def _dropped(messages: Sequence[Message], text: str) -> str | None:
     """The role of a turn that is not, or not whole, in the rendered ``text``."""
     for message in messages:
         said = [call["function"]["name"] for call in message.get("tool_calls", ())]
-        # an answer may lose its reasoning, and a system turn is looked for by the caller
-        if message["role"] not in ("system", "assistant"):
-            said.append(message["content"].strip())
+        if message["role"] != "system":  # which is looked for by the caller
+            content = message["content"] or ""
+            reasoned = _REASONED.match(content) if message["role"] == "assistant" else None  # which some leave out
+            said.append(content[reasoned.end() if reasoned else 0 :].strip())
         # some templates write a tool's result as JSON
         if not all(part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in said):
-            return message["role"] if message["role"] != "assistant" else "tool-calling"
+            return "tool-calling" if message.get("tool_calls") else message["role"]
     return None
 
 

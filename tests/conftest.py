@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +208,32 @@ def write_gguf(folder: Path, path: Path, architecture: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[..., AbstractContextManager[str]]:
+    """``served(assistant, port=0, engine={}, **app)``: a server in a thread, like `llmdoctor serve`; its address."""
+    reason = "the extra `serve` is not here: pip install 'llmdoctor-guided[serve]'"
+    uvicorn = pytest.importorskip("uvicorn", reason=reason)
+    pytest.importorskip("starlette", reason=reason)
+    from llmdoctor.serving.api import create_app
+    from llmdoctor.serving.engine import Engine
+
+    @contextmanager
+    def serve(assistant: Any, port: int = 0, engine: Mapping[str, Any] | None = None, **app: Any) -> Iterator[str]:
+        with socket.create_server(("127.0.0.1", port)) as listening:
+            config = uvicorn.Config(
+                create_app(Engine(assistant, **(engine or {})), name="clinic", **app),
+                log_config=None,
+                timeout_graceful_shutdown=1,
+            )
+            server = uvicorn.Server(config)
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                thread.join()
+
+    return serve

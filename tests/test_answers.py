@@ -6,7 +6,17 @@ import statistics
 
 import pytest
 
-from llmdoctor.answers import distinct_estimate, distinct_n, entropy_n, measures, rate, repeated_sentences
+from llmdoctor.answers import (
+    distinct_estimate,
+    distinct_n,
+    entropy_n,
+    measures,
+    rate,
+    repeated_sentences,
+    share,
+    share_difference,
+    wilson,
+)
 from llmdoctor.profiles import clinic_world as world
 from llmdoctor.records import Answer, Estimate, GuidedToken
 
@@ -55,10 +65,19 @@ def test_a_rate_weighs_by_count_and_answers_to_one_prompt_are_one_group():
 def test_the_jackknife_of_distinct_n_leaves_out_one_prompt_at_a_time():
     texts = ["a b c d e", "a b c d f", "x y z w", "a b c d e"]
     found = distinct_estimate(texts, groups="aabc")
+
+    def log_odds(x: float) -> float:
+        return math.log(x / (1 - x))
+
     without = [distinct_n(texts[2:]), distinct_n([*texts[:2], texts[3]]), distinct_n(texts[:3])]
     error = math.sqrt(2 / 3 * sum((x - statistics.fmean(without)) ** 2 for x in without))
     assert found.value == distinct_n(texts)
-    assert found.high - found.value == pytest.approx(4.303 * error)
+    half = 4.303 * error / (found.value * (1 - found.value))
+    assert log_odds(found.high) - log_odds(found.value) == pytest.approx(half)
+    assert log_odds(found.value) - log_odds(found.low) == pytest.approx(half)
+    all_new = distinct_estimate(["a b c d", "e f g h"])
+    assert all_new.value == 1
+    assert math.isnan(all_new.low)
 
 
 def test_measures_of_answers_are_per_token():
@@ -72,3 +91,46 @@ def test_measures_of_answers_are_per_token():
     assert (found["patient_logprob"].value, found["helpful_logprob"].value) == (-2.0, -1.0)
     assert (found["tokens"].value, found["words"].value, found["unfinished"].value) == (2.0, 1.0, 0.5)
     assert found["patient_logprob"] == Estimate(-2.0, -2.0, -2.0)
+    assert "tokens_per_second" not in found
+    assert measures(answers, seconds=[1.0, 3.0])["tokens_per_second"].value == 1.0
+
+
+@pytest.mark.parametrize("prompts", [8, 40])
+@pytest.mark.parametrize("common", [0.1, 0.5, 0.9])
+def test_the_interval_of_a_share_stays_in_0_to_1_and_covers_it(prompts, common):
+    """Of tokens that resemble each other within an answer: each answer has a share of its own, Beta(6p, 6(1 - p))."""
+    rng = random.Random(prompts)
+    covered = 0
+    for _ in range(1000):
+        counts = [rng.randint(20, 60) for _ in range(prompts)]
+        own = [rng.betavariate(6 * common, 6 * (1 - common)) for _ in counts]
+        values = [sum(rng.random() < p for _ in range(n)) for p, n in zip(own, counts, strict=True)]
+        found = share(values, None, counts)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        covered += found.covers(common)
+    assert 0.90 < covered / 1000 < 0.99, covered
+
+
+def test_shares_at_their_ends_have_a_width():
+    """Of the 3 answers, not of their 300 tokens, which resemble each other; no more cases than there are tokens."""
+    assert share([0, 0, 0], None, [100, 100, 100]) == wilson(0, 3)
+    assert share([100, 100, 100], None, [100, 100, 100]) == wilson(1, 3)
+    assert share([1, 1], None, [2, 2]) == wilson(0.5, 4)
+    assert share([True, False], "aa") == wilson(0.5, 1)
+    assert math.isnan(share([3], None, [4]).low)
+
+
+@pytest.mark.parametrize("both", [0.2, 0.55])
+def test_the_interval_of_a_difference_of_shares_of_the_same_cases(both):
+    """Right in P(first) = 0.8 and P(second) = 0.6 of the cases, and together in ``both`` + 0.2 of them or so."""
+    rng = random.Random(5)
+    chances = (both, 0.8 - both, max(0.0, 0.6 - both), max(0.0, both - 0.4))  # both, first, second, neither
+    covered = 0
+    for _ in range(1000):
+        cases = rng.choices([(1, 1), (1, 0), (0, 1), (0, 0)], chances, k=30)
+        found = share_difference(*zip(*cases, strict=True))
+        assert -1 <= found.low <= found.value <= found.high <= 1
+        covered += found.covers((chances[1] - chances[2]) / sum(chances))
+    assert 0.92 < covered / 1000 < 0.99, covered
+    assert share_difference([1, 1], [0, 0]).value == 1
+    assert share_difference([1, 1], [0, 0]).low < 1

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, Sampling
 from llmdoctor.comparing import Column, Key, Run, both_sides
 from llmdoctor.decoding.caches.recorded import RecordedKV
+from llmdoctor.decoding.drafting import AdaptiveLength
 from llmdoctor.decoding.prefix import PrefixCache
 from llmdoctor.errors import LoadError, UsageError, VocabularyError
 from llmdoctor.profile import load_profile
@@ -49,9 +51,17 @@ def folders(tiny_model: Callable[..., Path], make_doctor: Callable[..., Path]) -
     return str(tiny_model("llama", seed=1, rows=448)), doctors
 
 
-@pytest.fixture
-def assistant(folders: tuple[str, dict[str, Path]]) -> LLMdoctor:
+@pytest.fixture(scope="module")
+def loaded(folders: tuple[str, dict[str, Path]]) -> LLMdoctor:
     return LLMdoctor(folders[0], folders[1], beta={"kind": 0.8, "safe": 0.3}, sampling=SHORT)
+
+
+@pytest.fixture
+def assistant(loaded: LLMdoctor) -> LLMdoctor:
+    """With settings and drafting of its own on models that are loaded once."""
+    own = copy(loaded)
+    own._drafting, own._drafting_alone = AdaptiveLength(), AdaptiveLength()
+    return own
 
 
 def ids(tokens: Any) -> list[int]:
@@ -98,7 +108,8 @@ def test_the_embedded_clinic() -> None:
     assert compared.metrics["kl"] > 0
     doctor.beta = 0.0
     assert doctor.generate(question, seed=1) == compared.patient.text
-    patient_only = LLMdoctor(doctor.patient.name).generate(question, seed=1, max_new_tokens=240)
+    sampling = doctor.sampling.model_dump()
+    patient_only = LLMdoctor(doctor.patient.name).generate(question, **{**sampling, "seed": 1})
     assert patient_only == compared.patient.text
 
 
@@ -401,11 +412,12 @@ def test_a_continued_answer_goes_on_where_its_tokens_end(assistant: LLMdoctor) -
                 assert [a.id for a in token.top] == [a.id for a in twin.top]
 
 
-def test_draws_behind_a_prefix_are_new_ones(assistant: LLMdoctor) -> None:
+def test_draws_behind_a_prefix_are_new_ones(folders: tuple[str, dict[str, Path]]) -> None:
     """They depend on the seed and on the prefix's length alone, and no two of these share them.
 
     The patient here likes all tokens alike whatever came before, so that the tokens are the random numbers.
     """
+    assistant = LLMdoctor(folders[0])
     assistant.patient.model.get_output_embeddings().weight.data.zero_()
 
     def drawn(seed: int, prefix: list[int]) -> tuple[int, ...]:
@@ -466,6 +478,18 @@ def test_guidance_for_one_call_and_lists_of_conversations(assistant: LLMdoctor) 
     assert said == "".join(token.text for token in assistant.stream("Hi", alpha=0.5, beta={name: 2.0}))
     with pytest.raises(UsageError, match="choose one of guidance and beta"):
         assistant.stream("Hi", beta=1.0, guidance=before)
+    compared = assistant.compare("Hi", seed=5, alpha=0.5, beta={name: 2.0}, temperature=0.9)
+    again = assistant.compare("Hi", seed=5, guidance=stronger, temperature=0.9)
+    assert compared.guided.text == again.guided.text != assistant.compare("Hi", seed=5, temperature=0.9).guided.text
+    assert (compared.settings["alpha"], compared.settings["betas"][name]) == (0.5, 2.0)
+    assert compared.patient.text == assistant.compare("Hi", seed=5, temperature=0.9).patient.text
+    for method in (assistant.generate, assistant.compare, lambda *asked, **how: assistant.compare_all([*asked], **how)):
+        for wrong in ({"alpha": -1.0}, {"beta": {"nurse": 1.0}}, {"temperature": -1.0}, {"guidance": 5}):
+            with pytest.raises(UsageError) as refused:
+                method("Hi", **wrong)
+            with pytest.raises(UsageError) as told:
+                assistant.answer_all(["Hi"], **wrong)
+            assert str(refused.value) == str(told.value)
     one = [{"role": "user", "content": "Hi"}]
     assert assistant.generate([one, one], seed=[3, 3], alpha=0.5, beta={name: 2.0}) == [said, said]
 

@@ -1,5 +1,6 @@
 """Rows that join and leave a running batch get the very tokens that they would have got alone."""
 
+import inspect
 import time
 from typing import Any
 
@@ -13,9 +14,10 @@ from llmdoctor.decoding.caches import static
 from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.drafting import FixedLength
 from llmdoctor.decoding.ensemble import Ensemble
-from llmdoctor.decoding.prefix import PrefixCache
+from llmdoctor.decoding.prefill import FixedPieces, TimedPieces
+from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Request, Step
-from llmdoctor.errors import LoadError, UsageError
+from llmdoctor.errors import UsageError
 from llmdoctor.settings import Guidance, Sampling
 from tests.test_decode import EOS, SIZE, TINY, bigram, chain, doctor_of, ids_of, patient_of, text_of, tiny
 from tests.test_speculative import Erratic, recurrent, same
@@ -224,21 +226,188 @@ def answered(batch: Batch) -> dict[int, list[Step]]:
     return steps
 
 
-def test_a_prompt_whose_cache_cannot_join_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its error comes at the end of its first round, before any of its tokens."""
+def test_a_prompt_whose_cache_cannot_join_is_answered_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     patient, doctors = patient_of(tiny("llama", seed=3)), {"a": doctor_of(tiny("llama", seed=4), "a")}
     request = Request(requests()[0].prompt, lambda: Guidance(1.0, {"a": 0.5}), Sampling(max_new_tokens=20))
     monkeypatch.setattr(DynamicKV, "can_join", property(lambda _: False))
     batch = Batch(patient, doctors, top=2)
     batch.join([request])
     steps = list(batch.round())
-    batch.join([Request([5, 6])])
-    shown = batch.round()
-    steps += [next(shown)]  # of the prompt that is there
-    with pytest.raises(LoadError, match="cannot join others in the KV cache of LlamaForCausalLM"):
-        next(shown)
-    steps += answered(batch)[0]
-    same([steps], [alone(patient, doctors, request)])
+    other = Request([5, 6], sampling=Sampling(max_new_tokens=5))
+    batch.join([other])
+    rest = answered(batch)
+    same([steps + rest[0]], [alone(patient, doctors, request)])
+    same([rest[1]], [numbered(alone(patient, doctors, other), 1)])
+
+
+def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every forward of a model from now on."""
+    read: list[int] = []
+    forward = model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        read.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    counting.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "forward", counting)
+    return read
+
+
+def drawn_at(seed: int, count: int) -> list[int]:
+    return torch.randint(1, SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "recurrent"])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("drafting", [None, FixedLength(3)], ids=["plain", "drafted"])
+def test_prompts_read_in_pieces_are_answered_as_if_alone(
+    arch: str, tokens: int, drafting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In lanes of their own too: rows of 5 and of 90 tokens are not padded to each other."""
+    monkeypatch.setattr("llmdoctor.decoding.batch._PADDING", 30)
+    patient = patient_of(recurrent() if arch == "recurrent" else tiny(arch, seed=3))
+    base = tiny("qwen2", seed=9)
+    doctors = {"a": doctor_of(tiny("llama", seed=4), "a", 2, base=base)}
+    own = Guidance(1.0, {"a": 0.8}, "ratio", 0.02)
+    greedy = 0.0 if arch == "recurrent" else 0.8  # its arithmetic is single
+    made = [
+        Request(drawn_at(n, n), lambda: own, Sampling(max_new_tokens=12, temperature=greedy), seed=n)
+        for n in (5, 90, 6, 33, 88)
+    ]
+    batch = Batch(patient, doctors, top=2, drafting=drafting, with_bases=True, pieces=FixedPieces(tokens))
+    steps: dict[int, list[Step]] = {i: [] for i in range(len(made))}
+    lanes = 0
+    for request in made:
+        batch.join([request])
+        for step in batch.round():
+            steps[step.row].append(step)
+    while batch:
+        for step in batch.round():
+            steps[step.row].append(step)
+        lanes = max(lanes, len(batch._lanes))
+    assert lanes > 1 or tokens == 1  # token by token the first answers end before the others are read
+    for i, request in enumerate(made):
+        expected = numbered(alone(patient, doctors, request, with_bases=True), i)
+        if arch == "recurrent":
+            assert ids_of(steps[i]) == ids_of(expected)
+        else:
+            same([steps[i]], [expected])
+
+
+def test_a_long_prompt_lets_others_speak_and_short_ones_pass() -> None:
+    table = torch.zeros(SIZE, SIZE)
+    table[:, EOS] = -50
+    patient = patient_of(bigram(table.double()))
+    batch = Batch(patient, {}, pieces=FixedPieces(10))
+    batch.join([Request([1], sampling=Sampling(max_new_tokens=40, temperature=0))])
+    list(batch.round())
+    batch.join([Request([1] * 100, sampling=Sampling(max_new_tokens=1)), Request([1] * 10)])
+    spoke = [{step.row for step in batch.round()} for _ in range(12)]
+    assert all(0 in rows for rows in spoke)
+    first = [next(at for at, rows in enumerate(spoke) if row in rows) for row in (1, 2)]
+    assert first[1] <= 1  # at the first or the second turn
+    assert first[0] == 10  # after ten pieces and the short one's
+    batch.join([Request([1] * 100)])
+    batch.leave(3)
+    list(batch.round())
+    batch.join([Request([1] * 100)])
+    list(batch.round())
+    batch.leave(4)  # in the middle of its prompt
+    assert 4 not in batch
+    assert not batch._arriving
+
+
+@pytest.mark.parametrize("backend", [DynamicKV, static.StaticKV], ids=["dynamic", "static"])
+@pytest.mark.parametrize("drafting", [None, FixedLength(3)], ids=["plain", "drafted"])
+@pytest.mark.parametrize("tokens", [16, 1000])
+def test_what_prompts_begin_with_is_read_once(
+    backend: Any, drafting: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every model: prompts of 40 equal tokens that come together, one that comes later, and a second turn."""
+    monkeypatch.setitem(caches.BACKENDS, "cpu", backend)  # a recorded step is no forward that could be counted
+    monkeypatch.setattr(static, "_LEAST", 16)
+    patient, base = patient_of(tiny("llama", seed=3)), tiny("qwen2", seed=9)
+    doctors = {"a": doctor_of(tiny("qwen2", seed=4), "a", 2, base=base)}
+    own = Guidance(1.0, {"a": 0.8}, "ratio", 0.02)
+    sampling = Sampling(max_new_tokens=6)
+    start = drawn_at(1, 40)
+
+    def ask(*more: int, seed: int = 1) -> Request:
+        return Request([*start, *more], lambda: own, sampling, seed=seed)
+
+    first = [ask(3, 4, 5), ask(7, 7), ask(9), ask(8, 2, 6, 6)]
+    expected = [ids_of(alone(patient, doctors, one, with_bases=True)) for one in (*first, ask(5, 5))]
+    second = Request([*first[0].prompt, *expected[0], 2, 3], lambda: own, sampling, seed=5)
+    later = ids_of(alone(patient, doctors, second, with_bases=True))
+    prefixes = SharedPrefixes(1 << 30)
+    how = {"drafting": drafting, "with_bases": True, "pieces": FixedPieces(tokens), "prefixes": prefixes}
+    batch = Batch(patient, doctors, **how)
+    models = {"patient": patient.model, "doctor": doctors["a"].model, "base": base}
+    reads = {name: counted(model, monkeypatch) for name, model in models.items()}
+    batch.join(first)
+    steps: dict[int, list[Step]] = {}
+    while len(steps) < 4:
+        for step in batch.round():
+            steps.setdefault(step.row, []).append(step)
+    assert prefixes.hits == 3
+    assert prefixes.reused == 3 * 40
+    for row, more in answered(batch).items():
+        steps[row] += more
+    batch.join([ask(5, 5)])
+    batch.join([second])
+    before = {name: sum(read) for name, read in reads.items()}
+    for row, more in answered(batch).items():
+        steps[row] = more
+    assert [ids_of(steps[i]) for i in range(6)] == [*expected, later]
+    assert prefixes.hits == 5
+    # all but the last token of the first answer was read with it
+    assert prefixes.reused == 4 * 40 + 43 + len(expected[0]) - 1
+    if drafting is None and backend is DynamicKV:  # no drafts that are read in vain, no rows that nobody uses
+        spoken = {name: sum(read) - before[name] for name, read in reads.items()}
+        # two rows of 3 fresh tokens, one of them read again because they are read together; then the answers
+        whole = 2 * 3 + len(expected[4]) + len(later)
+        assert spoken == {"patient": whole - 2, "doctor": whole, "base": whole - 2}
+    assert prefixes.size == sum(held.size for held in prefixes._held.values())
+
+
+def test_what_is_kept_of_prompts_is_bounded_and_the_least_used_goes() -> None:
+    patient = patient_of(tiny("llama", seed=3))
+
+    def run(prefixes: SharedPrefixes, seed: int) -> int:
+        before = prefixes.reused
+        batch = Batch(patient, {}, pieces=FixedPieces(50), prefixes=prefixes)
+        batch.join([Request(drawn_at(seed, 60), sampling=Sampling(max_new_tokens=3))])
+        answered(batch)
+        assert prefixes.size <= prefixes.most
+        return prefixes.reused - before
+
+    prefixes = SharedPrefixes(1 << 30)
+    assert run(prefixes, 1) == 0
+    one = prefixes.size
+    assert one > 60 * 2
+    prefixes = SharedPrefixes(2 * one)
+    assert [run(prefixes, seed) for seed in (1, 2, 1, 3, 1, 2)] == [0, 0, 59, 0, 59, 0]
+    prefixes = SharedPrefixes(one // 2)
+    assert [run(prefixes, 1), run(prefixes, 1), prefixes.size <= one // 2] == [0, 0, True]
+
+
+def test_a_piece_takes_about_as_long_as_a_round() -> None:
+    """On a machine where T tokens take .02 + .001 T seconds, and on one where a forward alone takes two rounds."""
+    pieces = TimedPieces()
+    assert pieces.choose(speaking=False) > 0
+    for base, round_ in ((0.02, 0.1), (0.04, 0.02)):
+        spent = 0.0
+        for turn in range(60):
+            tokens = pieces.choose(speaking=True)
+            seconds = base + 0.001 * tokens if tokens else 0.0
+            if tokens:
+                pieces.record(tokens, seconds)
+            if turn >= 10:
+                spent += seconds
+                assert seconds <= max(1.2 * round_, base + 0.016 + 1e-9)
+            pieces.record_round(round_)
+        assert 0.7 < spent / (50 * round_) < 1.1
 
 
 @pytest.mark.parametrize("drafting", [None, FixedLength(4)], ids=["plain", "drafted"])
@@ -283,7 +452,7 @@ def test_a_row_may_leave_within_its_first_round_and_a_batch_gives_its_caches_bac
     assert shown[0] == 0
     assert set(shown[1:]) == {1}
     answered(batch)
-    assert batch._models is None
+    assert not batch._lanes
     batch.join([Request([1])])
     next(batch.round())  # and leave the round there
     with pytest.raises(UsageError, match="not run to its end"):

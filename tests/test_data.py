@@ -412,7 +412,7 @@ def test_questions_come_in_every_common_form_and_what_is_not_used_is_said(write)
         ([USER],),
     ]
     assert notes == [
-        f"{path}: 4 prompts of 2 turns; not used: category, output, the answer at the end, chosen, rejected"
+        f"{path}: 4 prompts with 5 turns in all; not used: category, output, the answer at the end, chosen, rejected"
     ]
     one_column = write("anything", "Why?", '"So, how?"', name="table.csv")
     assert [question.turns for question in read_questions(one_column)] == [("Why?",), ("So, how?",)]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmdoctor.decoding.product import check_guidance, draw, exponentials, kl_divergence, product
+from llmdoctor.decoding.product import draw, exponentials, kl_divergence, product
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Vocabulary
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling, check_guidance
 
 
 def splitmix64(state: int) -> Iterator[int]:

@@ -224,6 +224,20 @@ def test_a_cpu_with_bfloat16_keeps_small_models_and_training_in_float32(
     assert load_lm(folder, device="cpu").dtype == torch.float32
 
 
+def test_the_files_tell_the_number_of_parameters_so_a_small_model_is_loaded_once(
+    adapter: Path, tiny_gguf: Callable[..., Path], tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_cpu_has_bfloat16", lambda: True)
+    loaded: list[torch.dtype] = []
+    whole = loading.load_checked
+    monkeypatch.setattr(
+        loading, "load_checked", lambda *args, **how: (loaded.append(how["dtype"]), whole(*args, **how))[1]
+    )
+    for model in (tiny_model("llama"), tiny_model("gemma3_text"), adapter, tiny_gguf()):
+        assert load_lm(model, device="cpu").num_parameters() == ModelSource.of(model).parameters(), model
+    assert loaded == [torch.float32] * 4
+
+
 def test_attention_and_places_reach_the_model(tiny_model: Callable[..., Path]) -> None:
     folder = tiny_model("llama")
     plain = load_lm(folder, device="cpu")

@@ -113,6 +113,8 @@ def test_64_clients_get_what_each_would_get_alone(assistant: LLMdoctor, port: in
     assert answers == [alone[i % len(ASKS)] for i in range(64)]
     wait_until_idle(port)
     counted = metrics(port)
+    assert counted["llmdoctor_tokens_per_second"] > 0
+    assert 0 < counted["llmdoctor_draft_acceptance"] < 1
     assert counted["llmdoctor_answers_running"] == counted["llmdoctor_answers_waiting"] == 0
     assert counted['llmdoctor_answers_total{end="failed"}'] == 0
     assert counted['llmdoctor_answers_total{end="cancelled"}'] == 9
@@ -156,6 +158,59 @@ def test_several_answers_have_the_seeds_that_follow(assistant: LLMdoctor, client
     for chunk in stream:
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert texts == expected
+
+
+def test_a_long_beginning_is_read_once_and_counted(assistant: LLMdoctor, port: int, client: Any) -> None:
+    """Of clients that come together, and of a conversation's next turn."""
+    system = {"role": "system", "content": "You are a careful nurse. " * 20}
+    asks = [[system, {"role": "user", "content": text}] for text in ("Why?", "What should I eat?", QUESTION)]
+    before = metrics(port)
+
+    async def ask_all() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as one:
+            how = {"model": "clinic", "seed": 1, "max_tokens": 8}
+            return await asyncio.gather(*(one.chat.completions.create(messages=ask, **how) for ask in asks))
+
+    answers = [answer.choices[0].message.content for answer in asyncio.run(ask_all())]
+    assert answers == [assistant.generate(ask, seed=1, max_new_tokens=8) for ask in asks]
+    after = metrics(port)
+    assert after["llmdoctor_prefix_hits_total"] - before["llmdoctor_prefix_hits_total"] == 2
+    shared = after["llmdoctor_prefix_tokens_total"] - before["llmdoctor_prefix_tokens_total"]
+    assert shared > 2 * len(assistant.patient.tokenizer(system["content"]).input_ids)
+    assert after["llmdoctor_prefix_bytes"] > 0
+    turn = [*asks[0], {"role": "assistant", "content": answers[0]}, {"role": "user", "content": "And then?"}]
+    client.chat.completions.create(model="clinic", messages=turn, seed=1, max_tokens=2)
+    assert metrics(port)["llmdoctor_prefix_tokens_total"] - after["llmdoctor_prefix_tokens_total"] >= len(
+        assistant.prompt_ids(asks[0])
+    )
+
+
+def test_no_answer_is_longer_than_the_server_allows_and_no_body_takes_for_ever(
+    assistant: LLMdoctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmdoctor.serving.api._BODY_SECONDS", 0.2)
+    with served(Engine(assistant), limits=Limits(output=5)) as port, client_of(port) as client:
+        answer = client.chat.completions.create(**chat(QUESTION, {"seed": 5}, 60))
+        assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (5, "length")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as half:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            half.sendall(f"{head}Content-Length: 9\r\n\r\n{{".encode())
+            assert half.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_a_reader_that_never_reads_is_left(
+    assistant: LLMdoctor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("llmdoctor.serving.api._PULSE", 0.5)
+    with served(Engine(assistant), limits=Limits(seconds=1.5)) as port:
+        body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 300, "n": 32, "seed": 1}
+        with raw(port, {**body, "stream": True, "llmdoctor": True, "logprobs": True, "top_logprobs": 20}) as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            until = time.monotonic() + 20
+            while "a reader was too slow" not in caplog.text:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            wait_until_idle(port)
 
 
 def test_plain_completions_continue_text_and_ids(assistant: LLMdoctor, client: Any) -> None:
@@ -333,6 +388,32 @@ def test_sigterm_lets_running_streams_end() -> None:
         assert server.stderr.read() == ""
 
 
+def test_a_stream_that_is_cut_at_the_end_of_the_grace_period_says_so() -> None:
+    command = [sys.executable, "-m", "llmdoctor", "serve", "--port", "0", "--grace", "0", "--name", "clinic"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as server:
+        assert server.stderr is not None
+        port = int(server.stderr.readline().partition("/v1")[0].rpartition(":")[2])
+        body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 900, "n": 16, "stream": True}
+        stream = raw(port, body)
+        read = stream.recv(100)
+        server.send_signal(signal.SIGTERM)
+        while got := stream.recv(1 << 20):
+            read += got
+        stream.close()
+        assert server.wait(20) == 0
+        assert server.stderr.read() == ""
+    *_, error, done = [line for line in read.decode().splitlines() if line.startswith("data: ")]
+    assert done == "data: [DONE]"
+    assert json.loads(error.removeprefix("data: "))["error"] == {
+        "message": "the server is stopping",
+        "type": "server_error",
+        "param": None,
+        "code": "stopping",
+    }
+
+
 class Heard(list[Step | Exception]):
     """What a job emitted; ``end`` is set with the last of it."""
 
@@ -358,7 +439,9 @@ def test_everyone_gets_as_many_alternatives_as_asked_for(assistant: LLMdoctor) -
     engine, heard = Engine(assistant), [Heard(), Heard(), Heard()]
     engine.submit([job_of(assistant, one, top=top) for top, one in enumerate(heard)])
     assert all(one.end.wait(20) for one in heard)
-    assert [{len(step.token.top) for step in one} for one in heard] == [{0}, {1}, {2}]
+    for top, one in enumerate(heard):
+        alone = assistant.stream(QUESTION, seed=1, max_new_tokens=12, top=top)
+        assert [[a.id for a in step.token.top] for step in one] == [[a.id for a in token.top] for token in alone]
     engine.stop()
 
 

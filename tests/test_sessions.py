@@ -16,7 +16,8 @@ import pytest
 from llmdoctor import sessions
 from llmdoctor.errors import StorageError, UsageError
 from llmdoctor.records import GuidedToken
-from llmdoctor.sessions import Reply, Session, SessionStore, Turn
+from llmdoctor.sessions import Compared, Reply, SavedComparison, Session, SessionStore, Turn
+from llmdoctor.settings import Guidance, Sampling
 
 
 def turn(prompt: str) -> Turn:
@@ -329,6 +330,57 @@ def test_a_database_with_anything_in_it_is_one_line_and_the_session_can_be_delet
         store.delete(name)
         assert store.list() == []
     assert refused > 80
+
+
+def comparison(columns: int = 2, turns: int = 2) -> SavedComparison:
+    answers = tuple(map(turn, "abc"[:turns]))
+    own = [Compared(f"beta={n}", "guided", Guidance(betas={"h": n}), Sampling(), answers) for n in range(columns)]
+    return SavedComparison((turn("before"),), 3, tuple(own))
+
+
+def test_a_comparison_is_kept_with_its_conversation_until_that_is_deleted(path):
+    store = SessionStore(path)
+    session = store.save(go_on(Session.new({}), "1"))
+    other = store.save(go_on(Session.new({}), "1"))
+    assert store.comparison(session.id) is None
+    for kept in (comparison(), comparison(columns=3, turns=1)):  # the later one replaces the first
+        store.save_comparison(session.id, kept)
+        assert SessionStore(path).comparison(session.id) == kept
+    store.save(go_on(session, "2"))
+    assert store.comparison(session.id) == kept
+    assert store.comparison(other.id) is None
+    store.delete(session.id)
+    assert store.comparison(session.id) is None
+
+
+def test_the_file_of_version_2_goes_on_and_takes_comparisons(path):
+    store = SessionStore(path)
+    name = store.save(go_on(Session.new({}), "1")).id
+    with sqlite3.connect(path) as db:  # as version 2 wrote it
+        db.execute("DROP TABLE comparison")
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    store = SessionStore(path)
+    assert asked(store.load(name)) == ["1"]
+    assert store.comparison(name) is None
+    store.save_comparison(name, comparison())
+    assert store.comparison(name) == comparison()
+
+
+def test_a_damaged_comparison_is_one_line_and_the_conversation_opens(path):
+    store = SessionStore(path)
+    name = store.save(go_on(Session.new({}), "1")).id
+    uneven = replace(comparison(), columns=(*comparison(1, 1).columns, *comparison(1, 2).columns))
+    refused = [sessions._packed(one) for one in (comparison(0), comparison(8), comparison(2, 0), uneven)]
+    settings = json.dumps(sessions._plain(comparison())).replace('"alpha": 1.0', '"alpha": -1.0')
+    for held in (*VALUES[1:], *REPLIES, zlib.compress(settings.encode()), *refused):
+        with sqlite3.connect(path) as db:
+            db.execute("INSERT OR REPLACE INTO comparison VALUES (?, ?)", (name, held))
+        db.close()
+        with pytest.raises(StorageError, match="is damaged and left out: ") as raised:
+            store.comparison(name)
+        assert "\n" not in str(raised.value)
+        assert asked(store.load(name)) == ["1"]
 
 
 def test_files_that_are_no_databases_are_one_line_with_a_way_out(path, tmp_path):

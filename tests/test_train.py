@@ -721,6 +721,25 @@ def test_two_processes_take_the_steps_of_one(world: Path, tmp_path: Path) -> Non
             torch.testing.assert_close(theirs[key], weights, atol=1e-4, rtol=1e-4)
 
 
+def test_a_finished_doctor_of_another_run_is_only_replaced_when_asked(world: Path, tmp_path: Path) -> None:
+    """It says what differs, before anything is trained; the same run again changes nothing."""
+    output, seen = tmp_path / "doctor", []
+    made = start(world, output, max_steps=1, rho=2.0)
+    held = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert start(world, output, seen.append, max_steps=1, rho=2.0)["run"] == made["run"]
+    with pytest.raises(UsageError, match=r"finished doctor with another rho, seed: .*--fresh to replace it") as refused:
+        start(world, output, seen.append, max_steps=1, rho=3.0, seed=9)
+    assert "\n" not in str(refused.value)
+    assert not seen
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == held
+    assert [path.name for path in tmp_path.iterdir() if "logs" not in path.name] == ["doctor"]
+    (output / "doctor.json").write_text("{")
+    with pytest.raises(UsageError, match="finished doctor with another name"):
+        start(world, output, seen.append, max_steps=1, rho=3.0)
+    start(world, output, max_steps=1, rho=3.0, fresh=True)
+    assert json.loads((output / "doctor.json").read_text())["settings"]["train"]["rho"] == 3.0
+
+
 def test_a_folder_without_its_weights_is_not_finished(tmp_path: Path) -> None:
     marker = tmp_path / "doctor.json"
     marker.write_text('{"run": "a"}')

@@ -4,6 +4,7 @@ Each test is an attack that once gave a traceback, or passed in silence.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -32,9 +33,10 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from llmdoctor import adapters
-from llmdoctor.adapters import log_probs
+from llmdoctor.adapters import log_probs, merged_adapter
 from llmdoctor.artefacts import AdapterConfig, DoctorFile, RewardsMeta
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
@@ -436,7 +438,7 @@ def test_an_adapter_config_of_wrong_types_is_one_line(key, spoilt):
         ("init_lora_weights", "pissa_niter_999999999", "at most 999 rounds"),
         ("layer_replication", [[0, 1]] * 2000, "layer_replication of 2000 layers"),
         ("layer_replication", [[0, 10**9]], "at most 1000"),
-        ("layer_replication", [5], "no list of"),
+        ("layer_replication", [5], "'layer_replication' expected"),
     ],
 )
 def test_an_adapter_config_that_asks_for_too_much_is_refused_first(key, value, words, spoilt, monkeypatch):
@@ -455,6 +457,92 @@ def test_a_model_config_that_asks_for_too_much_is_refused_first(key, value, base
     model = copied(base)
     spoil(model / "config.json", key, value)
     refusal(lambda: load_patient(model, device="cpu"), LoadError)
+
+
+LORA_KEYS = sorted({field.name for field in dataclasses.fields(LoraConfig)} - {"base_model_name_or_path"})
+USELESS = ("NoneType", "object has no", "not supported between", "unsupported operand", "recursion", "not iterable")
+
+
+@pytest.fixture(scope="module")
+def plain_adapter(base, tmp_path_factory):
+    """An adapter without a doctor, and its base."""
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted(base, copy.deepcopy(KINDS["lora"])).save_pretrained(folder)
+    return load_lm(base, device="cpu"), folder
+
+
+@pytest.mark.parametrize("key", LORA_KEYS)
+def test_any_key_of_an_adapter_config_is_taken_or_named(key, plain_adapter):
+    """Of every type that JSON has. What PEFT itself says is passed on where it says what is wrong."""
+    base, folder = plain_adapter
+    path = folder / "adapter_config.json"
+    whole = path.read_text()
+    try:
+        for value in (None, "x", 5, -1, 0.5, True, [], [[1]], {}, {"a": {"b": 1}}):
+            path.write_text(whole)
+            spoil(path, key, value)
+            try:
+                merged_adapter(copy.deepcopy(base), folder, "it")
+            except LoadError as error:
+                text = str(error)
+                assert "\n" not in text
+                assert key in text or not any(words in text for words in USELESS), (value, text)
+    finally:
+        path.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("init_lora_weights", 5, "Literal['gaussian'"),
+        ("arrow_config", {"a": 1}, "which sets arrow_config"),
+        ("arrow_config", 5, "expected Optional[ArrowConfig], got 5"),
+        ("use_dora", "yes", "expected bool, got 'yes'"),
+        ("r", None, "'r' should be a valid integer, got None"),
+        ("lora_dropout", 2.0, "'lora_dropout' should be less than or equal to 1, got 2.0"),
+        ("peft_type", "MAGIC", "peft_type 'MAGIC', which this version of PEFT does not know"),
+    ],
+)
+def test_a_wrong_key_of_an_adapter_config_says_what_was_expected(key, value, expected, plain_adapter, tmp_path):
+    base, folder = plain_adapter
+    shutil.copytree(folder, tmp_path / "a")
+    spoil(tmp_path / "a" / "adapter_config.json", key, value)
+    text = refusal(lambda: merged_adapter(copy.deepcopy(base), tmp_path / "a", "it"), LoadError)
+    assert expected in text
+    assert key in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_implementation", "org/kernel"),
+        ("_attn_implementation", "org/kernel@main:attention"),
+        ("attn_implementation", {"text_config": "org/kernel"}),
+        ("attn_implementation", "paged|org/kernel"),
+        ("text_config", {"_attn_implementation_internal": "org/kernel"}),
+        ("experts_implementation", "sonicmoe"),
+    ],
+)
+def test_a_config_that_names_a_kernel_of_the_hub_is_refused_unless_it_is_trusted(key, value, base, copied, monkeypatch):
+    """It is code from the network."""
+    model = copied(base)
+    spoil(model / "config.json", key, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+        text = refusal(lambda: load_lm(model, device="cpu"), LoadError)
+    assert "a program from the hub" in text
+    assert "--trust-remote-code" in text
+    tried = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tried.append(1) or {}["loaded"])
+    refusal(lambda: load_lm(model, device="cpu", trust_remote_code=True), LoadError)
+    assert tried
+
+
+@pytest.mark.parametrize("value", ["eager", "sdpa"])
+def test_a_config_may_name_an_attention_that_transformers_has(value, base, copied):
+    model = copied(base)
+    spoil(model / "config.json", "attn_implementation", value)
+    assert load_lm(model, device="cpu").config._attn_implementation == value
 
 
 @pytest.mark.parametrize("name", ["doctor.json", "adapter_config.json"])

@@ -65,7 +65,7 @@ def test_the_pages_walk_on_a_real_llama_and_human_pairs(
     assert llmdoctor(*written["inspect"]).count("chosen") >= 1
 
     doctor = json.loads(llmdoctor(*written["train"], "--batch-size", "4", "--seed", "0", "--json"))["doctor"]
-    assert doctor["metrics"]["steps"] == 48
+    assert doctor["metrics"]["steps"] == 16
     assert doctor["metrics"]["last"]["loss"] < doctor["metrics"]["first"]["loss"]
     assert doctor["rewards"]["patient"] == str(shared / "stories260k")
     general = TrainSettings().model_dump(include={"method", "rho", "ceiling", "subtb_weight", "value_weight"})
@@ -107,9 +107,9 @@ def test_qwen2s_tokenizer_with_two_paddings_through_all_three_stages(
             assert scores.alternative_ids.max() < 151646
 
     command = ["train", "--rewards", "rewards", "--doctor", base, "--output", "doctor", "--json"]
-    trained = json.loads(llmdoctor(*command, "--patient", patient, "--max-steps", "6", "--batch-size", "3"))["doctor"]
+    trained = json.loads(llmdoctor(*command, "--patient", patient, "--max-steps", "2", "--batch-size", "3"))["doctor"]
     assert trained["tokenizer"]["size"] == 151646
-    assert trained["metrics"]["steps"] == 6
+    assert trained["metrics"]["steps"] == 2
 
     command = ["compare", "How do I sleep better?", "--patient", patient, "--doctor", "sleep=doctor", "--json"]
     compared = json.loads(llmdoctor(*command, "--seed", "1", "--max-new-tokens", "12", "--beta", "sleep=0.5"))

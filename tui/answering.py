@@ -173,7 +173,7 @@ class Answering:
             replies[which] = side.frozen(("length" if cut else "done") if over else reason)
         self.live = None
         self.history.complete(replace(self.history.turns[live.turn], **replies))  # type: ignore[arg-type]
-        self.doing = {"interrupted": "interrupted", "error": "failed"}.get(reason, "")
+        self.doing = {"interrupted": "interrupted", "error": "failed: F5 tries again"}.get(reason, "")
         self._listener.settled(live.turn, replies, error)
 
     # What has been said, running or not

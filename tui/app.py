@@ -7,26 +7,29 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
-from textual.command import Provider
+from textual.command import CommandPalette, Provider
 from textual.content import Content
 from textual.dom import DOMNode
 from textual.filter import LineFilter
 from textual.notifications import Notification, Notifications, SeverityLevel
 from textual.screen import Screen
+from textual.theme import ThemeProvider
 
 from llmdoctor.errors import LLMDoctorError, UsageError
-from llmdoctor.sessions import Session, SessionStore, Summary
+from llmdoctor.sessions import SavedComparison, Session, SessionStore, Summary
 from llmdoctor.show.lens import Lens
 from llmdoctor.show.text import clean, one_line
 from llmdoctor.tui import clipboard, export
 from llmdoctor.tui.config import Config, config_file, read_config, sessions_file
 from llmdoctor.tui.generation import Worker
 from llmdoctor.tui.guard import hung_up, quiet_terminal, take_any_bytes, written
+from llmdoctor.tui.keys import short_key
 from llmdoctor.tui.start import Start
 from llmdoctor.tui.visible import VisibleControls
 from llmdoctor.tui.widgets.status import StatusLine
@@ -171,6 +174,10 @@ class DoctorApp(App[int]):
         else:
             self.notify(f"wrote {written_to}", markup=False)
 
+    def key(self, name: str) -> str:
+        """The key of the binding with this id, as short as the last line needs it: ``F5``, ``Esc``, ``^T``."""
+        return short_key(self.config.keys.get(name, binding_ids()[name].key))
+
     def fail(self, error: LLMDoctorError) -> None:
         """Show the error that leaves nothing to do but quit."""
         from llmdoctor.tui.screens.failed import FailedScreen
@@ -180,9 +187,9 @@ class DoctorApp(App[int]):
 
 
 def _commands() -> type[Provider]:
-    from llmdoctor.tui.commands import Palette
+    from llmdoctor.tui.commands import Commands
 
-    return Palette
+    return Commands
 
 
 class ChatApp(DoctorApp):
@@ -218,6 +225,20 @@ class ChatApp(DoctorApp):
         from llmdoctor.tui.screens.chat import ChatScreen
 
         return next(screen for screen in self.screen_stack if isinstance(screen, ChatScreen))
+
+    def action_command_palette(self) -> None:
+        """Ctrl+P."""
+        if self.use_command_palette and not CommandPalette.is_open(self):  # type: ignore[arg-type]
+            self._open_palette()
+
+    def search_themes(self) -> None:
+        """Other colours to choose from."""
+        self._open_palette(providers=[ThemeProvider], placeholder="Search for themes…")
+
+    def _open_palette(self, **how: Any) -> None:
+        from llmdoctor.tui.screens.palette import Palette
+
+        self.push_screen(Palette(**how))
 
     def obey(self, line: str) -> None:
         """Run a slash command, on whatever screen: the conversation comes to the front first."""
@@ -259,11 +280,17 @@ class ChatApp(DoctorApp):
         self.chat.action_stop()
         return True
 
-    def save(self, session: Session) -> None:
-        """Write the session, in the background."""
+    def save(self, session: Session, compared: SavedComparison | None = None, *, anew: bool = False) -> None:
+        """Write the session, in the background; with it its comparison, if that is new or the session gets a new id."""
         # kept in a queue: the saving thread must never wait for the screen, which waits for it at the end
-        saving = self._saver.submit(self.store.save, session)
+        saving = self._saver.submit(self._write, session, compared, anew=anew)
         saving.add_done_callback(lambda saved: self._saved.append((session, saved)))
+
+    def _write(self, session: Session, compared: SavedComparison | None, *, anew: bool) -> Session:
+        saved = self.store.save(session)
+        if compared is not None and (anew or saved.id != session.id):
+            self.store.save_comparison(saved.id, compared)
+        return saved
 
     def _tell(self) -> None:
         """Say what went wrong with saving; a conversation that was forked is from here on the one that is open."""
@@ -285,6 +312,10 @@ class ChatApp(DoctorApp):
         session = self._saver.submit(self.store.load, session_id).result()
         self._tell()  # while the conversation is open that it is about
         return session
+
+    def comparison(self, session_id: str) -> SavedComparison | None:
+        """The comparison that is kept with a session."""
+        return self._saver.submit(self.store.comparison, session_id).result()
 
     def read_session(self, session_id: str) -> Future[Session]:
         """A saved session to look at, once it has been read."""
@@ -339,6 +370,7 @@ def _outcome(session: Session, saved: Future[Session]) -> str:
     return f"Somebody else has gone on with this conversation ({session.id}): yours is kept beside it, as {own}."
 
 
+@cache
 def binding_ids() -> dict[str, Binding]:
     """Every key binding that can be given another key, by its id."""
     from llmdoctor.tui.screens.chat import ChatScreen

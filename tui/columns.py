@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from llmdoctor.errors import UsageError
 from llmdoctor.records import Speaker
-from llmdoctor.sessions import End, Reply, Turn, messages
+from llmdoctor.sessions import MOST_COLUMNS, Compared, End, Reply, SavedComparison, Turn, messages
 from llmdoctor.set_command import parse_settings
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.show.formats import speaking_text
@@ -13,7 +13,7 @@ from llmdoctor.tui.conversation import LiveReply
 from llmdoctor.tui.current_settings import check_speaking
 from llmdoctor.tui.generation import Part
 
-MOST = 6  # settings in one comparison
+MOST = MOST_COLUMNS - 1  # settings in one comparison: the patient alone stands beside them
 EXAMPLES = "/compare beta=0.5 beta=2, or /compare helpful safe"
 
 
@@ -75,6 +75,17 @@ def columns_of(text: str, guidance: Guidance, sampling: Sampling, turns: Sequenc
     if len(items) == 1:
         columns.append(Column(f"in use · {speaking_text(guidance.betas)}", "guided", guidance, sampling, past))
     return columns + [_column(item, guidance, sampling, past) for item in items]
+
+
+def saved(columns: Sequence[Column], past: int, seed: int) -> SavedComparison:
+    """The columns as they are kept with a conversation; ``past`` turns are from before the comparison."""
+    own = [Compared(one.title, one.which, one.guidance, one.sampling, one.turns[past:]) for one in columns]
+    return SavedComparison(columns[0].turns[:past], seed, tuple(own))
+
+
+def restored(kept: SavedComparison) -> list[Column]:
+    """The columns that were kept."""
+    return [Column(one.title, one.which, one.guidance, one.sampling, kept.past + one.turns) for one in kept.columns]
 
 
 def _column(item: str, guidance: Guidance, sampling: Sampling, turns: tuple[Turn, ...]) -> Column:

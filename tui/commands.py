@@ -12,7 +12,7 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 from llmdoctor.errors import UsageError
 from llmdoctor.set_command import setting_names
 from llmdoctor.show.lens import LENSES, following
-from llmdoctor.tui.columns import EXAMPLES, columns_of
+from llmdoctor.tui.columns import EXAMPLES, columns_of, restored
 from llmdoctor.tui.export import KINDS
 from llmdoctor.tui.screens.columns_screen import ColumnsScreen
 
@@ -67,11 +67,15 @@ def _auto(screen: "ChatScreen") -> None:
 
 def _compare(screen: "ChatScreen", text: str) -> None:
     screen.answering.stop()
-    *past, last = screen.turns or (None,)
-    columns = columns_of(text, screen.guidance, screen.sampling, [turn for turn in past if turn is not None])
-    seed = last.seed if last is not None else screen.settings.next_seed()
-    question = last.prompt if last is not None else ""
-    screen.app.push_screen(ColumnsScreen(columns, question, seed, screen.lens, screen.doctor), screen.leave_columns)
+    if not text and (kept := screen.compared) is not None:
+        columns, past, seed = restored(kept), len(kept.past), kept.seed
+        question = columns[0].turns[-1].prompt
+    else:
+        columns = columns_of(text, screen.guidance, screen.sampling, screen.turns[:-1])
+        past = len(screen.turns[:-1])
+        question, seed = next(((t.prompt, t.seed) for t in screen.turns[-1:]), ("", screen.settings.next_seed()))
+    shown = ColumnsScreen(columns, past, question, seed, screen.lens, screen.doctor)
+    screen.app.push_screen(shown, screen.leave_columns)
 
 
 def _rename(screen: "ChatScreen", title: str) -> None:
@@ -114,8 +118,9 @@ COMMANDS = (
     Command("forward", "", "undo back", _without(lambda s: s.action_forward())),
     Command("inspect", "", "token by token: alternatives, ranks, forcing", _without(lambda s: s.action_inspect())),
     Command("copy", "", "the guided answer to the clipboard", _without(lambda s: s.action_copy())),
-    Command("compare", "SETTING|DOCTOR ...", "several settings or doctors beside the patient alone, for example "
-            f"{EXAMPLES}; commas join what belongs to one: helpful=2,safe=0; Esc leaves", _compare),
+    Command("compare", "[SETTING|DOCTOR ...]", "several settings or doctors beside the patient alone, for example "
+            f"{EXAMPLES}; commas join what belongs to one: helpful=2,safe=0; without any, the last comparison again",
+            _compare),
     Command("new", "", "a new conversation (this one is saved)", _without(lambda s: s.new_session())),
     Command("sessions", "", "browse, rename, delete, export", _without(lambda s: s.action_sessions())),
     Command("resume", "ID", "go on with a saved conversation", lambda s, text: s.open(s.app.load_session(text))),
@@ -138,7 +143,7 @@ def run(screen: "ChatScreen", line: str) -> None:
     raise UsageError(f"unknown command /{name}; F1 lists them")
 
 
-class Palette(Provider):
+class Commands(Provider):
     """The same commands in the palette; one that needs arguments is put into the prompt."""
 
     async def discover(self) -> Hits:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdoctor.errors import UsageError
-from llmdoctor.harmless import finite, json_text
+from llmdoctor.harmless import json_text
 from llmdoctor.records import Answer, Comparison
 from llmdoctor.sessions import Session, Turn, messages
 from llmdoctor.show.comparison import View
@@ -44,7 +44,7 @@ def render(session: Session, kind: str, lens: Lens, doctor: str | None) -> str:
         case "md":
             return "\n".join(_markdown(session))
         case "json":
-            return json_text(finite(session.to_dict()), indent=1) + "\n"
+            return json_text(session.to_dict(), indent=1) + "\n"
         case "html":
             compared = [comparison(session.turns, number) for number in range(len(session.turns))]
             return comparisons_page(View.of(one, lens, doctor) for one in compared)

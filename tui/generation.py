@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.records import GuidedToken, Message, Speaker
@@ -39,6 +39,15 @@ class Assistant(Protocol):
 
     def stream(self, prompt: Sequence[Message], **how: Any) -> Iterator[GuidedToken]:
         """Yield the tokens as they are drawn."""
+        ...
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """Models of a server: they answer both sides at the same time, and a token may be long in coming."""
+
+    def hang_up(self) -> None:
+        """Leave all streams, from any thread."""
         ...
 
 
@@ -168,8 +177,10 @@ class Worker:
             self.guidance = guidance
 
     def cancel(self) -> None:
-        """Stop the running answer and those that wait; takes effect at the next token."""
+        """Stop the running answer and those that wait: at the next token, or at once where a server makes it."""
         self._cancelled_up_to = self._number
+        if isinstance(self._assistant, Elsewhere):
+            self._assistant.hang_up()
 
     def close(self) -> None:
         """Stop, and end the thread. While it is still loading it cannot be ended: it then ends with the program."""
@@ -204,7 +215,7 @@ class Worker:
         except Exception as error:  # else the thread would die unseen, and the screen wait forever
             self.events.append(Failed(LLMDoctorError(f"{type(error).__name__}: {error}")))
             return
-        from llmdoctor.decoding.prefix import PrefixCache  # needs torch, which is loaded by now
+        from llmdoctor.decoding.prefix import PrefixCache
 
         self._prefix_caches = {"patient": PrefixCache(), "guided": PrefixCache()}
         # A full collection would otherwise walk through all objects of torch and transformers: 0.3 s without a key.
@@ -220,7 +231,8 @@ class Worker:
         except _Cancelled:
             return Ended(number, "interrupted")
         except LLMDoctorError as error:
-            return Ended(number, "error", str(error))
+            cancelled = number <= self._cancelled_up_to  # a server's stream then ends with an error
+            return Ended(number, "interrupted") if cancelled else Ended(number, "error", str(error))
         except Exception as error:
             return Ended(number, "error", _reason(error))
         return Ended(number, "done")
@@ -263,9 +275,11 @@ class _Side:
         self._force = part.force
         self._sampling: Sampling | None = None
         self._stream: Iterator[GuidedToken] = iter(())
+        self._elsewhere = isinstance(assistant, Elsewhere)
+        self._since = time.perf_counter()  # when a server last gave a token: it makes the next one meanwhile
 
     def next(self, job: int, sampling: Sampling) -> Spoken | None:
-        started = time.perf_counter()
+        started = self._since if self._elsewhere else time.perf_counter()
         sampling = self.part.sampling or sampling
         if sampling != self._sampling:
             self.close()
@@ -278,7 +292,8 @@ class _Side:
             return None
         self._said.append(token.id)
         self._force = None
-        seconds = time.perf_counter() - started
+        self._since = time.perf_counter()
+        seconds = self._since - started
         return Spoken(job, self.part.which, token, seconds, sampling.temperature, self.part.column)
 
     def _how(self, sampling: Sampling) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from llmdoctor.tui.guard import full_screen
 
 if TYPE_CHECKING:
     from llmdoctor.profile import Profile
+    from llmdoctor.serving.client import RemoteDoctor
     from llmdoctor.sessions import Session, SessionStore
     from llmdoctor.show.lens import Lens
     from llmdoctor.show.rewards import ShownPair
@@ -26,12 +27,17 @@ def chat(
     session: "Session | None",
     store: "SessionStore | None",
     trust_remote_code: bool,
+    remote: "RemoteDoctor | None" = None,
 ) -> int:
-    """Hold a conversation, a new one or ``session``, which ``store`` has loaded; returns the exit code."""
+    """Hold a conversation, a new one or ``session``, which ``store`` has loaded; returns the exit code.
+
+    With ``remote`` nothing is loaded: ``profile`` says how a server's models speak.
+    """
     from llmdoctor.tui.app import ChatApp, run
     from llmdoctor.tui.start import start_of
 
-    start = start_of(profile, seed=seed, session=session, store=store, trust_remote_code=trust_remote_code)
+    how = {"seed": seed, "session": session, "store": store, "remote": remote}
+    start = start_of(profile, trust_remote_code=trust_remote_code, **how)  # type: ignore[arg-type]
     return run(ChatApp(start))
 
 
@@ -57,9 +63,13 @@ def browse_comparisons(compare: Compare, *, lens: "Lens", doctor: str | None, do
     """
     from llmdoctor.tui.app import BrowserApp, run
     from llmdoctor.tui.screens.browser import Post
-    from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
+    from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_items
 
     def source(post: Post, check: Callable[[], None]) -> None:
-        compare(lambda said: post(said if isinstance(said, str) else comparison_item(said)), check)
+        def post_all(said: Comparison | str) -> None:
+            for item in (said,) if isinstance(said, str) else comparison_items(said):
+                post(item)
+
+        compare(post_all, check)
 
     return run(BrowserApp(lambda: ComparisonsScreen(source, lens, doctor, doctors)))

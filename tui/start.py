@@ -12,6 +12,7 @@ from llmdoctor.show.text import one_line
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
     from llmdoctor.profile import Profile
+    from llmdoctor.serving.client import RemoteDoctor
     from llmdoctor.tui.generation import Assistant
 
 
@@ -51,7 +52,8 @@ class Start:
     def header(self) -> str:
         """``patient clinic/patient · doctors helpful, safe · profile clinic``."""
         named = {"doctor" if len(self.doctors) == 1 else "doctors": ", ".join(self.doctors) or "none"}
-        shown = {"patient": self.patient, **named, "profile": self.profile.get("name")}
+        where = {"at": self.profile.get("server"), "profile": self.profile.get("name")}
+        shown = {"patient": self.patient, **named, **where}
         return one_line(" · ".join(f"{what} {name}" for what, name in shown.items() if name))
 
 
@@ -62,11 +64,17 @@ def start_of(
     session: Session | None = None,
     store: SessionStore | None = None,
     trust_remote_code: bool = False,
+    remote: "RemoteDoctor | None" = None,
 ) -> Start:
-    """A start with the models and settings of a profile. Loading them is left to the app, which shows its progress."""
+    """A start with the models and settings of a profile. Loading them is left to the app, which shows its progress.
+
+    With ``remote`` they are a server's, and there is nothing to load.
+    """
     models = " + ".join(part for part in (short_name(profile.patient.model), ", ".join(profile.doctors)) if part)
 
-    def load(progress: Callable[[str], None]) -> "LLMdoctor":
+    def load(progress: Callable[[str], None]) -> "LLMdoctor | RemoteDoctor":
+        if remote is not None:
+            return remote
         # Both bring torch: it is imported in the app's thread, so that the screen is up before it.
         from llmdoctor.assistant import LLMdoctor
         from llmdoctor.models import spare_threads
@@ -82,7 +90,7 @@ def start_of(
         guidance=profile.decode.guidance(profile.doctors),
         sampling=profile.decode.sampling(),
         seed=seed,
-        profile=profile.model_dump(mode="json"),
+        profile=profile.model_dump(mode="json") | ({"server": remote.url} if remote is not None else {}),
         session=session,
         store=store,
         welcome=profile.welcome,

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmdoctor.decoding.caches import Read, open_cache
-from llmdoctor.decoding.prefix import PrefixCache
+from llmdoctor.decoding.prefix import Prefix, PrefixCache
 from llmdoctor.decoding.round import Round, draw_rows
 from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance, Sampling
@@ -25,7 +25,8 @@ class Ensemble:
     A doctor that is a head on the patient's own states (`llmdoctor.training.folder.HeadAdapter`) has no cache of its
     own: what it says comes out of the patient's forward, and so it knows the pending token only with the next draft.
 
-    ``draft_model`` is a model with no say, which drafts in place of a doctor.
+    ``draft_model`` is a model with no say, which drafts in place of a doctor. ``prefixes`` are what is known of each
+    prompt already, less than the whole of it.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Ensemble:
         draft_model: PreTrainedModel | None = None,
         with_bases: bool = False,
         prefix_cache: PrefixCache | None = None,
+        prefixes: Sequence[Prefix | None] = (),
     ) -> None:
         self._vocabulary, self._device = patient.vocabulary, patient.model.device
         self._doctors = doctors
@@ -71,12 +73,52 @@ class Ensemble:
         self._filled = [len(prompt) for prompt in prompts]  # slots of each row that hold a token
         longest = max(self._filled)
         ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        if any(prefixes):
+            self._load(prompts, prefixes)
         self._pending_B_T = torch.tensor(ids, device=self._device)  # the whole prompt, until `prefill`
         self._mask_B_L: Tensor | None = None  # None while every slot of every row holds a token
         if min(self._filled) < longest:
             lengths_B_1 = torch.tensor(self._filled, device=self._device)[:, None]
             self._mask_B_L = (torch.arange(longest, device=self._device) >= longest - lengths_B_1).long()
         self._next_B_1_V: dict[str, Tensor] = {}  # what the readers say of the token after the last, by role
+
+    def _load(self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None]) -> None:
+        """Fill the caches with what is known. Rows end together, so each reads as much as the one that knows least."""
+        some = next(prefix for prefix in prefixes if prefix)
+        if not all("draft" in prefix.layers for prefix in prefixes if prefix):
+            self._caches.pop("draft", None)
+            self._readers.pop("draft", None)
+        known = [(prompt, prefix or some.first(0)) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+        fresh = max(len(prompt) - prefix.length for prompt, prefix in known)
+        cut = [prefix.first(max(0, len(prompt) - fresh)) for prompt, prefix in known]
+        if length := max(map(len, prompts)) - fresh:
+            for role, cache in self._caches.items():
+                cache.load([prefix.layers[role] for prefix in cut], length)
+
+    @torch.inference_mode()
+    def prefix(self, row: int, drafted: int = 0) -> Prefix | None:
+        """What all models have read of a row, its last ``drafted`` slots aside; None where their caches have no slots.
+
+        Also in the middle of its prompt.
+        """
+        if not all(cache.can_have_holes for cache in self._caches.values()):
+            return None
+        held = self._patient.length - drafted
+        if self._mask_B_L is not None:
+            slots_L = self._mask_B_L[row, :held].nonzero()[:, 0]
+        else:
+            slots_L = torch.arange(held)
+        whole = len(self._filled) == 1 and len(slots_L) == held
+        layers = {
+            role: cache.saved(row, None if whole and cache.length == held else slots_L)
+            for role, cache in self._caches.items()
+        }
+        return Prefix(len(slots_L), layers)
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of the prompts, padding included, are yet to be read by `prefill`."""
+        return (self._pending_B_T.shape[1] - self._patient.length) * len(self._filled)
 
     @property
     def slots(self) -> int:
@@ -112,19 +154,29 @@ class Ensemble:
         return len(self._filled) == 1 or all(cache.can_have_holes for cache in self._caches.values())
 
     @property
-    def stuck(self) -> str | None:
-        """The name of a model whose cache cannot take further rows; None where all can. Known after `prefill`."""
-        return next((type(c.model).__name__ for c in self._caches.values() if not c.can_join), None)
-
-    @property
     def can_join(self) -> bool:
-        """Whether these rows can join others."""
-        return self.stuck is None
+        """Whether these rows can join others. Known after `prefill`."""
+        return all(cache.can_join for cache in self._caches.values())
+
+    def padding(self, other: "Ensemble") -> tuple[int, int]:
+        """The empty slots that joining another ensemble would add to the rows of both, and their slots without it."""
+        longest = max(self.slots, other.slots)
+        needed = sum(len(one._filled) * one.slots for one in (self, other))
+        return longest * (len(self._filled) + len(other._filled)) - needed, needed
 
     @torch.inference_mode()
-    def prefill(self) -> Round:
-        """Read the prompts: the round of nothing drafted, with the log-probs of every row's first token."""
+    def prefill(self, tokens: int | None = None) -> Round | None:
+        """Read the prompts: the round of nothing drafted, with the log-probs of every row's first token.
+
+        With ``tokens``, read at most so many of an only row; None where some are left for the next call.
+        """
         ids_B_L, mask_B_L = self._pending_B_T, self._mask_B_L
+        if tokens is not None and len(self._filled) == 1 and tokens < self.unread:
+            until = self._patient.length + tokens
+            for cache in self._caches.values():
+                cache.feed(ids_B_L[:, cache.length : until])
+                cache.take_back(0)  # a window's record of what it has passed
+            return None
         reads = {role: cache.feed(ids_B_L[:, cache.length :], mask_B_L) for role, cache in self._caches.items()}
         said = {role: self._log_probs(reads[role]) for role in ("patient", *self._bases)}
         doctors = {name: self._opinion(name, reads[self._role(name)])[0] for name in self._doctors}

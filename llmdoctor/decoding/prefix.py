@@ -1,10 +1,24 @@
-"""What a conversation keeps between its answers, so that the next turn reads only what is new."""
+"""What is kept of prompts that were read, so that the next one that begins alike reads only what is new."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-from llmdoctor.decoding.caches import KVCache, open_cache
+    from llmdoctor.decoding.caches import KVCache, Layers
+
+WORTH = 32  # tokens; fewer are read as fast as they are found
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:  # by halves: comparing slices is much faster than a loop
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if one[least:middle] == other[least:middle] else (least, middle - 1)
+    return least
 
 
 @dataclass(eq=False)
@@ -17,19 +31,20 @@ class PrefixCache:
     """
 
     ids: list[int] = field(default_factory=list)
-    caches: dict[str, KVCache] = field(default_factory=dict)  # by role, "patient" or "doctor NAME" or "base NAME"
+    caches: "dict[str, KVCache]" = field(default_factory=dict)  # by role, "patient" or "doctor NAME" or "base NAME"
     prefilled: int = 0
 
     def shared(self, prompt: list[int]) -> int:
         """How many tokens of ``prompt`` the caches may keep: never its last one, whose logits are needed."""
-        most = min(len(self.ids), len(prompt) - 1)
-        return next((i for i in range(most) if self.ids[i] != prompt[i]), most)
+        return common(self.ids, prompt[:-1])
 
-    def begin(self, prompt: list[int], models: dict[str, PreTrainedModel]) -> dict[str, KVCache]:
+    def begin(self, prompt: list[int], models: "dict[str, PreTrainedModel]") -> "dict[str, KVCache]":
         """The caches of ``models`` for an answer to ``prompt``, rewound to what they have already read of it.
 
         Caches of other models are dropped: they will not see this answer, so ``ids`` would be wrong for them.
         """
+        from llmdoctor.decoding.caches import open_cache  # torch, which a terminal without models does not load
+
         # ``ids`` may be longer than a cache: an answer that was left had shown tokens that not every model had read
         shared, held = self.shared(prompt), self.caches
         self.caches = {}
@@ -42,3 +57,79 @@ class PrefixCache:
         self.ids[:] = prompt
         self.prefilled = len(prompt) - self.caches["patient"].length
         return self.caches
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The first ``length`` tokens of a row as its models have read them: keys and values by role."""
+
+    length: int
+    layers: "Mapping[str, Layers]"
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(kv.nbytes for layers in self.layers.values() for pair in layers for kv in pair)
+
+    def first(self, tokens: int) -> "Prefix":
+        """Its first ``tokens``, in the same memory."""
+        cut = {
+            role: [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in layers]
+            for role, layers in self.layers.items()
+        }
+        return Prefix(tokens, cut)
+
+
+class SharedPrefixes:
+    """Prompts and answers that were read, for all rows of a batch: at most ``most`` bytes, the least recently used go.
+
+    Where `PrefixCache` goes on with the caches of one conversation, this gives every row its own copy. ``hits`` counts
+    the prompts that found a beginning, ``reused`` the tokens that they did not have to read, ``size`` the bytes in use.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.size, self.hits, self.reused = most, 0, 0, 0
+        self._held: dict[tuple[int, ...], Prefix] = {}  # the least recently used first
+
+    def length(self, prompt: Sequence[int]) -> int:
+        """How many tokens of ``prompt`` need not be read; never its last one, whose logits are needed."""
+        return self._best(tuple(prompt[:-1]))[0]
+
+    def find(self, prompt: Sequence[int]) -> Prefix | None:
+        """The longest beginning of ``prompt`` that was read, without its last token."""
+        length, ids = self._best(tuple(prompt[:-1]))
+        if not length:
+            return None
+        self._held[ids] = found = self._held.pop(ids)  # the most recently used
+        self.hits, self.reused = self.hits + 1, self.reused + length
+        return found.first(length)
+
+    def _best(self, prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        # most have another beginning, which is told at a glance
+        near = [ids for ids in self._held if ids[:WORTH] == prompt[:WORTH]] if len(prompt) >= WORTH else []
+        return max(((common(ids, prompt), ids) for ids in near), key=lambda one: one[0], default=(0, ()))
+
+    def add(self, tokens: Sequence[int], prefix: Prefix) -> None:
+        """Keep what was read of ``tokens``, unless it is larger than all that may be kept."""
+        ids, size = tuple(tokens[: prefix.length]), prefix.size
+        if len(ids) < WORTH or size > self.most:
+            return
+        for held in list(self._held):
+            same = common(ids, held)
+            if same == len(ids) < len(held):  # known, and more
+                self._held[held] = self._held.pop(held)
+                return
+            if same == len(held):
+                self._drop(held)
+        while self.size + size > self.most:
+            self._drop(next(iter(self._held)))
+        self._held[ids] = prefix
+        self.size += size
+
+    def _drop(self, ids: tuple[int, ...]) -> None:
+        self.size -= self._held.pop(ids).size
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._held.clear()
+        self.size = 0

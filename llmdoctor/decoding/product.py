@@ -4,24 +4,14 @@ pi(y | s) ∝ pi_patient(y | s)^alpha * prod_i pi_doctor_i(y | s)^beta_i        
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers import TopPLogitsWarper as TopP
 
-from llmdoctor.errors import UsageError
 from llmdoctor.settings import Guidance, Sampling
-
-
-def check_guidance(guidance: Guidance, doctors: Sequence[str]) -> None:
-    """Raise UsageError for the name of a doctor that does not exist, and if alpha and every beta are 0."""
-    if unknown := [name for name in (*guidance.betas, *guidance.dead_zones) if name not in doctors]:
-        known = ", ".join(doctors) or "none"
-        raise UsageError(f"there is no doctor {unknown[0]!r}; the doctors are: {known}")
-    if guidance.alpha == 0 and not any(guidance.betas.values()):
-        raise UsageError("alpha and every beta are 0: nothing is left to decode from; set one of them above 0")
 
 
 def product(

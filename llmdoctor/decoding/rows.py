@@ -72,7 +72,7 @@ class Row:
             self._said.append(stop)  # an answer begins as its other sentences do
         self._said += self._words(request.prompt[len(request.prompt) - request.begun :])
         self._keys: list[int] = []  # of the next positions, drawn ahead
-        self._last = request.prompt[-1]
+        self.history = list(request.prompt)  # and the answer behind it
         self.pending: tuple[Place, Mapping[str, float]] | None = None  # drawn, but not every doctor has read it
         self._held: list[GuidedToken] = []  # their text may be the beginning of a stop string
 
@@ -116,7 +116,7 @@ class Row:
         """
         token = self._token(place, values)
         self.position += 1
-        self._last = token.id
+        self.history.append(token.id)
         self._said += self._words([token.id])
         del self._keys[0]
         if token.id in self._patient.eos_ids:
@@ -161,7 +161,7 @@ class Row:
 
     def _spelt(self, token: int) -> str:
         """The text of a token behind the last one: some pieces begin with a space only there."""
-        return text_behind(self._patient.tokenizer, self._last, token)
+        return text_behind(self._patient.tokenizer, self.history[-1], token)
 
     def _release(self, token: GuidedToken) -> list[Step]:
         """All tokens held and this one, unless their text may be the beginning of a stop string.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmdoctor.answers import estimates_to_dict, rate, share
+from llmdoctor.answers import estimates_to_dict, rate, share, share_difference
 from llmdoctor.assistant import LLMdoctor
 from llmdoctor.errors import DataError, LoadError, UsageError
 from llmdoctor.evaluation.reading import Readers, Row
@@ -48,7 +48,7 @@ class Preferences:
     A doctor's score of an answer is sum_t log doctor(y_t) - log base(y_t), over its tokens and its end, in nats: what
     mode "ratio" guides by, and what training moved. The score of the doctor's base before training and of the patient
     is its log-prob, that of ``longer`` the number of tokens. ``beyond`` has for each doctor how much greater its share
-    is than that of its base, of the patient and of the longer answer: means of paired differences.
+    is than that of its base, of the patient and of the longer answer, on the same pairs.
     """
 
     pairs: int
@@ -178,10 +178,7 @@ def _summary(
     def beyond(name: str) -> dict[str, Estimate]:
         others = {"base": margins[f"base {name}"], "patient": margins["patient"], "longer": longer}
         own = _right(ratios[name])
-        return {
-            other: rate([a - b for a, b in zip(own, _right(theirs), strict=True)], groups=prompts)
-            for other, theirs in others.items()
-        }
+        return {other: share_difference(own, _right(theirs), prompts) for other, theirs in others.items()}
 
     return Preferences(
         pairs=len(tokens),

@@ -168,16 +168,9 @@ def _summary(verdicts: Sequence[Verdict], ids: Sequence[str]) -> Judged:
 
 
 def _measures(turns: Sequence[Comparison], side: Speaker) -> dict[str, Estimate]:
-    """`measures` of one side's answers; also ``kl`` per answer, and ``tokens_per_second``."""
+    """`measures` of one side's answers."""
     answers: list[Answer] = [getattr(one, side) for one in turns]
-    groups = _groups([one.id for one in turns])
-    tokens = [len(answer.tokens) for answer in answers]
-    seconds = [one.metrics[f"{side}_seconds"] for one in turns]
-    return {
-        **measures(answers, groups),
-        "kl": rate([sum(token.kl for token in answer.tokens) for answer in answers], groups=groups),
-        "tokens_per_second": rate(tokens, seconds, groups),
-    }
+    return measures(answers, _groups([one.id for one in turns]), [one.metrics[f"{side}_seconds"] for one in turns])
 
 
 def _groups(ids: Sequence[str]) -> Sequence[str] | None:

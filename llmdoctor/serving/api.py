@@ -19,13 +19,15 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from llmdoctor.assistant import seeds_of
+from llmdoctor.assistant import Continuation, continued_seed, seeds_of
 from llmdoctor.decoding.rows import Step
 from llmdoctor.errors import DataError, LLMDoctorError, UsageError
 from llmdoctor.schema import shown
 from llmdoctor.serving.engine import Engine, Job, LateError, QueueFullError, StoppedError, TooLongError
+from llmdoctor.serving.info import About, info
 from llmdoctor.serving.payloads import Shape, usage
 from llmdoctor.serving.requests import ChatAsk, TextAsk, UnsupportedError, chat_ask, guidance_change, text_ask
+from llmdoctor.settings import Sampling
 
 _BODY_SECONDS = 30.0  # that a body may take to arrive
 _PULSE = 15.0  # seconds after which a silent stream says that it lives
@@ -57,12 +59,19 @@ class _RefusedError(Exception):
         }
 
 
-def create_app(engine: Engine, *, name: str, limits: Limits | None = None, api_key: str | None = None) -> Starlette:
+def create_app(
+    engine: Engine,
+    *,
+    name: str,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    about: About | None = None,
+) -> Starlette:
     """The server's ASGI application. ``name`` is the model's; with ``api_key`` all but /health needs it as a bearer.
 
-    The engine stops when the application shuts down.
+    ``about`` is what /v1/llmdoctor says beside what the engine knows. The engine stops when the application shuts down.
     """
-    return _Api(engine, name, limits or Limits(), api_key).app()
+    return _Api(engine, name, limits or Limits(), api_key, about or About()).app()
 
 
 @dataclass(eq=False)
@@ -80,8 +89,8 @@ class _Answering:
 
 
 class _Api:
-    def __init__(self, engine: Engine, name: str, limits: Limits, api_key: str | None) -> None:
-        self.engine, self.name, self.limits = engine, name, limits
+    def __init__(self, engine: Engine, name: str, limits: Limits, api_key: str | None, about: About) -> None:
+        self.engine, self.name, self.limits, self.about = engine, name, limits, about
         self._key = api_key.encode() if api_key else None
         self._running: dict[str, _Answering] = {}
         self._began = int(time.time())
@@ -94,6 +103,7 @@ class _Api:
             routes=[
                 self._route("POST", "/v1/chat/completions", self.chat),
                 self._route("POST", "/v1/completions", self.text),
+                self._route("GET", "/v1/llmdoctor", self.info),
                 self._route("GET", "/v1/models", self.models),
                 self._route("GET", "/v1/models/{id:path}", self.model),
                 self._route("GET", stream, self.stream),
@@ -143,6 +153,9 @@ class _Api:
         ask = text_ask(await self._body(request))
         return await self._answer(request, ask, ask.prompts())
 
+    async def info(self, _request: Request) -> Response:
+        return _json(info(self.engine, self.name, self.limits.output, self.about))
+
     async def models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [self._model()]})
 
@@ -164,7 +177,12 @@ class _Api:
 
     async def metrics(self, _request: Request) -> Response:
         running, waiting = self.engine.load
-        text = self.engine.metrics.text(running=running, waiting=waiting, acceptance=self.engine.assistant.acceptance)
+        text = self.engine.metrics.text(
+            running=running,
+            waiting=waiting,
+            acceptance=self.engine.assistant.acceptance,
+            prefixes=self.engine.prefixes,
+        )
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def health(self, _request: Request) -> Response:
@@ -237,22 +255,36 @@ class _Api:
         top = ask.top
         loop = asyncio.get_running_loop()
         read = [await loop.run_in_executor(self._reader, self.engine.prompt_ids, prompt) for prompt in prompts]
+        if ask.force_id is not None:
+            self.engine.prompt_ids([ask.force_id])  # which knows what a token is
+        if begun := len(ask.prefix_ids):
+            read = [self.engine.prompt_ids([*ids, *ask.prefix_ids]) for ids in read]
+            sampling = _rest(sampling, begun)
         kind = "chatcmpl" if ask.chat else "cmpl"
-        shape = Shape(f"{kind}-{uuid.uuid4().hex}", self.name, ask.chat, ask.wants_logprobs, ask.llmdoctor)
+        shape = Shape(f"{kind}-{uuid.uuid4().hex}", self.name, ask.chat, ask.wants_logprobs, ask.llmdoctor, top)
         answering = _Answering(shape, [])
 
+        tokenizer = self.engine.assistant.patient.tokenizer
+        texts = [await loop.run_in_executor(self._reader, Continuation, tokenizer, ask.prefix_ids) for _ in seeds]
+
         def emit_of(index: int) -> Callable[[Step | Exception], None]:
-            return lambda event: _put(loop, answering.events, (index, event))
+            def emit(event: Step | Exception) -> None:
+                event = event if isinstance(event, Exception) else texts[index].step(event)
+                _put(loop, answering.events, (index, event))
+
+            return emit
 
         answering.jobs += [
             Job(
                 read[index // ask.n],
                 guidance,
                 sampling,
-                seed,
+                continued_seed(seed, begun),
                 emit_of(index),
                 top=top,
                 deadline=time.monotonic() + self.limits.seconds,
+                first=ask.force_id,
+                begun=begun,
             )
             for index, seed in enumerate(seeds)
         ]
@@ -342,6 +374,13 @@ class _Events(StreamingResponse):
             _log.warning("a reader was too slow and was left")
         finally:
             self._close()
+
+
+def _rest(sampling: Sampling, begun: int) -> Sampling:
+    """The sampling of an answer of which so many tokens are there."""
+    if begun >= sampling.max_new_tokens:
+        raise UsageError(f"expected fewer than {sampling.max_new_tokens} 'prefix_ids' ('max_tokens'), got {begun}")
+    return sampling.replace(max_new_tokens=sampling.max_new_tokens - begun)
 
 
 def _put(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Any]", item: Any) -> None:

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmdoctor.assistant import LLMdoctor, with_strengths
-from llmdoctor.decoding.product import check_guidance
+from llmdoctor.decoding.batch import Batch
+from llmdoctor.decoding.prefill import Pieces, TimedPieces
+from llmdoctor.decoding.prefix import SharedPrefixes
 from llmdoctor.decoding.rows import Request, Step
-from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
+from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.harmless import require_unicode
-from llmdoctor.records import Message
+from llmdoctor.records import Alternative, GuidedToken, Message
 from llmdoctor.serving.metrics import Metrics
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling, check_guidance
 
 _STRENGTHS = ("beta", "dead_zone")  # one number for all doctors, or by doctor
 
@@ -51,6 +53,8 @@ class Job:
     emit: Callable[[Step | Exception], None]
     top: int = 0
     deadline: float = float("inf")
+    first: int | None = None  # the first token, instead of a draw
+    begun: int = 0  # tokens at the end of the prompt that are the answer's beginning
     row: int = -1  # in the batch; -1 while it waits
     ended: bool = False
     cancelled: bool = False
@@ -66,8 +70,8 @@ class Engine:
     """Answers `Job`s with the models of ``assistant``, at most ``rows`` at a time; at most ``queue`` more may wait.
 
     Every job is answered as if it were alone. While jobs run, nothing else may use ``assistant``: models are not made
-    for several threads. ``step_tokens`` bounds the prompt tokens that are read between two tokens of those that speak
-    already; a longer prompt is read by itself. ``longest`` bounds every prompt, in tokens.
+    for several threads. ``longest`` bounds every prompt, in tokens; ``prefix_bytes`` what is kept of prompts and
+    answers for those that begin alike. ``pieces`` chooses how much of a prompt is read between two rounds.
     """
 
     def __init__(
@@ -76,17 +80,17 @@ class Engine:
         *,
         rows: int = 64,
         queue: int = 256,
-        step_tokens: int = 512,
         longest: int | None = None,
+        prefix_bytes: int = 512 << 20,
+        pieces: Pieces | None = None,
     ) -> None:
         self.assistant, self.rows, self.queue, self.metrics = assistant, rows, queue, Metrics()
-        self._step_tokens = step_tokens
+        self.prefixes, self._pieces = SharedPrefixes(prefix_bytes), pieces or TimedPieces()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by row
         self._changed = threading.Condition()
         self._stopping = False
-        self._alone = False  # whether the next prompt has to wait for an empty batch
-        self._batch = assistant.batch()
+        self._batch = self._open()
         self.longest = min(longest or self._batch.context, self._batch.context - 1)  # a token must fit behind it
         self._known = frozenset(assistant.patient.vocabulary.ids.values())
         self._thread = threading.Thread(target=self._run, name="llmdoctor-engine", daemon=True)
@@ -165,6 +169,9 @@ class Engine:
 
     # --- in the engine's thread --------------------------------------------------------------------------------------
 
+    def _open(self) -> Batch:
+        return self.assistant.batch(pieces=self._pieces, prefixes=self.prefixes)
+
     def _run(self) -> None:
         try:
             while not self._stopping:
@@ -193,22 +200,12 @@ class Engine:
 
     def _next_jobs(self) -> list[Job]:
         """The jobs that enter before the next round, in the order in which they came."""
-        if self._running and self._alone:
-            return []
-        self._alone = False
-        taken: list[Job] = []
-        tokens = 0
-        while self._waiting and len(self._running) + len(taken) < self.rows:
-            # a batch of prompts is as long as its longest
-            tokens = max([len(job.prompt) for job in (*taken, self._waiting[0])]) * (len(taken) + 1)
-            if taken and tokens > self._step_tokens:
-                break
-            taken.append(self._waiting.popleft())
-        return taken
+        free = self.rows - len(self._running)
+        return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
 
     def _join(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            request = Request(job.prompt, job.read_guidance, job.sampling, seed=job.seed)
+            request = Request(job.prompt, job.read_guidance, job.sampling, job.seed, job.first, job.begun)
             try:
                 (job.row,) = self._batch.join([request])
             except LLMDoctorError as error:
@@ -236,7 +233,7 @@ class Engine:
         if step.finish:
             self._end(job)  # before it is told: its receiver may leave at once
         if wanted:
-            _tell(job, step._replace(token=replace(token, top=token.top[: job.top])) if token.top else step)
+            _tell(job, step._replace(token=replace(token, top=_top(token, job.top))) if token.top else step)
 
     def _end(self, job: Job, error: Exception | None = None) -> None:
         """Take a job out of the batch, with the error that ends it before its time."""
@@ -252,17 +249,17 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """After a failed round: those that are not in the batch any more failed, or all if nothing can go on."""
         broken = self._batch.broken
-        lost = [job for row, job in self._running.items() if broken or row not in self._batch]
-        for job in reversed(lost):
-            if isinstance(error, LoadError) and not broken and not job.drawn:
-                # its cache cannot enter a running batch: it begins again when the others have ended
-                del self._running[job.row]
-                job.row, self._alone = -1, True
-                self._waiting.appendleft(job)
-            else:
-                self._end(job, error)
+        for job in [job for row, job in self._running.items() if broken or row not in self._batch]:
+            self._end(job, error)
         if broken:
-            self._batch = self.assistant.batch()
+            self.prefixes.clear()  # they may hold what made it fail
+            self._batch = self._open()
+
+
+def _top(token: GuidedToken, count: int) -> tuple[Alternative, ...]:
+    """What a batch gives that was asked for ``count`` alternatives: another job may have asked for more."""
+    behind = [one for one in token.top[count:] if one.id in (token.patient_id, token.id)] if count else []
+    return (*token.top[:count], *sorted(behind, key=lambda one: one.id != token.patient_id))
 
 
 def _tell(job: Job, event: Step | Exception) -> None:

@@ -4,6 +4,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
+from llmdoctor.decoding.prefix import SharedPrefixes
+
 _BOUNDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds to the first token
 _WINDOW = 10.0  # seconds that tokens a second are taken over
 
@@ -33,7 +35,7 @@ class Metrics:
         while self._recent[0] < now - _WINDOW:
             self._recent.popleft()
 
-    def text(self, *, running: int, waiting: int, acceptance: float | None) -> str:
+    def text(self, *, running: int, waiting: int, acceptance: float | None, prefixes: SharedPrefixes) -> str:
         """All of it as Prometheus reads it."""
         since = time.monotonic() - _WINDOW
         rate = sum(at > since for at in self._recent.copy()) / _WINDOW
@@ -45,6 +47,9 @@ class Metrics:
             *_metric("answers_waiting", "gauge", "Answers in the queue.", {"": waiting}),
             *_metric("answers_total", "counter", "Answers, by how they ended.", _labelled("end", self.ended)),
             *_metric("prompt_tokens_total", "counter", "Prompt tokens.", {"": self.prompt_tokens}),
+            *_metric("prefix_hits_total", "counter", "Prompts whose beginning was known.", {"": prefixes.hits}),
+            *_metric("prefix_tokens_total", "counter", "Prompt tokens that were known.", {"": prefixes.reused}),
+            *_metric("prefix_bytes", "gauge", "What is kept of prompts and answers.", {"": prefixes.size}),
             *_metric("tokens_total", "counter", "Tokens that were drawn.", {"": self.tokens}),
             *_metric("tokens_per_second", "gauge", f"Over the last {_WINDOW:g} seconds.", {"": rate}),
             *_metric("rounds_total", "counter", "Rounds of the batch.", {"": self.rounds}),

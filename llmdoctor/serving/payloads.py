@@ -22,6 +22,7 @@ class Shape:
     chat: bool
     logprobs: bool
     details: bool  # of llmdoctor's own
+    top: int = 0  # alternatives in OpenAI's part; llmdoctor's has those of the patient behind them
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answers: Sequence[Sequence[GuidedToken]], finishes: Sequence[Finish], usage: Any) -> dict[str, Any]:
@@ -60,13 +61,14 @@ class Shape:
         choice: dict[str, Any] = {"index": index}
         if not self.chat:
             choice["text"] = text
-            choice["logprobs"] = _text_logprobs(spoken, offset) if self.logprobs else None
+            choice["logprobs"] = _text_logprobs(spoken, offset, self.top) if self.logprobs else None
         else:
             content = {"content": text} if text or not delta else {}
             choice["delta" if delta else "message"] = (
                 content if delta else {"role": "assistant", "refusal": None, **content}
             )
-            choice["logprobs"] = {"content": [*map(_logprob, spoken)], "refusal": None} if self.logprobs else None
+            content_logprobs = [_logprob(token, self.top) for token in spoken]
+            choice["logprobs"] = {"content": content_logprobs, "refusal": None} if self.logprobs else None
         choice["finish_reason"] = _FINISHES[finish] if finish else None
         if self.details:
             choice["llmdoctor"] = {"tokens": [finite(token.to_dict()) for token in tokens]}
@@ -78,15 +80,15 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _logprob(token: GuidedToken) -> dict[str, Any]:
-    return {**_entry(token), "top_logprobs": [_entry(other) for other in token.top]}
+def _logprob(token: GuidedToken, top: int) -> dict[str, Any]:
+    return {**_entry(token), "top_logprobs": [_entry(other) for other in token.top[:top]]}
 
 
 def _entry(token: Any) -> dict[str, Any]:
     return {"token": token.text, "logprob": max(token.logprob, _LEAST), "bytes": list(token.text.encode())}
 
 
-def _text_logprobs(tokens: Iterable[GuidedToken], offset: int) -> dict[str, Any]:
+def _text_logprobs(tokens: Iterable[GuidedToken], offset: int, top: int) -> dict[str, Any]:
     listed = list(tokens)
     offsets = []
     for token in listed:
@@ -95,6 +97,8 @@ def _text_logprobs(tokens: Iterable[GuidedToken], offset: int) -> dict[str, Any]
     return {
         "tokens": [token.text for token in listed],
         "token_logprobs": [max(token.logprob, _LEAST) for token in listed],
-        "top_logprobs": [{other.text: max(other.logprob, _LEAST) for other in reversed(token.top)} for token in listed],
+        "top_logprobs": [
+            {other.text: max(other.logprob, _LEAST) for other in reversed(token.top[:top])} for token in listed
+        ],
         "text_offset": offsets,
     }

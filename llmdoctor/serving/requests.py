@@ -13,7 +13,7 @@ from llmdoctor.settings import Mode, Sampling
 GUIDANCE = ("alpha", "beta", "dead_zone", "mode", "plausibility")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "no_repeat_ngram")
 _MOST_STOPS = 16
-_MOST_TOP = 20
+MOST_TOP = 20  # alternatives of every token
 # What changes no answer, and is taken without a look: notes for OpenAI's own books.
 _IGNORED = {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 # Fields of OpenAI's that are not built, with the values that ask for nothing.
@@ -77,7 +77,7 @@ class _Ask(GuidanceChange):
     model: str | None = None
     n: int = Field(default=1, ge=1, le=128)
     seed: int | None = None
-    stop: str | tuple[str, ...] = ()
+    stop: str | tuple[str, ...] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -94,11 +94,11 @@ class _Ask(GuidanceChange):
     def sampling(self, default: Sampling, longest: int) -> Sampling:
         """How the answers are drawn. Raises UsageError for a value out of range."""
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if len(stops) > _MOST_STOPS:
+        if stops is not None and len(stops) > _MOST_STOPS:
             raise UsageError(f"'stop' expected at most {_MOST_STOPS} strings, got {len(stops)}")
         wanted = self.max_completion_tokens or self.max_tokens or default.max_new_tokens
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-        given |= {"stop": stops} if stops else {}
+        given |= {"stop": stops} if stops is not None else {}
         given |= {"seed": self.seed} if self.seed is not None else {}
         return default.replace(max_new_tokens=min(wanted, longest), **given)
 
@@ -118,15 +118,17 @@ class ChatAsk(_Ask):
 
     messages: tuple[dict[str, Any], ...] = Field(min_length=1)
     logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=_MOST_TOP)
+    top_logprobs: int = Field(default=0, ge=0, le=MOST_TOP)
+    prefix_ids: tuple[int, ...] = ()  # the answer's first tokens, which are not repeated to the client
+    force_id: int | None = None  # the next token, instead of a draw
 
     chat = True
 
     @property
     def top(self) -> int:
         """See `_Ask`."""
-        if self.top_logprobs and not self.logprobs:
-            raise UsageError("'top_logprobs' needs 'logprobs': true")
+        if self.top_logprobs and not (self.logprobs or self.llmdoctor):
+            raise UsageError("'top_logprobs' needs 'logprobs': true, or 'llmdoctor': true")
         return self.top_logprobs
 
     @property
@@ -143,7 +145,9 @@ class TextAsk(_Ask):
     """The body of ``POST /v1/completions``."""
 
     prompt: str | tuple[str, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...]
-    logprobs: int | None = Field(default=None, ge=0, le=_MOST_TOP)
+    prefix_ids: ClassVar[tuple[int, ...]] = ()  # a prompt of token ids does the same
+    force_id: ClassVar[int | None] = None
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP)
 
     chat = False
 

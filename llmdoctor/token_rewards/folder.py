@@ -17,16 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmdoctor.artefacts import ProbeMeta, RewardsMeta
+from llmdoctor.artefacts import REWARDS_VERSION, ProbeMeta, RewardsMeta
 from llmdoctor.errors import LoadError
 from llmdoctor.files import atomic_path, file_checksum, present, read_json, require_regular, user_path
 from llmdoctor.harmless import first_line
 from llmdoctor.records import Floats, PairScores, Side, TokenScores
-from llmdoctor.schema import shown
 from llmdoctor.tensors import read_tensors
 from llmdoctor.token_rewards.formula import PROBE
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = REWARDS_VERSION
 PROBE_META = "probe.json"
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 _ROWS_AT_A_TIME = 64
@@ -229,20 +228,12 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         if shard_paths(folder):
             raise LoadError(f"{folder} has no meta.json, extract has not finished: run the same extract command again")
         raise LoadError(f"{folder} is not a rewards folder: expected meta.json and rewards-00000.parquet in it")
-    meta: Any = read_json(path)
-    version = meta.get("schema_version") if isinstance(meta, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise LoadError(
-            f"{path} was written by a later llmdoctor: expected schema_version {SCHEMA_VERSION}, got {version}: update "
-            "llmdoctor"
-        )
-    if version != SCHEMA_VERSION:
-        raise LoadError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {shown(version)}: run extract again")
     try:
-        read_json(path, RewardsMeta)
+        return dict(read_json(path, RewardsMeta))
     except LoadError as error:
+        if str(error).endswith("update llmdoctor"):
+            raise
         raise LoadError(f"{error}: run extract again") from error
-    return dict(meta)
 
 
 def _count_rows(shard: Path, faces: Sequence[str]) -> int:

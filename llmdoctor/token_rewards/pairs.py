@@ -143,9 +143,10 @@ def read_questions(
     if skipped and on_note:
         on_note(f"{called}: skipped {len(skipped)} of {len(skipped) + len(questions)} records ({first})")
     if unused and on_note:
-        turns = max(len(question.turns) for question in questions)
-        count = f"{len(questions)} prompt{'s' * (len(questions) > 1)}" + (f" of {turns} turns" if turns > 1 else "")
-        on_note(f"{called}: {count}; not used: {', '.join(unused)}")
+        turns = sum(len(question.turns) for question in questions)
+        asked = f"{len(questions)} prompt{'s' if len(questions) > 1 else ''}"
+        asked += f" with {turns} turns in all" if turns > len(questions) else ""
+        on_note(f"{called}: {asked}; not used: {', '.join(unused)}")
     return _told_apart(questions)
 
 

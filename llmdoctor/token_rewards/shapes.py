@@ -197,7 +197,8 @@ def _generations(ratings: str) -> Callable[[Columns], tuple[object, object]]:
 
 
 def _helpsteer(columns: Columns) -> tuple[object, object]:
-    if not isinstance(columns["response"], list):  # `merged` leaves a row without a number alone
+    # `merged` leaves a row without a number alone
+    if not (isinstance(columns["response"], list) and isinstance(columns["helpfulness"], list)):
         raise Unusable("helpfulness is not a number")
     return _best_and_worst(columns["response"], columns["helpfulness"])
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llmdoctor import __version__
+from llmdoctor.artefacts import Artefact
 from llmdoctor.errors import DataError, LoadError
 from llmdoctor.files import LOCK, atomic_path, ensure_replaceable, file_checksum, read_json, write_json
 from llmdoctor.records import PairScores, SkippedRecord
@@ -126,8 +127,8 @@ class RewardsWriter:
         """What the folder says that it is made from; None when it says nothing."""
         for name in (_META, _UNFINISHED):
             if (self.path / name).is_file():
-                held = read_json(self.path / name)
-                return held if isinstance(held, dict) else {}
+                held: dict[str, Any] = read_json(self.path / name, Artefact)
+                return held
         return None
 
     def _require_same(self, held: dict[str, Any]) -> None:

@@ -10,12 +10,12 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from llmdoctor.artefacts import Artefact
-from llmdoctor.errors import UsageError
+from llmdoctor.errors import LoadError, UsageError
 from llmdoctor.files import read_json, write_json
 from llmdoctor.training.progress import Progress
 
@@ -30,11 +30,9 @@ def whole_checkpoints(work: Path) -> set[Path]:
     complete = set()
     # the trainer writes the state last: a checkpoint whose state can be read is complete
     for state in work.glob("checkpoint-*/trainer_state.json"):
-        try:
-            json.loads(state.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        complete.add(state.parent)
+        with suppress(LoadError):
+            read_json(state, Artefact)
+            complete.add(state.parent)
     return complete
 
 
@@ -43,15 +41,20 @@ def run_key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds more weights than a value head's: without them it is no doctor."""
+    return bool({path.name for path in folder.glob("*.safetensors")} - {"value_head.safetensors"})
+
+
 def finished(marker: Path, key: str) -> dict[str, Any] | None:
     """What the marker file of a finished folder holds, if the same run made it and its weights are there."""
-    if {path.name for path in marker.parent.glob("*.safetensors")} <= {"value_head.safetensors"}:
+    if not has_weights(marker.parent):
         return None
     try:
-        held = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        held: dict[str, Any] = read_json(marker, Artefact)
+    except LoadError:
         return None
-    return held if isinstance(held, dict) and held.get("run") == key else None
+    return held if held.get("run") == key else None
 
 
 def checkpoint_step(checkpoint: Path) -> int:

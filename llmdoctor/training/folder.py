@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdoctor.adapters import alike, as_loaded, merged_adapter
-from llmdoctor.artefacts import DoctorFile
+from llmdoctor.adapters import alike, as_loaded, merged_adapter, probe_ids
+from llmdoctor.artefacts import DOCTOR_VERSION, DoctorFile
 from llmdoctor.errors import LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, read_json, require_doctor, write_json
 from llmdoctor.harmless import clean, first_line
@@ -27,8 +27,6 @@ from llmdoctor.tensors import read_tensors, same_weights
 from llmdoctor.training.doctor import Doctor, HeadAdapter
 
 HEAD = "head.safetensors"
-SCHEMA_VERSION = 1
-_PROBE = 8  # tokens
 _HEAD_TENSORS = ("down.weight", "up.weight")
 
 
@@ -66,7 +64,7 @@ def save_doctor(
         save_file(head, temporary / "value_head.safetensors")
         if doctor.change is None:  # a head uses the tokenizer of its base
             tokenizer.save_pretrained(str(temporary))
-        write_json(temporary / DOCTOR, {"schema_version": SCHEMA_VERSION, **meta, **base})
+        write_json(temporary / DOCTOR, {"schema_version": DOCTOR_VERSION, **meta, **base})
         (temporary / "README.md").write_text(clean(_card(base["base_model"], meta)), encoding="utf-8")
         _require_itself(temporary, doctor, str(meta["base_model"]), base["base_fingerprint"], trust_remote_code)
 
@@ -159,7 +157,7 @@ def _require_own(doctor: Doctor, log_probs: Callable[[Tensor], Tensor]) -> None:
 
 
 def _probe(doctor: Doctor) -> Tensor:
-    return torch.arange(_PROBE, device=doctor.lm.device)[None] % doctor.vocabulary.size
+    return probe_ids(doctor.vocabulary.size).to(doctor.lm.device)
 
 
 def _dtype(doctor: Doctor) -> torch.dtype:
@@ -266,11 +264,6 @@ def load_doctor(
     """
     folder = require_doctor(checkpoint)
     meta = read_json(folder / DOCTOR, DoctorFile)
-    if (version := meta.get("schema_version", 1)) > SCHEMA_VERSION:
-        raise LoadError(
-            f"{folder / DOCTOR} was written by a later llmdoctor: expected schema_version {SCHEMA_VERSION} or less, "
-            f"got {version}: update llmdoctor"
-        )
     whole = not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file()
     only_head = (folder / HEAD).is_file() or meta.get("settings", {}).get("train", {}).get("method") == "head"
     bases = {} if bases is None else bases

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llmdoctor.artefacts import ProgressFile
 from llmdoctor.files import read_json, write_json
 
 
@@ -56,7 +57,7 @@ class Progress(TrainerCallback, Generic[Row]):
 
     def restore(self, folder: Path) -> None:
         """Go on from the progress in a checkpoint."""
-        held = read_json(folder / "progress.json")
+        held = read_json(folder / "progress.json", ProgressFile)
         self.history = [self._row(*row) for row in held["history"]]
         self.evaluations = held["evaluations"]
         self.tokens = self._tokens_before = held["tokens"]

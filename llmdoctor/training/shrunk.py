@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llmdoctor.artefacts import Artefact
 from llmdoctor.files import read_json
 from llmdoctor.model_source import ModelSource
 
@@ -14,8 +15,7 @@ def shrunk_from_another(base: str | Path, fingerprint: str, patient: str) -> str
     marker = where.file(MARKER, download=False)
     if marker is None or where.fingerprint() == fingerprint:  # it may be the patient itself
         return None
-    held = read_json(marker)
-    held = held if isinstance(held, dict) else {}
+    held = read_json(marker, Artefact)
     if held.get("patient_fingerprint") == fingerprint:
         return None
     made_from = held.get("patient", "?")

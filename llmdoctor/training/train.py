@@ -15,8 +15,9 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 
 from llmdoctor import __version__
 from llmdoctor.answers import estimates_to_dict, wilson
+from llmdoctor.artefacts import DoctorFile
 from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
-from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, locked
+from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, locked, read_json
 from llmdoctor.harmless import require_unicode
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint, require_embedded
 from llmdoctor.records import TokenScores, TrainStep
@@ -24,7 +25,7 @@ from llmdoctor.settings import RewardSettings, TrainSettings
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.training.batches import ScoredPair, hold_out, sides
-from llmdoctor.training.checkpoints import finished, run_key
+from llmdoctor.training.checkpoints import finished, has_weights, run_key
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import base_record, require_base_outside, save_doctor
 from llmdoctor.training.progress import draw_losses
@@ -55,13 +56,14 @@ def train(
 
     Until the doctor is done, checkpoints are kept beside it in ``.NAME.training``. The same call continues a run that
     was stopped and ends, on one device, with the same weights as an uninterrupted run; ``fresh`` starts from scratch
-    instead. A run that is finished already is not repeated: what it wrote is returned.
+    instead. A run that is finished already is not repeated: what it wrote is returned. Only ``fresh`` replaces what
+    another run has finished.
 
     An interrupt (Ctrl+C, SIGTERM) lets the current step end and keeps it; a second one stops at once.
     TensorBoard's files go to ``NAME.logs`` beside the doctor, unless TENSORBOARD_LOGGING_DIR names a folder.
 
     Raises LoadError (no such model or rewards, another tokenizer, another patient), DataError (no pair fits the
-    doctor's context), UsageError (another run was stopped or goes on here, a reporter that is not installed),
+    doctor's context), UsageError (another run was stopped, finished or goes on here, a reporter that is not installed),
     TrainingError (the loss is not finite or explodes), StorageError. In each case ``output`` is unchanged and the last
     checkpoint is kept.
     """
@@ -117,21 +119,14 @@ def _train(
     started = time.monotonic()
     identity = _identity(folder, len(pairs), base_model, reward_settings, settings, weights)
     key = run_key({**identity, "name": name or output.name, "version": __version__})
-    if not fresh and not work.exists() and (done := finished(output / DOCTOR, key)):
-        return done
-    trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
-    _log_beside(output, trainer)
-    trainer.run(work, identity, fresh=fresh)
-
-    meta = {
+    described = {
         "llmdoctor_version": __version__,
         "name": name or output.name,
-        "run": key,
         **base_record(base_model, output),
         "tokenizer": {"fingerprint": doctor.vocabulary.fingerprint, "size": doctor.vocabulary.size},
         "settings": {
-            "rewards": reward_settings.model_dump(),
-            "train": settings.model_dump(exclude=_NOT_RECORDED),
+            "rewards": reward_settings.model_dump(mode="json"),
+            "train": settings.model_dump(mode="json", exclude=_NOT_RECORDED),
             "face_weights": weights,
         },
         "rewards": {
@@ -141,6 +136,18 @@ def _train(
             "dataset_fingerprint": folder.meta["dataset"]["fingerprint"],
             "pairs": len(folder),
         },
+    }
+    if not fresh and not work.exists():
+        if done := finished(output / DOCTOR, key):
+            return done
+        _require_no_other(output, described)
+    trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
+    _log_beside(output, trainer)
+    trainer.run(work, identity, fresh=fresh)
+
+    meta = {
+        **described,
+        "run": key,
         "metrics": {
             **(summary := trainer.summary()),
             **_preference(summary, held_out),
@@ -159,6 +166,32 @@ def _train(
         trainer.accelerator.wait_for_everyone()  # no process returns before the doctor is written
         trainer.accelerator.end_training()
     return meta
+
+
+def _require_no_other(output: Path, described: Mapping[str, Any]) -> None:
+    """Raise UsageError if a finished doctor is there, naming what this run would make of it."""
+    if not has_weights(output):
+        return
+    try:
+        held = read_json(output / DOCTOR, DoctorFile)
+    except LoadError:
+        held = {}
+    before, now = _told(held), _told(described)
+    differs = [key for key in now if before.get(key) != now[key]]
+    listed = ", ".join(differs[:5]) + (f" and {len(differs) - 5} more" if len(differs) > 5 else "")
+    raise UsageError(
+        f"{output} holds a finished doctor with another {listed or 'run'}: choose another output folder, or give "
+        "--fresh to replace it"
+    )
+
+
+def _told(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a doctor.json says of its run, but for places, which may differ."""
+    settings = meta.get("settings", {})
+    told = {key: meta.get(key) for key in ("name", "base_fingerprint", "llmdoctor_version")}
+    told |= {**settings.get("train", {}), **settings.get("rewards", {}), "face_weights": settings.get("face_weights")}
+    told |= {key: value for key, value in meta.get("rewards", {}).items() if key != "patient"}
+    return told
 
 
 def _require_reporters(names: Sequence[str]) -> None:

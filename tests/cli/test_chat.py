@@ -10,11 +10,10 @@ import pytest
 
 from llmdoctor.cli import chat, options
 from llmdoctor.cli.chat import _profile_of
-from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
 from llmdoctor.profile import load_profile
 from llmdoctor.sessions import Session, Turn
-from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
+from llmdoctor.settings import Guidance, Sampling, WelcomeSettings, check_guidance
 from llmdoctor.show.formats import OUTSIDE
 from llmdoctor.tui.start import start_of
 

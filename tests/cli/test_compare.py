@@ -9,7 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from llmdoctor import model_source
 from llmdoctor.cli import compare, options
+from llmdoctor.cli.kept_run import KeptRun
 from llmdoctor.cli.measures_table import text_table
 from llmdoctor.profile import load_profile
 
@@ -58,7 +60,7 @@ def test_many_prompts_in_one_run(run, prompts):
         ("How can I relax?", "81", 1),
         ("So?", "81", 2),
     ]
-    assert f"{prompts}: 2 prompts of 2 turns; not used: by\n" in result.stderr  # dataset is: by --alpaca-eval
+    assert f"{prompts}: 2 prompts with 3 turns in all; not used: by\n" in result.stderr  # dataset is: by --alpaca-eval
     for path in ("a.html", "a.md", "a.svg"):
         assert made[2]["guided"]["text"].split()[-1] in Path(path).read_text()
     assert json.loads(Path("ae/guided.json").read_text())[0] == {
@@ -91,7 +93,7 @@ def test_a_stopped_run_goes_on_with_what_had_finished(run, prompts, monkeypatch)
     """It is stopped within a batch; what had finished is in the file, and the rest is the same as without the stop."""
     command = ("compare", "--prompts", prompts, "--max-new-tokens", 4, "--vs", "beta=2")
     whole = json.loads(run(*command, "--seed", 1, "--json").stdout)
-    answered = compare._Asking.on_answer
+    answered = KeptRun.keep
 
     def stop_after_four(self, key, timed):
         answered(self, key, timed)
@@ -99,8 +101,14 @@ def test_a_stopped_run_goes_on_with_what_had_finished(run, prompts, monkeypatch)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare._Asking, "on_answer", stop_after_four)
-        assert run(*command, "--seed", 1, "--output", "a.jsonl").exit_code == 130
+        patch.setattr(KeptRun, "keep", stop_after_four)
+        stopped = run(*command, "--seed", 1, "--output", "a.jsonl")
+        assert stopped.exit_code == 130
+        kept = "kept 4 answers in a.jsonl; run the same command again to go on"
+        assert stopped.stderr.splitlines()[-2:] == [kept, "interrupted"]
+        without = run(*command, "--seed", 1)
+        assert (without.exit_code, without.stderr.splitlines()[-1]) == (130, "interrupted")
+        assert without.stderr.splitlines()[-2].startswith("nothing was kept: with --output FILE ")
     assert [(one["column"], one["id"], one["turn"]) for one in lines("a.jsonl")[:3]] == [
         ("patient", "1", 1),
         ("patient", "81", 1),
@@ -178,7 +186,7 @@ def test_further_columns_in_every_form(run, prompts):
     ]
     plain = run("compare", "--prompts", prompts, *vs, "--max-new-tokens", 4, "--seed", 1)
     assert plain.stdout.count("helpful=3: guided by helpful 3, safe 0.6:\n") == 3
-    header = next(line for line in plain.stdout.splitlines() if line.lstrip().startswith("patient alone  guided"))
+    header = next(line for line in plain.stdout.splitlines() if line.lstrip().startswith("patient alone "))
     assert "helpful=3" in header
 
 
@@ -220,9 +228,12 @@ def test_a_sweep_is_a_table_and_a_picture_and_goes_on_where_it_was_stopped(run, 
     compared = json.loads(run("compare", "--prompts", prompts, *SHORT, "--beta", 1, "--json").stdout)["summary"]
     first, _, last = (point["measures"] for point in found["points"])
     assert set(last) == set(compared["guided"])
-    assert all(last[name] == pytest.approx(compared["guided"][name], rel=1e-4) for name in last)
+    timed = {"tokens_per_second"}
+    for name in set(last) - timed:
+        assert last[name]["value"] == pytest.approx(compared["guided"][name]["value"], rel=1e-4)
     assert first["kl_per_token"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert first["patient_logprob"] == pytest.approx(compared["patient"]["patient_logprob"], rel=1e-4)
+    alone = compared["patient"]["patient_logprob"]
+    assert first["patient_logprob"]["value"] == pytest.approx(alone["value"], rel=1e-4)
     assert {"helpful_logprob", "words", "tokens", "distinct_4", "repeating"} <= set(first)
 
     picture = ElementTree.parse("s.svg").getroot()
@@ -230,7 +241,7 @@ def test_a_sweep_is_a_table_and_a_picture_and_goes_on_where_it_was_stopped(run, 
     assert {f"{name}-0" for name in first} <= drawn
     table = run(*sweep, "--output", "s.jsonl")
     assert "holds all 9 answers already" in table.stderr
-    assert table.stdout.splitlines()[0] == "2 prompts, 3 answers per point, seed 1 (± 95% interval over prompts)"
+    assert table.stdout.splitlines()[0] == "2 prompts, 3 answers per point, seed 1 (95% intervals)"
     for text in (table.stdout, Path("s.md").read_text(), Path("s.html").read_text()):
         assert "KL per token" in text
         assert "helpful log-prob" in text
@@ -256,6 +267,26 @@ def test_several_sweeps_are_a_grid(run):
     assert [point["settings"]["mode"] for point in made["points"]] == ["ratio", "product"] * 2
     assert all("mode=product" not in text or "ratio" not in text for text in Path("g.svg").read_text().splitlines())
     assert made["points"][0]["measures"]["tokens"] == {"value": 2.0, "low": None, "high": None}
+
+
+def test_a_sweep_reads_the_weights_once_however_many_points_it_has(run, monkeypatch):
+    """To tell its answers from those of other models at the same places."""
+    read = []
+    for name in ("doctor_fingerprint", "model_fingerprint"):
+        own = getattr(model_source, name)
+        monkeypatch.setattr(model_source, name, lambda place, own=own: read.append(str(place)) or own(place))
+    profile = load_profile("clinic")
+    how = ("compare", QUESTION, "--max-new-tokens", 1, "--sweep", "beta=0:4:1", "--output", "s.jsonl", "--quiet")
+    assert run(*how).exit_code == 0
+    doctors = [str(doctor.checkpoint) for doctor in profile.doctors.values()]
+    assert sorted(read) == sorted([profile.patient.model, *doctors])
+
+
+def test_what_a_full_screen_cannot_show_is_named(fails):
+    wanted = ["--tui shows whole answers", "no --sweep and no --follow", "--html FILE"]
+    fails(2, wanted, "compare", "Hi", "--tui", "--sweep", "beta=0,1", "--follow")
+    fails(2, ["it takes no --diff"], "compare", "Hi", "--tui", "--diff")
+    fails(2, ["--tui needs a terminal"], "compare", "Hi", "--tui", "--vs", "beta=1", "--kl-budget", 0.1)
 
 
 def test_a_kl_budget_finds_the_beta_and_answers_with_it(run, prompts):

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from llmdoctor.cli import eval as evaluation
+from llmdoctor.cli.evaluation_report import verdict
+from llmdoctor.cli.measures_table import MEASURES
 from llmdoctor.profile import profile_path
 from llmdoctor.profiles.clinic_world import held_out_questions
+from llmdoctor.records import Estimate
 
 CLINIC = profile_path("clinic").parent / "clinic"
 PROMPTS = held_out_questions(2)
@@ -53,11 +56,33 @@ def test_the_examples_of_the_help_run(run, inputs):
     assert "guided by helpful 0.8" in judged
     assert re.search(r"judge my_judge:better \(pairwise\)\nguided wins +[\d.]+% \(", judged)
     betas = [line.split()[0] for line in frontier.splitlines() if re.match(r"[\d.]+  ", line)]
-    assert betas == ["0", "0.5", "1", "2"] * 2
+    assert betas == ["0", "0.5", "1", "2"] * (len(betas) // 4)
+    assert len(betas) > 4, "the table does not fit 100 columns"
     page = Path("report.html").read_text()
     assert "KL per answer" in page
     assert page.count('id="setting-') == 4
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page), "the page fetches something"
+
+
+def test_every_measure_has_one_name_wherever_it_stands(run, inputs):
+    """In the tables of compare and eval, in both helps, and with its meaning in docs/evaluate.md."""
+    asked = ("--prompts", "prompts.txt", *SHORT, "--seed", 1)
+    compared = run("compare", *asked).stdout
+    compared = compared[compared.index("2 prompts, 2 answers per column") :]
+    evaluated = run("eval", "outputs/doctor", *asked, "--judge", "my_judge:helpful").stdout
+    kinds = {key: name.replace("NAME", "helpful") for key, (name, _) in MEASURES.items() if key != "agreed"}
+    judged = {"win_rate", "patient_score", "guided_score", "gain"}
+    for key, name in kinds.items():
+        row = re.compile(rf"^{re.escape(name)}  ", re.M)
+        assert row.search(evaluated), name
+        assert bool(row.search(compared)) == (key not in judged), name
+    for command in ("compare", "eval"):
+        shown = " ".join(run(command, "--help", env={"COLUMNS": "80", "TERM": "dumb"}).stdout.split())
+        listed = shown[shown.index("Measures: ") :].partition(";")[0].removeprefix("Measures: ").split(", ")
+        assert listed == [name for key, (name, _) in MEASURES.items() if key not in {*judged, "agreed"}]
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
+    glossary = re.findall(r"^\| ([^|`]+) \| `(\w+)` \| (.+) \|$", page.replace("\\|", "¦"), re.M)
+    assert {key: (name, meaning.replace("¦", "|")) for name, key, meaning in glossary} == MEASURES
 
 
 def test_a_frontier_goes_on_where_it_was_stopped_and_takes_another_judge(run, inputs):
@@ -133,8 +158,13 @@ def test_train_ends_with_how_it_did_and_what_to_run_next(run, tmp_path, clinic_r
         *(found["prefers_chosen"][key] for key in ("value", "low", "high")),
         found["pairs_held_out"],
     )
-    shown = f"the doctor prefers the chosen answer in {share:.1%} of {count} held-out pairs ({low:.1%} to {high:.1%}"
+    shown = (
+        f"the doctor prefers the chosen answer in {share:.1%} of {count} held-out pairs (95%: {low:.1%} to {high:.1%}; "
+    )
     assert shown in done
+    assert f"chance is 50%): it {verdict(Estimate(share, low, high))}\n" in done  # in the words of eval
+    assert verdict(Estimate(0.6, 0.52, 0.7)) == "prefers the chosen answer more often than chance"
+    assert verdict(Estimate(0.4, 0.3, 0.48)) == "prefers the rejected answer more often than chance"
     assert share == found["held_out"]["eval_reward_accuracy"]
     *_, chat, again = [shlex.split(line) for line in done.splitlines() if line.startswith("  llmdoctor ")]
     assert chat == ["llmdoctor", "chat", "--doctor", str(tmp_path / "doctor")]

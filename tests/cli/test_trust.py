@@ -97,6 +97,16 @@ def test_what_is_no_folder_is_refused_and_stays_what_it_is(run, arguments, taken
     assert sorted(path.name for path in Path().iterdir()) == ["fifo", "file"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("option", ["--html", "--svg", "--output"])
+def test_a_device_that_takes_nothing_is_not_told_about_disks(run, option):
+    result = run("compare", "Hi", *SHORT, option, "/dev/full")
+    assert result.exit_code != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert line == "error: cannot write /dev/full: No space left on device. It is no file: give the name of one."
+    assert Path("/dev/full").is_char_device()
+
+
 BAD = os.fsdecode(b"a\xff\xed\xa0\x80b")  # as Python gives an argument that is not UTF-8
 
 

@@ -207,7 +207,7 @@ def test_a_template_of_a_reward_model_is_bounded(classifier: Callable[[int], Pat
     tokenizer.chat_template = "{% for m in messages %}{{ m.content * 10 ** 10 }}{% endfor %}"
     folder = classifier(1)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UsageError, match="characters"):
+    with pytest.raises(UsageError, match="512 MiB of memory"):
         list(load_judge(str(folder)).replies(ONE))
 
 

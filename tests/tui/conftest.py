@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from llmdoctor.decoding.product import check_guidance
 from llmdoctor.errors import UsageError
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.sessions import SessionStore
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import Guidance, Sampling, check_guidance
 from llmdoctor.tui.app import ChatApp
 from llmdoctor.tui.config import Config
 from llmdoctor.tui.start import Start

@@ -3,16 +3,17 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from textual.widgets import DataTable, OptionList
 
 from llmdoctor.errors import DataError
-from llmdoctor.records import Answer, Comparison
+from llmdoctor.records import Answer, Comparison, Versus
 from llmdoctor.show.rewards import RewardedText
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
 from llmdoctor.tui.screens.browser import Item
-from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
+from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_items
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.rewards_browser import RewardsScreen, rewards_item
 from llmdoctor.tui.widgets.inspector import Inspector
@@ -42,6 +43,7 @@ def test_rewards_are_browsed_pair_by_pair_and_token_by_token(drive):
         assert "chosen, reward +0.75" in d.text()
         assert "rejected, reward -1.00" in d.text()
         assert "1 of 3   Question 0?" in d.text()
+        assert d.strips[-1].text.strip() == "↑↓ choose  Enter its tokens  / search  q leave"
         await d.press("n", "n")
         assert "Question 2?" in d.text()
         assert screen.view("left").limit == screen.view("right").limit == 2.25
@@ -51,6 +53,7 @@ def test_rewards_are_browsed_pair_by_pair_and_token_by_token(drive):
         assert view._style(2, view.rich_style, dark=True).bold
         await d.press("tab", "left")
         assert "rejected, token 1   reward -1.000" in d.text()
+        assert d.strips[-1].text.strip().startswith("←→↑↓ token  Tab other text  Esc back to the list")
         await d.press("escape", "p")
         assert screen.current == 1
         assert isinstance(app.focused, OptionList)
@@ -73,15 +76,26 @@ def compared(seed):
     return Comparison(f"Prompt {seed}", settings, *sides, metrics)
 
 
+def test_every_guided_answer_has_an_entry_of_its_own():
+    one = compared(1)
+    further = Versus("beta=2", {**one.settings, "betas": {"helpful": 2.0}}, compared(2).guided, one.metrics)
+    first, second = comparison_items(replace(one, vs=(further,)))
+    assert (first.title, second.title) == ("Prompt 1", "beta=2: Prompt 1")
+    assert [heading for heading, _ in second.sides] == ["patient alone", "beta=2: guided by helpful 2"]
+    texts = ["".join(piece.text for piece in shown) for item in (first, second) for _, shown in item.sides]
+    assert texts[0] == texts[2]
+    assert compared(2).guided.text in texts[3]
+
+
 def test_comparisons_are_browsed_while_they_are_made(drive):
     more = threading.Event()
 
     def source(post, check):
         post("loading")
-        post(comparison_item(compared(1)))
+        post(*comparison_items(compared(1)))
         while not more.wait(0.01):
             check()
-        post(comparison_item(compared(2)))
+        post(*comparison_items(compared(2)))
         while True:  # as a long list of prompts: only leaving ends it
             check()
             time.sleep(0.01)

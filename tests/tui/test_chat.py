@@ -19,10 +19,12 @@ from llmdoctor.settings import Guidance, Sampling, WelcomeSettings
 from llmdoctor.show.formats import OUTSIDE
 from llmdoctor.tui.app import binding_ids
 from llmdoctor.tui.commands import COMMANDS
+from llmdoctor.tui.config import Config
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.help import HelpScreen
 from llmdoctor.tui.screens.sessions import SessionsScreen
 from llmdoctor.tui.widgets.curve import Curve
+from llmdoctor.tui.widgets.hints import Hints
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector, ranked
 from llmdoctor.tui.widgets.prompt import Prompt
 from llmdoctor.tui.widgets.slider import Slider
@@ -962,6 +964,50 @@ def test_the_prompt_is_the_last_to_go(make_app, drive):
             assert "▌ Ask" in d.text(), height
 
     drive(app, steps)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
+def test_every_screen_and_dialog_has_the_same_last_line_with_keys_of_its_own(size, make_app, drive):
+    app = make_app(config=Config(keys={"sessions.export": "x"}))
+
+    async def steps(d):
+        async def last(begins):
+            await d.pilot.pause(0.05)
+            line = d.strips[-1].text.strip()
+            assert line.startswith(begins), line
+            assert not any(word in line for word in ("palette", "…"))  # Textual's own; nothing is cut
+
+        await d.ask("Go")
+        await d.press("f1")
+        await last("↑↓ PgUp PgDn scroll")
+        await d.press("escape", "f9")
+        await last("Enter open  / search  Tab read  r rename  d delete  x export  Esc close")
+        await d.press("tab")
+        await last("↑↓ scroll  Tab back to the list  Esc close")
+        await d.press("tab", "slash")
+        await last("type to search  Enter to the list  Esc all of them")
+        await d.press("z")
+        await d.press("enter")
+        await last("/ search  Esc close")  # nothing is found
+        await d.press("slash", "escape", "r")
+        await last("Enter take it  Esc leave it as it is")
+        await d.press("escape", "d")
+        await last("↑↓ choose  Enter take it  Esc leave")
+        await d.press("escape", "escape")
+        await d.press("ctrl+p")
+        await last("type to search  ↑↓ choose")
+        await d.press("escape")
+        await d.type("/theme")
+        await last("type to search  ↑↓ choose")
+        await d.press("escape")
+        await d.type("/compare beta=0")
+        await d.until(lambda: app.screen is not app.chat and not app.screen.live)
+        await last("Esc leave the comparison  Enter ask all  ^T tokens  F1 help")
+        await d.press("ctrl+t")
+        await last("←→↑↓ token")
+        assert app.screen.query_one(Hints).size.width <= size[0]
+
+    drive(app, steps, size)
 
 
 def test_the_same_commands_are_in_the_palette_of_every_screen(make_app, drive):

@@ -1,10 +1,13 @@
 """Several settings or doctors beside the patient alone."""
 
+import sqlite3
 import threading
+from dataclasses import replace
 
 import pytest
 
 from llmdoctor.errors import UsageError
+from llmdoctor.sessions import SessionStore
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.tui.columns import columns_of
 from llmdoctor.tui.screens.columns_screen import ColumnsScreen
@@ -60,7 +63,7 @@ def test_all_columns_answer_the_last_question_with_its_seed_and_settings_of_thei
             assert ["Before", kept[0].guided.text, "Go", column.turns[1].guided.text, "Now"] in later
         await d.press("escape")
         assert app.screen is app.chat
-        assert app.chat.turns == kept  # nothing of it is kept
+        assert app.chat.turns == kept  # the conversation is as it was
         await d.ask("On")
         assert fake.asked[-1][1]["guidance"] is None
 
@@ -159,3 +162,91 @@ def test_columns_stand_beside_each_other_or_are_stacked_and_none_is_lost(make_ap
             assert all(pane.size.height >= 4 and pane.size.width >= 25 for pane in panes), size
 
     drive(app, steps, size=(200, 50))
+
+
+def test_a_comparison_is_saved_with_the_conversation_and_goes_on_where_it_was(make_app, drive, store):
+    app = make_app()
+    kept = []
+
+    async def compare(d):
+        await d.ask("Before")
+        await d.ask("Go")
+        screen = await compared(d, "/compare beta=0.2 safe")
+        await d.press("N", "o", "w", "enter")
+        await d.until(lambda: len(screen.columns[0].turns) == 3 and not screen.live)
+        kept.append(([column.turns for column in screen.columns], d.text()))
+        await d.press("escape")
+        assert "/compare: the comparison again" in d.text()
+
+    drive(app, compare, size=(160, 40))
+    (summary,) = store.list()
+    fake = FakeAssistant(shortest=6)
+    again = make_app(fake, session=store.load(summary.id))
+
+    async def go_on(d):
+        assert "/compare: the comparison again" in d.text()
+        await d.type("/compare")
+        await d.until(lambda: isinstance(again.screen, ColumnsScreen))
+        turns, shown = kept[0]
+        assert [column.turns for column in again.screen.columns] == turns
+        await d.pilot.pause(0.1)
+        body = [line for line in d.text().splitlines() if line.startswith("│")]
+        assert body == [line for line in shown.splitlines() if line.startswith("│")]
+        assert not fake.asked  # it is shown, not made again
+        seed = again.screen.seed
+        await d.press("f6")  # its last question, with another seed
+        await d.until(lambda: not again.screen.live and again.screen.seed != seed)
+        assert [column.turns[:-1] for column in again.screen.columns] == [one[:-1] for one in turns]
+        assert [column.turns[-1].prompt for column in again.screen.columns] == ["Now"] * 3
+        await d.press("O", "n", "enter")
+        await d.until(lambda: len(again.screen.columns[0].turns) == 4 and not again.screen.live)
+        await d.press("escape")
+        await d.type("/new")
+        await d.type("/compare")
+        assert "for example /compare beta=0.5 beta=2" in d.notices  # that one was another conversation's
+
+    drive(again, go_on, size=(160, 40))
+    last = store.comparison(summary.id)
+    assert [column.turns[-1].prompt for column in last.columns] == ["On"] * 3
+    assert [turn.prompt for turn in last.past] == ["Before"]
+
+
+def test_a_comparison_without_a_conversation_is_saved_and_a_damaged_one_is_told(make_app, drive, store):
+    async def compare(d):
+        await d.type("/compare beta=2")
+        await d.until(lambda: isinstance(d.app.screen, ColumnsScreen))
+        await d.press("G", "o", "enter")
+        await d.until(lambda: d.app.screen.columns[0].turns and not d.app.screen.live)
+
+    drive(make_app(), compare)
+    (summary,) = store.list()
+    assert (summary.title, summary.turns) == ("Go", 0)
+    assert len(store.comparison(summary.id).columns) == 3
+    with sqlite3.connect(store.path) as db:
+        db.execute("UPDATE comparison SET held = 'x'")
+    db.close()
+
+    async def resume(d):
+        await d.type(f"/resume {summary.id}")
+        assert "is damaged and left out" in d.notices
+        assert d.app.chat.session.id == summary.id
+
+    drive(make_app(), resume)
+
+
+def test_when_the_conversation_is_forked_the_comparison_goes_with_it(make_app, drive, store):
+    app = make_app()
+
+    async def steps(d):
+        await d.ask("Go")
+        await compared(d, "/compare beta=2")
+        await d.press("escape")
+        first = app.chat.session.id
+        other = SessionStore(store.path)
+        other.save(replace(other.load(first), turns=()))  # another program goes on with it
+        await d.ask("On")
+        await d.until(lambda: app.chat.session.id != first)
+        assert store.comparison(app.chat.session.id) == app.chat.compared
+        assert len(app.chat.compared.columns) == 3
+
+    drive(app, steps)

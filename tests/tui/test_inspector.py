@@ -11,7 +11,7 @@ from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.settings import Sampling
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
-from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_item
+from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_items
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector, ranked
 from llmdoctor.tui.widgets.status import StatusLine
 
@@ -50,7 +50,7 @@ def test_it_opens_on_the_first_change_and_keys_go_from_change_to_change(make_app
         await d.press("f2")
         assert view.selected.position == changed[0]
         assert inspected(app) == tokens[changed[0]]
-        assert "next, previous change" in d.text()
+        assert ". , changes" in d.text()
         for place in changed[1:]:  # over the unchanged ones between
             await d.press("full_stop")
             assert inspected(app) == tokens[place]
@@ -246,7 +246,7 @@ def test_a_long_error_leaves_rows_to_the_texts_beside_the_inspector(make_app, dr
 
 def test_a_long_error_leaves_rows_to_the_texts_in_a_narrow_browser(drive):
     def source(post, _check):
-        post(comparison_item(compared(1)))
+        post(*comparison_items(compared(1)))
 
     app = BrowserApp(lambda: ComparisonsScreen(source, "kl", "helpful", ("helpful", "safe")), Config())
 

@@ -95,6 +95,21 @@ def test_the_program_in_a_terminal_talks_stops_quits_and_goes_on():
 
 
 @pytest.mark.slow
+def test_compare_browses_the_columns_of_vs_with_the_beta_of_a_kl_budget():
+    """The budget is found first, in plain sight; its answers are not asked for again."""
+    how = ("--seed", "1", "--max-new-tokens", "6", "--kl-budget", "0.2", "--vs", "beta=0")
+    program = Terminal("compare", "How can I sleep better?", "--tui", *how)
+    assert "KL 0" in program.until(r"\x1b\[\?1049h")
+    program.until("beta=0: How can I sleep")
+    program.press("n")
+    program.until("beta=0: guided by no doctor")
+    program.press("q")
+    code, rest = program.end()
+    assert code == 0, rest
+    assert "Traceback" not in rest
+
+
+@pytest.mark.slow
 def test_it_leaves_when_its_terminal_is_gone_without_a_signal():
     """The child leads no foreground process group here, so it hears no SIGHUP; it used to read the end for ever."""
     program = Terminal("chat")

@@ -15,12 +15,13 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import Footer, OptionList, Static
+from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.show.text import clean
-from llmdoctor.tui.widgets.search import Search
+from llmdoctor.tui.widgets.hints import Hint, Hints
+from llmdoctor.tui.widgets.search import SEARCHING, Search
 from llmdoctor.tui.widgets.status import StatusLine
 from llmdoctor.tui.widgets.token_view import Piece, TokenView
 
@@ -65,14 +66,14 @@ class BrowserScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "leave", "Back to the list"),
-        Binding("q", "app.quit", "Quit"),
+        Binding("q", "app.quit", "Leave"),
         Binding("n", "next(1)", "Next"),
         Binding("p", "next(-1)", "Previous"),
         Binding("slash,ctrl+f", "search", "Search"),
         Binding("tab", "other", "Other text", show=False),
     ]
     app: "DoctorApp"  # type: ignore[assignment]
-    heading = ""
+    heading, entry = "", ""  # of the list, and what one of its entries is
 
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -104,6 +105,22 @@ class BrowserScreen(Screen[None]):
         """Further widgets beside the texts."""
         return ()
 
+    def hints(self) -> Sequence[Hint]:
+        """The keys that do something now."""
+        pairs, leave = ("n p", f"next, previous {self.entry}", ""), ("q", "leave", "app.quit")
+        match self.focused:
+            case Search():
+                return SEARCHING
+            case OptionList():
+                return [("↑↓", "choose", ""), ("Enter", "its tokens", ""), ("/", "search", "screen.search"),
+                        *self.more_hints(), leave]  # fmt: skip
+        back = ("Esc", "back to the list", "screen.leave")
+        return [("←→↑↓", "token", ""), ("Tab", "other text", "screen.other"), back, pairs, *self.more_hints(), leave]
+
+    def more_hints(self) -> Sequence[Hint]:
+        """Those that a browser adds."""
+        return ()
+
     # Layout
 
     def compose(self) -> ComposeResult:
@@ -117,7 +134,7 @@ class BrowserScreen(Screen[None]):
             yield from self.more()
         yield Static(id="facts")
         yield StatusLine(id="status")
-        yield Footer(compact=True)
+        yield Hints()
 
     def on_mount(self) -> None:
         """Begin to read."""

@@ -9,7 +9,6 @@ from textual.binding import Binding, BindingType
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.tui import commands
 from llmdoctor.tui.debounce import Debounce
-from llmdoctor.tui.keys import short_key
 from llmdoctor.tui.screens.conversation_screen import ConversationScreen
 from llmdoctor.tui.widgets.hints import Hint
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector
@@ -246,6 +245,7 @@ class ChatScreen(ConversationScreen):
 
     def leave_columns(self, command: str | None) -> None:
         """A comparison was left, maybe for a command."""
+        self.show_status()
         if command:
             self.obey(command)
 
@@ -255,11 +255,11 @@ class ChatScreen(ConversationScreen):
 
     def hints(self) -> Sequence[Hint]:
         """What the focus, and whether an answer runs or is there, make useful."""
-        key = self._key
+        key = self.app.key
         common = [(key("chat.help"), "help", "screen.help")]
         stop = [(key("chat.stop"), "stop", "screen.stop")] if self.live else []
         lens = (key("chat.lens"), f"colour: {self.lens}", "screen.next_lens")
-        rerun = (key("chat.rerun"), "apply the sliders", "screen.rerun")
+        rerun = (key("chat.rerun"), "apply the sliders" if self.stale else "again", "screen.rerun")
         sliders = (key("chat.sliders"), "sliders", "screen.sliders")
         inspect = (key("chat.inspect"), "tokens", "screen.inspect")
         match self.focused:
@@ -271,7 +271,7 @@ class ChatScreen(ConversationScreen):
                 return [*stop, ("↑↓", "choose", ""), ("Enter", "say this instead", ""),
                         (key("chat.stop"), "back to the text", "screen.stop"), *common]  # fmt: skip
             case TokenView():
-                return [*stop, ("←→↑↓", "token", ""), (". ,", "next, previous change", ""),
+                return [*stop, ("←→↑↓", "token", ""), (". ,", "changes", ""),
                         ("Enter", "alternatives", "screen.alternatives"),
                         (key("chat.other_pane"), "other side", "screen.other_pane"),
                         (key("chat.inspect"), "close", "screen.inspect"), *common, lens]  # fmt: skip
@@ -291,12 +291,6 @@ class ChatScreen(ConversationScreen):
                 (key("chat.edit"), "edit", "screen.edit"), (key("chat.copy"), "copy", "screen.copy"),
                 (key("chat.sessions"), "conversations", "screen.sessions"),
                 ("^P", "all", "app.command_palette")]  # fmt: skip
-
-    def _key(self, name: str) -> str:
-        """The key of a binding, as one writes it: ``F5``, ``Esc``, ``^T``."""
-        own = next(binding.key for binding in self.BINDINGS if isinstance(binding, Binding) and binding.id == name)
-        key = self.app.config.keys.get(name, own)
-        return short_key(key)
 
     # Sliders
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
-from textual import events, on
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Grid, Vertical
@@ -14,8 +14,9 @@ from textual.widgets import Static
 
 from llmdoctor.sessions import End
 from llmdoctor.show.lens import LENSES, Lens, following, lens_limit
+from llmdoctor.show.text import clean
 from llmdoctor.tui import token_style
-from llmdoctor.tui.columns import Column
+from llmdoctor.tui.columns import Column, saved
 from llmdoctor.tui.conversation import Said, asked, conversation, ending, pieces, side_facts
 from llmdoctor.tui.current_settings import other_seed
 from llmdoctor.tui.generation import Ended, Event, SideEnded, Spoken
@@ -32,11 +33,15 @@ if TYPE_CHECKING:
 
 _COLUMN = 38  # cells that a column needs to stand beside another
 _LEAST = 6  # rows of a column, else the columns scroll
-_LOW = 30  # rows below which the prompt has no margin
+_LOW, _ROOMY = 30, 45  # rows below which the prompt has no margin, and from which the inspector is higher
 
 
 class ColumnsScreen(Screen[str | None]):
-    """Every column has its own conversation. None of it is kept: dismissed with a command to run there, or None."""
+    """Every column has its own conversation, which goes on after its first ``past`` turns.
+
+    What they answer is kept with the conversation (`ConversationScreen.keep`). Dismissed with a command to run there,
+    or None.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "leave", "Stop the answers; close what is open; leave", id="compare.leave"),
@@ -49,9 +54,12 @@ class ColumnsScreen(Screen[str | None]):
     ]
     app: "ChatApp"  # type: ignore[assignment]
 
-    def __init__(self, columns: Sequence[Column], question: str, seed: int, lens: Lens, doctor: str | None) -> None:
+    def __init__(
+        self, columns: Sequence[Column], past: int, question: str, seed: int, lens: Lens, doctor: str | None
+    ) -> None:
         super().__init__()
         self.columns, self.question, self.seed = list(columns), question, seed
+        self._past = past
         self.lens, self.doctor = lens, doctor
         self._events: deque[Event] = deque()
         self._job = 0
@@ -64,7 +72,7 @@ class ColumnsScreen(Screen[str | None]):
             with Grid(id="columns"):
                 for number, column in enumerate(self.columns):
                     with Vertical(id=f"column-{number}", classes="pane") as pane:
-                        pane.border_title = column.title
+                        pane.border_title = Text(clean(column.title))  # type: ignore[assignment]
                         yield TokenView(
                             id=f"column-{number}-view", score=self._score, changed=lambda said: said.changed
                         )
@@ -74,7 +82,7 @@ class ColumnsScreen(Screen[str | None]):
         yield Static(id="legend")
         yield StatusLine(id="status")
         yield Prompt("Ask all of them; Esc leaves the comparison", id="prompt")
-        yield Hints(id="hints")
+        yield Hints()
 
     def on_mount(self) -> None:
         """Show what was said before, and ask the last question."""
@@ -84,7 +92,7 @@ class ColumnsScreen(Screen[str | None]):
         self._recolour()
         self._frames = self.set_interval(FRAME, self.drain)
         self.query_one(Prompt).focus()
-        if self.question:
+        if self.question and len(self.columns[0].turns) == self._past:
             self.ask(self.question)
 
     def view(self, number: int) -> TokenView:
@@ -173,6 +181,7 @@ class ColumnsScreen(Screen[str | None]):
         if error:
             self.notify(error, severity="error", markup=False)
         self._frames.pause()
+        self.app.chat.keep(saved(self.columns, self._past, self.seed))
         self.show_status()
 
     def stop(self) -> bool:
@@ -267,7 +276,7 @@ class ColumnsScreen(Screen[str | None]):
                 assistant = self.app.chat.assistant
                 names = assistant.token_names if assistant is not None else {}
                 inspector.show(said.token, before, len(side.tokens), names)
-                inspector.border_title = column.title
+                inspector.border_title = Text(clean(column.title))  # type: ignore[assignment]
         self._inspected_view = view or self.view(0)
         self.fit()
 
@@ -277,6 +286,7 @@ class ColumnsScreen(Screen[str | None]):
         """As many columns beside each other as there is room for."""
         height = self.app.size.height
         self.set_class(height < _LOW, "low")
+        self.set_class(height >= _ROOMY, "roomy")
         fit_height(self, height, stacked=1)
         self.fit()
         self.show_status()
@@ -293,22 +303,20 @@ class ColumnsScreen(Screen[str | None]):
         grid.styles.grid_size_rows = rows
         grid.styles.grid_rows = "1fr" if grid.size.height >= rows * _LEAST else str(_LEAST)
 
-    @on(events.DescendantFocus)
-    @on(events.DescendantBlur)
-    def _focus_moved(self) -> None:
-        self.query_one(Hints).show(self.hints())
-
     def hints(self) -> Sequence[Hint]:
         """The keys that do something now."""
-        leave = ("Esc", "stop" if self.live else "leave the comparison", "screen.leave")
-        common = [("F1", "help", "screen.help"), ("F3", f"colour: {self.lens}", "screen.next_lens")]
+        key = self.app.key
+        leave, other = key("compare.leave"), key("compare.other")
+        common = [("F1", "help", "screen.help"), (key("compare.lens"), f"colour: {self.lens}", "screen.next_lens")]
         if isinstance(self.focused, TokenView):
-            return [("←→↑↓", "token", ""), (". ,", "next, previous change", ""), ("^T", "next column", "screen.other"),
-                    ("Esc", "stop" if self.live else "back", "screen.leave"), *common]  # fmt: skip
+            return [("←→↑↓", "token", ""), (". ,", "changes", ""), (other, "next column", "screen.other"),
+                    ("Enter", "alternatives", "screen.alternatives"),
+                    (leave, "stop" if self.live else "back", "screen.leave"), *common]  # fmt: skip
         if isinstance(self.focused, Alternatives):
-            return [("←→", "token", ""), (". ,", "next, previous change", ""), ("Esc", "back", "screen.leave"), *common]
-        return [leave, ("Enter", "ask all", ""), ("^T", "tokens", "screen.other"), *common,
-                ("F6", "new seed", "screen.again")]  # fmt: skip
+            return [("←→", "token", ""), (". ,", "changes", ""), (leave, "back", "screen.leave"), *common]
+        return [(leave, "stop" if self.live else "leave the comparison", "screen.leave"), ("Enter", "ask all", ""),
+                (other, "tokens", "screen.other"), *common,
+                (key("compare.again"), "new seed", "screen.again")]  # fmt: skip
 
     def show_status(self) -> None:
         """Facts below the texts, status, legend, keys."""
@@ -317,7 +325,7 @@ class ColumnsScreen(Screen[str | None]):
             self.query_one(f"#column-{number}").border_subtitle = facts
         loading = self.live and self.app.chat.assistant is None
         doing = self.app.chat.answering.doing if loading else "answering" if self.live else ""
-        said = [(doing, "bold"), (f"seed {self.seed}", ""), ("not kept: Esc leads back to the conversation", "")]
+        said = [(doing, "bold"), (f"seed {self.seed}", ""), ("kept with the conversation; Esc leads back to it", "")]
         parts = [Text(part, style) for part, style in said if part]
         self.query_one(StatusLine).show(Text(" · ", no_wrap=True, overflow="ellipsis").join(parts))
         narrow, dark = self.app.size.width < 72, self.app.current_theme.dark

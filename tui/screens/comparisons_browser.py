@@ -1,6 +1,6 @@
 """The browser of comparisons: ``llmdoctor compare --tui``."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -12,9 +12,11 @@ from llmdoctor.records import Comparison
 from llmdoctor.sessions import Reply
 from llmdoctor.show.comparison import View
 from llmdoctor.show.lens import LENSES, Lens, following, lens_limit
+from llmdoctor.show.text import clean
 from llmdoctor.tui import token_style
 from llmdoctor.tui.conversation import ENDED, Said, ending, pieces
 from llmdoctor.tui.screens.browser import BrowserScreen, Item, Source
+from llmdoctor.tui.widgets.hints import Hint, Hints
 from llmdoctor.tui.widgets.inspector import Inspector
 from llmdoctor.tui.widgets.token_view import TokenView
 
@@ -24,7 +26,7 @@ _ROOM_FOR_ALL = 160  # columns needed to show list, texts and inspector side by 
 class ComparisonsScreen(BrowserScreen):
     """Comparisons, the patient alone beside the guided patient, while they are made."""
 
-    heading = "prompts"
+    heading, entry = "prompts", "prompt"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f3", "next_lens", "Lens"),
         Binding("ctrl+l,shift+f3", "next_doctor", "Lens doctor"),
@@ -43,6 +45,10 @@ class ComparisonsScreen(BrowserScreen):
         inspector = Inspector(can_force=False, id="inspector")
         inspector.display = False
         return (inspector,)
+
+    def more_hints(self) -> Sequence[Hint]:
+        """The colours."""
+        return [("F3", f"colour: {self.lens}", "screen.next_lens")]
 
     def score(self, payload: Said) -> float | None:
         """The lens' score; no doctor judges the patient alone."""
@@ -87,14 +93,17 @@ class ComparisonsScreen(BrowserScreen):
         for view in self.views:
             view.scale = lens_limit(self.lens)
             view.recolour(self.score)
+        self.query_one(Hints).show(self.hints())
         self.show_facts()
 
 
-def comparison_item(comparison: Comparison) -> Item:
-    """A finished comparison."""
-    view = View.of(comparison, "off")
-    sides = []
-    for heading, answer in (("patient alone", comparison.patient), (view.heading, comparison.guided)):
-        reply = Reply(answer.tokens, "done" if answer.finished else "length")
-        sides.append((heading, [*pieces(0, reply), *ending(0, reply)]))
-    return Item(view.prompt, tuple(sides), f"{view.prompt}\n{'; '.join(view.summary())}")
+def comparison_items(comparison: Comparison) -> Iterator[Item]:
+    """An item for every guided answer of a finished comparison, beside that of the patient alone."""
+    for view in View.of(comparison, "off").columns:
+        one = view.comparison
+        sides = []
+        for heading, answer in (("patient alone", one.patient), (view.heading, one.guided)):
+            reply = Reply(answer.tokens, "done" if answer.finished else "length")
+            sides.append((heading, [*pieces(0, reply), *ending(0, reply)]))
+        title = f"{clean(view.name)}: {view.prompt}" if view.name else view.prompt
+        yield Item(title, tuple(sides), f"{title}\n{'; '.join(view.summary())}")

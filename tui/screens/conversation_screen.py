@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.text import Text
-from textual import events, on
+from textual import on
 from textual.app import ComposeResult
 from textual.screen import Screen
 from textual.widgets import Static
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.records import Speaker
-from llmdoctor.sessions import Reply, Session
+from llmdoctor.sessions import Reply, SavedComparison, Session
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.show.lens import DEFAULT_LENS, Lens
 from llmdoctor.show.text import one_line
@@ -57,6 +57,7 @@ class ConversationScreen(Screen[None]):
         self.history = History(self.session.turns)
         self.settings = CurrentSettings(start, worker)
         self.answering = Answering(worker, self.history, self.settings, self)
+        self.compared: SavedComparison | None = None  # the last comparison of this conversation
         self.editing = False  # whether the next message replaces the last one
         self.auto = False  # whether a slider that rests re-runs the answer
         self.peeking = True  # whether the inspector opens by itself where there is room, until somebody closes it
@@ -76,13 +77,14 @@ class ConversationScreen(Screen[None]):
         yield self.sliders
         yield StatusLine(id="status")
         yield self.prompt
-        yield Hints(id="hints")
+        yield Hints()
 
     def on_mount(self) -> None:
         """Begin to listen."""
         # The app reads its configuration after it has made this screen.
         self.panes.recolour(self.app.config.lens or DEFAULT_LENS, self.panes.doctor)
         self._frames = self.set_interval(FRAME, self.drain)
+        self._read_comparison()
         self.show_all()
         self.prompt.focus()
 
@@ -101,11 +103,6 @@ class ConversationScreen(Screen[None]):
         height = self.app.size.height
         more = 1 + self.sliders.rows + (_INSPECTOR if self.panes.has_class("below") else 0)
         fit_height(self, height, stacked=2 if self.panes.has_class("stacked") else 1, more=more)
-
-    @on(events.DescendantFocus)
-    @on(events.DescendantBlur)
-    def _focus_moved(self) -> None:
-        self.query_one(Hints).show(self.hints())
 
     def hints(self) -> Sequence[Hint]:
         """The keys that do something now, the most important ones first."""
@@ -210,8 +207,23 @@ class ConversationScreen(Screen[None]):
     def save(self) -> None:
         """Write the conversation, in a thread of its own."""
         self.session = replace(self.session, turns=self.turns)
-        if self.turns:
-            self.app.save(self.session)
+        if self.turns or self.compared:
+            self.app.save(self.session, self.compared)
+
+    def keep(self, compared: SavedComparison) -> None:
+        """Write a comparison with the conversation, which may have no turn yet."""
+        self.compared = compared
+        title = self.session.title or " ".join(compared.columns[0].turns[0].prompt.split())[:60]
+        self.session = replace(self.session, turns=self.turns, title=title)
+        self.app.save(self.session, compared, anew=True)
+
+    def _read_comparison(self) -> None:
+        """The one that is kept with the conversation; a damaged one is told, and left out."""
+        try:
+            self.compared = self.app.comparison(self.session.id)
+        except LLMDoctorError as error:
+            self.compared = None
+            self.notify(str(error), severity="warning", markup=False)
 
     def new_session(self) -> None:
         """An empty conversation."""
@@ -226,6 +238,7 @@ class ConversationScreen(Screen[None]):
         self.editing = False
         if differences := self.settings.resume(session, self.app.start.profile):
             self.notify(" ".join(differences), severity="warning", markup=False)
+        self._read_comparison()
         self.sliders.show()
         self.show_all()
 
@@ -275,6 +288,8 @@ class ConversationScreen(Screen[None]):
             parts.append(f"acceptance {acceptance:.0%}")
         if self.auto:
             parts.append("auto: sliders apply themselves")
+        if self.compared is not None:
+            parts.append("/compare: the comparison again")
         if self.session.title:
             parts.append(one_line(self.session.title))
         hint = "F5 applies the new settings to this answer; /auto does so by itself" if self.stale else ""

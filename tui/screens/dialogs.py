@@ -11,6 +11,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+from llmdoctor.tui.widgets.hints import Hints
+
 
 class Ask(ModalScreen[str | None]):
     """Asks for a line of text; dismissed with None on Escape."""
@@ -26,6 +28,7 @@ class Ask(ModalScreen[str | None]):
         with Vertical(classes="dialog"):
             yield Static(Text(self._question))
             yield Input(self._value, compact=True)
+        yield Hints([("Enter", "take it", ""), ("Esc", "leave it as it is", "screen.dismiss(None)")])
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Enter."""
@@ -46,6 +49,7 @@ class Choose(ModalScreen[str | None]):
         with Vertical(classes="dialog"):
             yield Static(Text(self._question))
             yield OptionList(*(Option(Text(text), id=key) for key, text in self._options.items()), compact=True)
+        yield Hints([("↑↓", "choose", ""), ("Enter", "take it", ""), ("Esc", "leave", "screen.dismiss(None)")])
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Enter or a click."""

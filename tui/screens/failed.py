@@ -7,10 +7,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import Screen
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.show.text import clean
+from llmdoctor.tui.widgets.hints import Hints
 from llmdoctor.tui.widgets.status import StatusLine
 
 
@@ -27,9 +28,8 @@ class FailedScreen(Screen[None]):
         """One box."""
         with Vertical(id="failed"):
             yield Static(Text(f"error: {' '.join(clean(str(self.error)).split())}"), id="failed-text")
-            yield Static(Text("Press q to leave.", style="dim"))
         yield StatusLine()
-        yield Footer(compact=True, show_command_palette=False)
+        yield Hints([("q", "leave", "screen.leave")])
 
     def action_leave(self) -> None:
         """Quit."""

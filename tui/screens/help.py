@@ -15,6 +15,7 @@ from textual.widgets import Static
 from llmdoctor.set_command import setting_help
 from llmdoctor.tui.commands import COMMANDS
 from llmdoctor.tui.keys import key_text
+from llmdoctor.tui.widgets.hints import Hints
 
 if TYPE_CHECKING:
     from llmdoctor.tui.app import DoctorApp
@@ -72,12 +73,14 @@ class HelpScreen(ModalScreen[None]):
         """The text in a box that scrolls."""
         with VerticalScroll(id="help"):
             yield Static(id="help-text")
+        yield Hints(
+            [("↑↓ PgUp PgDn", "scroll", ""), ("Home End", "first, last line", ""), ("Esc", "close", "screen.dismiss")]
+        )
 
     def on_mount(self) -> None:
         """Take the focus, so that arrows scroll."""
         box = self.query_one("#help")
         box.border_title = "help"
-        box.border_subtitle = "↑↓ PgDn scroll, Esc closes"
         box.focus()
 
     def on_resize(self) -> None:

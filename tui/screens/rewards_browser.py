@@ -26,7 +26,7 @@ class RewardedToken(NamedTuple):
 class RewardsScreen(BrowserScreen):
     """Token rewards, chosen beside rejected."""
 
-    heading = "pairs"
+    heading, entry = "pairs", "pair"
 
     def score(self, payload: RewardedToken) -> float | None:
         """The reward."""

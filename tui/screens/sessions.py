@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,7 +12,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer
+from textual.widgets import DataTable
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.sessions import Session, Summary
@@ -23,7 +23,8 @@ from llmdoctor.tui import token_style
 from llmdoctor.tui.conversation import Said, conversation
 from llmdoctor.tui.export import KINDS
 from llmdoctor.tui.screens.dialogs import Ask, Choose
-from llmdoctor.tui.widgets.search import Search
+from llmdoctor.tui.widgets.hints import Hint, Hints
+from llmdoctor.tui.widgets.search import SEARCHING, Search
 from llmdoctor.tui.widgets.status import StatusLine
 from llmdoctor.tui.widgets.token_view import TokenView
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from llmdoctor.tui.app import ChatApp
 
 _NARROW = 110  # columns below which the preview is under the list
+_WIDTHS = {"": 1, "title": 0, "turns": 5, "last used": 11, "id": 8}  # cells of the columns
+_LEAST = 12  # cells of a title
 _REST = 0.1  # seconds that the cursor rests on a conversation before it is read
 
 
@@ -61,22 +64,38 @@ class SessionsScreen(Screen[str | None]):
             with Vertical(id="preview", classes="pane"):
                 yield TokenView(id="preview-view", score=self._score)
         yield StatusLine(id="status")
-        yield Footer(compact=True)
+        yield Hints()
 
     def on_mount(self) -> None:
         """Fill the table."""
         self.query_one(TokenView).scale = lens_limit(self.app.chat.lens)
-        table = self.query_one(DataTable)
-        table.add_columns("", "title", "turns", "last used", "id")
         self._read()
-        table.focus()
+        self.query_one(DataTable).focus()
 
     def on_resize(self) -> None:
         """The preview beside the list or under it."""
         self.set_class(self.app.size.width < _NARROW, "narrow")
+        self.call_after_refresh(self._fill)
 
     def _score(self, said: Said) -> float | None:
         return token_style.score(said.token, self.app.chat.lens, self.app.chat.doctor)
+
+    def hints(self) -> Sequence[Hint]:
+        """The keys that do something now."""
+        key = self.app.key
+        close = (key("sessions.close"), "close", "screen.dismiss(None)")
+        match self.focused:
+            case Search():
+                return SEARCHING
+            case TokenView():
+                return [("↑↓", "scroll", ""), (key("sessions.preview"), "back to the list", "screen.other"), close]
+        search = (key("sessions.search"), "search", "screen.search")
+        if not self._rows:
+            return [search, close] if self._all else [close]
+        return [("Enter", "open", "screen.open"), search, (key("sessions.preview"), "read", "screen.other"),
+                (key("sessions.rename"), "rename", "screen.rename"),
+                (key("sessions.delete"), "delete", "screen.delete"),
+                (key("sessions.export"), "export", "screen.export"), close]  # fmt: skip
 
     # The list
 
@@ -95,16 +114,20 @@ class SessionsScreen(Screen[str | None]):
         table, search = self.query_one(DataTable), self.query_one(Search)
         chosen, row = self._chosen(), table.cursor_row
         self._rows = search.found(self._all, lambda one: f"{one.title} {one.id} {one.questions}".casefold())
-        table.clear()
+        table.clear(columns=True)
+        room = table.size.width - sum(width + 2 * table.cell_padding for width in _WIDTHS.values())
+        for name, width in _WIDTHS.items():  # the title takes the room that the others leave
+            table.add_column(name, width=width or max(_LEAST, room - table.styles.scrollbar_size_vertical))
         for one in self._rows:
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated))
             mark = "●" if one.id == self._current else " "
-            title = one_line(one.title)
-            table.add_row(Text(mark), Text(title), Text(str(one.turns), justify="right"), Text(when), Text(one.id))
+            title = Text(one_line(one.title), no_wrap=True, overflow="ellipsis")
+            turns = Text(str(one.turns), justify="right")
+            table.add_row(Text(mark), title, turns, Text(_when(one.updated)), Text(one.id))
         ids = [one.id for one in self._rows]
         there = chosen is not None and chosen.id in ids
         table.move_cursor(row=ids.index(chosen.id) if chosen and there else max(0, min(row, len(ids) - 1)))
         self.query_one(StatusLine).show(Text(self._count(), style="dim"))
+        self.query_one(Hints).show(self.hints())
         if not self._rows:
             self._preview(None)
 
@@ -165,7 +188,8 @@ class SessionsScreen(Screen[str | None]):
     # What is done with one
 
     @on(DataTable.RowSelected)
-    def _open(self) -> None:
+    def action_open(self) -> None:
+        """Go on with it."""
         if one := self._chosen():
             self.dismiss(one.id)
 
@@ -211,3 +235,9 @@ class SessionsScreen(Screen[str | None]):
         except LLMDoctorError as error:
             self.notify(str(error), severity="error", markup=False)
         self._read()
+
+
+def _when(seconds: float) -> str:
+    """``today 09:38``, or a date."""
+    then, now = time.localtime(seconds), time.localtime()
+    return time.strftime("today %H:%M" if then[:3] == now[:3] else "%Y-%m-%d", then)

@@ -11,9 +11,19 @@ _GAP = "  "
 
 
 class Hints(Widget):
-    """The first hints are the most important ones: what does not fit is left out whole, never cut."""
+    """The first hints are the most important ones: what does not fit is left out whole, never cut.
 
-    hints: Sequence[Hint] = ()
+    Where the screen has ``hints()``, they follow its focus.
+    """
+
+    def __init__(self, hints: Sequence[Hint] = ()) -> None:
+        super().__init__(id="hints")
+        self.hints = hints
+
+    def on_mount(self) -> None:
+        """Those of the screen, again with every move of its focus."""
+        if hints := getattr(self.screen, "hints", None):
+            self.watch(self.screen, "focused", lambda: self.show(hints()))
 
     def show(self, hints: Sequence[Hint]) -> None:
         """Show these instead."""

@@ -151,7 +151,9 @@ class Inspector(Vertical):
                 text.append(f" ({value - before.values[name]:+.2f})", "dim")
             text.append(f", log {name}/patient {token.doctor_logprobs[name] - token.patient_logprob:+.2f}")
         betas = "".join(f", {name} {beta:g}" for name, beta in token.betas.items())
-        return text.append(f"\nKL {token.kl:.2f} nats, at alpha {token.alpha:g}{betas}", "dim")
+        # its row may be out of view
+        share = f"guided {percent(token.logprob)}, patient {percent(token.patient_logprob)}; " if token.values else ""
+        return text.append(f"\n{share}KL {token.kl:.2f} at alpha {token.alpha:g}{betas}", "dim")
 
     def focus_table(self) -> None:
         """To the alternatives."""

@@ -1,6 +1,6 @@
 """The field above a list that leaves only the entries with all its words."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, TypeVar
 
 from textual import events
@@ -8,7 +8,10 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import Input
 
+from llmdoctor.tui.widgets.hints import Hint
+
 _Entry = TypeVar("_Entry")
+SEARCHING: Sequence[Hint] = (("type", "to search", ""), ("Enter", "to the list", ""), ("Esc", "all of them", ""))
 
 
 class Search(Input):
@@ -55,7 +58,7 @@ class Search(Input):
 
     def on_focus(self, _event: events.Focus) -> None:
         """What a key does here."""
-        self.placeholder = "type to search; Enter: to the list; Esc: all"
+        self.placeholder = "words to search for"
 
     def on_blur(self, _event: events.Blur) -> None:
         """How to come here."""

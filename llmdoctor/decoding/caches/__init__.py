@@ -8,11 +8,11 @@
 from transformers import PreTrainedModel
 
 from llmdoctor.decoding.caches.dynamic import DynamicKV
-from llmdoctor.decoding.caches.protocol import KVCache, Read
+from llmdoctor.decoding.caches.protocol import KVCache, Layers, Read
 from llmdoctor.decoding.caches.recorded import RecordedKV
 from llmdoctor.decoding.caches.static import StaticKV
 
-__all__ = ["KVCache", "Read", "open_cache"]
+__all__ = ["KVCache", "Layers", "Read", "open_cache"]
 
 BACKENDS: dict[str, type[DynamicKV]] = {"cpu": RecordedKV, "cuda": StaticKV}
 

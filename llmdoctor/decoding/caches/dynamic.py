@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from llmdoctor.decoding.caches.protocol import KVCache, Read
+from llmdoctor.decoding.caches.protocol import KVCache, Layers, Read
 from llmdoctor.errors import LoadError
 
 
@@ -141,6 +141,30 @@ class DynamicKV:
         self.length = max(self.length, other.length)
         join_layers(self.cache.layers, other.cache.layers, self.length)
 
+    def saved(self, row: int, slots_L: Tensor | None) -> Layers:
+        """See `KVCache`."""
+
+        def part(kv: Tensor) -> Tensor:
+            # a dynamic cache never writes into its tensors: it makes new ones
+            return kv if slots_L is None else kv[row : row + 1].index_select(2, slots_L.to(kv.device))
+
+        return [(part(layer.keys), part(layer.values)) for layer in self._filled()]
+
+    def load(self, rows: Sequence[Layers], length: int) -> None:
+        """See `KVCache`."""
+        cache = DynamicCache()
+        for parts in zip(*rows, strict=True):
+            layer = DynamicLayer()
+            layer.keys, layer.values = (_aligned(kvs, length) for kvs in zip(*parts, strict=True))
+            layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+            cache.layers.append(layer)
+        self._adopt(cache)
+        self.length = length
+
+    def _filled(self) -> list[Any]:
+        """The layers, cut to the rows and slots in use."""
+        return list(self.cache.layers)
+
     def _mend(self) -> None:
         """After an interrupted forward: cut the layers it had reached, or drop everything where that is not certain."""
         layers = self.cache.layers
@@ -187,7 +211,11 @@ def join_layers(layers: Sequence[Any], others: Sequence[Any], length: int) -> No
 
 def stacked(one: Any, other: Any) -> Tensor:
     """Both batches of keys or values [rows, heads, slots, width], right-aligned: the newest slots are the last."""
-    slots = max(one.shape[2], other.shape[2])
+    return _aligned((one, other), max(one.shape[2], other.shape[2]))
+
+
+def _aligned(kvs: Sequence[Tensor], slots: int) -> Tensor:
+    if len(kvs) == 1 and kvs[0].shape[2] == slots:
+        return kvs[0]
     # zeros, not garbage: the attention weight of an empty slot is 0, and 0 times NaN is NaN
-    padded = [torch.nn.functional.pad(kv, (0, 0, slots - kv.shape[2], 0)) for kv in (one, other)]
-    return torch.cat(padded)
+    return torch.cat([torch.nn.functional.pad(kv, (0, 0, slots - kv.shape[2], 0)) for kv in kvs])

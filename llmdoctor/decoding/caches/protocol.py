@@ -1,9 +1,13 @@
 """What the decoder asks of a KV cache, whatever keeps the keys and values."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
+
+# Keys and values [1, heads, slots, width] of each layer, for one row.
+Layers = Sequence[tuple[Tensor, Tensor]]
 
 
 class Read(NamedTuple):
@@ -49,6 +53,17 @@ class KVCache(Protocol):
         The shorter of the two gets empty slots on the left. ``other`` must not be used afterwards. Only where
         ``can_join`` holds for both.
         """
+        ...
+
+    def saved(self, row: int, slots_L: Tensor | None) -> Layers:
+        """The keys and values in these slots of a row; of an only row's every slot with None.
+
+        Nothing changes them later. Only where ``can_have_holes`` holds.
+        """
+        ...
+
+    def load(self, rows: Sequence[Layers], length: int) -> None:
+        """Fill this empty cache with saved rows, each at the end of ``length`` slots."""
         ...
 
     @property

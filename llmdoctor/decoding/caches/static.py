@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from llmdoctor.decoding.caches.dynamic import DynamicKV, stacked
-from llmdoctor.decoding.caches.protocol import KVCache, Read
+from llmdoctor.decoding.caches.protocol import KVCache, Layers, Read
 from llmdoctor.decoding.caches.recorded import close, holds
 from llmdoctor.errors import LLMDoctorWarning
 from llmdoctor.harmless import first_line
@@ -117,10 +117,16 @@ class StaticKV(DynamicKV):
         self.length, self.cache = max(self.length, other.length), None
         self._move(layers, slice(None), len(layers[0].keys), 0)
 
+    def saved(self, row: int, slots_L: Tensor | None) -> Layers:
+        """See `KVCache`."""
+        if slots_L is None and self.slots is not None:  # which are written into: a copy
+            slots_L = torch.arange(self.length)
+        return super().saved(row, slots_L)
+
     def _filled(self) -> list[Any]:
-        """The layers, cut to the rows and slots in use."""
+        """See `DynamicKV`."""
         if self.slots is None:
-            return list(self.cache.layers)
+            return super()._filled()
         rows = self.slots.used
         return [
             SimpleNamespace(keys=layer.keys[:rows, :, : self.length], values=layer.values[:rows, :, : self.length])

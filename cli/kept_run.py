@@ -1,0 +1,204 @@
+"""The answers of ``compare`` and ``eval`` while they are made, and the file of ``--output`` that keeps them.
+
+The file has a line of JSON per answer, written when the answer is finished. The same command goes on there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from llmdoctor.cli import options
+from llmdoctor.cli.terminal import Advance, every_ten_seconds, progress, say
+from llmdoctor.errors import LoadError, UsageError
+from llmdoctor.files import open_to_append, storage_errors
+from llmdoctor.harmless import json_text
+from llmdoctor.show.formats import counted
+
+if TYPE_CHECKING:
+    from llmdoctor.cli.compare_columns import Plan
+    from llmdoctor.comparing import Column, Key, Timed
+    from llmdoctor.profile import Profile
+    from llmdoctor.records import Question
+
+_NEVER_KEPT = "nothing was kept: with --output FILE every answer is, and the same command goes on there"
+
+
+class KeptRun:
+    """A run whose answers go to ``path``, one by one, and that takes those which are there already.
+
+    What ``plans``, ``questions`` and ``command`` say must be the same as for the answers that are there; where ``seed``
+    is None it is that of the file. ``weights`` tell the models of a server from others; by default the files of the
+    models do. Without a ``path`` nothing is kept. Raises UsageError for a file of another command or another ``seed``.
+    As a context it closes the file and says what is in it, also after Ctrl+C.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        plans: "Sequence[Plan]",
+        questions: "Sequence[Question]",
+        seed: int | None,
+        *,
+        rows: int,
+        weights: Sequence[str] | None = None,
+        **command: Any,
+    ) -> None:
+        from llmdoctor.comparing import Run
+
+        known: dict[Key, Timed] = {}
+        self._command = ""
+        if path is not None:
+            told = _weights(plan.profile for plan in plans) if weights is None else list(weights)
+            self._command = _fingerprint(plans, questions, {"weights": told, **command})
+            known, seed = _read(path, self._command, seed)
+        how = {name: command[name] for name in ("samples", "top", "follow") if name in command}
+        seed = options.fresh_seed() if seed is None else seed
+        self.run = Run(questions, seed, rows=rows, known=known, on_token=self._on_token, on_answer=self.keep, **how)
+        self.answers = 0
+        self._path = path
+        self._kept = len(known)
+        self._told = not known
+        self._tokens = self._total = 0
+        self._columns: dict[str, Column] = {}
+        self._file: TextIO | None = None
+        self._advance: Advance | None = None
+        self._plain: Callable[[str], None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()  # the reader of a FIFO waits for this
+        if kind is None:
+            if self._file is not None:
+                say(f"wrote {self._path}")
+        elif self._kept:
+            say(f"kept {counted(self._kept, 'answer')} in {self._path}; run the same command again to go on")
+        elif kind is KeyboardInterrupt and self._tokens:
+            say(_NEVER_KEPT if self._path is None else f"no answer was finished: {self._path} holds none")
+
+    def begin(self, columns: "Sequence[Column]") -> int:
+        """The answers that follow are those of these columns; how many of them are missing."""
+        self._columns |= {column.name: column for column in columns}
+        missing = self.run.missing(columns)
+        if not self._told:
+            all_of_them = f"all {counted(self._kept, 'answer')}" if self._kept > 1 else "the answer"
+            going_on = f"going on after {counted(self._kept, 'answer')}"
+            say(f"{self._path}: {going_on if missing else f'holds {all_of_them} already'}")
+            self._told = True
+        self._total = self.answers + missing
+        return missing
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Progress on stderr while answers are made."""
+        # it counts its ten seconds from the first answer on, not while models load
+        self._plain = self._plain or every_ten_seconds()
+        with progress("Asking", self._total, "answers", self._plain) as advance:
+            self._advance = advance
+            try:
+                yield
+            finally:
+                self._advance = None
+
+    def keep(self, key: "Key", timed: "Timed") -> None:
+        """Write the answer, on the disk before the next one is finished."""
+        self.answers += 1
+        if self._path is None:
+            return
+        if self._file is None:
+            self._file = open_to_append(self._path)
+        question, column = self.run.questions[key.question - 1], self._columns[key.column]
+        line = {
+            "id": question.id,
+            **key._asdict(),
+            "prompt": question.turns[key.turn - 1],
+            "settings": column.settings(column.seed(self.run.seed, key.sample)),
+            "answer": timed[0].to_dict(),
+            "seconds": timed[1],
+            "run_seed": self.run.seed,
+            "command": self._command,
+        }
+        with storage_errors(self._path):
+            self._file.write(json_text(line) + "\n")
+            self._file.flush()
+        self._kept += 1
+
+    def _on_token(self, _column: str, _token: object) -> None:
+        self._tokens += 1
+        if self._advance:
+            self._advance(counted(self._tokens, "token"), done=self.answers)
+
+
+def _read(path: Path, command: str, seed: int | None) -> "tuple[dict[Key, Timed], int | None]":
+    """The answers that are there, and their seed. A line that a stop has cut is removed from the file."""
+    from llmdoctor.comparing import Key
+    from llmdoctor.files import is_stream
+    from llmdoctor.records import Answer
+
+    if not path.exists() or is_stream(path):
+        return {}, seed
+    found: dict[Key, Timed] = {}
+    whole = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                data = json.loads(line)
+                theirs, run_seed = data["command"], data["run_seed"]
+                key = Key(data["column"], data["question"], data["sample"], data["turn"])
+                timed = Answer.from_dict(data["answer"]), data["seconds"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(
+                    f"{path} holds something else than answers of compare or eval: give another --output"
+                ) from error
+            if theirs != command:
+                raise UsageError(f"{path} holds answers of another command: give another --output, or remove it")
+            if seed not in (None, run_seed):
+                raise UsageError(
+                    f"{path} holds answers of seed {run_seed}, not {seed}: give another --output, or that seed"
+                )
+            seed, found[key] = run_seed, timed
+            whole += len(line)
+    with path.open("r+b") as file:
+        file.truncate(whole)
+    return found, seed
+
+
+def _fingerprint(plans: "Sequence[Plan]", questions: "Sequence[Question]", command: Mapping[str, Any]) -> str:
+    """What a run has to have in common with the one that it goes on with."""
+    columns = [
+        [
+            plan.name,
+            plan.profile.model_dump(mode="json", include={"patient", "doctors", "decode"}),
+            None if plan.guidance is None else plan.guidance.to_dict(),
+            plan.sampling.model_dump(mode="json"),
+        ]
+        for plan in plans
+    ]
+    turns = [question.turns for question in questions]
+    told = {"columns": columns, "prompts": turns, **command}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _weights(profiles: "Iterable[Profile]") -> dict[str, str]:
+    """What tells the models at every place from others that were there before; each place is read once."""
+    from llmdoctor.model_source import doctor_fingerprint, model_fingerprint
+
+    profiles = list(profiles)
+    found = {
+        place: doctor_fingerprint(place)
+        for place in {str(doctor.checkpoint) for profile in profiles for doctor in profile.doctors.values()}
+    }
+    for model in {profile.patient.model for profile in profiles}:
+        with suppress(LoadError):  # a model of the hub that is not here yet
+            found[model] = model_fingerprint(model)
+    return found

