@@ -87,7 +87,7 @@ def test_set_changes_guidance_and_sampling(run, assistant):
     assert guidance.alpha == 0.5
     assert guidance.betas == {"helpful": 2.0, "safe": 0.9}
     assert (sampling["temperature"], sampling["top_k"], sampling["seed"]) == (0.0, 4, 5)
-    assert "alpha 0.5, beta helpful=2 safe=0.9, greedy, top-k 4, no-repeat-ngram 6, seed 5" in result.stderr
+    assert "alpha 0.5, beta helpful=2 safe=0.9, greedy, top-k 4, no-repeat-ngram 2, seed 5" in result.stderr
     assert result.stdout == "one two three\n"
 
 
