@@ -287,10 +287,9 @@ class ChatScreen(ConversationScreen):
         if self.live:
             return [*stop, *common, sliders, inspect, lens]
         return [*common, inspect, lens, sliders, (key("chat.rerun"), "again", "screen.rerun"),
-                (key("chat.regenerate"), "new seed", "screen.regenerate"),
+                ("^P", "all", "app.command_palette"), (key("chat.regenerate"), "new seed", "screen.regenerate"),
                 (key("chat.edit"), "edit", "screen.edit"), (key("chat.copy"), "copy", "screen.copy"),
-                (key("chat.sessions"), "conversations", "screen.sessions"),
-                ("^P", "all", "app.command_palette")]  # fmt: skip
+                (key("chat.sessions"), "conversations", "screen.sessions")]  # fmt: skip
 
     # Sliders
 

@@ -36,7 +36,7 @@ class Hints(Widget):
         line, room = Content(), self.content_size.width
         for key, what, action in self.hints:
             gap = _GAP if line.plain else ""
-            markup = "[bold $accent]$key[/] $what"
+            markup = "[bold $text-accent]$key[/] $what"
             hint = Content.from_markup(f"[@click={action}]{markup}[/]" if action else markup, key=key, what=what)
             if cell_len(line.plain + gap + hint.plain) > room:
                 break
