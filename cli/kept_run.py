@@ -75,7 +75,9 @@ class KeptRun:
         self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()  # the reader of a FIFO waits for this
+            # the reader of a FIFO waits for this; a failed write fails here again
+            with suppress(OSError) if kind is not None or self._path is None else storage_errors(self._path):
+                self._file.close()
         if kind is None:
             if self._file is not None:
                 say(f"wrote {self._path}")

@@ -146,7 +146,7 @@ def test_a_template_that_grows_takes_no_memory_from_its_caller(tiny_tokenizer):
 
 
 def test_ctrl_c_ends_a_rendering_at_once_and_the_next_one_is_right(tiny_tokenizer):
-    later = "{% if messages[0].content == 'loop' %}" + ENDLESS["the text of nested lists"] + "{% endif %}" + TURN
+    later = "{% if messages[0].content == 'loop' %}" + ENDLESS["nested lists that are equal"] + "{% endif %}" + TURN
     template = ChatTemplate.of(with_template(tiny_tokenizer, later))
     threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
     began = time.monotonic()

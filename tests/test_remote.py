@@ -476,7 +476,7 @@ def test_compare_on_a_server_is_compare_here(here: LLMdoctor, url: str, tmp_path
     assert found["guided"]["text"] == expected.guided.text
     assert found["vs"][0]["answer"]["text"] == here.generate(question, seed=4, guidance=strong)
     assert found["settings"] == json.loads(json.dumps(dict(expected.settings)))
-    assert done.stderr.splitlines()[-1] == "[]"
+    assert "[]" in done.stderr.splitlines()
     assert "holds all 3 answers" in command(*asked).stderr
 
 

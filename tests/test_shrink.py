@@ -346,12 +346,13 @@ def test_another_patients_model_is_no_base_and_a_poor_draft(
         LLMdoctor(other.name, draft_model=small, device="cpu")
     assert LLMdoctor(small, draft_model=small, device="cpu").generate("Hi", max_new_tokens=3, seed=1) is not None
     shutil.copytree(small, tmp_path / "odd")
-    for content in ("[]", "{}", '{"patient_fingerprint": 3}'):
+    for content in ("{}", '{"patient_fingerprint": 3}'):
         (tmp_path / "odd" / MARKER).write_text(content)
         assert "another patient" in (shrunk_from_another(tmp_path / "odd", patient.fingerprint, "mine") or "")
-    (tmp_path / "odd" / MARKER).write_text("{")
-    with pytest.raises(LoadError, match="cannot read"):
-        shrunk_from_another(tmp_path / "odd", patient.fingerprint, "mine")
+    for content, words in (("{", "cannot read"), ("[]", "expected a JSON object")):
+        (tmp_path / "odd" / MARKER).write_text(content)
+        with pytest.raises(LoadError, match=words):
+            shrunk_from_another(tmp_path / "odd", patient.fingerprint, "mine")
 
 
 def test_a_draft_model_of_a_short_context_leaves_the_answer_its_length() -> None:

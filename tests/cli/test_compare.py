@@ -179,7 +179,8 @@ def test_further_columns_say_what_each_would_say_alone(run):
         assert one["metrics"]["kl"] == pytest.approx(by_itself["metrics"]["kl"], abs=1e-3)
 
 
-def test_further_columns_in_every_form(run, prompts):
+def test_further_columns_in_every_form(run, prompts, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # speeds have as many digits as the machine is fast
     vs = ("--vs", "helpful=3", "--vs", "system_prompt='Be brief.'")
     files = ("--html", "a.html", "--markdown", "a.md", "--svg", "a.svg", "--mt-bench", "mt", "--output", "a.jsonl")
     made = run("compare", "--prompts", prompts, *SHORT, *vs, *files, "--json")

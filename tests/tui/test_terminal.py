@@ -120,7 +120,7 @@ def test_it_leaves_when_its_terminal_is_gone_without_a_signal():
 
 def test_a_failed_load_is_the_command_lines_line_and_exit_code(tmp_path):
     program = Terminal("chat", "--patient", str(tmp_path / "nowhere"))
-    seen = program.until("Press q")
+    seen = program.until("leave")
     assert "error:" in seen
     assert "nowhere" in seen
     program.press("q")
