@@ -303,7 +303,7 @@ def table(found: Sequence[dict[str, Any]], profile: str) -> Iterator[str]:
         if "beside" in one:
             neighbours.setdefault((one["beside"], one["way"]), []).append(one)
     if neighbours:
-        yield "\nGaps between the tokens of a stream: median, 95%, longest, without and with a long prompt beside.\n"
+        yield "\nGaps between a stream's tokens: median, 95%, longest, without and with a long prompt that comes.\n"
         yield "| words of the prompt | server | calm | beside it | answer, times as long | the prompt's answer |"
         yield "|---|---|---|---|---|---|"
     for (words, way), runs in neighbours.items():
