@@ -145,7 +145,15 @@ def test_a_template_that_grows_takes_no_memory_from_its_caller(tiny_tokenizer):
     assert most("self") - before < 1 << 27
 
 
-def test_ctrl_c_ends_a_rendering_at_once_and_the_next_one_is_right(tiny_tokenizer):
+@pytest.fixture
+def interruptible():
+    """A shell's background job ignores SIGINT, and so would the tests in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_rendering_at_once_and_the_next_one_is_right(tiny_tokenizer, interruptible):
     later = "{% if messages[0].content == 'loop' %}" + ENDLESS["nested lists that are equal"] + "{% endif %}" + TURN
     template = ChatTemplate.of(with_template(tiny_tokenizer, later))
     threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
