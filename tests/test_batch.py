@@ -371,6 +371,26 @@ def test_what_prompts_begin_with_is_read_once(
     assert prefixes.size == sum(held.size for held in prefixes._held.values())
 
 
+@pytest.mark.parametrize("tokens", [5, 6, 7, 8])
+def test_what_was_drafted_beyond_the_end_of_an_answer_is_not_kept(tokens: int) -> None:
+    """The doctor is the patient, so that all drafts stand and the answer ends in the middle of one."""
+    model = tiny("llama", seed=3)
+    patient, doctors = patient_of(model), {"a": doctor_of(model, "a")}
+    own, prefixes = Guidance(1.0, {"a": 0.5}), SharedPrefixes(1 << 30)
+
+    def ask(prompt: list[int]) -> Request:
+        return Request(prompt, lambda: own, Sampling(max_new_tokens=tokens), seed=2)
+
+    batch = Batch(patient, doctors, drafting=FixedLength(3), pieces=FixedPieces(50), prefixes=prefixes)
+    batch.join([ask(drawn_at(1, 40))])
+    first = ids_of(answered(batch)[0])
+    second = ask([*drawn_at(1, 40), *first, 7, 8])
+    batch.join([second])
+    assert ids_of(answered(batch)[1]) == ids_of(alone(patient, doctors, second))
+    assert all(len(ids) == held.length for ids, held in prefixes._held.items())
+    assert prefixes.reused >= 40 + len(first) - 5
+
+
 def test_what_is_kept_of_prompts_is_bounded_and_the_least_used_goes() -> None:
     patient = patient_of(tiny("llama", seed=3))
 
