@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from llmdoctor.sessions import SessionStore
 from llmdoctor.tui.guard import take_any_bytes
 
 SIZE = struct.pack("HHHH", 40, 120, 0, 0)
@@ -92,6 +93,36 @@ def test_the_program_in_a_terminal_talks_stops_quits_and_goes_on():
     again.press("\x11")  # Ctrl+Q, while the models may still be loading
     code, rest = again.end()
     assert code == 0, rest
+
+
+@pytest.mark.slow
+def test_chat_killed_in_the_middle_of_an_answer_keeps_every_turn_that_was_finished(tmp_path):
+    """SIGKILL, after which nothing can be saved; the next start goes on with what was."""
+    store = SessionStore(tmp_path / "sessions.sqlite3")
+
+    def finished():
+        return [turn for kept in store.list() for turn in store.load(kept.id).turns]
+
+    program = Terminal("chat", "--seed", "1")
+    program.until("α patient")
+    program.press("How can I sleep better?\r")
+    end = time.monotonic() + 120
+    while not finished() and time.monotonic() < end:
+        program.read()
+    (kept,) = finished()
+    program.output = ""
+    program.press("How do I boil an egg?\r")
+    program.until(r"\d+ flips, KL")
+    program.child.send_signal(signal.SIGKILL)
+    assert program.end()[0] == -signal.SIGKILL
+    assert finished()[0] == kept
+    assert [turn.prompt for turn in finished()] in (["How can I sleep better?"], [kept.prompt, "How do I boil an egg?"])
+    again = Terminal("chat", "--continue")
+    again.until("How can I sleep better")
+    again.press("\x11")
+    code, rest = again.end()
+    assert code == 0, rest
+    assert finished()[0] == kept
 
 
 @pytest.mark.slow
