@@ -123,6 +123,7 @@ def compare(
         raise UsageError(f"--lens must be one of {', '.join(LENSES)}, got {lens!r}")
     there = None
     if server is not None:
+        _require_none("--server: a server does not follow answers", {"--follow": follow}, "leave out --follow")
         there = remote.connect(server, api_key, guided, trust_remote_code=trust_remote_code)
     settings = options.guided_profile(guided) if there is None else remote.settings_on(there.profile, guided)
     if lens_doctor is not None and lens_doctor not in settings.doctors:

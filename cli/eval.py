@@ -195,7 +195,7 @@ def _with_own_patient(settings: "Profile") -> "Profile":
     from llmdoctor.profile import override
 
     meta = read_json(require_doctor(next(iter(settings.doctors.values())).checkpoint) / DOCTOR, DoctorFile)
-    rewards = meta.get("rewards", {}) if isinstance(meta, dict) else {}
+    rewards = meta.get("rewards", {})
     if not rewards.get("patient") or rewards.get("patient_fingerprint") == model_fingerprint(settings.patient.model):
         return settings
     say(f"taking the patient that the doctor was trained for: {rewards['patient']} (--patient names another)")

@@ -66,10 +66,8 @@ class RemoteModels(Models):
                 raise UsageError(f"--vs: a server has its own models: expected {wanted}, got {plan.name!r}")
 
     def columns(self, plans: Sequence[Plan], kept: "KeptRun", *, silent: bool = False) -> "list[Column]":
-        """The plans as columns that the server answers. Raises UsageError for --follow, which it cannot do."""
+        """The plans as columns that the server answers."""
         del silent
-        if kept.run.follow:
-            raise UsageError("--server: a server does not follow answers: leave out --follow")
         columns = [plan.column(self._remote) for plan in plans]
         kept.begin(columns)
         return columns

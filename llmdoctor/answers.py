@@ -6,7 +6,6 @@ each other, so they count as one group, and the interval is over groups.
 
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
@@ -131,13 +130,17 @@ def share(
 def share_difference(
     first: Sequence[float], second: Sequence[float], groups: Sequence[Hashable] | None = None
 ) -> Estimate:
-    """share(first) - share(second) of the same cases in [-1, 1], with Newcombe's 95% interval for paired shares (1998).
+    """share(first) - share(second) of the same cases in [-1, 1], with Newcombe's 95% interval for paired shares.
 
-    It joins the two Wilson intervals by the correlation of the cases, so it does not pass -1 or 1.
+    That is method 10 of Newcombe (1998). It joins the two Wilson intervals by the correlation of the cases, so it does
+    not pass -1 or 1. A correlation above 0 is corrected for continuity: few cases that agree do not make it certain.
     """
     a, b = share(first, groups), share(second, groups)
-    both_vary = len(set(first)) > 1 and len(set(second)) > 1
-    together = statistics.correlation(first, second) if both_vary else 0.0
+    n = len(first)
+    product = n * sum(x * y for x, y in zip(first, second, strict=True)) - sum(first) * sum(second)
+    spreads = (math.sqrt(max(0.0, n * sum(x * x for x in cases) - sum(cases) ** 2)) for cases in (first, second))
+    spread = math.prod(spreads)
+    together = (max(product - n / 2, 0.0) if product > 0 else product) / spread if spread else 0.0
 
     def reach(one: float, other: float) -> float:
         return math.sqrt(max(0.0, one**2 + other**2 - 2 * together * one * other))

@@ -107,6 +107,10 @@ class ChatTemplate:
             raise LoadError(f"the chat template of {self._name} fails: {failed}") from failed
 
 
+class _NotStartedError(LoadError):
+    """The process in which templates run cannot be started."""
+
+
 class _FailedError(Exception):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -118,6 +122,8 @@ def _checked(source: str, special: tuple[tuple[str, str], ...], name: str) -> Ch
     """The template, or why it cannot be used: that is found out once, since it may take seconds."""
     try:
         return ChatTemplate(source, dict(special), name)
+    except _NotStartedError:
+        raise  # that may change
     except LoadError as error:
         return str(error)
 
@@ -142,7 +148,7 @@ class _Process:
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                with suppress(BrokenPipeError):
+                with suppress(OSError):  # it is gone: there will be no answer
                     process.stdin.write(request + b"\n")
                     process.stdin.flush()
                 answer = process.stdout.readline()
@@ -157,27 +163,38 @@ class _Process:
         kind, text = json.loads(answer)
         return kind, text
 
-    def end(self) -> None:
-        with self._lock:
-            self._end()
+    def kill(self) -> None:
+        """End it without waiting for a conversation that another thread has given it."""
+        if (running := self._running) is not None:
+            running.kill()
 
     def _end(self) -> None:
+        self.kill()
         if self._running is not None:
-            self._running.kill()
-            with self._running:  # closes its pipes and waits for it
-                self._running = None
+            # closes its pipes and waits for it; what it did not read cannot be written any more
+            with suppress(OSError), self._running:
+                pass
+            self._running = None
 
 
 def _start() -> subprocess.Popen[bytes]:
     # the first line is for -I and -S, which start it quickly and without what the user's environment adds
     program = "import runpy, sys; file, *sys.path[len(sys.path):] = sys.argv[1:]; runpy.run_path(file, {}, '__main__')"
     command = [sys.executable, "-I", "-S", "-c", program, str(template_process.__file__), *sys.path]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=os.sep
-    )
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, cwd=os.sep)
+    except OSError as error:
+        raise _NotStartedError(f"the process for chat templates cannot be started: {error}. Try again") from error
+    assert process.stdout is not None
+    if process.stdout.readline() != template_process.READY:
+        with process:
+            process.kill()
+        raise _NotStartedError("the process for chat templates ended as it started: is memory short? Try again")
+    return process
 
 
 _process = _Process()
-atexit.register(_process.end)
+atexit.register(_process.kill)
 if hasattr(os, "register_at_fork"):  # a child's answers are not its parent's
     os.register_at_fork(after_in_child=_process.__init__)  # type: ignore[misc]

@@ -30,6 +30,8 @@ LONGEST = 1 << 24
 """Characters of a conversation: a context of a million tokens has fewer."""
 MEMORY = 1 << 29
 """Bytes that the process may take, on Linux."""
+READY = b"ready\n"
+"""Its first line."""
 _TOO_MUCH = "stopped", f"it took more than {MEMORY >> 20} MiB of memory"
 
 
@@ -40,6 +42,8 @@ def serve() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    sys.stdout.buffer.write(READY)
+    sys.stdout.buffer.flush()
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         for line in sys.stdin.buffer:
             request = json.loads(line)

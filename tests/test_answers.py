@@ -134,3 +134,10 @@ def test_the_interval_of_a_difference_of_shares_of_the_same_cases(both):
     assert 0.92 < covered / 1000 < 0.99, covered
     assert share_difference([1, 1], [0, 0]).value == 1
     assert share_difference([1, 1], [0, 0]).low < 1
+
+
+def test_few_cases_that_agree_are_not_certain_to():
+    """As when an untrained doctor is compared with its base."""
+    few, many = (share_difference(cases, cases) for cases in ([1, 1, 0, 0], [1, 1, 0, 0] * 50))
+    assert few.value == many.value == 0
+    assert few.low == -few.high < many.low == -many.high < 0

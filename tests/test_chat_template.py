@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -186,6 +187,31 @@ def test_a_process_of_templates_that_was_killed_is_started_again(tiny_tokenizer)
     chat_template._process._running.kill()
     chat_template._process._running.wait()
     assert template.render(ASKED) == wanted
+
+
+def test_a_process_of_templates_that_ends_while_it_is_asked_is_told_and_started_again(tiny_tokenizer, monkeypatch):
+    template = ChatTemplate.of(tiny_tokenizer)
+    wanted = template.render(ASKED)
+    running = chat_template._process._running
+    running.kill()
+    running.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "poll", lambda: None)  # as if it was killed a moment later
+        with pytest.raises(LoadError, match="was stopped"):
+            template.render(ASKED)
+    assert template.render(ASKED) == wanted
+
+
+def test_a_process_of_templates_that_cannot_start_does_not_condemn_the_template(tiny_tokenizer, monkeypatch):
+    chat_template._process._running.kill()
+    chat_template._process._running.wait()
+    tokenizer = with_template(tiny_tokenizer, TURN + "{# of this test #}")
+    for broken, words in (("/nowhere/python", "cannot be started"), ("/bin/false", "ended as it started")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", broken)
+            with pytest.raises(LoadError, match=words):
+                ChatTemplate.of(tokenizer)
+    assert ChatTemplate.of(tokenizer).render(ASKED) == "[user]Why is the sky blue?[model]"
 
 
 def test_what_a_conversation_holds_reaches_the_template_as_it_is(tiny_tokenizer):

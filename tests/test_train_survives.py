@@ -128,3 +128,15 @@ def test_what_a_run_killed_while_saving_left_is_cleared_at_the_next_start(world:
     assert not steps
     assert names(tmp_path) == {"doctor"}
     assert (output / "doctor.json").read_bytes() == made
+
+
+@pytest.mark.parametrize(
+    ("state", "whole"),
+    [('{"log_history": [{"eval_loss": Infinity, "grad_norm": NaN}]}', True), ('{"log_history": [', False), ("", False)],
+)
+def test_a_checkpoint_whose_losses_are_no_numbers_is_whole(state, whole, tmp_path):
+    """The trainer logs what is infinite; what is not whole is removed at the next start."""
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == (checkpoint if whole else None)

@@ -16,7 +16,7 @@ from typing import Any
 
 from llmdoctor.artefacts import Artefact
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.files import read_json, write_json
+from llmdoctor.files import read_json, read_text, write_json
 from llmdoctor.training.progress import Progress
 
 
@@ -28,10 +28,11 @@ def last_checkpoint(work: Path) -> Path | None:
 def whole_checkpoints(work: Path) -> set[Path]:
     """The complete checkpoints in a working folder."""
     complete = set()
-    # the trainer writes the state last: a checkpoint whose state can be read is complete
+    # The trainer writes the state last: a checkpoint whose state can be read is complete. Not by `read_json`, which
+    # refuses infinity: the trainer logs a loss of that value.
     for state in work.glob("checkpoint-*/trainer_state.json"):
-        with suppress(LoadError):
-            read_json(state, Artefact)
+        with suppress(OSError, ValueError, RecursionError):
+            json.loads(read_text(state))
             complete.add(state.parent)
     return complete
 
