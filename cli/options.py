@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 
 from llmdoctor.cli.terminal import narrate, waiting
-from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
+from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.schema import Settings, checked, help_text
 from llmdoctor.settings import (
     COMBINATION,
@@ -312,30 +312,10 @@ def parse_number(name: str, text: str) -> float:
 
 
 def parse_doctors(values: Sequence[str]) -> dict[str, str]:
-    """``NAME=PATH`` or ``PATH``; without a name here, a doctor has the one in its doctor.json."""
-    from llmdoctor.files import present
+    """``NAME=PATH`` or ``PATH``; see `named_doctors`."""
+    from llmdoctor.profile import named_doctors
 
-    doctors: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or "/" in name or present(Path(value)):
-            name, path = _own_name(Path(value)), value
-        if not name or not path:
-            raise UsageError(f"--doctor: expected PATH or NAME=PATH, got {value!r}")
-        if name in doctors:
-            raise UsageError(f"--doctor: two doctors are named {name!r}; tell them apart with NAME=PATH")
-        doctors[name] = path
-    return doctors
-
-
-def _own_name(checkpoint: Path) -> str:
-    from llmdoctor.artefacts import DoctorFile
-    from llmdoctor.files import read_json, user_path
-
-    try:
-        return str(read_json(user_path(checkpoint) / "doctor.json", DoctorFile).get("name") or "doctor")
-    except LoadError:
-        return "doctor"  # loading the doctor reports what is wrong with its folder
+    return named_doctors(values, "--doctor")
 
 
 def guided_profile(given: Mapping[str, Any], profile: "Profile | None" = None) -> "Profile":

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from llmdoctor.errors import ProfileError
-from llmdoctor.files import config_folder, present, read_text, user_path
+from llmdoctor.artefacts import DoctorFile
+from llmdoctor.errors import LoadError, ProfileError, UsageError
+from llmdoctor.files import DOCTOR, config_folder, present, read_json, read_text, user_path
 from llmdoctor.schema import Settings, SettingsT, complaint, hint, shown
 from llmdoctor.settings import (
     DataSettings,
@@ -237,3 +238,28 @@ def _nodes(node: yaml.Node, counted: dict[int, int]) -> int:
     parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
     counted[id(node)] = 1 + sum(_nodes(part, counted) for part in parts)
     return counted[id(node)]
+
+
+def named_doctors(values: Iterable[str], option: str) -> dict[str, str]:
+    """Folders by name, of ``NAME=PATH`` or ``PATH``: without a name here, a doctor has the one in its doctor.json.
+
+    Raises UsageError, which names the ``option``, for a value without a path and for a name that comes twice.
+    """
+    doctors: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or "/" in name or present(Path(value)):
+            name, path = _own_name(Path(value)), value
+        if not name or not path:
+            raise UsageError(f"{option}: expected PATH or NAME=PATH, got {value!r}")
+        if name in doctors:
+            raise UsageError(f"{option}: two doctors are named {name!r}; tell them apart with NAME=PATH")
+        doctors[name] = path
+    return doctors
+
+
+def _own_name(checkpoint: Path) -> str:
+    try:
+        return str(read_json(user_path(checkpoint) / DOCTOR, DoctorFile).get("name") or "doctor")
+    except LoadError:
+        return "doctor"  # loading the doctor reports what is wrong with its folder

@@ -575,3 +575,19 @@ def test_the_time_of_a_round_is_the_models_own(monkeypatch: pytest.MonkeyPatch) 
         rounds += 1
     assert rounds > 3
     assert 0 < drafting.total < time.perf_counter() - began - slept + 0.05  # with all the sleep it would be .15 more
+
+
+@pytest.mark.parametrize(("kind", "most"), [("llama", 0), ("gemma3", 1 << 30)])
+def test_where_nothing_can_be_kept_no_prompt_waits_for_another(kind: str, most: int) -> None:
+    """A store without room, and layers that see a window only."""
+    patient = patient_of(tiny(kind, seed=3))
+    start = drawn_at(1, 40)
+
+    def ask(last: int) -> Request:
+        return Request([*start, last], Guidance, Sampling(max_new_tokens=2), seed=last)
+
+    batch = Batch(patient, {}, pieces=FixedPieces(1000), prefixes=SharedPrefixes(most))
+    batch.join([ask(1)])
+    answered(batch)
+    batch.join([ask(last) for last in range(2, 8)])
+    assert len({step.row for step in batch.round()}) == 6

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,10 @@ def events(*data: Any, end: bytes = b"data: [DONE]\n\n") -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + b": still here\n\n" + b"".join(lines) + end
 
 
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth else []
+
+
 def chunk(finish: str | None = None, **token: Any) -> dict[str, Any]:
     choice = {"index": 0, "finish_reason": finish, "llmdoctor": {"tokens": [TOKEN | token]}}
     return {"id": "chatcmpl-1", "choices": [choice]}
@@ -373,6 +378,7 @@ def chunk(finish: str | None = None, **token: Any) -> dict[str, Any]:
         (events(chunk(betas={"\x1b": 1.0})), "every doctor"),
         (events(chunk(top=[{"id": 1}])), "top"),
         (events(chunk(top=[OTHER] * 3)), "many"),
+        (events(chunk(top=nested(500))), "cannot be read"),
         (events(b"{"), "not a JSON object"),
         (events(b'{"a": ' + b"9" * 5000 + b"}"), "not a JSON object"),
         (events(b"x" * (2 << 20)), "bytes"),
@@ -395,6 +401,18 @@ def test_numbers_that_json_does_not_have_come_back(there: RemoteDoctor) -> None:
         (token,) = RemoteDoctor(address).stream("Why?", max_new_tokens=8)
     assert (token.patient_logprob, token.kl) == (float("-inf"), float("inf"))
     assert token.values["d"] != token.values["d"]
+
+
+def test_who_hangs_up_while_a_stream_connects_is_heard(there: RemoteDoctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = HTTPConnection.connect
+
+    def slowly(connection: HTTPConnection) -> None:
+        connect(connection)
+        there.hang_up()  # as another thread does meanwhile
+
+    monkeypatch.setattr(HTTPConnection, "connect", slowly)
+    with pytest.raises(ServerError, match="hung up"):
+        next(there.stream("Why?", seed=1))
 
 
 def test_a_silent_server_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

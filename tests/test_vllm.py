@@ -318,6 +318,14 @@ def test_wrong_environment(environment: Callable[..., None], tiny_model: Callabl
         steered()
     environment(LLMDOCTOR_DOCTOR=f"kind={CLINIC / 'helpful'}", LLMDOCTOR_BETA="0.5")
     assert steered().guidance.betas == {"kind": 0.5}
+    asked = [steered().guidance_of({"beta": beta}) for beta in (1.5, 1.5, 2)]
+    assert asked[0] is asked[1] is not asked[2]
+    environment(LLMDOCTOR_DOCTOR=f"{CLINIC / 'helpful'}, {CLINIC / 'safe'}")
+    assert list(steered().doctors) == ["helpful", "safe"]
+    environment(LLMDOCTOR_DOCTOR=f"a={CLINIC / 'helpful'},a={CLINIC / 'safe'}")
+    with pytest.raises(UsageError, match="LLMDOCTOR_DOCTOR: two doctors are named 'a'"):
+        steered()
+    environment(LLMDOCTOR_DOCTOR=str(CLINIC / "helpful"))
     other = str(tiny_model("llama"))
     with pytest.raises(VocabularyError, match="has another tokenizer"):
         Steering(other, other, torch.device("cpu"), longest=100)

@@ -79,7 +79,9 @@ class Batch:
         self.patient, self.doctors, self.top, self.drafting = patient, doctors, top, drafting
         self.follow = follow
         self.with_bases, self.prefix_cache = with_bases, prefix_cache
-        self.pieces, self.prefixes = pieces, prefixes
+        self.pieces = pieces
+        # a store without room would only make prompts wait for each other
+        self.prefixes = prefixes if prefixes is not None and prefixes.most else None
         self.draft_model = draft_model if drafting is not None else None
         self.context = min([patient.context, *(context_of(doctor.model) for doctor in doctors.values())])
         # On a CPU, this thread's own time: it holds the busy waiting for torch's threads, but not the time that other
@@ -229,11 +231,13 @@ class Batch:
         prompt = row.request.prompt
         if self.prefixes is None:
             return len(prompt)
-        known = self.prefixes.length(prompt)
+        known, own = self.prefixes.length(prompt), tuple(prompt[:-1])
         others = {lane.rows[0]: max(known, lane.models.slots - 1) + 1 for lane in self._arriving}
         others |= dict.fromkeys(before, known + WORTH)  # for less it would miss being read together with them
         for other, worth in others.items():
-            if common(tuple(other.request.prompt), tuple(prompt[:-1])) >= max(worth, WORTH):
+            ids = other.request.prompt
+            # most begin otherwise, which is told at a glance
+            if tuple(ids[:WORTH]) == own[:WORTH] and common(tuple(ids), own) >= max(worth, WORTH):
                 return None
         return len(prompt) - known
 
@@ -270,6 +274,8 @@ class Batch:
             return
         if (prefix := lane.models.prefix(at, drafted)) is not None:
             self.prefixes.add(row.history, prefix)
+        else:
+            self.prefixes = None  # of these models nothing can be kept: no prompt is to wait for another
 
     def _next_round(self, lane: _Lane, all_lanes: "_Clock") -> Iterator[Step]:
         """Draft, let every model read the drafts, draw, and take back what was rejected."""

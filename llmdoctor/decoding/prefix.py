@@ -84,7 +84,8 @@ class SharedPrefixes:
     """Prompts and answers that were read, for all rows of a batch: at most ``most`` bytes, the least recently used go.
 
     Where `PrefixCache` goes on with the caches of one conversation, this gives every row its own copy. ``hits`` counts
-    the prompts that found a beginning, ``reused`` the tokens that they did not have to read, ``size`` the bytes in use.
+    the prompts that found a beginning, ``reused`` its tokens, ``size`` the bytes in use. Prompts that are read
+    in one forward are all read from where the least is known.
     """
 
     def __init__(self, most: int) -> None:

@@ -81,6 +81,7 @@ class RemoteDoctor:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
+        self._hang_ups = 0
         info = self._info()
         self.profile = self._profile(info)
         self.weights = tuple(info.weights)
@@ -191,6 +192,7 @@ class RemoteDoctor:
     def hang_up(self) -> None:
         """End all running streams, from any thread: the one who waits for a token gets ServerError."""
         with self._lock:
+            self._hang_ups += 1
             for one in self._sockets:
                 with suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
@@ -250,8 +252,10 @@ class RemoteDoctor:
                     count += 1
                     yield _Said(token, finish)
                 if guided and fixed is None and not finish and self._guidance is not guidance:
-                    guidance = self._guidance
-                    self._change(event.get("id"), guidance)
+                    wanted = self._guidance
+                    with suppress(BusyError):  # the next token asks again
+                        self._change(event.get("id"), wanted)
+                        guidance = wanted
         if not finish:
             self._unreadable("an answer without an end")
 
@@ -323,7 +327,7 @@ class RemoteDoctor:
             token = _TOKEN.validate_json(json.dumps(_filled(data)), strict=True)
         except ValidationError as error:
             self._unreadable(_finding(error))
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             self._unreadable(f"a token: {error}")
         names = set(self.doctor_names)
         numbers = [token.values, token.betas, token.doctor_logprobs, *(one.doctor_logprobs for one in token.top)]
@@ -348,7 +352,7 @@ class RemoteDoctor:
         self, method: str, path: str, body: Mapping[str, Any] | None, silent: float = _SILENT_SECONDS
     ) -> Iterator[HTTPResponse]:
         """A response with status 200. Raises UsageError for what the server finds wrong with the request."""
-        host, port = str(self._url.hostname), self._url.port
+        host, port, hang_ups = str(self._url.hostname), self._url.port, self._hang_ups
         if self._url.scheme == "https":
             connection: HTTPConnection = HTTPSConnection(host, port, timeout=_CONNECT_SECONDS, context=self._tls)
         else:
@@ -366,6 +370,8 @@ class RemoteDoctor:
             self._sockets.add(held)
         response = None
         try:
+            if self._hang_ups != hang_ups:  # while it was connecting
+                raise ConnectionAbortedError("this side hung up")
             held.settimeout(silent)
             connection.request(method, self._url.path + path, None if body is None else json.dumps(body), self._headers)
             response = connection.getresponse()

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmdoctor.assistant import LLMdoctor, with_strengths
 from llmdoctor.decoding.batch import Batch
-from llmdoctor.decoding.prefill import Pieces, TimedPieces
+from llmdoctor.decoding.prefill import TimedPieces
 from llmdoctor.decoding.prefix import SharedPrefixes
 from llmdoctor.decoding.rows import Request, Step
 from llmdoctor.errors import LLMDoctorError, UsageError
@@ -71,7 +71,7 @@ class Engine:
 
     Every job is answered as if it were alone. While jobs run, nothing else may use ``assistant``: models are not made
     for several threads. ``longest`` bounds every prompt, in tokens; ``prefix_bytes`` what is kept of prompts and
-    answers for those that begin alike. ``pieces`` chooses how much of a prompt is read between two rounds.
+    answers for those that begin alike.
     """
 
     def __init__(
@@ -82,10 +82,9 @@ class Engine:
         queue: int = 256,
         longest: int | None = None,
         prefix_bytes: int = 512 << 20,
-        pieces: Pieces | None = None,
     ) -> None:
         self.assistant, self.rows, self.queue, self.metrics = assistant, rows, queue, Metrics()
-        self.prefixes, self._pieces = SharedPrefixes(prefix_bytes), pieces or TimedPieces()
+        self.prefixes, self._pieces = SharedPrefixes(prefix_bytes), TimedPieces()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by row
         self._changed = threading.Condition()

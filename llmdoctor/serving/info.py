@@ -58,7 +58,7 @@ def info(engine: "Engine", name: str, longest: int, about: About) -> dict[str, A
         },
         "weights": list(about.weights),
         "token_names": dict(assistant.token_names),
-        "vocabulary": max(assistant.patient.vocabulary.ids.values()) + 1,
+        "vocabulary": assistant.patient.vocabulary.size,
         "longest_answer": longest,
     }
 

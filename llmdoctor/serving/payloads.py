@@ -67,8 +67,9 @@ class Shape:
             choice["delta" if delta else "message"] = (
                 content if delta else {"role": "assistant", "refusal": None, **content}
             )
-            content_logprobs = [_logprob(token, self.top) for token in spoken]
-            choice["logprobs"] = {"content": content_logprobs, "refusal": None} if self.logprobs else None
+            choice["logprobs"] = None
+            if self.logprobs:
+                choice["logprobs"] = {"content": [_logprob(token, self.top) for token in spoken], "refusal": None}
         choice["finish_reason"] = _FINISHES[finish] if finish else None
         if self.details:
             choice["llmdoctor"] = {"tokens": [finite(token.to_dict()) for token in tokens]}

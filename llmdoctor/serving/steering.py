@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +22,14 @@ from llmdoctor.decoding.product import product
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.model_source import ModelSource
 from llmdoctor.models import Vocabulary, context_of, load_tokenizer
-from llmdoctor.profile import load_profile
+from llmdoctor.profile import load_profile, named_doctors
 from llmdoctor.schema import hint
+from llmdoctor.serving.requests import GUIDANCE
 from llmdoctor.set_command import parse_settings
 from llmdoctor.settings import DecodeSettings, DoctorSettings, Guidance, Sampling, check_guidance
 from llmdoctor.training.folder import Base, LoadedDoctor, load_doctor
 
-_NAMES = ("alpha", "beta", "dead_zone", "mode", "plausibility")
+_MOST_KNOWN = 1024  # kinds of guidance that requests asked for
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,31 @@ class Steered:
 
     doctors: Mapping[str, DoctorSettings]
     guidance: Guidance
+    _known: dict[tuple[str, ...], Guidance] = field(default_factory=dict, repr=False, compare=False)
 
     def guidance_of(self, extra_args: Mapping[str, Any] | None) -> Guidance:
         """The guidance of a request with these ``vllm_xargs``; those of other processors are not looked at.
 
+        Requests that ask for the same get the same object: their rows are multiplied together.
         Raises UsageError for a value out of range, a doctor that does not exist, and a name that is nearly one of ours.
         """
         items = []
         for key, value in (extra_args or {}).items():
-            if key.partition(".")[0] in _NAMES:
+            if key.partition(".")[0] in GUIDANCE:
                 items.append(f"{key}={value}")
-            elif close := hint(key, list(_NAMES)):
+            elif close := hint(key, list(GUIDANCE)):
                 raise UsageError(f"vllm_xargs: there is no setting {key!r}{close}")
         if not items:
             return self.guidance
+        if (known := self._known.get(tuple(items))) is not None:
+            return known
         guidance, _ = parse_settings(items, tuple(self.doctors), self.guidance, Sampling(), command="vllm_xargs")
         check_guidance(guidance, tuple(self.doctors))
         if guidance.mode == "ratio" and self.guidance.mode != "ratio":
             raise UsageError('mode "ratio" needs the doctors\' bases: start vLLM with LLMDOCTOR_MODE=ratio')
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[tuple(items)] = guidance
         return guidance
 
 
@@ -69,14 +76,12 @@ def steered() -> Steered:
     decode = settings.decode if settings else DecodeSettings()
     doctors = dict(settings.doctors) if settings else {}
     if folders:
-        doctors = {}
-        for item in folders.split(","):
-            name, named, folder = item.rpartition("=")
-            doctors[name if named else Path(folder).name] = DoctorSettings(checkpoint=folder)
+        given = named_doctors([item.strip() for item in folders.split(",")], "LLMDOCTOR_DOCTOR")
+        doctors = {name: DoctorSettings(checkpoint=folder) for name, folder in given.items()}
     if not doctors:
         raise UsageError(f"the profile {profile} names no doctor: add one, or set LLMDOCTOR_DOCTOR")
-    given = {name: os.environ.get(f"LLMDOCTOR_{name.upper()}") for name in _NAMES}
-    items = [f"{name}={value}" for name, value in given.items() if value]
+    strengths = {name: os.environ.get(f"LLMDOCTOR_{name.upper()}") for name in GUIDANCE}
+    items = [f"{name}={value}" for name, value in strengths.items() if value]
     guidance = decode.guidance(doctors)
     if items:
         guidance, _ = parse_settings(items, tuple(doctors), guidance, Sampling(), command="LLMDOCTOR_*")
