@@ -27,6 +27,13 @@ def long_run() -> Any:
     return module
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_other_tests() -> None:
+    """The app's thread takes what it finds out of garbage collection (gc.freeze), models of other tests too."""
+    gc.unfreeze()
+    gc.collect()
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral", "gemma2", "clinic"])
 def test_models_that_were_dropped_are_gone_weight_by_weight(tiny_model: Any, kind: str) -> None:
     """Also where their steps were recorded: all but Gemma 2, whose layers have windows."""
