@@ -184,8 +184,9 @@ class RemoteDoctor:
                     on_token(event)
         finally:  # an error or Ctrl+C too: the server then stops
             over.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            if len(answers) < len(asks):
+            whole = len(answers) == len(asks)
+            pool.shutdown(wait=whole, cancel_futures=True)
+            if not whole:
                 self.hang_up()
         return [answers[row] for row in range(len(asks))]
 
