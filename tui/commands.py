@@ -63,6 +63,8 @@ def _doctor(screen: "ChatScreen", text: str) -> None:
 def _auto(screen: "ChatScreen") -> None:
     screen.auto = not screen.auto
     screen.notify(f"Re-run when a slider rests: {'on' if screen.auto else 'off'}.")
+    if screen.auto and screen.stale:  # a slider rests already
+        screen.rerun.ask()
 
 
 def _compare(screen: "ChatScreen", text: str) -> None:

@@ -9,7 +9,9 @@ from llmdoctor.records import GuidedToken, Speaker
 from llmdoctor.sessions import End, Reply, Turn
 from llmdoctor.settings import WelcomeSettings
 from llmdoctor.show.formats import OUTSIDE, counted
+from llmdoctor.show.lens import lens_limit
 from llmdoctor.show.text import END
+from llmdoctor.tui import token_style
 from llmdoctor.tui.widgets.token_view import Piece
 
 SIDES: tuple[Speaker, Speaker] = ("patient", "guided")
@@ -30,8 +32,8 @@ class Said(NamedTuple):
 
     @property
     def changed(self) -> bool:
-        """Whether guidance changed the likeliest token here."""
-        return self.token.flip
+        """Whether guidance changed something that one sees here: the likeliest token, or enough for a bold ``kl``."""
+        return self.token.flip or token_style.is_high(self.token.kl, lens_limit("kl"))
 
 
 @dataclass

@@ -27,8 +27,17 @@ def score(token: GuidedToken, lens: Lens, doctor: str | None) -> float | None:
 
 def style(value: float, limit: float, *, dark: bool) -> Style:
     """The style of a score in [-limit, limit]."""
+    return _style(_step(value, limit), dark)
+
+
+def is_high(value: float, limit: float) -> bool:
+    """Whether the style of this score is bold."""
+    return _step(value, limit) > _STEPS * _MARKED
+
+
+def _step(value: float, limit: float) -> int:
     share = max(-1.0, min(1.0, value / limit)) if limit > 0 and math.isfinite(value) else 0.0
-    return _style(round(share * _STEPS), dark)
+    return round(share * _STEPS)
 
 
 @lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import pytest
+from textual import events
 
 from llmdoctor.errors import UsageError
 from llmdoctor.records import Alternative, GuidedToken
@@ -151,6 +152,12 @@ class Driver:
         prompt.focus()
         prompt.text = text
         await self.press("enter")
+
+    async def typed_ahead(self, text: str) -> None:
+        """Letters that all wait in the queue before the first one is handled, as from a slow line."""
+        for letter in text:
+            self.app.post_message(events.Key("slash" if letter == "/" else letter, letter))
+        await self.pilot.pause(0.1)
 
     async def ask(self, text: str) -> None:
         """A question, until it is answered."""

@@ -17,6 +17,7 @@ from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, compari
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.rewards_browser import RewardsScreen, rewards_item
 from llmdoctor.tui.widgets.inspector import Inspector
+from llmdoctor.tui.widgets.search import Search
 from llmdoctor.tui.widgets.token_view import Piece
 
 from .conftest import FakeAssistant
@@ -171,6 +172,10 @@ def test_a_browser_is_searched_by_all_its_words_in_title_and_texts(drive):
         assert listed.option_count == 4
         await d.press("slash", "n", "i", "g", "h", "t", "down")
         assert [app.screen.items[number].title for number in app.screen._listed] == ["pair-1  Q?", "pair-2  Q?"]
+        await d.press("slash", "escape")
+        await d.typed_ahead("/quack")  # q leaves only outside the field
+        assert app.is_running
+        assert app.screen.query_one(Search).value == "quack"
 
     drive(app, steps)
 
@@ -243,6 +248,9 @@ def test_conversations_are_searched_previewed_and_renamed_where_one_is(make_app,
         await d.press("tab", "up", "d", "down", "enter")
         await d.until(lambda: "1 of 2 conversations" in d.text())
         await d.press("slash", "escape")
+        await d.typed_ahead("/dark")  # d deletes only outside the field
+        assert [one.title for one in app.screen._rows] == ["A dark night"]
+        await d.press("down", "slash", "escape", "down")
         assert [one.title for one in app.screen._rows] == ["A dark night", "one"]
         assert app.screen._chosen().title == "one"
         await d.press("enter")

@@ -298,6 +298,14 @@ def test_dragging_reruns_once_when_it_rests(make_app, drive, monkeypatch):
         assert app.chat.live is None  # waits for the slider to rest
         await d.idle()
         assert len(fake.asked) == count + 2
+        await d.type("/auto")
+        await d.press("f4", "right")
+        assert "F5 applies the new settings to this answer; /auto does so by itself" in d.text()
+        await d.type("/auto")  # a slider that rests already is applied at once
+        assert "by itself" not in d.text()
+        await d.idle()
+        assert len(fake.asked) == count + 3
+        assert app.chat.turns[0].guidance == app.chat.guidance
 
     drive(app, steps)
 
@@ -454,12 +462,12 @@ def test_both_sides_are_there_at_every_size_with_and_without_the_inspector(make_
     async def steps(d):
         await d.ask("Go")
         both = [app.chat.panes.pane(which) for which in ("patient", "guided")]
-        for size in ((60, 50), (90, 30), (80, 24)):
+        for size in ((60, 50), (60, 30), (60, 20), (90, 30), (80, 24)):
             await d.pilot.resize_terminal(*size)
             for keys in ([], ["f2"]):
                 await d.press(*keys)
                 for pane in both:
-                    assert pane.view.size.height >= 3, (size, keys)
+                    assert pane.view.size.height >= (3 if size != (60, 20) or not keys else 1), (size, keys)
                     assert pane.view.size.width >= 30, (size, keys)
                     assert pane.region.right <= size[0], (size, keys)
             await d.press("f2")
@@ -552,6 +560,9 @@ def test_the_last_line_follows_what_is_done_and_cuts_no_word(make_app, drive):
         assert last().startswith("↑↓ choose")
         await d.press("escape", "escape", "f7")
         assert last().startswith("Enter send it again")
+        await d.press("escape", "f4", "right", "f4")
+        assert "F5 apply the sliders" in last()
+        await d.press("f7")
         await d.press("escape")
         long = {tuple(hint[:2]) for hint in app.chat.hints()}
         for width in (90, 80, 60, 30):

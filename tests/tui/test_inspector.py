@@ -9,8 +9,11 @@ from textual.widgets import DataTable
 
 from llmdoctor.records import Alternative, GuidedToken
 from llmdoctor.settings import Sampling
+from llmdoctor.show.lens import DEFAULT_LENS, lens_limit
+from llmdoctor.tui import token_style
 from llmdoctor.tui.app import BrowserApp
 from llmdoctor.tui.config import Config
+from llmdoctor.tui.conversation import Said
 from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_items
 from llmdoctor.tui.widgets.inspector import Alternatives, Inspector, ranked
 from llmdoctor.tui.widgets.status import StatusLine
@@ -67,6 +70,14 @@ def test_it_opens_on_the_first_change_and_keys_go_from_change_to_change(make_app
         assert app.chat.view("patient").selected.position == 0
 
     drive(app, steps)
+
+
+def test_changed_are_flips_and_what_the_default_lens_shows_bold():
+    token = replace(FakeAssistant()._token(0, {"guided": False, "temperature": 1, "seed": 1, "top": 1}, 0), flip=False)
+    for kl in (0.0, 0.2, 0.33, 0.4, 3.0):
+        bold = token_style.style(kl, lens_limit(DEFAULT_LENS), dark=True).bold
+        assert Said(0, 0, replace(token, kl=kl)).changed == bool(bold)
+    assert Said(0, 0, replace(token, kl=0.0, flip=True)).changed
 
 
 def test_after_forcing_and_stepping_it_shows_the_answer_that_is_there(make_app, drive):

@@ -311,6 +311,8 @@ def test_the_scale_is_diverging_and_marked():
     assert not styles[10].bold
     assert not styles[10].underline
     assert token_style.style(math.nan, 1, dark=True) == token_style.style(0, 1, dark=True)
+    for style, step in zip(styles, range(-10, 11), strict=True):
+        assert token_style.is_high(step, 10) == bool(style.bold)
     assert token_style.style(5, 0, dark=True) == token_style.style(0, 1, dark=True)
 
 

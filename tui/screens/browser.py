@@ -304,7 +304,7 @@ class BrowserScreen(Screen[None]):
 
     def action_search(self) -> None:
         """To the field."""
-        self.query_one(Search).focus()
+        self.set_focus(self.query_one(Search))  # at once: more may be typed already, and q leaves
 
     def action_other(self) -> None:
         """From the list to the left text, to the right one, and back."""

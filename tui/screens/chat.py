@@ -69,12 +69,12 @@ class ChatScreen(ConversationScreen):
 
     @on(Welcome.Asked)
     def _example(self, event: Welcome.Asked) -> None:
-        self.prompt.focus()
+        self.set_focus(self.prompt)
         self.send(event.question)
 
     def action_focus_prompt(self) -> None:
-        """To the text field."""
-        self.prompt.focus()
+        """To the text field, at once: more may be typed already."""
+        self.set_focus(self.prompt)
 
     def send(self, text: str) -> None:
         """Ask; while editing, instead of the last question."""
@@ -160,7 +160,7 @@ class ChatScreen(ConversationScreen):
         elif self.panes.inspecting:
             self._close_inspector()
         else:
-            self.prompt.focus()
+            self.action_focus_prompt()
 
     def action_inspect(self) -> None:
         """Open the inspector, or go to it; from within close it."""
@@ -172,7 +172,7 @@ class ChatScreen(ConversationScreen):
     def _close_inspector(self) -> None:
         self.peeking = False
         self.panes.close_inspector()
-        self.prompt.focus()
+        self.action_focus_prompt()
 
     def action_alternatives(self) -> None:
         """From the text to the table."""
@@ -193,7 +193,7 @@ class ChatScreen(ConversationScreen):
     def action_sliders(self) -> None:
         """To the first slider; from a slider back to the prompt."""
         if isinstance(self.focused, Slider):
-            self.prompt.focus()
+            self.action_focus_prompt()
         elif self.has_class("tight"):
             self.notify("The sliders need a higher window; /set changes the same.")
         else:
@@ -286,7 +286,7 @@ class ChatScreen(ConversationScreen):
             return [("Enter", "ask", ""), *examples, *common, sliders, sessions]
         if self.live:
             return [*stop, *common, sliders, inspect, lens]
-        return [*common, inspect, lens, sliders, (key("chat.rerun"), "again", "screen.rerun"),
+        return [*common, inspect, lens, sliders, rerun,
                 ("^P", "all", "app.command_palette"), (key("chat.regenerate"), "new seed", "screen.regenerate"),
                 (key("chat.edit"), "edit", "screen.edit"), (key("chat.copy"), "copy", "screen.copy"),
                 (key("chat.sessions"), "conversations", "screen.sessions")]  # fmt: skip

@@ -91,7 +91,7 @@ class ColumnsScreen(Screen[str | None]):
         self._inspected_view = self.view(0)
         self._recolour()
         self._frames = self.set_interval(FRAME, self.drain)
-        self.query_one(Prompt).focus()
+        self.set_focus(self.query_one(Prompt))
         if self.question and len(self.columns[0].turns) == self._past:
             self.ask(self.question)
 
@@ -202,9 +202,9 @@ class ColumnsScreen(Screen[str | None]):
             self._inspected_view.focus()
         elif self.query_one(Inspector).display:
             self._inspect(None, None)
-            self.query_one(Prompt).focus()
+            self.set_focus(self.query_one(Prompt))
         elif self.focused is not self.query_one(Prompt):
-            self.query_one(Prompt).focus()
+            self.set_focus(self.query_one(Prompt))
         else:
             self.dismiss(None)
 

@@ -292,7 +292,9 @@ class ConversationScreen(Screen[None]):
             parts.append("/compare: the comparison again")
         if self.session.title:
             parts.append(one_line(self.session.title))
-        hint = "F5 applies the new settings to this answer; /auto does so by itself" if self.stale else ""
+        hint = "F5 applies the new settings to this answer" if self.stale else ""
+        if hint and not self.auto:
+            hint += "; /auto does so by itself"
         doing = "editing: Enter sends it again, Esc leaves it" if self.editing else self.answering.doing
         said = [(part, "bold") for part in (doing, hint) if part] + [(part, "") for part in parts]
         text = Text(" · ", no_wrap=True, overflow="ellipsis").join(Text(part, style) for part, style in said)

@@ -41,10 +41,11 @@ _SECTIONS = {
     "app.": "Everywhere",
 }
 _MARKS = (
-    ("left", "the patient alone, on its own conversation, with the same seed"),
-    ("right", "the guided patient"),
+    ("patient alone", "without guidance, on its own conversation, with the same seed"),
+    ("guided by ...", "the same patient with the doctors, and the settings of the last answer"),
     ("colour", "the lens' score of a token, on a fixed scale: orange low, grey zero, blue high"),
     ("bold, underlined", "above a third of the scale, below minus a third"),
+    ("flip, changed", "guidance changed the likeliest token; changed are also the tokens that are bold in lens kl"),
     ("∎", "the token that ends an answer"),
     ("⟨helpful 0.8→1.2⟩", "set here: the tokens behind it were made with it"),
     ("⟨forced⟩", "the next token was chosen by you"),

@@ -147,7 +147,7 @@ class SessionsScreen(Screen[str | None]):
 
     def action_search(self) -> None:
         """To the field."""
-        self.query_one(Search).focus()
+        self.set_focus(self.query_one(Search))  # at once: more may be typed already
 
     def action_other(self) -> None:
         """From the list to the preview, and back."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _SIDE_BY_SIDE = 72  # columns from which the sides are beside each other, else stacked
 _INSPECTOR_BESIDE = 160  # columns from which the inspector is beside them too, else below
 _ROOM_FOR_TITLES = 96  # columns from which the title of the guided side says so
-_LOW = 40  # rows below which the inspector takes the curve's room
+_LOW = 40  # rows below which an inspector, or a text, below another one takes the curve's room
 
 
 class Panes(Horizontal):
@@ -304,10 +304,11 @@ class Panes(Horizontal):
         for which in SIDES:
             self.pane(which).display = not welcome
         below = self.inspecting and width < _INSPECTOR_BESIDE
-        self.set_class(width < _SIDE_BY_SIDE, "stacked")
+        stacked = width < _SIDE_BY_SIDE
+        self.set_class(stacked, "stacked")
         self.set_class(below, "below")
         self.show_headings()
-        self.set_class(below and (height < _LOW or width < _SIDE_BY_SIDE), "curveless")
+        self.set_class(sum((below, stacked, height < _LOW)) > 1, "curveless")
         self.post_message(self.Fitted())
 
 

@@ -67,8 +67,8 @@ class Welcome(VerticalScroll, can_focus=False):
         by = "a small doctor" if len(self._start.doctors) == 1 else "small doctors"
         guides = f"guided token by token by {by}: {doctors}" if doctors else "guided by nothing: no doctor"
         return Text.assemble(
-            ("Left", "bold"), ": the patient alone, a frozen language model. ",
-            ("Right", "bold"), f": the same, {guides}. ",
+            ("Patient alone", "bold"), ": a frozen language model. ",
+            ("Guided", "bold"), f": the same, {guides}. ",
             ("Colour", "bold"), ": guidance changed something; grey: it did not.",
         )  # fmt: skip
 
