@@ -146,8 +146,8 @@ def _interval(estimate: "Estimate") -> str:
 
 
 def percents(part: "Estimate") -> str:
-    """``71.7% (59.2% to 81.5%)``; the value alone where there is no interval, ``-`` where there is no value."""
-    if math.isnan(part.low):
+    """``71.7% (59.2% to 81.5%)``; the value alone where no interval is known or needed, ``-`` without a value."""
+    if math.isnan(part.low) or part.low == part.high:
         return "-" if math.isnan(part.value) else f"{part.value:.1%}"
     return f"{part.value:.1%} ({part.low:.1%} to {part.high:.1%})"
 

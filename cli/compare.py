@@ -145,11 +145,19 @@ def compare(
     else:
         plans = _columns(settings, vs or (), further)
     asked = questions(prompt, prompts, used=("dataset",) if alpaca_eval else ())
-    how: dict[str, Any] = {"samples": samples, "top": top or 10 * tui, "follow": follow, "kl_budget": kl_budget}
-    models = Models(plans, trust_remote_code=trust_remote_code)
-    if there is not None:
-        models, how["weights"] = remote.RemoteModels(plans, there), there.weights
-    with KeptRun(output, plans, asked, seed, rows=rows, **how) as kept:
+    models = Models(plans, trust_remote_code=trust_remote_code) if there is None else remote.RemoteModels(plans, there)
+    with KeptRun(
+        output,
+        plans,
+        asked,
+        seed,
+        samples=samples,
+        rows=rows,
+        top=top or 10 * tui,
+        follow=follow,
+        kl_budget=kl_budget,
+        weights=there and there.weights,
+    ) as kept:
         if points:
             run_sweep(points, plans, models, kept, forms)
         else:
@@ -225,7 +233,7 @@ def _summary(plans: Sequence[Plan], run: "Run") -> dict[str, Any]:
     """What all answers of each column have in common, with 95% intervals over the prompts."""
     from llmdoctor.answers import estimates_to_dict
 
-    patient, guided, *others = (estimates_to_dict(run.measures(plan.name)) for plan in plans)
+    patient, guided, *others = (estimates_to_dict(run.measures(plan.column())) for plan in plans)
     vs = dict(zip((plan.name for plan in plans[2:]), others, strict=True))
     counts = {"prompts": len(run.questions), "answers": sum(1 for _ in run.keys(""))}
     return {"summary": {**counts, "patient": patient, "guided": guided, **({"vs": vs} if vs else {})}}

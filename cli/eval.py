@@ -137,7 +137,7 @@ def evaluate(
         "patient": settings.patient.model,
         "doctors": {name: each.checkpoint for name, each in settings.doctors.items()},
     }
-    with KeptRun(output if asked else None, plans, asked, seed, rows=rows, samples=samples) as kept:
+    with KeptRun(output if asked else None, plans, asked, seed, samples=samples, rows=rows) as kept:
         missing = kept.begin([plan.column() for plan in plans])
         assistant = None
         if source or missing:
@@ -228,7 +228,7 @@ def _preference(
     def on_skip(record: "SkippedRecord") -> None:
         skipped[record.reason] += 1
 
-    with progress("Reading", limit, "pairs") as advance:
+    with progress("Reading", limit, "pair") as advance:
         pairs = read_pairs(**source.model_dump(), limit=limit, on_skip=on_skip)
         found = preferences(assistant, pairs, batch_tokens=batch_tokens, on_pair=advance, on_skip=on_skip)
     return {"data": source.source, **found.to_dict(), "skipped": dict(skipped)}
@@ -237,7 +237,7 @@ def _preference(
 def _winning(comparisons: "Sequence[Comparison]", judge: "Judge | None") -> dict[str, Any]:
     from llmdoctor.evaluation.winning import summarise
 
-    with progress("Judging", None, "replies") as advance:
+    with progress("Judging", None, "judgement") as advance:
         found = summarise(comparisons, judge, lambda done, total: advance(done=done, total=total))
     settings = {name: value for name, value in comparisons[0].settings.items() if name != "betas"}
     named = {"judge": {"name": judge.name, "kind": judge.kind}} if judge else {}

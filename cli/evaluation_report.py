@@ -18,7 +18,16 @@ from llmdoctor.cli.charts import (
     percents,
     svg_of,
 )
-from llmdoctor.cli.measures_table import by_measure, by_setting, cell, counts_text, filled, spoken, text_table
+from llmdoctor.cli.measures_table import (
+    as_estimate,
+    by_measure,
+    by_setting,
+    cell,
+    counts_text,
+    filled,
+    spoken,
+    text_table,
+)
 from llmdoctor.show.colours import scale_colour
 from llmdoctor.show.formats import betas_text, counted, short_name, speaking_text
 from llmdoctor.show.text import clean
@@ -139,9 +148,7 @@ def _lines(table: Table) -> Iterator[str]:
 
 
 def _estimates(found: Found) -> "dict[str, Estimate]":
-    from llmdoctor.records import Estimate
-
-    return {name: Estimate(**value) for name, value in found.items()}
+    return {name: as_estimate(value) for name, value in found.items()}
 
 
 def _points(difference: "Estimate") -> str:

@@ -98,7 +98,7 @@ def extract(
     before = _written(output)
     skips = _Skips()
     began = time.monotonic()
-    with progress("Scoring", limit if processes == 1 else None, "pairs") as advance:
+    with progress("Scoring", limit if processes == 1 else None, "pair") as advance:
         pairs = scored_pairs(
             loaded,
             source,
@@ -115,8 +115,8 @@ def extract(
             advance()
     skips.close(output)
     if probe:
-        total = 2 * len(RewardsFolder(output)) if processes == 1 else None
-        with progress("Fitting a probe", total, "pairs") as advance:
+        total = 2 * len(RewardsFolder(output)) if processes == 1 else None  # every pair is read twice
+        with progress("Fitting a probe", total, "reading") as advance:
             for _ in add_probe(loaded, output, batch_tokens=batch_tokens):
                 advance()
     folder = RewardsFolder(output)

@@ -58,7 +58,7 @@ def find(rewards: "RewardsFolder", settings: "RewardSettings", faces: Sequence[s
     names = tuple(faces) if faces else rewards.signals
     counted = FaceDifferences([name for name in names if name in rewards.faces])
     diagnosis = None
-    with progress("Diagnosing", len(rewards), "pairs") as advance:
+    with progress("Diagnosing", len(rewards), "pair") as advance:
 
         def pairs() -> "Iterator[PairScores]":
             for pair in rewards:

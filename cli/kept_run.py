@@ -30,10 +30,10 @@ _NEVER_KEPT = "nothing was kept: with --output FILE every answer is, and the sam
 class KeptRun:
     """A run whose answers go to ``path``, one by one, and that takes those which are there already.
 
-    What ``plans``, ``questions`` and ``command`` say must be the same as for the answers that are there; where ``seed``
-    is None it is that of the file. ``weights`` tell the models of a server from others; by default the files of the
-    models do. Without a ``path`` nothing is kept. Raises UsageError for a file of another command or another ``seed``.
-    As a context it closes the file and says what is in it, also after Ctrl+C.
+    All but ``rows`` must be the same as for the answers that are there; where ``seed`` is None it is that of the file.
+    ``samples``, ``top`` and ``follow`` are those of `Run`. ``weights`` tell the models of a server from others; by
+    default the files of the models do. Without a ``path`` nothing is kept. Raises UsageError for a file of another
+    command or another ``seed``. As a context it closes the file and says what is in it, also after Ctrl+C.
     """
 
     def __init__(
@@ -43,9 +43,12 @@ class KeptRun:
         questions: "Sequence[Question]",
         seed: int | None,
         *,
+        samples: int,
         rows: int,
+        top: int = 0,
+        follow: bool = False,
+        kl_budget: float | None = None,
         weights: Sequence[str] | None = None,
-        **command: Any,
     ) -> None:
         from llmdoctor.comparing import Run
 
@@ -53,11 +56,20 @@ class KeptRun:
         self._command = ""
         if path is not None:
             told = _weights(plan.profile for plan in plans) if weights is None else list(weights)
-            self._command = _fingerprint(plans, questions, {"weights": told, **command})
+            command = {"samples": samples, "top": top, "follow": follow, "kl_budget": kl_budget, "weights": told}
+            self._command = _fingerprint(plans, questions, command)
             known, seed = _read(path, self._command, seed)
-        how = {name: command[name] for name in ("samples", "top", "follow") if name in command}
-        seed = options.fresh_seed() if seed is None else seed
-        self.run = Run(questions, seed, rows=rows, known=known, on_token=self._on_token, on_answer=self.keep, **how)
+        self.run = Run(
+            questions,
+            options.fresh_seed() if seed is None else seed,
+            samples=samples,
+            rows=rows,
+            top=top,
+            follow=follow,
+            known=known,
+            on_token=self._on_token,
+            on_answer=self.keep,
+        )
         self.answers = 0
         self._path = path
         self._kept = len(known)
@@ -103,7 +115,7 @@ class KeptRun:
         """Progress on stderr while answers are made."""
         # it counts its ten seconds from the first answer on, not while models load
         self._plain = self._plain or every_ten_seconds()
-        with progress("Asking", self._total, "answers", self._plain) as advance:
+        with progress("Asking", self._total, "answer", self._plain) as advance:
             self._advance = advance
             try:
                 yield

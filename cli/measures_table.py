@@ -64,7 +64,7 @@ def cell(key: str, estimate: Mapping[str, float] | None) -> str:
     """``41.2 ±2.6``; shares as ``3.0% (1.1% to 7.9%)``; the value alone where a single prompt gives no interval."""
     if estimate is None or math.isnan(estimate["value"]):
         return "-"
-    found = _estimate(estimate)
+    found = as_estimate(estimate)
     if key in _SHARES:
         return percents(found)
     below, above = found.value - found.low, found.high - found.value
@@ -80,7 +80,8 @@ def number(value: float, digits: int = 3) -> str:
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
-def _estimate(found: Mapping[str, float]) -> "Estimate":
+def as_estimate(found: Mapping[str, float]) -> "Estimate":
+    """What `estimates_to_dict` made plain."""
     from llmdoctor.records import Estimate
 
     return Estimate(**found)

@@ -42,7 +42,7 @@ class RewardReader:
         differences = FaceDifferences([name for name in self.weights if name in self.rewards.faces])
         first: list[tuple[TokenRewards, TokenRewards]] = []
         least: list[tuple[float, int, tuple[TokenRewards, TokenRewards]]] = []  # a heap, the least contradictory first
-        with progress("Counting", len(self.rewards), "pairs") as advance:
+        with progress("Counting", len(self.rewards), "pair") as advance:
             for number, scores in enumerate(self.rewards):
                 advance()
                 if contains is not None and not self._contains(scores, contains):

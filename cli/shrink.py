@@ -89,7 +89,7 @@ def shrink(
         worked = True
         advance(f"KL {kl:.3f} nats per token, {speed:.0f} tokens/s", done=step, total=last)
 
-    with _goes_on(), progress("Answering", None, "answers") as answered, progress("Healing", None, "steps") as advance:
+    with _goes_on(), progress("Answering", None, "answer") as answered, progress("Healing", None, "step") as advance:
         made = shrunk(
             loaded,
             asked,

@@ -49,11 +49,10 @@ def measured(run: "Run", values: Mapping[str, str], column: "Column") -> Point:
     """
     from llmdoctor.answers import estimates_to_dict
 
-    run.answers(column)
     return {
         "point": {name: _number(value) for name, value in values.items()},
         "settings": column.settings(column.seed(run.seed, 1)),
-        "measures": estimates_to_dict(run.measures(column.name)),
+        "measures": estimates_to_dict(run.measures(column)),
     }
 
 

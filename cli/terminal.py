@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from llmdoctor.harmless import json_text
+from llmdoctor.show.formats import counted
 from llmdoctor.show.text import clean, one_line
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def waiting(message: str) -> Iterator[Callable[[str], None]]:
 def progress(
     description: str, total: int | None, unit: str, plain: Callable[[str], None] | None = None
 ) -> Iterator["Advance"]:
-    """Progress on stderr: a bar on a terminal, else lines to ``plain``, by default one every ten seconds."""
+    """Progress on stderr, counted in ``unit`` ("pair"): a bar, or lines to ``plain``, by default every ten seconds."""
     if _level < 0 or not (_first_process() and decorated(sys.stderr)):
         yield Advance(_plain_line(description, plain or every_ten_seconds()), total, unit)
         return
@@ -102,14 +103,14 @@ def progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[counted]}  {task.fields[detail]}", markup=False),
+        TextColumn("{task.fields[count]}  {task.fields[detail]}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
-        task = bar.add_task(description, total=total, counted="", detail="")
+        task = bar.add_task(description, total=total, count="", detail="")
 
-        def show(done: int, total: int | None, counted: str, detail: str) -> None:
-            bar.update(task, completed=done, total=total, counted=counted, detail=clean(detail))
+        def show(done: int, total: int | None, count: str, detail: str) -> None:
+            bar.update(task, completed=done, total=total, count=count, detail=clean(detail))
 
         yield Advance(show, total, unit)
 
@@ -124,8 +125,9 @@ class Advance:
         """One unit more, or ``done`` of them."""
         self._done = self._done + 1 if done is None else done
         self._total = total or self._total
-        of = "" if self._total is None else f"/{self._total}"
-        self._show(self._done, self._total, f"{self._done}{of} {self._unit}", detail)
+        of = "" if self._total is None else f"{self._done}/"
+        count = of + counted(self._total or self._done, self._unit)
+        self._show(self._done, self._total, count, detail)
 
 
 def every_ten_seconds() -> Callable[[str], None]:
@@ -142,7 +144,7 @@ def every_ten_seconds() -> Callable[[str], None]:
 
 
 def _plain_line(description: str, show: Callable[[str], None]) -> Callable[[int, int | None, str, str], None]:
-    return lambda _done, _total, counted, detail: show(f"{description}: {counted}  {detail}".rstrip())
+    return lambda _done, _total, count, detail: show(f"{description}: {count}  {detail}".rstrip())
 
 
 def flat_lines(data: dict[str, Any], prefix: str = "") -> list[str]:

@@ -69,7 +69,7 @@ def train(
     with waiting(f"Loading {short_name(chosen.doctor)} ..."):
         from llmdoctor.training.train import train as train_doctor
     began, steps = time.monotonic(), 0
-    with progress("Training", None, "steps") as advance:
+    with progress("Training", None, "step") as advance:
 
         def on_step(step: "TrainStep") -> None:
             nonlocal steps
@@ -117,9 +117,9 @@ def _held_out(metrics: Mapping[str, Any]) -> str:
     if not (found := metrics.get("prefers_chosen")):
         return "no pairs were held out: --holdout 0.1 keeps some back and says how well the doctor does on them"
     from llmdoctor.cli.evaluation_report import verdict
-    from llmdoctor.records import Estimate
+    from llmdoctor.cli.measures_table import as_estimate
 
-    chosen = Estimate(**found)
+    chosen = as_estimate(found)
     pairs = counted(metrics["pairs_held_out"], "held-out pair")
     share = f"{chosen.value:.1%} of {pairs} (95%: {chosen.low:.1%} to {chosen.high:.1%}; chance is 50%)"
     return f"the doctor prefers the chosen answer in {share}: it {verdict(chosen)}"

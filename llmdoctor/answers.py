@@ -26,8 +26,9 @@ def measures(
     ``groups`` names the prompt of every answer; by default each answer has a prompt of its own. ``tokens`` is the
     length of an answer. ``kl_per_token`` is KL(guided || patient) and ``kl`` its sum over an answer;
     ``patient_logprob`` and, by doctor, ``NAME_logprob`` are the log-probs of a token under each model; all in nats.
-    ``changed`` is the share of places where guidance changed the likeliest token, in [0, 1]; ``unfinished`` the share
-    of answers cut by the length limit. ``tokens_per_second`` is there if the answers' ``seconds`` are given.
+    ``changed`` is the share of places where guidance changed the likeliest token, in [0, 1], and surely 0 where no
+    doctor had a beta above 0; ``unfinished`` the share of answers cut by the length limit. ``tokens_per_second`` is
+    there if the answers' ``seconds`` are given.
     """
     lengths = [len(answer.tokens) for answer in answers]
     doctors = answers[0].tokens[0].doctor_logprobs if answers and answers[0].tokens else {}
@@ -46,11 +47,18 @@ def measures(
             )
             for name in doctors
         },
-        "changed": share([sum(token.flip for token in answer.tokens) for answer in answers], groups, lengths),
+        "changed": _changed(answers, groups),
         "unfinished": share([not answer.finished for answer in answers], groups),
         **text_measures([answer.text for answer in answers], groups),
         **({"tokens_per_second": _speed(lengths, seconds)} if seconds is not None else {}),
     }
+
+
+def _changed(answers: Sequence[Answer], groups: Sequence[Hashable] | None) -> Estimate:
+    if not any(beta for answer in answers for token in answer.tokens for beta in token.betas.values()):
+        return Estimate(0.0, 0.0, 0.0)  # by definition: further answers would not change it
+    flips = [sum(token.flip for token in answer.tokens) for answer in answers]
+    return share(flips, groups, [len(answer.tokens) for answer in answers])
 
 
 def _speed(lengths: Sequence[int], seconds: Sequence[float]) -> Estimate:

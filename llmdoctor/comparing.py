@@ -121,10 +121,10 @@ class Run:
             self._answer(column, chunk)
         return [self.known[key][0] for key in keys]
 
-    def measures(self, column: str) -> dict[str, Estimate]:
-        """`answers.measures` of a column whose answers are all known."""
-        said = [self.known[key] for key in self.keys(column)]
-        return measures([answer for answer, _ in said], self.groups(), [seconds for _, seconds in said])
+    def measures(self, column: Column) -> dict[str, Estimate]:
+        """`answers.measures` of all answers of one column."""
+        answers = self.answers(column)
+        return measures(answers, self.groups(), [self.known[key][1] for key in self.keys(column.name)])
 
     def keys(self, column: str) -> Iterator[Key]:
         """All answers of a column, by question, sample and turn."""
