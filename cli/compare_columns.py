@@ -81,7 +81,7 @@ def another(
         raise UsageError(f"{flag}: expected one profile and one system prompt, got {text!r}")
     profile = load_profile(profiles[0]) if profiles else main
     if doctors:
-        profile = profile.model_copy(update={"doctors": _like(profile.doctors, doctors, doctor_base)})
+        profile = profile.model_copy(update={"doctors": _replaced(profile.doctors, doctors, doctor_base)})
     if prompts:
         patient = profile.patient.model_copy(update={"system_prompt": prompts[0]})
         profile = profile.model_copy(update={"patient": patient})
@@ -92,16 +92,13 @@ def another(
     return Plan(text.strip(), profile, guidance, sampling)
 
 
-def _like(
+def _replaced(
     present: Mapping[str, DoctorSettings], given: Sequence[str], doctor_base: str | None
 ) -> dict[str, DoctorSettings]:
-    """The doctors ``given``, each as strong as the one of its name, or as the only one there is."""
-    made = {}
-    for name, path in options.parse_doctors(given).items():
-        like = present.get(name) or (next(iter(present.values())) if len(present) == 1 else None)
-        strength = like.model_dump(include={"beta", "dead_zone"}) if like else {}
-        made[name] = DoctorSettings(checkpoint=path, base=doctor_base, **strength)
-    return made
+    from llmdoctor.profile import in_place_of, override
+
+    made = in_place_of(present, options.parse_doctors(given))
+    return {name: override(one, base=doctor_base) for name, one in made.items()}
 
 
 def sweep_points(given: Sequence[str]) -> list[dict[str, str]]:

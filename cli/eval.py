@@ -32,7 +32,7 @@ EXAMPLES = (
     "eval outputs/doctor --prompts prompts.txt --betas 0,0.5,1,2 --html report.html",
 )
 """Shown by ``llmdoctor eval --help``; the tests run them."""
-EPILOG = "\n\n".join(["Examples:", *(f"llmdoctor {line}" for line in EXAMPLES), measures_table.EPILOG])
+EPILOG = options.examples(*EXAMPLES, then=measures_table.EPILOG)
 
 
 _DOCTORS = Annotated[

@@ -92,38 +92,62 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-EXAMPLES = (
-    'compare "How can I sleep better?" --seed 5',
-    "extract --limit 8 -o outputs/rewards",
-    "inspect outputs/rewards --worst 2",
-    "profiles show clinic",
-)
-"""Shown by ``llmdoctor --help``; the tests run them in this order."""
+EXAMPLES = {
+    "": ('compare "How can I sleep better?" --seed 5', "profiles show clinic", "train --help"),
+    "chat": ("chat", "chat --beta helpful=1.2 --beta safe=0 --temperature 0.7", "chat --profile smollm2"),
+    "compare": (
+        'compare "How can I sleep better?" --seed 5',
+        'compare "How can I sleep better?" --vs beta=0.3 --vs "safe=0 temperature=0.5"',
+        'compare "How can I sleep better?" --sweep beta=0:2:0.5 --samples 2',
+        "compare --prompts prompts.txt --output answers.jsonl --html page.html",
+    ),
+    "serve": ("serve", "serve --profile smollm2 --port 8080 --name smollm2"),
+    "extract": (
+        "extract --limit 8 -o outputs/rewards",
+        "extract --patient ./model --data pairs.jsonl --probe --face helpful -o outputs/rewards",
+        "extract --data other.jsonl --columns prompt=q,chosen=good,rejected=bad",
+    ),
+    "inspect": (
+        "inspect outputs/rewards --worst 2",
+        "inspect outputs/rewards --diagnose",
+        'inspect --prompt "How can I sleep better?" --text "Just sleep." --show gap',
+    ),
+    "train": (
+        "train --rewards outputs/rewards --holdout 0.1 -o outputs/doctor",
+        "train --rewards outputs/rewards --doctor org/model-1b -o outputs/doctor",
+        "train --rewards outputs/rewards --direction probe --method head -o outputs/doctor",
+    ),
+    "shrink": ("shrink --patient ./model --prompts prompts.txt --layers 6 -o outputs/shrunk",),
+    "push": ("push outputs/doctor my-name/my-doctor --dry-run", "push outputs/doctor my-name/my-doctor --private"),
+    "env": ("env", "env --json"),
+}
+"""Shown by ``--help``, of every command. The tests run those that need nothing but the embedded models."""
 
-_EPILOG = "\n\n".join(
-    ["Examples:", *(f"llmdoctor {line}" for line in EXAMPLES), "Every option can be set as LLMDOCTOR_<OPTION>."]
-)
+
+def _help(command: str, then: str = "") -> str:
+    return options.examples(*EXAMPLES[command], then=then)
+
 
 app = typer.Typer(
     name="llmdoctor",
     cls=_App,
     help="Align a frozen language model while it generates: a small doctor model steers every token of the patient.",
-    epilog=_EPILOG,
+    epilog=_help("", "Every option can be set as LLMDOCTOR_<OPTION>."),
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 _TRY, _MAKE, _ABOUT = "Ask the guided model", "Make a doctor of your own", "Settings and help"
-app.command(rich_help_panel=_TRY)(chat.chat)
-app.command(rich_help_panel=_TRY, epilog=MEASURES)(compare.compare)
-app.command(rich_help_panel=_TRY)(serve.serve)
-app.command(rich_help_panel=_MAKE)(extract.extract)
-app.command(rich_help_panel=_MAKE)(inspect.inspect)
-app.command(rich_help_panel=_MAKE)(train.train)
+app.command(rich_help_panel=_TRY, epilog=_help("chat"))(chat.chat)
+app.command(rich_help_panel=_TRY, epilog=_help("compare", MEASURES))(compare.compare)
+app.command(rich_help_panel=_TRY, epilog=_help("serve"))(serve.serve)
+app.command(rich_help_panel=_MAKE, epilog=_help("extract"))(extract.extract)
+app.command(rich_help_panel=_MAKE, epilog=_help("inspect"))(inspect.inspect)
+app.command(rich_help_panel=_MAKE, epilog=_help("train"))(train.train)
 app.command("eval", rich_help_panel=_MAKE, epilog=evaluation.EPILOG)(evaluation.evaluate)
-app.command(rich_help_panel=_MAKE)(shrink.shrink)
-app.command(rich_help_panel=_MAKE)(push.push)
-app.add_typer(profiles.app, name="profiles", rich_help_panel=_ABOUT)
-app.command(rich_help_panel=_ABOUT)(env.env)
+app.command(rich_help_panel=_MAKE, epilog=_help("shrink"))(shrink.shrink)
+app.command(rich_help_panel=_MAKE, epilog=_help("push"))(push.push)
+app.add_typer(profiles.app, name="profiles", rich_help_panel=_ABOUT, epilog=profiles.EPILOG)
+app.command(rich_help_panel=_ABOUT, epilog=_help("env"))(env.env)
 
 
 def _show_version(wanted: bool) -> None:

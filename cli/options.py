@@ -19,13 +19,12 @@ import typer
 
 from llmdoctor.cli.terminal import narrate, waiting
 from llmdoctor.errors import LLMDoctorError, UsageError
-from llmdoctor.schema import Settings, checked, help_text
+from llmdoctor.schema import Settings, help_text
 from llmdoctor.settings import (
     COMBINATION,
     GREATEST_SEED,
     DataSettings,
     DecodeSettings,
-    DoctorSettings,
     PatientSettings,
     RewardSettings,
     Sampling,
@@ -61,10 +60,11 @@ def field_option(schema: type[Settings], name: str, flag: str | None = None, **m
 class FieldOptions:
     """In a command's signature: an option for every field of ``schema``; the parameter is a mapping of their values.
 
-    ``more`` are keywords of `field_option` for single fields.
+    ``more`` are keywords of `field_option` for single fields; ``panel`` is their heading in ``--help``.
     """
 
     schema: type[Settings]
+    panel: str
     without: tuple[str, ...] = ()
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -81,10 +81,11 @@ class FieldOptions:
         how: dict[str, Any] = dict(self.more.get(name, {}))
         if kind is bool:
             how.setdefault("flag", "--{0}/--no-{0}".format(name.replace("_", "-")))
-        elif kind is not float:
-            metavar = {int: "N", list[str]: "TEXT, repeatable"}.get(kind)
+        else:
+            # of all types: a column of the help, which must leave room for the names of the options at 80 columns
+            metavar = {float: "X", int: "N", list[str]: "TEXT ..."}.get(kind, "TEXT")
             how.setdefault("metavar", "KIND" if get_origin(annotation) is Literal else metavar)
-        return Annotated[kind | None, field_option(self.schema, name, **how)]
+        return Annotated[kind | None, field_option(self.schema, name, rich_help_panel=self.panel, **how)]
 
 
 def _option_type(annotation: Any) -> Any:
@@ -146,6 +147,11 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
     run.__doc__ = re.sub(r"(?<=\S)\n *(?=\S)", " ", command.__doc__ or "")
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def examples(*lines: str, then: str = "") -> str:
+    """The end of a command's ``--help``: command lines without ``llmdoctor``, and what else it says there."""
+    return "\n\n".join(filter(None, ["Examples:", *(f"llmdoctor {line}" for line in lines), then]))
 
 
 def require_outputs(files: Iterable[Path | None], folders: Iterable[Path | None] = ()) -> None:
@@ -233,7 +239,8 @@ Betas = Annotated[
 ]
 
 Given = dict[str, Any]
-_LOADING, _DECODING = FieldOptions(PatientSettings, without=("model", "system_prompt")), FieldOptions(DecodeSettings)
+_LOADING = FieldOptions(PatientSettings, "How the patient is loaded", without=("model", "system_prompt"))
+_DECODING = FieldOptions(DecodeSettings, "Guidance and sampling")
 HowLoaded = Annotated[Given, _LOADING]
 
 
@@ -260,11 +267,12 @@ class GuidedOptions:
 
 
 Guided = Annotated[Given, GuidedOptions()]
-Rewards = Annotated[Given, FieldOptions(RewardSettings, without=("faces",))]
+Rewards = Annotated[Given, FieldOptions(RewardSettings, "Rewards", without=("faces",))]
 Train = Annotated[
     Given,
     FieldOptions(
         TrainSettings,
+        "Training",
         more={"doctor": {"env": "TRAIN_DOCTOR"}, "keep_best": {"flag": "--keep-best/--keep-last"}},
     ),
 ]
@@ -325,7 +333,7 @@ def guided_profile(given: Mapping[str, Any], profile: "Profile | None" = None) -
     given as options get the defaults of `DecodeSettings`.
     """
     from llmdoctor.files import require_doctor
-    from llmdoctor.profile import override
+    from llmdoctor.profile import in_place_of, override
 
     if profile is None or given["profile"]:
         profile = load(given["profile"])
@@ -334,9 +342,7 @@ def guided_profile(given: Mapping[str, Any], profile: "Profile | None" = None) -
     if given["doctor"]:
         if not given["profile"]:
             decoding = override(decoding, **DecodeSettings().model_dump(include=set(COMBINATION)))
-        chosen = {
-            name: checked(DoctorSettings, {"checkpoint": path}) for name, path in parse_doctors(given["doctor"]).items()
-        }
+        chosen = in_place_of(chosen if given["profile"] else {}, parse_doctors(given["doctor"]))
     strengths = parse_betas(given["beta"] or (), tuple(chosen))
     for one in chosen.values():  # before a screen opens, and before the hub is asked for a patient
         require_doctor(one.checkpoint)

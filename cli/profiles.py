@@ -13,16 +13,25 @@ from llmdoctor.errors import ProfileError, UsageError
 app = typer.Typer(help="List, show, make and check profiles: one YAML file holds every setting of the three stages.")
 
 
+EXAMPLES = (
+    "profiles",
+    "profiles show clinic --origin",
+    "profiles new mine --extends smollm2",
+    "profiles check mine",
+)
+"""Shown by ``--help``; the tests run them."""
+EPILOG = options.examples(*EXAMPLES)
+
 _NAME = typer.Argument("clinic", autocompletion=options.complete_profile)
 
 
 @app.callback(invoke_without_command=True)
-def _default(context: typer.Context) -> None:
+def _default(context: typer.Context, as_json: options.Json = False) -> None:
     if context.invoked_subcommand is None:
-        list_()
+        list_(as_json=as_json)
 
 
-@app.command("list")
+@app.command("list", epilog=EPILOG)
 def list_(as_json: options.Json = False) -> None:
     """Names and what they are for."""
     from llmdoctor.profile import load_profile, profile_names, profile_path
@@ -41,7 +50,7 @@ def list_(as_json: options.Json = False) -> None:
         put(f"{name:<{width}}  {description}".rstrip())
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def show(
     name: str = _NAME,
     origin: Annotated[bool, option("--origin", "Say of every setting which file it comes from.")] = False,
@@ -71,7 +80,7 @@ def show(
     put(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110).rstrip())
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def path(name: str = _NAME) -> None:
     """Where a profile's file is."""
     from llmdoctor.profile import profile_path
@@ -79,7 +88,7 @@ def path(name: str = _NAME) -> None:
     put(str(profile_path(name)))
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def new(
     name: Annotated[str, typer.Argument(help="What it is to be called, or a path that ends in .yaml.")],
     extends: Annotated[
@@ -123,7 +132,7 @@ description: my own settings
 """
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def check(
     file: Annotated[str, typer.Argument(help="Profile, by its name or path.", autocompletion=options.complete_profile)],
 ) -> None:
@@ -139,7 +148,7 @@ def check(
     put(f"{profile_path(file)}: all settings are known and in range")
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def schema() -> None:
     """The JSON schema of profiles, for editors that complete and check YAML.
 
@@ -162,7 +171,7 @@ def _flat(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
     return found
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def faces(as_json: options.Json = False) -> None:
     """The ready face pairs that every profile may name: `extract --face NAME`, or `rewards.faces` in a profile."""
     import yaml

@@ -67,7 +67,7 @@ def serve(
     ] = 30,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Serve the guided patient to many clients at once, as OpenAI's API does; alpha and beta a request.
+    """Serve the guided patient to many clients at once, as OpenAI's API does; alpha and beta per request.
 
     Clients use the address http://HOST:PORT/v1. SIGTERM or Ctrl+C lets running answers end first.
     """

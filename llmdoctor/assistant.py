@@ -28,7 +28,7 @@ from llmdoctor.models import (
     share_weights,
     shared_by_processes,
 )
-from llmdoctor.profile import Profile, load_profile
+from llmdoctor.profile import Profile, in_place_of, load_profile, own_name
 from llmdoctor.records import Answer, Comparison, GuidedToken, Message, Question, Speaker
 from llmdoctor.settings import COMBINATION, DoctorSettings, Guidance, GuidanceFields, Sampling, check_guidance
 from llmdoctor.text import TextStream, conversation, prompt_ids, with_system
@@ -155,34 +155,35 @@ class LLMdoctor:
         """Load the models and settings of a profile, by default the clinic.
 
         ``overrides`` are keywords of ``LLMdoctor``, which beat the profile. A mapping for ``beta`` or ``dead_zone``
-        changes only the doctors it names. If ``doctor_checkpoint`` replaces the doctors, they keep the ``mode`` and
-        ``plausibility`` of a profile that was given; without one they get the general defaults, because the clinic's
-        were chosen for its own doctors.
+        changes only the doctors it names. ``doctor_checkpoint`` replaces all doctors. With a profile that was given, a
+        new doctor has ``beta`` and ``dead_zone`` of the profile's doctor of the same name, or of its only one, and
+        ``mode`` and ``plausibility`` stay. All else has the general defaults; so has everything without a profile,
+        because the clinic's settings were chosen for its own doctors.
 
         Raises ProfileError, and what ``LLMdoctor`` raises.
         """
         p = profile if isinstance(profile, Profile) else load_profile(profile or "clinic")
+        doctors, combination = p.doctors, p.decode.model_dump(include=set(GuidanceFields.model_fields))
+        if "doctor_checkpoint" in overrides:
+            doctors = in_place_of(doctors if profile else {}, _folders(overrides.pop("doctor_checkpoint")))
+            if not profile:
+                combination = {name: value for name, value in combination.items() if name not in COMBINATION}
         settings: dict[str, Any] = {
             "patient_model": p.patient.model,
-            "doctor_checkpoint": {name: doctor.checkpoint for name, doctor in p.doctors.items()},
-            "doctor_base": {name: doctor.base for name, doctor in p.doctors.items() if doctor.base},
-            "beta": {name: doctor.beta for name, doctor in p.doctors.items()},
-            "dead_zone": {name: doctor.dead_zone for name, doctor in p.doctors.items()},
+            "doctor_checkpoint": {name: doctor.checkpoint for name, doctor in doctors.items()},
+            "doctor_base": {name: doctor.base for name, doctor in doctors.items() if doctor.base},
+            "beta": {name: doctor.beta for name, doctor in doctors.items()},
+            "dead_zone": {name: doctor.dead_zone for name, doctor in doctors.items()},
             "system_prompt": p.patient.system_prompt,
             **p.patient.loading(),
             "sampling": p.decode.sampling(),
             "speculation": p.decode.speculation,
             "draft_model": p.decode.draft_model,
-            **p.decode.model_dump(include=set(GuidanceFields.model_fields)),
+            **combination,
         }
-        if "doctor_checkpoint" in overrides:
-            # The profile's bases and strengths were chosen for the profile's doctors.
-            for key in ("beta", "doctor_base", "dead_zone", *(() if profile else COMBINATION)):
-                del settings[key]
-        else:
-            for key in ("beta", "dead_zone"):
-                if isinstance(overrides.get(key), Mapping):
-                    overrides[key] = {**settings[key], **overrides[key]}
+        for key in ("beta", "dead_zone"):
+            if isinstance(overrides.get(key), Mapping):
+                overrides[key] = {**settings[key], **overrides[key]}
         return cls(**{**settings, **overrides})
 
     @property
@@ -504,6 +505,14 @@ def with_strengths(guidance: Guidance, names: Sequence[str], **strengths: float 
         for field, given in strengths.items()
     }
     return guidance.replace(**changes)
+
+
+def _folders(checkpoint: str | Path | Mapping[str, str | Path] | None) -> dict[str, str]:
+    """``doctor_checkpoint`` as folders by name."""
+    if checkpoint is None:
+        return {}
+    named = checkpoint if isinstance(checkpoint, Mapping) else {own_name(Path(checkpoint)): checkpoint}
+    return {name: str(folder) for name, folder in named.items()}
 
 
 def _is_message(item: Any) -> bool:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from llmdoctor.artefacts import DoctorFile
 from llmdoctor.errors import LoadError, ProfileError, UsageError
 from llmdoctor.files import DOCTOR, config_folder, present, read_json, read_text, user_path
-from llmdoctor.schema import Settings, SettingsT, complaint, hint, shown
+from llmdoctor.schema import Settings, SettingsT, checked, complaint, hint, shown
 from llmdoctor.settings import (
     DataSettings,
     DecodeSettings,
@@ -249,7 +249,7 @@ def named_doctors(values: Iterable[str], option: str) -> dict[str, str]:
     for value in values:
         name, equals, path = value.partition("=")
         if not equals or "/" in name or present(Path(value)):
-            name, path = _own_name(Path(value)), value
+            name, path = own_name(Path(value)), value
         if not name or not path:
             raise UsageError(f"{option}: expected PATH or NAME=PATH, got {value!r}")
         if name in doctors:
@@ -258,7 +258,22 @@ def named_doctors(values: Iterable[str], option: str) -> dict[str, str]:
     return doctors
 
 
-def _own_name(checkpoint: Path) -> str:
+def in_place_of(present: Mapping[str, DoctorSettings], folders: Mapping[str, str]) -> dict[str, DoctorSettings]:
+    """Settings of other doctors, in ``folders`` by name, each as strong as the one of its name that was ``present``.
+
+    If only one was there, it is the one that they all replace. A doctor that replaces none has the defaults. The bases
+    are those that the folders themselves name.
+    """
+    made = {}
+    for name, folder in folders.items():
+        like = present.get(name) or (next(iter(present.values())) if len(present) == 1 else None)
+        strength = like.model_dump(include={"beta", "dead_zone"}) if like else {}
+        made[name] = checked(DoctorSettings, {"checkpoint": folder, **strength})
+    return made
+
+
+def own_name(checkpoint: Path) -> str:
+    """What the doctor in this folder is called, by its doctor.json."""
     try:
         return str(read_json(user_path(checkpoint) / DOCTOR, DoctorFile).get("name") or "doctor")
     except LoadError:

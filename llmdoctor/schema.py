@@ -107,7 +107,12 @@ def _choices(annotation: Any) -> str:
 
 def _bound(limit: Any) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    return next((f"{sign} {getattr(limit, key)}" for key, sign in signs.items() if hasattr(limit, key)), "")
+    return next((f"{sign} {_plain(getattr(limit, key))}" for key, sign in signs.items() if hasattr(limit, key)), "")
+
+
+def _plain(number: float) -> str:
+    """``10000``, not ``10000.0``."""
+    return str(int(number) if number == int(number) else number)
 
 
 def _path_in(given: Any, loc: tuple[int | str, ...]) -> list[str]:

@@ -114,20 +114,27 @@ def test_the_embedded_clinic() -> None:
 
 
 def test_what_is_laid_over_a_profile() -> None:
-    """Mappings change what they name; other doctors keep the mode of a profile that was chosen."""
+    """Mappings change what they name; a doctor that replaces one of a profile that was chosen is as strong as that."""
     own = load_profile("clinic")
     changed = LLMdoctor.from_profile(beta={"safe": 0.1}, dead_zone={"helpful": 0.5}).guidance
     assert (changed.betas, changed.dead_zones) == ({"helpful": 1.0, "safe": 0.1}, {"helpful": 0.5, "safe": 1.0})
     doctors = {"mine": own.doctors["helpful"].checkpoint}
     other = LLMdoctor.from_profile(doctor_checkpoint=doctors)
-    assert other.guidance == Guidance(1.0, {"mine": 0.8})
+    assert other.guidance == Guidance(1.0, {"mine": 0.8}, dead_zones={"mine": 0.0})
     assert other.sampling.max_new_tokens == own.decode.max_new_tokens
     chosen = LLMdoctor.from_profile("clinic", doctor_checkpoint=doctors)
-    assert chosen.guidance == Guidance(1.0, {"mine": 0.8}, "ratio", own.decode.plausibility)
+    assert chosen.guidance == Guidance(1.0, {"mine": 0.8}, "ratio", own.decode.plausibility, {"mine": 0.0})
+    safe = own.doctors["safe"].checkpoint
+    replaced = LLMdoctor.from_profile("clinic", doctor_checkpoint=safe).guidance  # its own name is safe
+    assert (replaced.betas, replaced.dead_zones, replaced.mode) == ({"safe": 0.6}, {"safe": 1.0}, "ratio")
+    both = LLMdoctor.from_profile("clinic", doctor_checkpoint={"safe": safe, **doctors}, beta={"mine": 0.2}).guidance
+    assert (both.betas, both.dead_zones) == ({"safe": 0.6, "mine": 0.2}, {"safe": 1.0, "mine": 0.0})
+    assert LLMdoctor.from_profile(doctor_checkpoint={"safe": safe}).guidance.betas == {"safe": 0.8}
+    assert LLMdoctor.from_profile("clinic", doctor_checkpoint=None).doctor_names == ()
     question = "How can I sleep better?"
     settings = chosen.compare(question, seed=1, max_new_tokens=4).settings
     assert settings["plausibility"] == own.decode.plausibility
-    assert settings["dead_zones"] == {}
+    assert settings["dead_zones"] == {"mine": 0.0}
     assert "plausibility" not in other.compare(question, seed=1, max_new_tokens=4).settings
 
 

@@ -22,7 +22,7 @@ from llmdoctor.decoding.product import product
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.model_source import ModelSource
 from llmdoctor.models import Vocabulary, context_of, load_tokenizer
-from llmdoctor.profile import load_profile, named_doctors
+from llmdoctor.profile import in_place_of, load_profile, named_doctors
 from llmdoctor.schema import hint
 from llmdoctor.serving.requests import GUIDANCE
 from llmdoctor.set_command import parse_settings
@@ -77,7 +77,7 @@ def steered() -> Steered:
     doctors = dict(settings.doctors) if settings else {}
     if folders:
         given = named_doctors([item.strip() for item in folders.split(",")], "LLMDOCTOR_DOCTOR")
-        doctors = {name: DoctorSettings(checkpoint=folder) for name, folder in given.items()}
+        doctors = in_place_of(doctors, given)
     if not doctors:
         raise UsageError(f"the profile {profile} names no doctor: add one, or set LLMDOCTOR_DOCTOR")
     strengths = {name: os.environ.get(f"LLMDOCTOR_{name.upper()}") for name in GUIDANCE}

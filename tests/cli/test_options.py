@@ -136,6 +136,23 @@ def test_doctors_replace_those_of_the_profile(effective, profile_file, tmp_path)
     }
 
 
+def test_a_doctor_is_as_strong_as_the_one_that_it_replaces(effective, profile_file, tmp_path):
+    """By its name, or because there was only one; without a profile there is none to replace."""
+
+    def strengths(*args):
+        doctors = effective(*args).doctors
+        return {name: (doctor.beta, doctor.dead_zone, doctor.base) for name, doctor in doctors.items()}
+
+    given, text = tmp_path / "d", profile_file.read_text()
+    profile_file.write_text(text.replace("beta: 0.7", "beta: 0.7, dead_zone: 2, base: ./b"))
+    named = ("--profile", profile_file, "--doctor", f"helpful={given}")
+    assert strengths(*named, "--doctor", f"new={given}") == {"helpful": (0.7, 2, None), "new": (0.8, 0, None)}
+    assert strengths(*named, "--beta", "0.1") == {"helpful": (0.1, 2, None)}
+    profile_file.write_text(text.replace(", safe: {checkpoint: ./s}", ""))
+    assert strengths("--profile", profile_file, "--doctor", f"new={given}") == {"new": (0.7, 0, None)}
+    assert strengths("--doctor", f"helpful={given}") == {"helpful": (0.8, 0, None)}
+
+
 def test_doctors_by_path_alone():
     assert options.parse_doctors(["outputs/doctor"]) == {"doctor": "outputs/doctor"}
     assert options.parse_doctors(["./a=b"]) == {"doctor": "./a=b"}

@@ -4,11 +4,14 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperOption
 
-from llmdoctor.cli import main, terminal
+from llmdoctor.cli import main, profiles, terminal
 from llmdoctor.profile import load_profile
 
 
@@ -96,12 +99,43 @@ def test_quiet_keeps_warnings_and_results(run, monkeypatch):
     terminal.say("warning: still said")
 
 
-def test_the_examples_of_the_help_run(run):
-    for line in main.EXAMPLES:
-        assert line in run("--help", env={"COLUMNS": "200", "TERM": "dumb"}).stdout
-        done = run(*shlex.split(line))
-        assert done.exit_code == 0, (line, done.output)
-        assert done.stdout
+ALL_COMMANDS = [*main.EXAMPLES, "eval", "profiles", *(f"profiles {name}" for name in ("list", "show", "new", "check"))]
+
+
+def command_of(words):
+    """The command that ``words`` begin with, and the words after it."""
+    command = typer.main.get_command(main.app)
+    while words and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+@pytest.mark.parametrize("name", ALL_COMMANDS)
+def test_the_help_shows_every_option_whole_at_80_columns_and_examples(name, run):
+    command, _ = command_of(name.split())
+    shown = run(*name.split(), "--help", env={"COLUMNS": "80", "TERM": "dumb"}).stdout.split()
+    for option in (one for one in command.params if isinstance(one, TyperOption)):
+        assert set(shown) >= {*option.opts, *option.secondary_opts}, option.name
+    assert "Examples:" in shown
+
+
+def test_the_examples_of_the_help_run(run, monkeypatch, tmp_path):
+    """Those that need other models or a terminal are only parsed."""
+    monkeypatch.setenv("LLMDOCTOR_MAX_NEW_TOKENS", "8")
+    monkeypatch.setenv("LLMDOCTOR_MAX_STEPS", "1")
+    Path("prompts.txt").write_text("How can I sleep better?\n")
+    Path("other.jsonl").write_text('{"q": "How?", "good": "So.", "bad": "No."}\n')
+    elsewhere = ("serve", "--profile smollm2", "./model", "org/", "--private", "--method head", "extends", "check mine")
+    order = ("", "chat", "compare", "extract", "inspect", "train", "shrink", "push", "serve", "env")
+    assert set(order) == set(main.EXAMPLES)
+    for line in [line for name in order for line in main.EXAMPLES[name]] + list(profiles.EXAMPLES):
+        command, arguments = command_of(shlex.split(line))
+        if any(part in line for part in elsewhere):
+            command.make_context("llmdoctor", arguments)
+            continue
+        done = run(*shlex.split(line), input="")
+        assert done.exit_code == 0, (line, done.output, done.exception)
+        assert done.stdout or line.startswith("chat")
 
 
 def test_a_reader_that_leaves_early_is_no_error():
