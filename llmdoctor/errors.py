@@ -31,6 +31,10 @@ class LoadError(LLMDoctorError):
     exit_code = 3
 
 
+class VersionError(LoadError):
+    """A file was written by a later llmdoctor, in a form that this one does not know."""
+
+
 class VocabularyError(LoadError):
     """Patient and doctor do not share a token-to-id map."""
 

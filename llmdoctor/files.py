@@ -20,7 +20,7 @@ from platformdirs import user_config_path
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
-from llmdoctor.errors import LoadError, StorageError, UsageError
+from llmdoctor.errors import LoadError, StorageError, UsageError, VersionError
 from llmdoctor.harmless import first_line, json_text, require_unicode
 from llmdoctor.schema import shown
 
@@ -342,7 +342,8 @@ def read_text(path: Path, most: int = 1 << 28) -> str:
 def read_json(path: Path, schema: type[BaseModel] | None = None) -> Any:
     """What the JSON file holds; with a ``schema``, an object that fits it (the object itself, without its defaults).
 
-    Raises LoadError when it is missing, unreadable, not JSON (which has no NaN) or does not fit.
+    Raises LoadError when it is missing, unreadable, not JSON (which has no NaN) or does not fit; VersionError when a
+    later version wrote it.
     """
     try:
         data = json.loads(read_text(path), parse_constant=_no_constant)
@@ -358,8 +359,10 @@ def read_json(path: Path, schema: type[BaseModel] | None = None) -> Any:
         raise LoadError(f"{path}: expected a JSON object, got {shown(data)}")
     try:
         schema.model_validate(data)
-    except (ValidationError, RecursionError) as error:
-        raise LoadError(f"{path}: {_misfit(error)}") from error
+    except RecursionError as error:
+        raise LoadError(f"{path}: nested too deeply") from error
+    except ValidationError as error:
+        raise _misfit(path, error) from error
     return data
 
 
@@ -367,17 +370,15 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"it has no {name}")
 
 
-def _misfit(error: ValidationError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
+def _misfit(path: Path, error: ValidationError) -> LoadError:
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))[:80]
     if key == "schema_version" and first["type"] == "less_than_equal":
         expected = f"expected schema_version {first['ctx']['le']} or less, got {shown(first['input'])}"
-        return f"it was written by a later llmdoctor, {expected}: update llmdoctor"
+        return VersionError(f"{path}: it was written by a later llmdoctor, {expected}: update llmdoctor")
     if first["type"] == "missing":
-        return f"expected a key {key!r}, there is none"
-    return f"{key!r} {first['msg'].removeprefix('Input ')}, got {shown(first['input'])}"
+        return LoadError(f"{path}: expected a key {key!r}, there is none")
+    return LoadError(f"{path}: {key!r} {first['msg'].removeprefix('Input ')}, got {shown(first['input'])}")
 
 
 def file_checksum(path: Path) -> str:

