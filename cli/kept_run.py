@@ -6,7 +6,7 @@ The file has a line of JSON per answer, written when the answer is finished. The
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from llmdoctor.cli import options
 from llmdoctor.cli.terminal import Advance, every_ten_seconds, progress, say
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.files import open_to_append, storage_errors
+from llmdoctor.files import is_stream, locked, open_to_append, storage_errors
 from llmdoctor.harmless import json_text
 from llmdoctor.show.formats import counted
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from llmdoctor.profile import Profile
     from llmdoctor.records import Question
 
+_LONGEST = 1 << 28  # bytes of a line
+_BEGINS = b'{"id": "'  # a line
 _NEVER_KEPT = "nothing was kept: with --output FILE every answer is, and the same command goes on there"
 
 
@@ -33,7 +35,8 @@ class KeptRun:
     All but ``rows`` must be the same as for the answers that are there; where ``seed`` is None it is that of the file.
     ``samples``, ``top`` and ``follow`` are those of `Run`. ``weights`` tell the models of a server from others; by
     default the files of the models do. Without a ``path`` nothing is kept. Raises UsageError for a file of another
-    command or another ``seed``. As a context it closes the file and says what is in it, also after Ctrl+C.
+    command or another ``seed``, and if another run writes to it. As a context it closes the file and says what is in
+    it, also after Ctrl+C.
     """
 
     def __init__(
@@ -53,12 +56,16 @@ class KeptRun:
         from llmdoctor.comparing import Run
 
         known: dict[Key, Timed] = {}
-        self._command = ""
+        self._command, self._lock = "", ExitStack()
         if path is not None:
             told = _weights(plan.profile for plan in plans) if weights is None else list(weights)
             command = {"samples": samples, "top": top, "follow": follow, "kl_budget": kl_budget, "weights": told}
             self._command = _fingerprint(plans, questions, command)
-            known, seed = _read(path, self._command, seed)
+            with ExitStack() as stack:
+                if not is_stream(path):
+                    stack.enter_context(locked(path, beside=True))
+                known, seed = _read(path, self._command, seed)
+                self._lock = stack.pop_all()
         self.run = Run(
             questions,
             options.fresh_seed() if seed is None else seed,
@@ -86,10 +93,11 @@ class KeptRun:
     def __exit__(
         self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            # the reader of a FIFO waits for this; a failed write fails here again
-            with suppress(OSError) if kind is not None or self._path is None else storage_errors(self._path):
-                self._file.close()
+        with self._lock:
+            if self._file is not None:
+                # the reader of a FIFO waits for this; a failed write fails here again
+                with suppress(OSError) if kind is not None or self._path is None else storage_errors(self._path):
+                    self._file.close()
         if kind is None:
             if self._file is not None:
                 say(f"wrote {self._path}")
@@ -153,37 +161,38 @@ class KeptRun:
 
 def _read(path: Path, command: str, seed: int | None) -> "tuple[dict[Key, Timed], int | None]":
     """The answers that are there, and their seed. A line that a stop has cut is removed from the file."""
-    from llmdoctor.comparing import Key
-    from llmdoctor.files import is_stream
-    from llmdoctor.records import Answer
+    from llmdoctor.comparing import KeptAnswer, Key
 
-    if not path.exists() or is_stream(path):
+    if is_stream(path) or not path.exists():
         return {}, seed
     found: dict[Key, Timed] = {}
     whole = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
+    with storage_errors(path), path.open("rb") as lines:
+        while line := lines.readline(_LONGEST):
+            complete = line.endswith(b"\n")
             try:
-                data = json.loads(line)
-                theirs, run_seed = data["command"], data["run_seed"]
-                key = Key(data["column"], data["question"], data["sample"], data["turn"])
-                timed = Answer.from_dict(data["answer"]), data["seconds"]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                kept = KeptAnswer.model_validate(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                ours = line.startswith(_BEGINS) or _BEGINS.startswith(line)
+                if ours and not complete and isinstance(error, json.JSONDecodeError):
+                    break
                 raise UsageError(
                     f"{path} holds something else than answers of compare or eval: give another --output"
                 ) from error
-            if theirs != command:
+            if kept.command != command:
                 raise UsageError(f"{path} holds answers of another command: give another --output, or remove it")
-            if seed not in (None, run_seed):
+            if seed not in (None, kept.run_seed):
                 raise UsageError(
-                    f"{path} holds answers of seed {run_seed}, not {seed}: give another --output, or that seed"
+                    f"{path} holds answers of seed {kept.run_seed}, not {seed}: give another --output, or that seed"
                 )
-            seed, found[key] = run_seed, timed
+            if not complete:
+                break
+            seed = kept.run_seed
+            found[Key(kept.column, kept.question, kept.sample, kept.turn)] = kept.answer, kept.seconds
             whole += len(line)
-    with path.open("r+b") as file:
-        file.truncate(whole)
+    if path.stat().st_size > whole:
+        with storage_errors(path), path.open("r+b") as file:
+            file.truncate(whole)
     return found, seed
 
 

@@ -36,7 +36,7 @@ def shrink(
         option("--output", "Folder of the small model (default: outputs/shrunk).", short="-o", env="SHRINK_OUTPUT"),
     ] = Path("outputs/shrunk"),
     shrinking: Annotated[dict[str, Any], FieldOptions(ShrinkSettings, "Training")],
-    fresh: Annotated[bool, option("--fresh", "Start from scratch, even if a stopped run could be continued.")] = False,
+    fresh: Annotated[bool, option("--fresh", "Start from scratch, and replace what another run made.")] = False,
     loading: options.HowLoaded,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,

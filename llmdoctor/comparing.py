@@ -4,14 +4,17 @@ A column is one way to answer. Its answers can be had as they finish, and those 
 again: so a run that was stopped goes on where it was.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
+
+from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from llmdoctor.answers import measures
 from llmdoctor.records import Answer, Comparison, Estimate, GuidedToken, Message, Question, Versus
-from llmdoctor.settings import Guidance, Sampling
+from llmdoctor.settings import GREATEST_SEED, Guidance, Sampling
 
 if TYPE_CHECKING:
     from llmdoctor.assistant import LLMdoctor
@@ -27,6 +30,34 @@ class Key(NamedTuple):
 
 
 Timed = tuple[Answer, float]  # an answer and its seconds
+
+
+def _with_infinity(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _with_infinity(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_with_infinity(value) for value in data]
+    return -math.inf if data is None else data
+
+
+class KeptAnswer(BaseModel):
+    """A line of a file of answers, as far as it is read again. JSON has no infinity: null stands for -inf."""
+
+    column: str
+    question: int = Field(ge=1)
+    sample: int = Field(ge=1)
+    turn: int = Field(ge=1)
+    answer: Annotated[Answer, BeforeValidator(_with_infinity)]
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    run_seed: int = Field(ge=0, le=GREATEST_SEED)
+    command: str
+
+    @field_validator("answer")
+    @classmethod
+    def _of_one_kind(cls, answer: Answer) -> Answer:
+        if len({(*token.doctor_logprobs, None, *token.values) for token in answer.tokens}) != 1:
+            raise ValueError("expected tokens, all with the same doctors")
+        return answer
 
 
 class Answers(Protocol):

@@ -247,12 +247,6 @@ class Answer:
         """The record as plain JSON values."""
         return {"text": self.text, "tokens": [token.to_dict() for token in self.tokens], "finished": self.finished}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Answer":
-        """The answer that `to_dict` described."""
-        tokens = (GuidedToken(**{**t, "top": tuple(Alternative(**a) for a in t["top"])}) for t in data["tokens"])
-        return cls(data["text"], tuple(tokens), data["finished"])
-
 
 @dataclass(frozen=True, slots=True)
 class Versus:

@@ -9,7 +9,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,32 @@ def finished(marker: Path, key: str) -> dict[str, Any] | None:
     except LoadError:
         return None
     return held if held.get("run") == key else None
+
+
+def require_no_other(
+    output: Path,
+    marker: str,
+    kind: str,
+    told: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    described: Mapping[str, Any],
+) -> None:
+    """Raise UsageError if a finished ``kind`` is there, naming what this run, as ``described``, would change.
+
+    ``told`` gives what such a description, or the ``marker`` file of a finished folder, says of its run.
+    """
+    if not has_weights(output):
+        return
+    try:
+        before = told(read_json(output / marker, Artefact))
+    except (LoadError, AttributeError, TypeError):  # it may be of any types
+        before = {}
+    now = told(described)
+    differs = [key for key in now if before.get(key) != now[key]]
+    listed = ", ".join(differs[:5]) + (f" and {len(differs) - 5} more" if len(differs) > 5 else "")
+    raise UsageError(
+        f"{output} holds a finished {kind} with another {listed or 'run'}: choose another output folder, or give "
+        "--fresh to replace it"
+    )
 
 
 def checkpoint_step(checkpoint: Path) -> int:

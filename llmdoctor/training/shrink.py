@@ -13,12 +13,14 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -28,14 +30,23 @@ from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
 from llmdoctor.errors import DataError, LLMDoctorWarning, UsageError
-from llmdoctor.files import atomic_path, ensure_replaceable, locked, write_json
+from llmdoctor.files import (
+    atomic_path,
+    ensure_replaceable,
+    locked,
+    open_to_append,
+    present,
+    require_regular,
+    storage_errors,
+    write_json,
+)
 from llmdoctor.harmless import clean, first_line
 from llmdoctor.models import Patient, SplitLM, Vocabulary, by_chunks
 from llmdoctor.records import Message
 from llmdoctor.settings import Sampling, ShrinkSettings
 from llmdoctor.text import conversation, prompt_ids
 from llmdoctor.training.batches import pad_rows
-from llmdoctor.training.checkpoints import finished, run_key
+from llmdoctor.training.checkpoints import finished, require_no_other, run_key
 from llmdoctor.training.doctor import states
 from llmdoctor.training.progress import Distance, Progress
 from llmdoctor.training.shrunk import MARKER
@@ -74,13 +85,13 @@ def shrink(
     drafted tokens that would stand at beta 0 (see `agreement`), parameters, own and shared, and the time of a step
     relative to the patient's.
 
-    A run that is finished already is not repeated.
+    A run that is finished already is not repeated. Only ``fresh`` replaces what another run has finished.
 
     The same call continues a run that was stopped, from its answers and its last checkpoint; ``fresh`` starts again,
     and keeps only answers that it would draw again as they are.
 
-    Raises UsageError (more layers than the patient has, a patient that cannot be cut, another run that was stopped or
-    goes on here), DataError (too few prompts), TrainingError, StorageError. Then ``output`` is unchanged.
+    Raises UsageError (more layers than the patient has, a patient that cannot be cut, another run that was stopped,
+    finished or goes on here), DataError (too few prompts), TrainingError, StorageError. Then ``output`` is unchanged.
     """
     output = Path(output)
     ensure_replaceable(output, MARKER)
@@ -97,12 +108,9 @@ def shrink(
         "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "settings": settings.model_dump(mode="json"),
     }
-    key = run_key({**identity, "version": __version__})
-    if not fresh and (done := finished(output / MARKER, key)):
-        return done
     with locked(output, beside=True):
         return _shrink(
-            patient, ids, student, output, settings, identity, key, device, fresh, on_answer=on_answer, on_step=on_step
+            patient, ids, student, output, settings, identity, device, fresh, on_answer=on_answer, on_step=on_step
         )
 
 
@@ -113,7 +121,6 @@ def _shrink(
     output: Path,
     settings: ShrinkSettings,
     identity: dict[str, Any],
-    key: str,
     device: str,
     fresh: bool,
     *,
@@ -122,12 +129,25 @@ def _shrink(
 ) -> dict[str, Any]:
     started = time.monotonic()
     kept = output.with_name(f".{output.name}.answers.jsonl")
+    work = output.with_name(f".{output.name}.training")
+    key = run_key({**identity, "version": __version__})
+    described = {
+        "llmdoctor_version": __version__,
+        "patient": patient.name,
+        "patient_fingerprint": patient.fingerprint,
+        "prompts": identity["prompts"],
+        "settings": identity["settings"],
+    }
+    if not fresh:
+        if done := finished(output / MARKER, key):
+            return done
+        if not kept.exists() and not work.exists():
+            require_no_other(output, MARKER, "model", _told, described)
     spoken = _answers(patient, ids, settings, identity, kept, fresh=fresh, on_answer=on_answer)
     held_out = spoken[: min(len(ids) - 1, max(1, round(settings.holdout * len(ids)))) * settings.answers]
     before = measure(patient, student, held_out[:_MEASURED])
 
     training = settings.training(device)
-    work = output.with_name(f".{output.name}.training")
     progress = Progress(Distance, on_step and (lambda step, last, row, speed: on_step(step, last, row.loss, speed)))
     trainer = Distiller(patient, student, spoken[len(held_out) :], training, str(work), progress)
     trainer.run(work, identity, fresh=fresh)
@@ -136,11 +156,8 @@ def _shrink(
     for p in student.parameters():  # not the buffers: those of rotary positions are float32 in every model
         p.data = p.data.to(patient.model.dtype)
     meta = {
-        "llmdoctor_version": __version__,
+        **described,
         "run": key,
-        "patient": patient.name,
-        "patient_fingerprint": patient.fingerprint,
-        "settings": settings.model_dump(mode="json"),
         "report": {
             "layers": settings.layers,
             "of": patient.model.config.get_text_config().num_hidden_layers,
@@ -161,6 +178,11 @@ def _shrink(
     shutil.rmtree(work, ignore_errors=True)
     kept.unlink(missing_ok=True)
     return meta
+
+
+def _told(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a shrunk.json says of its run, but for places, which may differ."""
+    return {key: meta.get(key) for key in ("patient_fingerprint", "prompts", "llmdoctor_version")} | meta["settings"]
 
 
 def first_layers(patient: Patient, layers: int | None = None) -> PreTrainedModel:
@@ -364,34 +386,56 @@ def _answers(
     """The patient's answers at temperature 1, ``settings.answers`` to each prompt. Those at ``path`` are kept."""
     drawn_from = {name: identity[name] for name in ("patient", "prompts")}
     drawn_from |= {name: identity["settings"][name] for name in ("answers", "max_new_tokens", "seed")}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-    if lines and json.loads(lines[0]) != drawn_from:
-        if not fresh:
-            raise UsageError(
-                f"{path} holds answers of another patient, to other prompts or with other settings: give those to "
-                "continue that run, or --fresh to start from scratch"
-            )
-        lines = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:  # without the line that was cut off
-        temporary.write_text("".join(lines or [json.dumps(drawn_from) + "\n"]), encoding="utf-8")
     asked = [prompt for prompt in prompts for _ in range(settings.answers)]
-    answers = [json.loads(line) for line in lines[1:]]
+    answers = _kept(path, drawn_from, patient.vocabulary.size, fresh=fresh)[: len(asked)]
+    with atomic_path(path) as temporary:  # without the lines that cannot be read
+        temporary.write_text("".join(map(_line, (drawn_from, *answers))), encoding="utf-8")
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    with path.open("a", encoding="utf-8") as file:
+    with storage_errors(path), open_to_append(path) as file:
         while len(answers) < len(asked):
             rows = asked[len(answers) : len(answers) + _ROWS]
             seeds = [settings.seed + len(answers) + i for i in range(len(rows))]
             new: list[list[int]] = [[] for _ in rows]
             for step in decode(patient, {}, rows, patient_alone, sampling, seed=seeds):
                 new[step.row].append(step.token.id)
-            file.writelines(json.dumps(answer) + "\n" for answer in new)
+            file.writelines(map(_line, new))
             file.flush()
             answers += new
             if on_answer:
                 on_answer(len(answers), len(asked))
     return [Spoken(list(prompt), answer) for prompt, answer in zip(asked, answers, strict=True)]
+
+
+def _kept(path: Path, drawn_from: dict[str, Any], vocabulary: int, *, fresh: bool) -> list[list[int]]:
+    """The answers that are kept at ``path``, up to a line that is cut off or damaged: the others are drawn again.
+
+    Raises UsageError for a file that holds something else, unless ``fresh`` discards it.
+    """
+    if not present(path):
+        return []
+    answer = TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=vocabulary)]], Field(min_length=1)])
+    answers: list[list[int]] = []
+    try:
+        require_regular(path)
+        with path.open("rb") as lines:
+            whole = _line(drawn_from).encode()
+            if whole.startswith(lines.readline(len(whole) + 1)):  # it may be cut off itself
+                with suppress(ValidationError):
+                    for line in lines:
+                        answers.append(answer.validate_json(line if line.endswith(b"\n") else b""))
+                return answers
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}. Remove it, and start again") from error
+    if fresh:
+        return []
+    raise UsageError(
+        f"{path} holds answers of another patient, to other prompts or with other settings: give those to "
+        "continue that run, or --fresh to start from scratch"
+    )
+
+
+def _line(data: Any) -> str:
+    return json.dumps(data) + "\n"
 
 
 def _sizes(student: PreTrainedModel, patient: PreTrainedModel) -> dict[str, int]:

@@ -15,9 +15,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 
 from llmdoctor import __version__
 from llmdoctor.answers import estimates_to_dict, wilson
-from llmdoctor.artefacts import DoctorFile
 from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
-from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, locked, read_json
+from llmdoctor.files import DOCTOR, atomic_path, ensure_replaceable, locked
 from llmdoctor.harmless import require_unicode
 from llmdoctor.models import Vocabulary, load_tokenizer, model_fingerprint, require_embedded
 from llmdoctor.records import TokenScores, TrainStep
@@ -25,7 +24,7 @@ from llmdoctor.settings import RewardSettings, TrainSettings
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.training.batches import ScoredPair, hold_out, sides
-from llmdoctor.training.checkpoints import finished, has_weights, run_key
+from llmdoctor.training.checkpoints import finished, require_no_other, run_key
 from llmdoctor.training.doctor import Doctor, new_doctor
 from llmdoctor.training.folder import base_record, require_base_outside, save_doctor
 from llmdoctor.training.progress import draw_losses
@@ -140,7 +139,7 @@ def _train(
     if not fresh and not work.exists():
         if done := finished(output / DOCTOR, key):
             return done
-        _require_no_other(output, described)
+        require_no_other(output, DOCTOR, "doctor", _told, described)
     trainer = TFPOTrainer(doctor, training, settings, str(work), on_step, held_out)
     _log_beside(output, trainer)
     trainer.run(work, identity, fresh=fresh)
@@ -166,23 +165,6 @@ def _train(
         trainer.accelerator.wait_for_everyone()  # no process returns before the doctor is written
         trainer.accelerator.end_training()
     return meta
-
-
-def _require_no_other(output: Path, described: Mapping[str, Any]) -> None:
-    """Raise UsageError if a finished doctor is there, naming what this run would make of it."""
-    if not has_weights(output):
-        return
-    try:
-        held = read_json(output / DOCTOR, DoctorFile)
-    except LoadError:
-        held = {}
-    before, now = _told(held), _told(described)
-    differs = [key for key in now if before.get(key) != now[key]]
-    listed = ", ".join(differs[:5]) + (f" and {len(differs) - 5} more" if len(differs) > 5 else "")
-    raise UsageError(
-        f"{output} holds a finished doctor with another {listed or 'run'}: choose another output folder, or give "
-        "--fresh to replace it"
-    )
 
 
 def _told(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+
+from llmdoctor.comparing import KeptAnswer
+from llmdoctor.files import locked
+from llmdoctor.harmless import json_text
 
 SHORT = ("--max-new-tokens", 3, "--seed", 1)
 
@@ -236,3 +242,95 @@ def test_compare_killed_in_the_middle_of_an_answer_leaves_only_answers_and_goes_
     ]
     assert said[0] == said[1]
     assert len(said[0]) == 6
+
+
+KEEP = ("compare", "Hi", *SHORT, "-o", "a.jsonl")
+ODD = (None, "", "x\0y", [], [1], {}, {"a": []}, True, -1, 10**30, 1e308, "\ud800", [[]] * 3)
+
+
+@pytest.fixture
+def kept(run):
+    """The file of answers that a command has kept."""
+    assert run(*KEEP).exit_code == 0
+    return Path("a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        *(b"years of work", b'{"a": 1}', b'{"id": "1", "text": "years of work"}', b"\0" * 9, b"[" * 5000),
+        *(b"[" * 5000 + b"\n", b"9" * 9999 + b"\n", b"NaN\n", b"\xff\n", b"\n", b"years\nof work"),
+    ],
+)
+def test_a_file_of_something_else_is_never_cut_or_added_to(run, held):
+    """A text without a line end at its end was once taken for an answer that a stop has cut, and removed."""
+    Path("a.jsonl").write_bytes(held)
+    for command in (KEEP, ("eval", "--prompts", "prompts.txt", *SHORT, "-o", "a.jsonl")):
+        Path("prompts.txt").write_text("Hi")
+        result = run(*command)
+        assert result.exit_code == 2, result.output + repr(result.exception)
+        assert "a.jsonl holds something else than answers" in result.stderr
+        assert Path("a.jsonl").read_bytes() == held
+        assert sorted(path.name for path in Path().iterdir()) == ["a.jsonl", "prompts.txt"]
+
+
+def test_a_first_answer_that_a_stop_has_cut_is_made_again(run, kept):
+    whole = kept.read_bytes()
+    for cut in (0, 3, 30, whole.index(b"\n")):
+        kept.write_bytes(whole[:cut])
+        assert run(*KEEP).exit_code == 0
+        said = [
+            [json.loads(line)["answer"]["text"] for line in lines.splitlines()] for lines in (kept.read_bytes(), whole)
+        ]
+        assert said[0] == said[1]
+
+
+def test_kept_answers_of_wrong_types_are_one_line(run, kept):
+    """Every key of a line and of its first token, of every type; all of them where they are read, some as a command."""
+    first, *others = kept.read_text().splitlines(keepends=True)
+    whole = json.loads(first)
+    for place, keys in (
+        ((), ("column", "question", "sample", "turn", "answer", "seconds", "run_seed")),
+        (("answer",), (*whole["answer"],)),
+        (("answer", "tokens", 0), (*whole["answer"]["tokens"][0],)),
+    ):
+        for key in keys:
+            for number, value in enumerate(ODD):
+                data = json.loads(first)
+                inside = data
+                for part in place:
+                    inside = inside[part]
+                inside[key] = value
+                with suppress(ValidationError):
+                    KeptAnswer.model_validate(data)
+                if number == len(keys) % 7:
+                    kept.write_text(json.dumps(data) + "\n" + "".join(others))
+                    result = run(*KEEP)
+                    assert result.exit_code in (0, 2), (key, value, result.output, result.exception)
+                    assert "Traceback" not in result.output
+                    assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) < 2
+
+
+def test_kept_alternatives_that_cannot_be_said_have_no_chance_again(run):
+    """JSON has no infinity: -inf is written as null, and was once read as nothing."""
+    asked = (*KEEP, "--top", 10, "--plausibility", 0.5)
+    assert run(*asked).exit_code == 0
+    lines = Path("a.jsonl").read_text().splitlines()
+    assert any("null" in line for line in lines)
+    for line in lines:
+        held = json.loads(line)
+        answer = KeptAnswer.model_validate(held).answer
+        assert all(isinstance(one.logprob, float) for token in answer.tokens for one in token.top)
+        assert json.loads(json_text(answer.to_dict())) == held["answer"]
+    assert "holds all 2 answers already" in run(*asked).stderr
+
+
+def test_a_second_run_into_one_file_of_answers_is_refused(run):
+    """Lines of both would stand between each other."""
+    with locked(Path("a.jsonl"), beside=True):
+        result = run(*KEEP)
+        assert result.exit_code == 2
+        assert "another run is writing to a.jsonl" in result.stderr
+        assert not Path("a.jsonl").exists()
+    assert run(*KEEP).exit_code == 0
+    assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
