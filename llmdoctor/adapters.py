@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from pydantic import TypeAdapter, ValidationError
@@ -31,7 +31,9 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SECONDS = 10.0  # in which the patterns of an adapter must have been compared with all names of modules
 _PROBE = 32  # tokens
 _AGAIN = "as_saved"  # the name of a saved adapter beside the one that was trained
-_MOST_LAYERS = 1000  # that an adapter may replicate
+_MOST = 1000  # layers that an adapter may replicate, and rounds of what it computes
+_WIDTHS = {"r", "init_r", "num_virtual_tokens", "n_frequency", "num_vectors"}
+_FREE = re.compile("alpha|seed|prng|step|tinit|tfinal|deltaT|warmup|interval")  # numbers that cost nothing
 _PLAIN = re.compile(r"[\w.^$\\-]*")  # a pattern without repetition
 
 
@@ -143,10 +145,10 @@ def _read_adapter(base: nn.Module, folder: Path, name: str) -> tuple[dict[str, A
 
 def _set_keys(config: dict[str, Any]) -> list[str]:
     """The keys whose meaning is PEFT's alone, and which are not as it sets them."""
-    told = {*AdapterConfig.model_fields, "peft_version", "inference_mode"}
+    told = {*AdapterConfig.model_fields, "inference_mode"}
     usual = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
-        for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[config.get("peft_type", "LORA")])
+        for field in fields(_kind(config))
     }
     return [key for key, value in config.items() if key not in told and value != usual.get(key)]
 
@@ -156,11 +158,11 @@ def _require_types(config: dict[str, Any]) -> None:
     stated = config.get("peft_type", "LORA")
     if stated not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise LoadError(f"{_CONFIG} states peft_type {shown(stated)}, which this version of PEFT does not know")
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[stated]
+    kind = _kind(config)
     types = get_type_hints(kind)
     for field in fields(kind):
         key, value = field.name, config.get(field.name, field.default)
-        if key in AdapterConfig.model_fields or value == field.default:
+        if (key in AdapterConfig.model_fields and value is not None) or value == field.default:
             continue
         try:
             TypeAdapter(types[key]).validate_json(json.dumps(value), strict=True)
@@ -172,6 +174,10 @@ def _require_types(config: dict[str, Any]) -> None:
             raise LoadError(f"{_CONFIG}: {key!r} expected {expected[:200]}, got {shown(value)}") from error
 
 
+def _kind(config: dict[str, Any]) -> Any:
+    return PEFT_TYPE_TO_CONFIG_MAPPING[config.get("peft_type", "LORA")]
+
+
 def _require_mergeable(adapted: Any) -> None:
     if not callable(getattr(adapted.base_model, "merge_and_unload", None)):
         kind = adapted.peft_config[adapted.active_adapter].peft_type
@@ -179,20 +185,25 @@ def _require_mergeable(adapted: Any) -> None:
 
 
 def _require_small(config: dict[str, Any], held: dict[str, Tensor]) -> None:
-    """Memory is taken for the ranks that the config states, before the tensors are compared with it."""
-    named = {key: config.get(key) for key in ("r", "init_r", "num_virtual_tokens", "n_frequency", "num_vectors")}
-    named |= {f"rank_pattern of {key[:40]}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
+    """Memory and time are taken for the numbers that the config states, before the tensors are compared with it."""
     widest = max((size for tensor in held.values() for size in tensor.shape), default=0)
+    named = {key: config.get(key) for key in _WIDTHS}
+    named |= {f"rank_pattern of {key[:40]}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
     for key, rank in named.items():
-        if isinstance(rank, int) and rank > widest:
-            raise LoadError(f"{_CONFIG} states {key} {rank}, but no tensor is wider than {widest}")
+        size = len(rank) if isinstance(rank, list) else rank
+        if isinstance(size, int) and size > widest:
+            raise LoadError(f"{_CONFIG} states {key} {size}, but no tensor is wider than {widest}")
+    for key, value in ((field.name, config.get(field.name)) for field in fields(_kind(config))):
+        most = len(held) if key.endswith("depth") else max(widest, _MOST)
+        if type(value) is int and value > most and not _FREE.search(key):
+            raise LoadError(f"{_CONFIG} states {key} {shown(value)}: expected at most {most}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and (rounds := re.fullmatch(r"pissa_niter_(\d+)", start)) and len(rounds[1]) > 3:
         raise LoadError(f"{_CONFIG} states init_lora_weights {start[:40]!r}: expected at most 999 rounds")
     if copies := config.get("layer_replication"):
         layers = sum(max(0, end - begin) for begin, end in copies)
-        if len(copies) > _MOST_LAYERS or layers > _MOST_LAYERS:
-            raise LoadError(f"{_CONFIG} states layer_replication of {layers} layers: expected at most {_MOST_LAYERS}")
+        if len(copies) > _MOST or layers > _MOST:
+            raise LoadError(f"{_CONFIG} states layer_replication of {layers} layers: expected at most {_MOST}")
 
 
 def _require_quick(config: dict[str, Any], names: list[str]) -> None:
@@ -231,6 +242,8 @@ def _require_quick(config: dict[str, Any], names: list[str]) -> None:
 
 def _require_all(adapted: Any, folder: Path, held: set[str], adapter: str = "default") -> None:
     # of "default" once more: the first time it does not say what it found
+    if (loaded := adapted.peft_config.get(adapter)) is not None and loaded.peft_type == PeftType.ADALORA:
+        loaded.rank_pattern = None  # its layers have the rank that is left
     report = adapted.load_adapter(str(folder), adapter)
     expected = get_peft_model_state_dict(adapted, adapter_name=adapter, save_embedding_layers=False).keys()
     prefix = getattr(adapted.base_model, "prefix", "") or "\0"

@@ -12,6 +12,7 @@ DOCTOR_VERSION = REWARDS_VERSION = 1
 _GREATEST = 1 << 31
 Count = Annotated[int, Field(ge=0, le=_GREATEST)]
 Number = Annotated[float, Field(ge=-1e9, le=1e9)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 ShardName = Annotated[str, Field(pattern=r"^rewards-\d+\.parquet$")]
 FileName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -116,13 +117,14 @@ class AdapterConfig(Artefact):
     """adapter_config.json, as PEFT writes it."""
 
     peft_type: str = "LORA"
+    peft_version: str = ""
     task_type: str | None = None
     base_model_name_or_path: str | None = None
-    r: Count = 0
-    lora_alpha: Number = 0.0
-    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    rank_pattern: dict[str, Count] = {}
-    alpha_pattern: dict[str, Number] = {}
+    r: Count | None = None
+    lora_alpha: Number | None = None
+    lora_dropout: Share = 0.0
+    rank_pattern: dict[str, Count | Share | list[bool]] | None = None  # what is left of a rank in AdaLoRA, by place
+    alpha_pattern: dict[str, Number] | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None

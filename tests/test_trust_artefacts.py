@@ -498,7 +498,7 @@ def test_any_key_of_an_adapter_config_is_taken_or_named(key, plain_adapter):
         ("arrow_config", {"a": 1}, "which sets arrow_config"),
         ("arrow_config", 5, "expected Optional[ArrowConfig], got 5"),
         ("use_dora", "yes", "expected bool, got 'yes'"),
-        ("r", None, "'r' should be a valid integer, got None"),
+        ("r", None, "'r' expected int, got None"),
         ("lora_dropout", 2.0, "'lora_dropout' should be less than or equal to 1, got 2.0"),
         ("peft_type", "MAGIC", "peft_type 'MAGIC', which this version of PEFT does not know"),
     ],
