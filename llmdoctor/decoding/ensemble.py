@@ -108,12 +108,7 @@ class Ensemble:
             slots_L = self._mask_B_L[row, :held].nonzero()[:, 0]
         else:
             slots_L = torch.arange(held)
-        whole = len(self._filled) == 1 and len(slots_L) == held
-        layers = {
-            role: cache.saved(row, None if whole and cache.length == held else slots_L)
-            for role, cache in self._caches.items()
-        }
-        return Prefix(len(slots_L), layers)
+        return Prefix(len(slots_L), {role: cache.saved(row, slots_L) for role, cache in self._caches.items()})
 
     @property
     def unread(self) -> int:

@@ -222,7 +222,15 @@ class Request:
     guidance: Guidance
     prompt: Sequence[int] = ()
     output: list[int] = field(default_factory=list)
+    longest: int | None = None  # tokens of the longest answer
+    stops: frozenset[int] | set[int] = frozenset()  # tokens that end the answer
     seen: int = 0  # tokens of the last ask that still stand
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has certainly ended; with stop strings, or where its client went, nobody tells."""
+        output = self.output
+        return bool(output) and (len(output) == self.longest or output[-1] in self.stops)
 
 
 class BatchRows:
@@ -254,7 +262,11 @@ class BatchRows:
             self._gone = {key: one for key, one in self._gone.items() if one in self.steering.follower}
 
     def _leave(self, index: int) -> None:
-        if (one := self._rows.pop(index, None)) is not None:
+        if (one := self._rows.pop(index, None)) is None:
+            return
+        if one.has_ended:
+            self.steering.follower.forget(one)
+        else:
             self._gone[id(one.output)] = one
 
     def _enter(self, index: int, params: Any, prompt: Sequence[int] | None, output: list[int]) -> None:
@@ -265,7 +277,8 @@ class BatchRows:
             return
         guidance = self.steering.settings.guidance_of(params.extra_args)
         if not is_patient_alone(guidance):
-            self._rows[index] = Request(guidance, prompt or (), output)
+            stops = params.all_stop_token_ids
+            self._rows[index] = Request(guidance, prompt or (), output, params.max_tokens, stops)
 
     def apply(self, logits: Tensor) -> Tensor:
         """See vLLM's ``LogitsProcessor``: logits [N, V], one row for each request of the batch."""

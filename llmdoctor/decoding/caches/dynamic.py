@@ -141,12 +141,11 @@ class DynamicKV:
         self.length = max(self.length, other.length)
         join_layers(self.cache.layers, other.cache.layers, self.length)
 
-    def saved(self, row: int, slots_L: Tensor | None) -> Layers:
+    def saved(self, row: int, slots_L: Tensor) -> Layers:
         """See `KVCache`."""
 
         def part(kv: Tensor) -> Tensor:
-            # a dynamic cache never writes into its tensors: it makes new ones
-            return kv if slots_L is None else kv[row : row + 1].index_select(2, slots_L.to(kv.device))
+            return kv[row : row + 1].index_select(2, slots_L.to(kv.device))
 
         return [(part(layer.keys), part(layer.values)) for layer in self._filled()]
 
@@ -218,4 +217,5 @@ def _aligned(kvs: Sequence[Tensor], slots: int) -> Tensor:
     if len(kvs) == 1 and kvs[0].shape[2] == slots:
         return kvs[0]
     # zeros, not garbage: the attention weight of an empty slot is 0, and 0 times NaN is NaN
-    return torch.cat([torch.nn.functional.pad(kv, (0, 0, slots - kv.shape[2], 0)) for kv in kvs])
+    parts = [kv if kv.shape[2] == slots else torch.nn.functional.pad(kv, (0, 0, slots - kv.shape[2], 0)) for kv in kvs]
+    return torch.cat(parts)

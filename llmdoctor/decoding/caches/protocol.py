@@ -55,11 +55,8 @@ class KVCache(Protocol):
         """
         ...
 
-    def saved(self, row: int, slots_L: Tensor | None) -> Layers:
-        """The keys and values in these slots of a row; of an only row's every slot with None.
-
-        Nothing changes them later. Only where ``can_have_holes`` holds.
-        """
+    def saved(self, row: int, slots_L: Tensor) -> Layers:
+        """A copy of the keys and values in these slots of a row. Only where ``can_have_holes`` holds."""
         ...
 
     def load(self, rows: Sequence[Layers], length: int) -> None:

@@ -25,6 +25,7 @@ from llmdoctor.models import shared_by_processes
 
 Graph = Callable[..., tuple[Tensor, ...]]
 _STEPS_BEFORE_RECORDING = 4  # recording costs about as much
+_ROOM = 64  # least number of empty slots that a cache which is full gets
 _steps: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 # A graph must not refer to its model: a value that holds its key keeps both for ever.
 _graphs: WeakKeyDictionary[PreTrainedModel, Graph | None] = WeakKeyDictionary()
@@ -80,13 +81,44 @@ def _tried(model: PreTrainedModel) -> Graph | None:
 def run_step(graph: Graph, ids_B_T: Tensor, mask_B_L: Tensor | None, layers: Sequence[Any]) -> Read:
     """What the model says after each of the tokens; the layers' keys and values grow by T."""
     length, dtype = layers[0].keys.shape[-2], layers[0].keys.dtype
-    past = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    slots = length + ids_B_T.shape[1]
+    grown = [kv for layer in layers for kv in _longer(layer, slots)]
     jit: Any = torch.jit  # its stubs leave out names that its documentation gives
     with jit.optimized_execution(False):  # every step has another shape: there is nothing to specialise on
-        logits, hidden, *grown = graph(ids_B_T, *_places(ids_B_T, mask_B_L, length, dtype), *past)
+        logits, hidden = graph(ids_B_T, *_places(ids_B_T, mask_B_L, length, dtype), *grown)
     for layer, keys, values in zip(layers, grown[::2], grown[1::2], strict=True):
         layer.keys, layer.values = keys, values
     return Read(logits, hidden)
+
+
+def _longer(layer: Any, slots: int) -> list[Tensor]:
+    """The layer's keys and values with empty slots behind them, ``slots`` together.
+
+    They are the beginning of longer tensors that the layer keeps, so that a step does not copy all that was read
+    before. Only these are written into: what lies in other memory may belong to others.
+    """
+    rooms: list[Tensor] = getattr(layer, "rooms", [])
+    now = [layer.keys, layer.values]
+    if not rooms or any(_does_not_fit(kv, room, slots) for kv, room in zip(now, rooms, strict=True)):
+        more = slots + max(_ROOM, slots // 8)
+        rooms = [kv.new_empty(*kv.shape[:2], more, kv.shape[3]) for kv in now]
+        for kv, room in zip(now, rooms, strict=True):
+            room[:, :, : kv.shape[2]] = kv
+        layer.rooms = rooms
+    return [room[:, :, :slots] for room in rooms]
+
+
+def _does_not_fit(kv: Tensor, room: Tensor, slots: int) -> bool:
+    return room.data_ptr() != kv.data_ptr() or room.shape[:2] != kv.shape[:2] or room.shape[2] < slots
+
+
+class _Filled(DynamicLayer):
+    """A layer whose new slots are there already."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_more: Any) -> tuple[Tensor, Tensor]:
+        for kv, new in ((self.keys, key_states), (self.values, value_states)):
+            kv[:, :, -new.shape[2] :] = new
+        return self.keys, self.values
 
 
 def _places(ids_B_T: Tensor, mask_B_L: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -104,10 +136,10 @@ def _record(model: PreTrainedModel) -> Graph:
     """The step as a graph. Raises whatever the recorder raises, and ValueError where the step depends on values."""
     owner, head = ref(model), ref(model.get_output_embeddings())
 
-    def step(ids_B_T: Tensor, positions_B_T: Tensor, mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def step(ids_B_T: Tensor, positions_B_T: Tensor, mask: Tensor, *grown: Tensor) -> tuple[Tensor, ...]:
         cache = DynamicCache()
-        for keys, values in zip(past[::2], past[1::2], strict=True):
-            layer = DynamicLayer()
+        for keys, values in zip(grown[::2], grown[1::2], strict=True):
+            layer = _Filled()
             layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
             layer.is_initialized = True
             cache.layers.append(layer)
@@ -126,15 +158,14 @@ def _record(model: PreTrainedModel) -> Graph:
             )
         finally:
             hook.remove()
-        kept: list[Any] = cache.layers
-        return (out.logits, read[0], *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
+        return out.logits, read[0]
 
     with torch.no_grad(), _without_padding_row(model), warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         ids_B_T = torch.tensor([[0, 1]])
         layers: list[Any] = model(input_ids=ids_B_T[:, :1], use_cache=True).past_key_values.layers
-        past: list[Tensor] = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        example = (ids_B_T, *_places(ids_B_T, None, 1, layers[0].keys.dtype), *past)
+        grown = [kv for layer in layers for kv in _longer(layer, 3)]
+        example = (ids_B_T, *_places(ids_B_T, None, 1, layers[0].keys.dtype), *grown)
         # torch.jit.trace does the same, but keeps what it has made, and with it the weights, as long as the process
         traced, _ = torch._C._create_graph_by_tracing(step, example, lambda _value: "", True, False)
         graph: Graph = torch._C._create_function_from_graph("step", traced)

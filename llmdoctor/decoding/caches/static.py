@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from llmdoctor.decoding.caches.dynamic import DynamicKV, stacked
-from llmdoctor.decoding.caches.protocol import KVCache, Layers, Read
+from llmdoctor.decoding.caches.protocol import KVCache, Read
 from llmdoctor.decoding.caches.recorded import close, holds
 from llmdoctor.errors import LLMDoctorWarning
 from llmdoctor.harmless import first_line
@@ -116,12 +116,6 @@ class StaticKV(DynamicKV):
         ]
         self.length, self.cache = max(self.length, other.length), None
         self._move(layers, slice(None), len(layers[0].keys), 0)
-
-    def saved(self, row: int, slots_L: Tensor | None) -> Layers:
-        """See `KVCache`."""
-        if slots_L is None and self.slots is not None:  # which are written into: a copy
-            slots_L = torch.arange(self.length)
-        return super().saved(row, slots_L)
 
     def _filled(self) -> list[Any]:
         """See `DynamicKV`."""
@@ -224,8 +218,9 @@ class StaticSlots:
         """Copy the first ``length`` slots of these rows of another cache, or of this one."""
         for own, other in zip(self.layers, layers, strict=True):
             for mine, theirs in ((own.keys, other.keys), (own.values, other.values)):
+                # of this one too: rows that are chosen by number are a copy, and a slice stays where it is
                 chosen = theirs[rows, :, :length]
-                mine[: len(chosen), :, :length] = chosen.clone() if mine is theirs else chosen
+                mine[: len(chosen), :, :length] = chosen
 
 
 _slots: WeakKeyDictionary[PreTrainedModel, list[StaticSlots]] = WeakKeyDictionary()
