@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import sys
 import threading
 import warnings
@@ -63,10 +64,10 @@ class _App(TyperGroup):
             reason = error.strerror or str(error)
             hint = ". Free some space and run again." if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
             _fail(f"{error.filename}: {reason}{hint}" if error.filename else f"{reason}{hint}", 1)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
+        except (RuntimeError, MemoryError) as error:  # torch's own are of the first kind
+            if not isinstance(error, MemoryError) and not re.search("OutOfMemory|can't allocate memory", repr(error)):
                 raise
-            _fail("the device ran out of memory: try a smaller --batch-size, --batch-tokens or model", 1)
+            _fail("out of memory: try a smaller --batch-size, --batch-tokens or model", 1)
 
 
 def _prepare() -> None:

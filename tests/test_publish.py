@@ -10,10 +10,14 @@ from threading import Thread
 import huggingface_hub.constants
 import pytest
 
-from llmdoctor.errors import LLMDoctorError
+from llmdoctor.errors import LLMDoctorError, LoadError
 from llmdoctor.training.publish import push_to_hub
 
-FILES = {"README.md": b"# A card\n", "doctor.json": b"{}", "adapter/adapter_model.safetensors": bytes(range(256))}
+FILES = {
+    "README.md": b"# A card\n",
+    "doctor.json": b'{"base_model": "m"}',
+    "adapter/adapter_model.safetensors": bytes(range(256)),
+}
 
 
 class Hub(ThreadingHTTPServer):
@@ -114,3 +118,11 @@ def test_a_refusal_is_one_line(hub: Hub, folder: Path, status: int) -> None:
         push_to_hub(folder, "org/doctor")
     assert "\n" not in str(caught.value)
     assert hub.files == {}
+
+
+@pytest.mark.parametrize("held", [b"", b"{", b"[" * 5000, b"[]", b"{}", b'{"base_model": [1]}', b"\xff"])
+def test_a_damaged_doctor_is_not_sent(hub: Hub, folder: Path, held: bytes) -> None:
+    (folder / "doctor.json").write_bytes(held)
+    with pytest.raises(LoadError, match=r"doctor\.json"):
+        push_to_hub(folder, "org/doctor")
+    assert hub.made == {}

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,15 @@ class Stopped(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """With several, sums are added up in an order of their own, and equal runs have weights that differ by rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("where", ["answers", "training", "interrupt"])
 def test_a_stopped_run_ends_with_the_model_of_an_uninterrupted_one(
     patient: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -204,6 +213,79 @@ def test_other_training_settings_keep_the_answers(patient: Any, tmp_path: Path) 
     assert drawn == [10]
     shrink(patient, QUESTIONS, tmp_path / "whole", longer, device="cpu")
     assert weights(tmp_path / "small") == weights(tmp_path / "whole")
+
+
+def test_a_finished_model_of_another_run_is_only_replaced_when_asked(patient: Any, tmp_path: Path) -> None:
+    """As train does; it was once replaced in silence."""
+    output = tmp_path / "small"
+    shrink(patient, QUESTIONS, output, settings(max_steps=1), device="cpu")
+    made = weights(output), (output / MARKER).read_bytes()
+    for prompts, other, differs in (
+        (QUESTIONS, settings(max_steps=2, seed=9), "seed, max_steps|max_steps, seed"),
+        (QUESTIONS[1:], settings(max_steps=1), "prompts"),
+    ):
+        with pytest.raises(UsageError, match=f"finished model with another ({differs}): .*--fresh to replace it"):
+            shrink(patient, prompts, output, other, device="cpu")
+    for content in ("{}", "[]", '{"settings": [1]}', "{"):  # it may be of any types
+        (output / MARKER).write_text(content)
+        with pytest.raises(UsageError, match="--fresh to replace it"):
+            shrink(patient, QUESTIONS, output, settings(max_steps=1), device="cpu")
+    (output / MARKER).write_bytes(made[1])
+    steps: list[Any] = []
+    shrink(patient, QUESTIONS, output, settings(max_steps=1), device="cpu", on_step=lambda *_: steps.append(1))
+    assert not steps
+    assert (weights(output), (output / MARKER).read_bytes()) == made
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    shrink(patient, QUESTIONS, output, settings(max_steps=2), device="cpu", fresh=True)
+    assert json.loads((output / MARKER).read_text())["settings"]["max_steps"] == 2
+
+
+def test_damaged_answers_are_drawn_again(patient: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each was a traceback, or an answer that the patient never gave."""
+    monkeypatch.setattr("llmdoctor.training.shrink._ROWS", 2)
+    kept = tmp_path / ".small.answers.jsonl"
+
+    def stop(step: int, *_: Any) -> None:
+        raise Stopped
+
+    def start(**how: Any) -> list[int]:
+        drawn: list[int] = []
+        with pytest.raises(Stopped):
+            shrink(
+                patient, QUESTIONS[:3], tmp_path / "small", settings(), device="cpu", on_step=stop,
+                on_answer=lambda done, _: drawn.append(done), **how,
+            )  # fmt: skip
+        shutil.rmtree(tmp_path / ".small.training", ignore_errors=True)
+        return drawn
+
+    start()
+    whole = kept.read_text()
+    head, *answers = whole.splitlines(keepends=True)
+    deep = "[" * 5000
+    for damaged in (
+        *("{\n", "[1, 2\n", f"{deep}\n", '["a"]\n', "[1.5]\n", "[-1]\n", "[99999]\n", "[]\n", "null\n", "\0\n", "[1]"),
+        "[1" + "0" * 9999 + "]\n",
+    ):
+        kept.write_text("".join((head, *answers[:2], damaged, *answers[3:])))
+        assert start() == [4, 6], damaged
+        assert kept.read_text() == whole
+    for cut in ("", head[:9]):
+        kept.write_text(cut)
+        assert start() == [2, 4, 6]
+        assert kept.read_text() == whole
+    kept.write_text(whole + "[1]\n[1]\n")  # more than were asked for
+    assert start() == []
+    for other in (f"{deep}\n", "years of work", "\n" + whole):
+        kept.write_text(other)
+        with pytest.raises(UsageError, match="--fresh"):
+            shrink(patient, QUESTIONS[:3], tmp_path / "small", settings(), device="cpu")
+        assert kept.read_text() == other
+    start(fresh=True)
+    assert kept.read_text() == whole
+    kept.unlink()
+    os.mkfifo(kept)
+    with pytest.raises(UsageError, match=r"cannot read .*it is a FIFO"):
+        shrink(patient, QUESTIONS[:3], tmp_path / "small", settings(), device="cpu")
 
 
 def test_prompts_that_do_not_fit(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from platformdirs import user_data_path
 
 from llmdoctor.errors import UsageError
-from llmdoctor.files import config_folder
+from llmdoctor.files import config_folder, read_text
 from llmdoctor.show.lens import LENSES, Lens
+
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def sessions_file() -> Path:
 def read_config(path: Path, *, themes: Mapping[str, object], bindings: Mapping[str, object]) -> Config:
     """Read the file if there is one. Raises UsageError, naming the file and the key that is wrong."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_text(path, _MOST_BYTES))
     except FileNotFoundError:
         return Config()
     except (OSError, ValueError, RecursionError) as error:

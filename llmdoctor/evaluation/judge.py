@@ -25,6 +25,7 @@ from llmdoctor.harmless import first_line
 from llmdoctor.model_source import ModelSource
 from llmdoctor.models import from_pretrained, load_checked, pick_device
 from llmdoctor.records import Message
+from llmdoctor.schema import shown
 from llmdoctor.text import conversation, conversation_text
 
 Kind = Literal["scalar", "pairwise"]
@@ -69,7 +70,7 @@ class Judge:
     def _score(self, reply: Any) -> float:
         number = _number(_inside(reply, "score"))
         if number is None or not math.isfinite(number):
-            raise UsageError(f'the judge {self.name}: expected a number or {{"score": number}}, got {_short(reply)}')
+            raise UsageError(f'the judge {self.name}: expected a number or {{"score": number}}, got {shown(reply)}')
         return number
 
     def _better(self, reply: Any) -> float:
@@ -78,7 +79,7 @@ class Judge:
         if known is None or not 0 <= known <= 1:
             raise UsageError(
                 f'the judge {self.name}: expected "a", "b", "tie", a number from 0 to 1 (how probably a is better) or '
-                f'{{"better": one of these}}, got {_short(reply)}'
+                f'{{"better": one of these}}, got {shown(reply)}'
             )
         return known
 
@@ -163,17 +164,17 @@ def _callable(name: str, kind: Kind | None) -> Judge:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         raise LoadError(f"cannot load the judge {name}: {type(error).__name__}: {first_line(error)}") from error
     if not callable(function):
-        raise LoadError(f"cannot load the judge {name}: expected a function, got {_short(function)}")
+        raise LoadError(f"cannot load the judge {name}: expected a function, got {shown(function)}")
     kind = kind or _kind_of(name, function)
 
     def ask(requests: Sequence[Request]) -> Iterator[Any]:
         for request in requests:
             try:
                 reply = function(*request.values())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UsageError(f"the judge {name} failed: {type(error).__name__}: {first_line(error)}") from error
             yield reply
 
@@ -207,12 +208,12 @@ def _command(command: str) -> Callable[[Sequence[Request]], Iterator[Any]]:
     def one(shells: _Shells, request: Request) -> Any:
         done = shells.run(json.dumps(request, ensure_ascii=False))
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["it printed no message"])[-1]
+            said = (done.stderr.strip().splitlines() or ["it printed no message"])[-1][:300]
             raise UsageError(f"the judge {command!r} ended with exit status {done.returncode}: {said}")
         try:
             return json.loads(done.stdout)
-        except ValueError:
-            raise UsageError(f"the judge {command!r}: expected JSON on its stdout, got {_short(done.stdout)}") from None
+        except (ValueError, RecursionError):
+            raise UsageError(f"the judge {command!r}: expected JSON on its stdout, got {shown(done.stdout)}") from None
 
     return ask
 
@@ -272,10 +273,5 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:99]}…"

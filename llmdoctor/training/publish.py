@@ -6,14 +6,19 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from llmdoctor.artefacts import DoctorFile
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
-from llmdoctor.files import require_doctor
+from llmdoctor.files import DOCTOR, read_json, require_doctor
 from llmdoctor.harmless import first_line
 
 
 def files_of(folder: str | Path) -> dict[str, int]:
-    """The files of a doctor folder that are sent, with their sizes in bytes. Raises LoadError if it holds no doctor."""
+    """The files of a doctor folder that are sent, with their sizes in bytes.
+
+    Raises LoadError if it holds no doctor, or a damaged one.
+    """
     path = require_doctor(folder)
+    read_json(path / DOCTOR, DoctorFile)
     if not (path / "README.md").is_file():
         raise LoadError(f"{folder} has no model card: expected README.md, as `llmdoctor train` writes")
     found = (file for file in sorted(path.rglob("*")) if file.is_file())

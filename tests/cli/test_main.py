@@ -52,11 +52,21 @@ def test_an_error_is_one_line_and_its_exit_code(error, code, fails, monkeypatch)
     fails(code, words, "compare", "Hi")
 
 
-def test_memory_of_the_device(fails, monkeypatch):
-    class OutOfMemoryError(RuntimeError):
-        """As torch's is called."""
+class OutOfMemoryError(RuntimeError):
+    """As torch's is called."""
 
-    monkeypatch.setattr(options, "load", raising(OutOfMemoryError("CUDA out of memory. Tried to allocate ...")))
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("CUDA out of memory. Tried to allocate ..."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: ..."),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_memory_that_ends_is_one_line(error, fails, monkeypatch):
+    monkeypatch.setattr(options, "load", raising(error))
     fails(1, ["out of memory", "--batch-size"], "compare", "Hi")
 
 

@@ -27,6 +27,8 @@ def crash(prompt, answer): raise RuntimeError("out of\\nluck")
 def nothing(prompt, answer): return None
 def nan(prompt, answer): return float("nan")
 def many(prompt, a, b): return 1.5
+def huge(prompt, answer): return 10**9999
+def leave(prompt, answer): raise SystemExit(0)
 def bare(): return 1
 constant = 3
 """
@@ -76,6 +78,10 @@ def test_a_command_reads_and_writes_json(folder: Path) -> None:
         ("my_judges:nothing", ["expected a number", "None"]),
         ("my_judges:nan", ["expected a number", "nan"]),
         ("my_judges:many", ['"tie"', "1.5"]),
+        ("my_judges:huge", ["expected a number", "thousands of digits"]),
+        ("my_judges:leave", ["my_judges:leave failed", "SystemExit"]),
+        ("printf '%05000d' 0 | tr 0 '['", ["expected JSON"]),
+        ("printf '1%0400d' 0", ['"tie"', "1000"]),
         ("exit 3", ["'exit 3'", "exit status 3", "no message"]),
         ("echo oh no >&2; exit 1", ["exit status 1", "oh no"]),
         ("echo hello", ["expected JSON", "hello"]),

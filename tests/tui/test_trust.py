@@ -1,6 +1,7 @@
 """Two apps at one conversation, saving that fails at the end, and configuration files with anything in them."""
 
 import itertools
+import os
 from dataclasses import replace
 
 import pytest
@@ -171,6 +172,12 @@ def test_a_configuration_with_anything_in_it_is_one_line_that_names_the_file(tmp
     assert accepted <= {"keys = {}", '[keys]\n"chat.rerun" = "💥"', '[keys]\n"chat.rerun" = "\\u001b]0;x\\u0007"'}
     path.unlink()
     path.mkdir()
+    assert str(path) in outcome(path, themes)
+    path.rmdir()
+    os.mkfifo(path)  # it would be waited for
+    assert str(path) in outcome(path, themes)
+    path.unlink()
+    path.symlink_to("/dev/zero")
     assert str(path) in outcome(path, themes)
 
 
