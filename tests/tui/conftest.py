@@ -157,7 +157,6 @@ class Driver:
         """Letters that all wait in the queue before the first one is handled, as from a slow line."""
         for letter in text:
             self.app.post_message(events.Key("slash" if letter == "/" else letter, letter))
-        await self.pilot.pause(0.1)
 
     async def ask(self, text: str) -> None:
         """A question, until it is answered."""

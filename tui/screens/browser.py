@@ -21,7 +21,7 @@ from textual.widgets.option_list import Option
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.show.text import clean
 from llmdoctor.tui.widgets.hints import Hint, Hints
-from llmdoctor.tui.widgets.search import SEARCHING, Search
+from llmdoctor.tui.widgets.search import SEARCH, SEARCHING, Search
 from llmdoctor.tui.widgets.status import StatusLine
 from llmdoctor.tui.widgets.token_view import Piece, TokenView
 
@@ -69,7 +69,7 @@ class BrowserScreen(Screen[None]):
         Binding("q", "app.quit", "Leave"),
         Binding("n", "next(1)", "Next"),
         Binding("p", "next(-1)", "Previous"),
-        Binding("slash,ctrl+f", "search", "Search"),
+        SEARCH,
         Binding("tab", "other", "Other text", show=False),
     ]
     app: "DoctorApp"  # type: ignore[assignment]
@@ -304,7 +304,12 @@ class BrowserScreen(Screen[None]):
 
     def action_search(self) -> None:
         """To the field."""
-        self.set_focus(self.query_one(Search))  # at once: more may be typed already, and q leaves
+        self.set_focus(self.query_one(Search))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
+        """A slash in the field is one."""
+        del parameters
+        return action != "search" or not isinstance(self.focused, Search)
 
     def action_other(self) -> None:
         """From the list to the left text, to the right one, and back."""

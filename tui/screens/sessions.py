@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,7 +25,7 @@ from llmdoctor.tui.conversation import Said, conversation
 from llmdoctor.tui.export import KINDS
 from llmdoctor.tui.screens.dialogs import Ask, Choose
 from llmdoctor.tui.widgets.hints import Hint, Hints
-from llmdoctor.tui.widgets.search import SEARCHING, Search
+from llmdoctor.tui.widgets.search import SEARCH, SEARCHING, Search
 from llmdoctor.tui.widgets.status import StatusLine
 from llmdoctor.tui.widgets.token_view import TokenView
 
@@ -42,7 +43,7 @@ class SessionsScreen(Screen[str | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,f9", "dismiss(None)", "Close", id="sessions.close"),
-        Binding("slash,ctrl+f", "search", "Search", id="sessions.search"),
+        replace(SEARCH, id="sessions.search"),
         Binding("r", "rename", "Rename", id="sessions.rename"),
         Binding("d,delete", "delete", "Delete", id="sessions.delete"),
         Binding("e", "export", "Export", id="sessions.export"),
@@ -147,7 +148,12 @@ class SessionsScreen(Screen[str | None]):
 
     def action_search(self) -> None:
         """To the field."""
-        self.set_focus(self.query_one(Search))  # at once: more may be typed already
+        self.set_focus(self.query_one(Search))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
+        """A slash in the field is one."""
+        del parameters
+        return action != "search" or not isinstance(self.focused, Search)
 
     def action_other(self) -> None:
         """From the list to the preview, and back."""

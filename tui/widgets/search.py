@@ -11,6 +11,8 @@ from textual.widgets import Input
 from llmdoctor.tui.widgets.hints import Hint
 
 _Entry = TypeVar("_Entry")
+# a priority binding and no other: what is typed behind the slash would reach the list before the list has handled it
+SEARCH = Binding("slash,ctrl+f", "search", "Search", priority=True)
 SEARCHING: Sequence[Hint] = (("type", "to search", ""), ("Enter", "to the list", ""), ("Esc", "all of them", ""))
 
 
