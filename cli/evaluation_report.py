@@ -96,8 +96,8 @@ def _verdicts(preference: Found) -> Iterator[str]:
     for name, found in preference["doctors"].items():
         chosen = _estimates(found)["chosen"]
         beyond = _estimates(preference["beyond"][name])
-        against = f"{_points(beyond['base'])} beyond its base, {_points(beyond['longer'])} beyond the longer answer"
-        yield f"{name} {verdict(chosen)}: {against}"
+        others = {"its base": beyond["base"], "the longer answer": beyond["longer"]}
+        yield "; ".join([f"{name} {verdict(chosen)}", *(_against(*other) for other in others.items())])
 
 
 def verdict(chosen: "Estimate") -> str:
@@ -149,6 +149,11 @@ def _lines(table: Table) -> Iterator[str]:
 
 def _estimates(found: Found) -> "dict[str, Estimate]":
     return {name: as_estimate(value) for name, value in found.items()}
+
+
+def _against(other: str, difference: "Estimate") -> str:
+    clear = "clearly more" if difference.low > 0 else "clearly less" if difference.high < 0 else "not clearly more"
+    return f"{clear} often than {other}: {_points(difference)}"
 
 
 def _points(difference: "Estimate") -> str:

@@ -35,7 +35,7 @@ MEASURES = {
     "distinct_4": ("distinct-4", "the same for four words"),
     "tokens_per_second": (
         "tokens per second",
-        "speed of all answers together; without an interval",
+        "speed of all answers together, the models' first steps included; without an interval",
     ),
     "win_rate": ("guided wins", "share of prompts where the judge prefers the guided answer; a tie counts half"),
     "agreed": ("same in both orders", "share of prompts on which a judge of two answers says the same in both orders"),

@@ -95,6 +95,19 @@ def test_measures_of_answers_are_per_token():
     assert measures(answers, seconds=[1.0, 3.0])["tokens_per_second"].value == 1.0
 
 
+@pytest.mark.parametrize("betas", [{}, {"helpful": 0.0}])
+def test_without_a_beta_nothing_is_changed_by_definition(betas):
+    """With one, a share of 0 is what these answers show: it has an interval."""
+    said = {"id": 1, "text": "x", "patient_logprob": -2.0, "doctor_logprobs": dict.fromkeys(betas, -1.0)}
+    said |= {"logprob": -2.0, "values": {}, "flip": False, "kl": 0.0, "alpha": 2.0}
+
+    def changed(betas):
+        return measures([Answer("x", (GuidedToken(position=0, betas=betas, **said),), True)] * 4)["changed"]
+
+    assert changed(betas) == Estimate(0.0, 0.0, 0.0)
+    assert changed({"helpful": 0.1}) == wilson(0.0, 4)
+
+
 @pytest.mark.parametrize("prompts", [8, 40])
 @pytest.mark.parametrize("common", [0.1, 0.5, 0.9])
 def test_the_interval_of_a_share_stays_in_0_to_1_and_covers_it(prompts, common):

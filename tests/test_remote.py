@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -495,7 +496,27 @@ def test_compare_on_a_server_is_compare_here(here: LLMdoctor, url: str, tmp_path
     assert found["vs"][0]["answer"]["text"] == here.generate(question, seed=4, guidance=strong)
     assert found["settings"] == json.loads(json.dumps(dict(expected.settings)))
     assert "[]" in done.stderr.splitlines()
-    assert "holds all 3 answers" in command(*asked).stderr
+    pages = [tmp_path / f"answers.{kind}" for kind in ("html", "svg", "markdown")]
+    again = command(*asked, *(part for page in pages for part in (f"--{page.suffix[1:]}", str(page))))
+    assert (again.returncode, again.stdout) == (0, "")
+    assert "holds all 3 answers" in again.stderr
+    assert "[]" in again.stderr.splitlines()
+    for page in pages:
+        words = re.sub(r"<[^>]+>|&#160;|\s", "", page.read_text())
+        assert expected.guided.text.split()[0] in words, page
+
+
+def test_a_sweep_and_a_budget_on_a_server(here: LLMdoctor, url: str, tmp_path: Path) -> None:
+    page = tmp_path / "sweep.svg"
+    how = ("compare", "Why?", "--server", url, "--seed", "4", "--json")
+    swept = command(*how, "--sweep", "beta=0,1", "--svg", str(page))
+    first, last = (point["measures"]["kl_per_token"]["value"] for point in json.loads(swept.stdout)["points"])
+    ones = dict.fromkeys(here.guidance.betas, 1.0)
+    expected = here.compare("Why?", seed=4, guidance=here.guidance.replace(betas=ones))
+    assert (first, last) == (0, pytest.approx(expected.metrics["kl_per_token"], abs=1e-4))
+    assert "KL per token" in page.read_text()
+    budget = json.loads(command(*how, "--kl-budget", str(last)).stdout)["kl_budget"]
+    assert budget["kl_per_token"]["value"] == pytest.approx(last, rel=0.1)
 
 
 @pytest.mark.parametrize(

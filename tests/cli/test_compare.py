@@ -87,6 +87,21 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(run, prompts
     assert "Asking" not in run(*command, "--quiet").stderr
 
 
+def test_progress_counts_one_thing_in_the_singular(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_PLAIN_INTERVAL", 0.0)
+    for total in (None, 1, 2):
+        with terminal.progress("Scoring", total, "pair") as advance:
+            advance()
+    with terminal.progress("Scoring", None, "pair") as advance:
+        advance(done=2)
+    assert capsys.readouterr().err.splitlines() == [
+        "Scoring: 1 pair",
+        "Scoring: 1/1 pair",
+        "Scoring: 1/2 pairs",
+        "Scoring: 2 pairs",
+    ]
+
+
 def test_answers_of_a_doctor_that_was_replaced_are_not_taken(run, tmp_path):
     """The same command, the same folder, another doctor in it: as after a second training."""
     own = Path(str(load_profile("clinic").doctors["helpful"].checkpoint))
@@ -244,7 +259,7 @@ def test_a_sweep_is_a_table_and_a_picture_and_goes_on_where_it_was_stopped(run, 
     timed = {"tokens_per_second"}
     for name in set(last) - timed:
         assert last[name]["value"] == pytest.approx(compared["guided"][name]["value"], rel=1e-4)
-    assert first["kl_per_token"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert first["kl_per_token"] == first["changed"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     alone = compared["patient"]["patient_logprob"]
     assert first["patient_logprob"]["value"] == pytest.approx(alone["value"], rel=1e-4)
     assert {"helpful_logprob", "words", "tokens", "distinct_4", "repeating"} <= set(first)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmdoctor.cli import eval as evaluation
-from llmdoctor.cli.evaluation_report import verdict
+from llmdoctor.cli.evaluation_report import tables, verdict
 from llmdoctor.cli.measures_table import MEASURES
 from llmdoctor.profile import profile_path
 from llmdoctor.profiles.clinic_world import held_out_questions
@@ -173,6 +173,26 @@ def test_train_ends_with_how_it_did_and_what_to_run_next(run, tmp_path, clinic_r
     ran = run(*(filled.get(word, word) for word in again[1:]), *SHORT, "--limit", 3, "--label", "better_response_id")
     assert ran.exit_code == 0, ran.output
     assert "was trained on these very pairs" in ran.stderr
+
+
+def test_a_lead_whose_interval_covers_0_is_called_unclear():
+    """And one that lies above or below 0 is called clear."""
+
+    def estimate(value, low, high):
+        return {"value": value, "low": low, "high": high}
+
+    one = dict.fromkeys(("chosen", "shorter", "margin"), estimate(0.7, 0.524, 0.832))
+    leads = {"base": estimate(0.233, 0.012, 0.423), "longer": estimate(0.183, -0.075, 0.412)}
+    behind = {"base": estimate(-0.2, -0.3, -0.1), "longer": estimate(0.0, -0.1, 0.1)}
+    report = {"pairs": 60, "data": "x", "shorter": 9, "skipped": {}, "patient": one, "longer": one}
+    report |= {"doctors": {"a": one, "b": one}, "bases": {"a": one, "b": one}, "beyond": {"a": leads, "b": behind}}
+    (table,) = tables({"preference": report})
+    assert table.notes == (
+        "a prefers the chosen answer more often than chance; clearly more often than its base: +23.3 points (+1.2 to "
+        "+42.3); not clearly more often than the longer answer: +18.3 points (-7.5 to +41.2)",
+        "b prefers the chosen answer more often than chance; clearly less often than its base: -20.0 points (-30.0 to "
+        "-10.0); not clearly more often than the longer answer: +0.0 points (-10.0 to +10.0)",
+    )
 
 
 def test_a_doctor_brings_the_patient_that_it_was_trained_for(fails, tmp_path):
