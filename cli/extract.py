@@ -36,7 +36,7 @@ def extract(
     limit: Annotated[int | None, option("--limit", "Use the first N usable pairs.", metavar="N", min=1)] = None,
     shuffle: Annotated[bool, option("--shuffle", "Take the pairs in an order that --seed decides.")] = False,
     seed: Annotated[
-        int, option("--seed", "Seed of --shuffle (default: 0).", min=0, max=options.GREATEST_SEED, metavar="N")
+        int, option("--seed", "Seed of --shuffle (default: 0).", callback=options.require_seed, metavar="N")
     ] = 0,
     probe: Annotated[
         bool | None,

@@ -79,13 +79,14 @@ class FieldOptions:
         annotation = self.schema.model_fields[name].annotation
         kind = _option_type(annotation)
         how: dict[str, Any] = dict(self.more.get(name, {}))
+        # of all types: the columns of the help must leave room for the names of the options at 80 columns
+        panel = f"{self.panel}, on or off" if kind is bool else self.panel
         if kind is bool:
             how.setdefault("flag", "--{0}/--no-{0}".format(name.replace("_", "-")))
         else:
-            # of all types: a column of the help, which must leave room for the names of the options at 80 columns
             metavar = {float: "X", int: "N", list[str]: "TEXT ..."}.get(kind, "TEXT")
             how.setdefault("metavar", "KIND" if get_origin(annotation) is Literal else metavar)
-        return Annotated[kind | None, field_option(self.schema, name, rich_help_panel=self.panel, **how)]
+        return Annotated[kind | None, field_option(self.schema, name, rich_help_panel=panel, **how)]
 
 
 def _option_type(annotation: Any) -> Any:
@@ -195,6 +196,13 @@ def complete_beta(context: typer.Context, incomplete: str) -> list[str]:
     return [f"{name}=" for name in names if name.startswith(incomplete)]
 
 
+def require_seed(seed: int | None) -> int | None:
+    """The seed, if it is one; ``min`` and ``max`` would take the room of the help for a long number."""
+    if seed is not None and not 0 <= seed <= GREATEST_SEED:
+        raise typer.BadParameter(f"expected a whole number from 0 to {GREATEST_SEED}, got {seed}")
+    return seed
+
+
 ProfileName = Annotated[
     str | None,
     option(
@@ -213,14 +221,14 @@ Label = Annotated[str | None, field_option(DataSettings, "label")]
 Columns = Annotated[str | None, field_option(DataSettings, "columns", metavar="NAMES")]
 Seed = Annotated[
     int | None,
-    option("--seed", f"{Sampling.model_fields['seed'].description}.", min=0, max=GREATEST_SEED, metavar="N"),
+    option("--seed", f"{Sampling.model_fields['seed'].description}.", callback=require_seed, metavar="N"),
 ]
 FaceNames = Annotated[list[str] | None, option("--face", "Face pair to use; repeatable.", metavar="NAME")]
 Doctors = Annotated[
     list[str] | None,
     option(
         "--doctor",
-        "Trained doctor, PATH or NAME=PATH; repeatable.",
+        "Trained doctor in place of the profile's, PATH or NAME=PATH; repeatable.",
         metavar="[NAME=]PATH",
         autocompletion=complete_doctor,
     ),
