@@ -19,14 +19,16 @@ import pytest
 from llmdoctor import Guidance, LLMdoctor
 from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.rows import Step
-from llmdoctor.errors import LLMDoctorError, LoadError
+from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
 
 openai = pytest.importorskip("openai", reason="the official client is not here: pip install openai")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not here: pip install 'llmdoctor-guided[serve]'")
+types = pytest.importorskip("openai.types", reason="the official client is not here: pip install openai")
 pytest.importorskip("starlette", reason="the extra `serve` is not here: pip install 'llmdoctor-guided[serve]'")
 
 from llmdoctor.serving.api import Limits, create_app  # noqa: E402 (only where Starlette is)
 from llmdoctor.serving.engine import Engine, Job, QueueFullError  # noqa: E402
+from llmdoctor.serving.requests import chat_ask, text_ask  # noqa: E402
 
 QUESTION = "How can I sleep better?"
 ASKS: list[tuple[str, dict[str, Any]]] = [
@@ -147,6 +149,41 @@ def test_every_token_carries_what_the_library_gives(assistant: LLMdoctor, client
             assert detail[field] == pytest.approx(getattr(token, field), abs=1e-4), field
 
 
+def without_extras(record: Any, known: frozenset[str] = frozenset({"llmdoctor"})) -> None:
+    """Nothing in this object of the client's is unknown to OpenAI, except what is ours."""
+    if isinstance(record, openai.BaseModel):
+        assert set(record.model_extra or {}) <= known, record
+        for name in type(record).model_fields:
+            without_extras(getattr(record, name), known)
+    elif isinstance(record, list):
+        for one in record:
+            without_extras(one, known)
+
+
+@pytest.mark.parametrize("asked", [{}, {"llmdoctor": True, "n": 2}], ids=["plain", "with ours"])
+def test_answers_are_what_openais_own_types_demand(port: int, asked: dict[str, Any]) -> None:
+    """The client builds its objects of whatever comes; here they are validated, strictly."""
+    spoken = {"messages": [{"role": "user", "content": QUESTION}], "logprobs": True, "top_logprobs": 2}
+    ask = {"seed": 3, "max_tokens": 4, "stream_options": {"include_usage": True}, **asked}
+    for path, body, whole, part in (
+        ("chat/completions", {**spoken, **ask}, types.chat.ChatCompletion, types.chat.ChatCompletionChunk),
+        ("completions", {"prompt": QUESTION, "logprobs": 2, **ask}, types.Completion, types.Completion),
+    ):
+        status, answer = call(port, "POST", f"/v1/{path}", body)
+        assert status == 200
+        without_extras(whole.model_validate_json(json.dumps(answer), strict=True))
+        with raw(port, {**body, "stream": True}, path) as stream:
+            chunks = events(stream)
+        assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+        assert chunks[-1]["usage"] == answer["usage"]
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                # what OpenAI sends too, although its types for this endpoint do not say so
+                if part is whole and choice["finish_reason"] is None:
+                    choice["finish_reason"] = "stop"
+            without_extras(part.model_validate_json(json.dumps(chunk), strict=True))
+
+
 def test_several_answers_have_the_seeds_that_follow(assistant: LLMdoctor, client: Any) -> None:
     expected = [assistant.generate(QUESTION, seed=7 + i, max_new_tokens=10) for i in range(3)]
     answers = client.chat.completions.create(**chat(QUESTION, {"seed": 7}, 10, n=3))
@@ -263,6 +300,7 @@ BAD: list[tuple[Any, int, str]] = [
     ({}, 400, "messages"),
     ({"messages": []}, 400, "messages"),
     ({"messages": "hi"}, 400, "messages"),
+    ({"messages": [1, 2]}, 400, "'role' and 'content', got 1"),
     ({"messages": [{"role": "user"}]}, 400, "content"),
     ({"messages": [{"role": "owner", "content": "hi"}]}, 400, "role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "text"),
@@ -304,6 +342,39 @@ def test_a_bad_body_is_refused_in_openais_shape(port: int, body: Any, status: in
     assert "Traceback" not in str(answer)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": ["a", 1] * 1000},
+        {"prompt": [{}] * 1000},
+        {"prompt": [[{}]] * 1000},
+        {"prompt": [[1, {}] * 1000]},
+        {"messages": [1] * 1000},
+        {"stop": [1] * 1000},
+        {"prefix_ids": [{}] * 1000},
+        {"beta": {f"doctor {i}": "x" for i in range(1000)}},
+        {f"field {i}": 1 for i in range(1000)},
+    ],
+    ids=lambda wrong: str(wrong)[:20],
+)
+def test_of_many_mistakes_the_first_is_enough(wrong: dict[str, Any]) -> None:
+    """To list a million of them takes minutes, and the event loop answers nobody in that time."""
+    asked = {"messages": [{"role": "user", "content": "Hi"}], **wrong}
+    with pytest.raises(UsageError) as refused:
+        text_ask(wrong) if "prompt" in wrong else chat_ask(asked).conversation()
+    found = refused.value.__cause__
+    assert found is None or found.error_count() < 9  # type: ignore[attr-defined]
+
+
+def test_a_stop_string_longer_than_any_answer_costs_nothing(assistant: LLMdoctor) -> None:
+    """Compared beginning by beginning for every token, two megabytes would keep all others waiting for hours."""
+    expected = assistant.generate(QUESTION, seed=5, max_new_tokens=16)
+    body = {"messages": [{"role": "user", "content": QUESTION}], "seed": 5, "max_tokens": 16}
+    with served(Engine(assistant), limits=Limits(seconds=60)) as port:
+        status, answer = call(port, "POST", "/v1/chat/completions", {**body, "stop": ["x" * (2 << 20), expected + "!"]})
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, expected)
+
+
 def test_the_client_raises_its_own_errors(client: Any, port: int) -> None:
     with pytest.raises(openai.BadRequestError, match="tools") as refused:
         client.chat.completions.create(**chat("Hi", {}), tools=[{"type": "function", "function": {"name": "f"}}])
@@ -314,6 +385,7 @@ def test_the_client_raises_its_own_errors(client: Any, port: int) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}  # what another site's page could send
     assert call(port, "POST", "/v1/chat/completions", b"{}", headers=form)[0] == 415
     assert call(port, "GET", "/nowhere")[0] == 404
+    assert len(str(call(port, "GET", "/" + "x" * 10_000))) < 500
     assert call(port, "GET", "/v1/completions")[0] == 405
 
 
@@ -526,12 +598,20 @@ def call(port: int, method: str, path: str, body: Any = None, headers: Any = Non
     return status, json.loads(text)
 
 
-def raw(port: int, body: dict[str, Any]) -> socket.socket:
+def raw(port: int, body: dict[str, Any], path: str = "chat/completions") -> socket.socket:
     data = json.dumps(body).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(("127.0.0.1", port), timeout=30)
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
+
+
+def events(stream: socket.socket) -> list[dict[str, Any]]:
+    """The server-sent events of a response until it is done."""
+    read = b""
+    while b"data: [DONE]\n\n" not in read:
+        read += stream.recv(1 << 20) or pytest.fail("the stream broke off")
+    return [json.loads(line[6:]) for line in read.split(b"\n") if line.startswith(b"data: {")]
 
 
 def metrics(port: int) -> dict[str, float]:

@@ -177,7 +177,9 @@ class Row:
             for i, held in enumerate(self._held):
                 self._held[i] = replace(held, text=held.text[: max(0, cut)])
                 cut -= len(held.text)
-        elif self.ended is None and any(text.endswith(stop[:n]) for stop in stops for n in range(1, len(stop))):
+        elif self.ended is None and any(
+            text.endswith(stop[:n]) for stop in stops for n in range(1, min(len(stop), len(text) + 1))
+        ):
             return []
         shown, self._held = self._held, []
         finish = self.ended if self.ended != "left" else None

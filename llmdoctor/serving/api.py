@@ -261,7 +261,15 @@ class _Api:
             read = [self.engine.prompt_ids([*ids, *ask.prefix_ids]) for ids in read]
             sampling = _rest(sampling, begun)
         kind = "chatcmpl" if ask.chat else "cmpl"
-        shape = Shape(f"{kind}-{uuid.uuid4().hex}", self.name, ask.chat, ask.wants_logprobs, ask.llmdoctor, top)
+        shape = Shape(
+            f"{kind}-{uuid.uuid4().hex}",
+            self.name,
+            ask.chat,
+            ask.wants_logprobs,
+            ask.llmdoctor,
+            top,
+            counted=ask.stream_options.include_usage,
+        )
         answering = _Answering(shape, [])
 
         tokenizer = self.engine.assistant.patient.tokenizer
@@ -320,7 +328,7 @@ class _Api:
         except Exception as error:  # the status is sent already
             yield _event({"error": _refusal(error).error})
         else:
-            if ask.stream_options.include_usage:
+            if shape.counted:
                 yield _event(shape.closing(answering.usage(ask.n)))
         yield "data: [DONE]\n\n"
 
@@ -400,14 +408,15 @@ def _event(data: Any) -> str:
     return f"data: {json.dumps(data, allow_nan=False)}\n\n"
 
 
-def _error(refused: _RefusedError) -> Response:
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(refused.status)
+def _error(refused: _RefusedError, headers: Mapping[str, str] | None = None) -> Response:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(refused.status, headers)
     return _json({"error": refused.error}, refused.status, headers)
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(_RefusedError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    what = f"{request.method} {shown(request.url.path)}: {error.detail}"
+    return _error(_RefusedError(error.status_code, what), error.headers)
 
 
 def _refusal(error: Exception) -> _RefusedError:

@@ -23,6 +23,7 @@ class Shape:
     logprobs: bool
     details: bool  # of llmdoctor's own
     top: int = 0  # alternatives in OpenAI's part; llmdoctor's has those of the patient behind them
+    counted: bool = False  # a stream whose last chunk has the usage: the others say that they have none
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answers: Sequence[Sequence[GuidedToken]], finishes: Sequence[Finish], usage: Any) -> dict[str, Any]:
@@ -47,7 +48,8 @@ class Shape:
         return {**self._chunk([]), "usage": usage}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": choices}
+        none = {"usage": None} if self.counted else {}
+        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": choices, **none}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -1,7 +1,7 @@
 """What clients may ask: the bodies of OpenAI's completions, checked, with the guidance of llmdoctor beside."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from llmdoctor.settings import Mode, Sampling
 GUIDANCE = ("alpha", "beta", "dead_zone", "mode", "plausibility")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "no_repeat_ngram")
 _MOST_STOPS = 16
+_MOST_FIELDS = 100  # of a body, or of a field of it
 MOST_TOP = 20  # alternatives of every token
 # What changes no answer, and is taken without a look: notes for OpenAI's own books.
 _IGNORED = {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -40,6 +41,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 Strength = float | dict[str, float]
+_T = TypeVar("_T")
+# Of a list of a million wrong items the first is enough: pydantic takes minutes to list them all, and nobody else is
+# answered in that time.
+_List = Annotated[tuple[_T, ...], Field(fail_fast=True)]
 
 
 class UnsupportedError(UsageError):
@@ -77,7 +82,7 @@ class _Ask(GuidanceChange):
     model: str | None = None
     n: int = Field(default=1, ge=1, le=128)
     seed: int | None = None
-    stop: str | tuple[str, ...] | None = None
+    stop: str | _List[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -116,10 +121,10 @@ class _Ask(GuidanceChange):
 class ChatAsk(_Ask):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: tuple[dict[str, Any], ...] = Field(min_length=1)
+    messages: _List[Any]
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MOST_TOP)
-    prefix_ids: tuple[int, ...] = ()  # the answer's first tokens, which are not repeated to the client
+    prefix_ids: _List[int] = ()  # the answer's first tokens, which are not repeated to the client
     force_id: int | None = None  # the next token, instead of a draw
 
     chat = True
@@ -138,13 +143,15 @@ class ChatAsk(_Ask):
 
     def conversation(self) -> list[Message]:
         """The messages as the models' chat templates take them. Raises UsageError for what is no text."""
+        if not self.messages:
+            raise UsageError("'messages' is empty: expected at least one")
         return [_message(message) for message in self.messages]
 
 
 class TextAsk(_Ask):
     """The body of ``POST /v1/completions``."""
 
-    prompt: str | tuple[str, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...]
+    prompt: str | _List[str] | _List[int] | _List[_List[int]]
     prefix_ids: ClassVar[tuple[int, ...]] = ()  # a prompt of token ids does the same
     force_id: ClassVar[int | None] = None
     logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP)
@@ -165,8 +172,10 @@ class TextAsk(_Ask):
         """Each prompt, as text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if all(isinstance(part, int) for part in self.prompt):
-            return [self.prompt] if self.prompt else []  # type: ignore[list-item]
+        if not self.prompt:
+            raise UsageError("'prompt' is empty: expected a text, token ids, or a list of these")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
 
 
@@ -182,7 +191,7 @@ def text_ask(body: Mapping[str, Any]) -> TextAsk:
 
 def guidance_change(body: Mapping[str, Any]) -> dict[str, Any]:
     """What a PATCH changes. Raises UsageError."""
-    if not (given := checked(GuidanceChange, body).given()):
+    if not (given := checked(GuidanceChange, _known(body)).given()):
         raise UsageError(f"nothing to change: expected some of {', '.join(GUIDANCE)}")
     return given
 
@@ -196,10 +205,15 @@ def _known(body: Mapping[str, Any]) -> dict[str, Any]:
             known[name] = value
         elif value not in _NEUTRAL[name]:
             raise UnsupportedError(name, value)
+    for fields in (known, *known.values()):
+        if isinstance(fields, dict) and len(fields) > _MOST_FIELDS:
+            raise UsageError(f"expected at most {_MOST_FIELDS} fields, got {len(fields)}")
     return known
 
 
-def _message(message: Mapping[str, Any]) -> Message:
+def _message(message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise UsageError(f"'messages' expected objects with 'role' and 'content', got {shown(message)}")
     role = message.get("role")
     if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
         raise UnsupportedError("tools", message)
