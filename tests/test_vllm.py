@@ -96,6 +96,14 @@ def require_guided(steering: Steering, got_V: Tensor, before_V: Tensor, ids: lis
         torch.testing.assert_close(got_V, expected, rtol=0, atol=1e-9)
 
 
+STOP = 3  # ends an answer
+
+
+def params(xargs: dict[str, Any] | None) -> Any:
+    """What the processor reads of a request's sampling parameters."""
+    return SimpleNamespace(extra_args=xargs, max_tokens=20, eos_token_id=STOP, stop_token_ids=[])
+
+
 class V1Engine:
     """What vLLM's V1 runner tells a logits processor: a batch whose rows join, leave, pause, move and are condensed."""
 
@@ -105,14 +113,19 @@ class V1Engine:
         self.rows.steering = steering
         self.batch: list[Any] = []
         self.paused: list[Any] = []
+        self.ended: list[Any] = []
 
     def step(self, size: int = 6) -> None:
         rng, removed, added, moved = self.rng, [], [], []
         for i, request in enumerate(self.batch):
             fate = rng.random()
-            if fate < 0.25:
+            longest = len(request.output) == 20
+            if fate < 0.25 or longest:
                 removed.append(i)
-                if fate < 0.15:
+                if fate > 0.2 or longest:
+                    request.output += [] if longest else [STOP]
+                    self.ended.append(request.output)
+                elif fate < 0.15:
                     self.paused.append(request)
                 if fate < 0.07:  # preempted: vLLM starts it again with a new list
                     request.output = list(request.output)
@@ -122,7 +135,7 @@ class V1Engine:
             request = self.paused.pop(rng.randrange(len(self.paused))) if resumed else self.new()
             index = holes.pop() if holes else len(self.batch)
             self.batch[index : index + 1] = [request]
-            added.append((index, SimpleNamespace(extra_args=request.xargs), request.prompt, request.output))
+            added.append((index, params(request.xargs), request.prompt, request.output))
         while holes:  # vLLM fills the lowest empty places with the last rows
             lowest, last = holes.pop(), len(self.batch) - 1
             if last != lowest and last not in holes:
@@ -142,6 +155,9 @@ class V1Engine:
         self.rows.update_state(update if left or added or moved else None)
         before = torch.randn(len(self.batch), 1500, dtype=torch.float64) * 3
         after = self.rows.apply(before.clone())
+        if self.rows._rows:
+            held = [row.key.output for row in self.steering.follower._rows if row.key]
+            assert not any(output is ended for output in held for ended in self.ended)
         for request, old, new in zip(self.batch, before, after, strict=True):
             require_guided(self.steering, new, old, [*request.prompt, *request.output], request.xargs)
             if request.parts:
@@ -149,7 +165,7 @@ class V1Engine:
             elif len(request.output) > 3 and rng.random() < 0.05:
                 del request.output[-2:]  # as after a failure to load keys and values
             else:
-                request.output.append(rng.randrange(1500))
+                request.output.append(rng.randrange(STOP + 1, 1500))
 
     def new(self) -> Any:
         rng = self.rng
@@ -277,8 +293,8 @@ def test_what_is_forbidden_stays_forbidden(steering: Steering) -> None:
     """A grammar's -inf, also where the patient has no say; ids beyond the vocabulary are never drawn."""
     rows = BatchRows()
     rows.steering = steering
-    params = [SimpleNamespace(extra_args={"alpha": alpha, "mode": "product"}) for alpha in (1, 0)]
-    added = [(i, one, [5, 6, 7], [8]) for i, one in enumerate(params)]
+    asked = [params({"alpha": alpha, "mode": "product"}) for alpha in (1, 0)]
+    added = [(i, one, [5, 6, 7], [8]) for i, one in enumerate(asked)]
     rows.update_state(SimpleNamespace(removed=[], added=added, moved=[]))
     logits = torch.randn(2, 1536)
     logits[:, 10:] = -torch.inf

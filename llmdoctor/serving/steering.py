@@ -223,7 +223,7 @@ class Request:
     prompt: Sequence[int] = ()
     output: list[int] = field(default_factory=list)
     longest: int | None = None  # tokens of the longest answer
-    stops: frozenset[int] | set[int] = frozenset()  # tokens that end the answer
+    stops: frozenset[int | None] = frozenset()  # tokens that end the answer
     seen: int = 0  # tokens of the last ask that still stand
 
     @property
@@ -277,7 +277,7 @@ class BatchRows:
             return
         guidance = self.steering.settings.guidance_of(params.extra_args)
         if not is_patient_alone(guidance):
-            stops = params.all_stop_token_ids
+            stops = frozenset([params.eos_token_id, *(params.stop_token_ids or ())])
             self._rows[index] = Request(guidance, prompt or (), output, params.max_tokens, stops)
 
     def apply(self, logits: Tensor) -> Tensor:
