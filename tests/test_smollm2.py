@@ -45,6 +45,13 @@ def test_they_steer_the_answers_of_the_profile(assistant: LLMdoctor) -> None:
     assert comparison.metrics["kl"] > 0
 
 
+def test_a_whisper_of_the_doctors_changes_hardly_anything(assistant: LLMdoctor) -> None:
+    """Whatever the profile's settings, KL and colours are the doctors' doing: as they fall silent, both go to 0."""
+    guidance = assistant.guidance.replace(betas=dict.fromkeys(assistant.doctor_names, 1e-4))
+    comparison = assistant.compare("Tell me about my new neighbour.", guidance=guidance, seed=3, max_new_tokens=16)
+    assert 0 <= comparison.metrics["kl_per_token"] < 1e-3
+
+
 def test_the_doctors_are_small() -> None:
     folder = profile_path("smollm2").parent / "smollm2"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(load_profile("smollm2").doctors)

@@ -634,7 +634,7 @@ def test_lenses_colour_mark_and_explain(make_app, drive):
 
     async def steps(d):
         await d.ask("Go")
-        assert "changed by guidance (KL, nats)  0 ━━━━━━ 1  bold" in d.text()
+        assert "changed by guidance (KL, nats)  0 ━━━━━━ 0.3  bold" in d.text()
         assert len({s.color.name for s in styles().values()}) == 1  # the fake doctors change every place alike
         await d.press("ctrl+l")
         assert app.chat.query_one(Curve).high == pytest.approx(math.log(0.4) + 2)
