@@ -158,6 +158,15 @@ def test_the_sign_shows_without_colour(run, thirty):
         assert {np.sign(t["reward"]) for t in tokens} == {-1, 0, 1}
 
 
+def test_settings_that_prune_all_that_is_shown_are_told(run, thirty):
+    pruned = run("inspect", thirty, "--pair", 5, "--tau", 1000, "--theta", 0.9)
+    assert "note: tau 1000 and theta 0.9 prune every token of the pairs shown, the greatest importance" in pruned.stderr
+    assert "note: " not in run("inspect", thirty, "--pair", 5, "--tau", 1).stderr
+    raw = run("inspect", thirty, "--pair", 5, "--tau", 1000, "--theta", 0.9, "--show", "gap").stdout
+    body = raw.split("\nchosen, raw gap")[1].split("\n")[1]
+    assert {"+", "-"} <= set(body)
+
+
 SIDES = [
     RewardedText("chosen", ("Go", " to", " bed", ""), (0.0, 1.0, 0.25, 1.0)),
     RewardedText("rejected", ("Go", " away", ""), (0.0, -1.0, 0.0)),
