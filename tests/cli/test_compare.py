@@ -92,7 +92,7 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(run, prompts
     [
         (b'\xef\xbb\xbf[{"prompt": "How?"}, "Why?"]', ["How?", "Why?"]),
         (b'{"turns": ["How?", "So?"]}\n{"prompt": "Why?"}\n', ["How?", "So?", "Why?"]),
-        (b'Prompt,note\r\n"How, then?",x\r\n', ["How, then?"]),
+        (b'prompt,note\r\n"How, then?",x\r\n', ["How, then?"]),
         (b'"prompt","note"\n"How?","x"\n', ["How?"]),
         (b"note\tquestion\nx\tHow?\n", ["How?"]),
         (b'"How, prompt?"\n"Why?"\n', ["How, prompt?", "Why?"]),
