@@ -1,5 +1,7 @@
 """``llmdoctor compare``: the patient alone beside the guided patient, and beside what else is asked for."""
 
+import codecs
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -253,15 +255,25 @@ def questions(prompt: str | None, file: str | None, *, used: Sequence[str]) -> "
         if file != "-":
             return read_questions(Path(file), used=used, on_note=say)
         given = sys.stdin.buffer.read()
-        kind = {b"[": ".json", b"{": ".jsonl", b'"': ".jsonl"}.get(given.lstrip()[:1], ".txt")
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / f"stdin{kind}"
+            copy = Path(folder) / f"stdin{_kind(given)}"
             copy.write_bytes(given)
             return read_questions(copy, name="stdin", used=used, on_note=say)
     text = sys.stdin.read().strip() if prompt == "-" else prompt or ""
     if not text.strip():
         raise UsageError("the prompt is empty")
     return [Question("1", (require_unicode(text, "the prompt"),))]
+
+
+def _kind(given: bytes) -> str:
+    """The ending of a file that holds this: JSON by its first character, a table by its header, else text."""
+    from llmdoctor.token_rewards.shapes import QUESTIONS
+
+    given = given.removeprefix(codecs.BOM_UTF8).lstrip()
+    header = given.partition(b"\n")[0].decode(errors="replace").lower().strip()
+    if {cell.strip('"') for cell in re.split("[,\t]", header)} & {*QUESTIONS}:
+        return ".tsv" if "\t" in header else ".csv"
+    return {b"[": ".json", b"{": ".jsonl", b'"': ".jsonl"}.get(given[:1], ".txt")
 
 
 def _browse(plans: Sequence[Plan], models: Models, kept: KeptRun, lens: str, doctor: str | None) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmdoctor.cli import options
 from llmdoctor.errors import UsageError
+from llmdoctor.files import require_doctor
 from llmdoctor.set_command import parse_settings, setting_items
 from llmdoctor.settings import DoctorSettings, Guidance, Sampling, check_guidance
 
@@ -127,11 +128,17 @@ def _range(text: str, listed: str) -> list[str]:
 
 
 class Models:
-    """The models of all columns, loaded when an answer is missing; columns of one patient share it and its doctors."""
+    """The models of all columns, loaded when an answer is missing; columns of one patient share it and its doctors.
+
+    Raises LoadError for a doctor that is not there, before a patient is loaded or a hub is asked for it.
+    """
 
     def __init__(self, plans: Iterable[Plan], *, trust_remote_code: bool) -> None:
         self._plans, self._trust = list(plans), trust_remote_code
         self._loaded: dict[str, LLMdoctor] = {}
+        for plan in self._plans:
+            for doctor in plan.profile.doctors.values():
+                require_doctor(doctor.checkpoint)
 
     def columns(self, plans: Sequence[Plan], kept: "KeptRun", *, silent: bool = False) -> "list[Column]":
         """The plans with their models, or without where every answer is known; ``silent`` without a spinner."""

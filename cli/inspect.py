@@ -164,8 +164,7 @@ def _show(
 
         raise UsageError(f"--show probe: {NO_PROBE}")
     findings.warn(differences)
-    if statistics.tokens and not statistics.share_rewarded + statistics.share_punished:
-        say(_nothing_left(settings, "every token of these pairs"))
+    _say_if_nothing_is_left("the pairs shown", [side for sides in shown for side in sides], settings)
     if as_json:
         document: dict[str, Any] = {"folder": str(rewards.path), "settings": settings.model_dump(mode="json")}
         document |= {"weights": weights, "statistics": statistics.as_dict()}
@@ -211,12 +210,14 @@ def _heading(
     return [counted, f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"]
 
 
-def _nothing_left(settings: "RewardSettings", which: str, most: float | None = None) -> str:
+def _say_if_nothing_is_left(what: str, sides: "Sequence[TokenRewards]", settings: "RewardSettings") -> None:
     """Why nothing is marked, and what to do."""
-    reached = "" if most is None else f", the greatest importance here is {most:.2g}"
-    return (
-        f"note: tau {settings.tau:g} and theta {settings.theta:g} prune {which}{reached}. Lower them "
-        "(--tau 1 --theta 0.3); --show gap marks the raw gap"
+    if any(side.rewards.any() for side in sides):
+        return
+    most = max(float(side.importance.max()) for side in sides)
+    say(
+        f"note: tau {settings.tau:g} and theta {settings.theta:g} prune every token of {what}, the greatest importance "
+        f"here is {most:.2g}. Lower them (--tau 1 --theta 0.3); --show gap marks the raw gap"
     )
 
 
@@ -278,8 +279,7 @@ def _look_at(
     item = token_rewards(scores, settings, weights)
     shown = rewarded_text(loaded.tokenizer, item)
     shown = replace(shown, title=shown.title.replace("chosen, ", "answer, ", 1))
-    if not item.rewards.any():
-        say(_nothing_left(settings, "every token of this answer", float(item.importance.max())))
+    _say_if_nothing_is_left("this answer", [item], settings)
     if as_json:
         document: dict[str, Any] = {"patient": model.model, "settings": settings.model_dump(mode="json")}
         document |= {"weights": weights, "prompt": prompt, "answer": text}

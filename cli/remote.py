@@ -58,7 +58,7 @@ class RemoteModels(Models):
     """
 
     def __init__(self, plans: Sequence[Plan], remote: "RemoteDoctor") -> None:
-        super().__init__(plans, trust_remote_code=False)
+        super().__init__((), trust_remote_code=False)
         self._remote = remote
         for plan in plans:
             if _models(plan.profile) != _models(remote.profile):

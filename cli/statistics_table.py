@@ -55,10 +55,12 @@ def _gaps(statistics: "Statistics") -> "Table":
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(statistics.measure, no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
+    bars = gap_bars(statistics)
+    # where there is little room the bars are cut, never the numbers
+    table.add_column(statistics.measure, no_wrap=True, min_width=max(len(bar.label) for bar in bars))
+    table.add_column("tokens", justify="right", no_wrap=True, min_width=len("tokens"))
     table.add_column(no_wrap=True)
-    for bar in gap_bars(statistics):
+    for bar in bars:
         # A share too small for a full cell still gets a thin one: it is not zero.
         drawn = Text("█" * round(24 * bar.length) or ("▏" if bar.share else ""), style=scale_colour(bar.sign, 1))
         drawn.append(" …" if bar.cut else "")

@@ -168,7 +168,8 @@ def wilson(share: float, number: float) -> Estimate:
 def distinct_estimate(texts: Sequence[str], n: int = 4, groups: Sequence[Hashable] | None = None) -> Estimate:
     """`distinct_n` with its 95% interval in [0, 1]: the jackknife over groups, on the scale of log-odds.
 
-    It is nan for a single group, and where every n-gram is distinct: nothing then tells how sure that is.
+    It is nan for a single group, and where every n-gram is distinct: nothing then tells how sure that is. All is nan
+    where no text has n words.
     Compare sets of the same size only: the more text, the fewer of its n-grams are new.
     """
     by_group: dict[Hashable, Counter[tuple[str, ...]]] = {}
@@ -178,7 +179,7 @@ def distinct_estimate(texts: Sequence[str], n: int = 4, groups: Sequence[Hashabl
     for counts in by_group.values():
         whole.update(counts)
     kinds, total, number = len(whole), whole.total(), len(by_group)
-    value = kinds / total if total else 0.0
+    value = kinds / total if total else math.nan
     if number < 2 or not 0 < value < 1:
         return Estimate(value, math.nan, math.nan)
     without = []

@@ -78,6 +78,7 @@ def test_the_jackknife_of_distinct_n_leaves_out_one_prompt_at_a_time():
     all_new = distinct_estimate(["a b c d", "e f g h"])
     assert all_new.value == 1
     assert math.isnan(all_new.low)
+    assert math.isnan(distinct_estimate(["a b c", "d"]).value), "there are no 4-grams, so they say nothing"
 
 
 def test_measures_of_answers_are_per_token():

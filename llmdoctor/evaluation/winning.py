@@ -161,7 +161,9 @@ def _summary(verdicts: Sequence[Verdict], ids: Sequence[str]) -> Judged:
     win_rate = share([verdict.win for verdict in verdicts], groups)
     scores = [verdict.scores for verdict in verdicts if verdict.scores]
     if not scores:
-        return Judged(win_rate, agreed=share([float(one.agreed) for one in verdicts if one.agreed is not None]))
+        asked = [i for i, verdict in enumerate(verdicts) if verdict.agreed is not None]
+        agreed = [float(verdicts[i].agreed or 0) for i in asked]
+        return Judged(win_rate, agreed=share(agreed, groups and [groups[i] for i in asked]))
     patient, guided = zip(*scores, strict=True)
     gain = rate([b - a for a, b in scores], groups=groups)
     return Judged(win_rate, None, rate(patient, groups=groups), rate(guided, groups=groups), gain)

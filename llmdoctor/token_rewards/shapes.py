@@ -36,7 +36,7 @@ NEEDED = "prompt + chosen + rejected, or the columns of a data set that `llmdoct
 NAME_THEM = "name them with --columns chosen=A,rejected=B[,prompt=C,system=D]"
 _PROMPTS = ("prompt", "conversations", "messages", "trajectory", "instruction", "question", "query")
 _MORE_PROMPTS = ("input", "context", "history")  # beside another one these add to it
-_QUESTIONS = ("prompt", "turns", *(name for name in _PROMPTS if name != "prompt"), "conversation")
+QUESTIONS = ("prompt", "turns", *(name for name in _PROMPTS if name != "prompt"), "conversation")
 _IDS = ("question_id", "prompt_id", "id")
 _SCORES = (
     *(("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected")),
@@ -482,7 +482,7 @@ def to_question(line: int, record: object, known: tuple[Shape, ...]) -> tuple[Qu
         raise Unusable(f"expected a text, or a column such as 'prompt', 'turns' or {_PROMPTS[-2]!r}, found nothing")
     columns = {name: value for name, value in from_cells(record).items() if value not in NOTHING}
     refuse_unread(columns)
-    names = [name for name in _QUESTIONS if name in columns][:1]
+    names = [name for name in QUESTIONS if name in columns][:1]
     if not names and isinstance(record, Cells) and len(record) == 1:
         names = list(columns)  # a table of one column needs no name for it
     elif names == ["instruction"] and isinstance(columns.get("input"), str):  # Alpaca

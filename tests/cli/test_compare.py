@@ -87,6 +87,23 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(run, prompts
     assert "Asking" not in run(*command, "--quiet").stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        (b'\xef\xbb\xbf[{"prompt": "How?"}, "Why?"]', ["How?", "Why?"]),
+        (b'{"turns": ["How?", "So?"]}\n{"prompt": "Why?"}\n', ["How?", "So?", "Why?"]),
+        (b'prompt,note\r\n"How, then?",x\r\n', ["How, then?"]),
+        (b'"prompt","note"\n"How?","x"\n', ["How?"]),
+        (b"note\tquestion\nx\tHow?\n", ["How?"]),
+        (b'"How, prompt?"\n"Why?"\n', ["How, prompt?", "Why?"]),
+        (b"How, prompt?\nWhy?\n", ["How, prompt?", "Why?"]),
+    ],
+)
+def test_stdin_may_hold_any_kind_of_prompts(given, asked, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert [turn for question in compare.questions(None, "-", used=()) for turn in question.turns] == asked
+
+
 def test_progress_counts_one_thing_in_the_singular(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "_PLAIN_INTERVAL", 0.0)
     for total in (None, 1, 2):
@@ -234,8 +251,14 @@ def test_a_column_that_cannot_be_is_one_line(vs, words, fails):
     fails(2, words, "compare", "Hi", "--vs", vs)
 
 
-def test_columns_that_cannot_be_loaded_and_options_that_exclude_each_other(fails):
+def test_a_doctor_of_a_column_that_is_missing_is_said_before_anything_is_loaded(fails, monkeypatch):
+    monkeypatch.setattr(options, "load_assistant", lambda *_args, **_how: pytest.fail("loaded a model"))
+    helpful = load_profile("clinic").doctors["helpful"].checkpoint
     fails(3, ["no doctor at nowhere"], "compare", "Hi", "--vs", "doctor=nowhere")
+    fails(3, ["no doctor at nowhere"], "compare", "Hi", "--sweep", f"doctor={helpful},nowhere")
+
+
+def test_columns_and_options_that_exclude_each_other(fails):
     fails(2, ["--vs", "given twice"], "compare", "Hi", "--vs", "beta=1", "--vs", "beta=1")
     fails(2, ["alpha and every beta are 0"], "compare", "Hi", "--vs", "alpha=0 beta=0")
     fails(2, ["--sweep", "--vs"], "compare", "Hi", "--vs", "beta=1", "--sweep", "beta=0:1:1")

@@ -13,6 +13,7 @@ from rich.console import Console
 from llmdoctor.cli.heatmap import rich_heatmap
 from llmdoctor.cli.options import fitting, reward_settings
 from llmdoctor.cli.reward_reader import RewardReader
+from llmdoctor.cli.statistics_table import rich_statistics
 from llmdoctor.files import write_json
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile
@@ -24,6 +25,7 @@ from llmdoctor.show.text import END
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder, write_shard
 from llmdoctor.token_rewards.formula import token_rewards
+from llmdoctor.token_rewards.summary import Statistics
 
 NASTY = (
     "<script>alert(1)</script>",
@@ -156,6 +158,15 @@ def test_the_sign_shows_without_colour(run, thirty):
         )
         assert body == expected.strip()
         assert {np.sign(t["reward"]) for t in tokens} == {-1, 0, 1}
+
+
+def test_settings_that_prune_all_that_is_shown_are_told(run, thirty):
+    pruned = run("inspect", thirty, "--pair", 5, "--tau", 1000, "--theta", 0.9)
+    assert "note: tau 1000 and theta 0.9 prune every token of the pairs shown, the greatest importance" in pruned.stderr
+    assert "note: " not in run("inspect", thirty, "--pair", 5, "--tau", 1).stderr
+    raw = run("inspect", thirty, "--pair", 5, "--tau", 1000, "--theta", 0.9, "--show", "gap").stdout
+    body = raw.split("\nchosen, raw gap")[1].split("\n")[1]
+    assert {"+", "-"} <= set(body)
 
 
 SIDES = [
@@ -293,10 +304,18 @@ def test_a_folder_of_faces_that_hardly_differ_is_named(texts, run, monkeypatch):
 
 
 def test_bars_leave_the_tokens_around_zero_out_of_the_scale():
-    from llmdoctor.token_rewards.summary import Statistics
-
     statistics = Statistics(1, 1000, 0, 0, 0, 0, (0, 0, 0, 0, 50, 900, 25, 25, 0, 0, 0), 1, 1, (), ())
     rows = {name: (share, sign, length) for name, share, sign, length in gap_bars(statistics)}
     assert rows["-0.03 to 0.03"] == (0.9, 0, 1.0)
     assert rows["0.03 to 0.1"] == (0.025, 1, 0.5)
     assert rows["-0.1 to -0.03"] == (0.05, -1, 1.0)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_labels_and_shares_of_the_histogram_stay_whole_on_one_line(width):
+    statistics = Statistics(1, 1000, 0, 0, 0, 0, (0, 0, 0, 0, 50, 900, 25, 25, 0, 0, 0), 1, 1, (), ())
+    screen = Console(width=width, file=io.StringIO())
+    screen.print(rich_statistics(statistics))
+    lines = screen.file.getvalue().splitlines()
+    for label, share in (("-0.03 to 0.03", "90.0%"), ("-0.1 to -0.03", "5.0%"), ("above 3", "0.0%")):
+        assert any(re.match(rf"{label} +{share}", line) for line in lines), label

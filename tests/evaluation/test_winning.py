@@ -1,7 +1,9 @@
 """Guided answers beside the patient's: the summary of made-up answers, worked by hand."""
 
+from dataclasses import replace
 from typing import Any
 
+from llmdoctor.answers import wilson
 from llmdoctor.evaluation.judge import Judge
 from llmdoctor.evaluation.winning import Exchange, summarise
 from llmdoctor.records import Answer, Comparison, GuidedToken
@@ -56,3 +58,20 @@ def test_settings_are_told_apart_and_several_turns_are_judged_together() -> None
     assert len(asked) == 4
     assert asked[0] == {"prompt": ["first", "second"], "a": ["g1", "g2"], "b": ["p1", "p2"]}
     assert Exchange.of(comparisons[:1]) == Exchange("first", "p1", "g1")
+
+
+def test_samples_of_one_prompt_are_one_case_of_what_a_judge_agrees_on() -> None:
+    """A judge that prefers "g" in either order; the answers to "c" are the same, so it is not asked."""
+
+    def ask(requests: Any) -> Any:
+        return iter(["a" if request["a"] == "g" else "b" for request in requests])
+
+    comparisons = [
+        replace(made(name, "q", "x" if name == "c" else patient, "x" if name == "c" else "g"), sample=sample)
+        for name in "abc"
+        for sample, patient in enumerate(("p", "q"), start=1)
+    ]
+    (setting,) = summarise(comparisons, Judge("g", "pairwise", ask)).settings
+    assert setting.judged is not None
+    assert setting.judged.agreed == wilson(1.0, 2)
+    assert setting.judged.win_rate == wilson(2.5 / 3, 3)
