@@ -137,14 +137,13 @@ def check(
     file: Annotated[str, typer.Argument(help="Profile, by its name or path.", autocompletion=options.complete_profile)],
 ) -> None:
     """Read a profile and say whether anything in it is wrong: keys, values, and folders that are not there."""
-    from llmdoctor.profile import load_profile, profile_path
+    from llmdoctor.files import present, user_path
+    from llmdoctor.profile import LOCATIONS, load_profile, profile_path
 
-    profile = load_profile(file)
-    named = {f"doctors.{name}.checkpoint": doctor.checkpoint for name, doctor in profile.doctors.items()}
-    named |= {"patient.model": profile.patient.model, "data.source": (profile.data and profile.data.source) or ""}
-    for key, place in sorted(named.items()):
-        if place.startswith(("/", "./", "../", "~")) and not Path(place).expanduser().exists():
-            say(f"warning: {key}: there is nothing at {place}")
+    for key, place in _flat(load_profile(file).model_dump(mode="json")).items():
+        path = str(place) if key.rpartition(".")[2] in LOCATIONS and place else ""
+        if path.startswith(("/", "./", "../", "~")) and not present(user_path(path)):
+            say(f"warning: {key}: there is nothing at {path}")
     put(f"{profile_path(file)}: all settings are known and in range")
 
 

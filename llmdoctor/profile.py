@@ -158,7 +158,8 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         path = profile_path(path.parent / other if other.startswith(("./", "../")) else other)
 
 
-_LOCATIONS = {"model", "source", "doctor", "checkpoint", "base", "draft_model"}
+LOCATIONS = frozenset({"model", "source", "doctor", "checkpoint", "base", "draft_model"})
+"""The settings that say where a model, data set or doctor is, in whatever section."""
 
 
 def _placed(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _placed(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     def place(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return _placed(value, folder)
-        near = key in _LOCATIONS and isinstance(value, str) and value.startswith(("./", "../"))
+        near = key in LOCATIONS and isinstance(value, str) and value.startswith(("./", "../"))
         return str(folder / value) if near else value
 
     return {key: place(key, value) for key, value in values.items()}

@@ -40,6 +40,21 @@ def test_a_new_profile_is_found_by_its_name_and_takes_over_what_it_does_not_stat
     fails(2, ["'clinic'", "another name"], "profiles", "new", "clinic")
 
 
+def test_check_names_every_place_where_there_is_nothing(run):
+    stated = (
+        "extends: clinic",
+        "patient: {model: ~/no-patient}",
+        "train: {doctor: ./no-base}",
+        "decode: {draft_model: ./no-draft}",
+        "data: {source: ./no-pairs.jsonl}",
+        "doctors: {safe: {base: ./no-base}, new: {checkpoint: ./no-doctor}}",
+    )
+    Path("mine.yaml").write_text("\n".join(stated))
+    said = run("profiles", "check", "mine.yaml").stderr.splitlines()
+    named = ("patient.model", "data.source", "train.doctor", "doctors.safe.base", "doctors.new.checkpoint")
+    assert [line.split(": ")[1] for line in said] == [*named, "decode.draft_model"]
+
+
 def test_what_extends_cannot_be(fails, own):
     own.mkdir(parents=True)
     (own / "loop.yaml").write_text("extends: loop\n")
