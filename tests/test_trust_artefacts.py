@@ -683,7 +683,8 @@ def test_a_folder_of_a_later_version_says_so(rewards):
 
 
 def test_a_probe_of_other_tokens_is_refused(rewards):
-    for numbers in (torch.ones(5), torch.ones(22), torch.full((21,), float("nan"))):
+    odd = (torch.ones(21, 1), torch.ones(21, 21), torch.ones(21).bfloat16(), torch.ones(21).long(), torch.ones(()))
+    for numbers in (torch.ones(5), torch.ones(22), torch.full((21,), float("nan")), *odd):
         save_file({"rewards": numbers}, rewards / "probe-00000.safetensors")
         files = {"probe-00000.safetensors": file_checksum(rewards / "probe-00000.safetensors")}
         write_json(rewards / "probe.json", {"files": files})
