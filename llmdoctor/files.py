@@ -345,7 +345,7 @@ def read_json(path: Path, schema: type[BaseModel] | None = None) -> Any:
     Raises LoadError when it is missing, unreadable, not JSON (which has no NaN) or does not fit.
     """
     try:
-        data = json.loads(read_text(path), parse_constant=_no_constant)
+        data = json.loads(read_text(path), parse_constant=no_constant)
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
     except RecursionError as error:
@@ -363,7 +363,8 @@ def read_json(path: Path, schema: type[BaseModel] | None = None) -> Any:
     return data
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
+    """For `json.loads`: raises ValueError for NaN and infinity, which JSON does not have."""
     raise ValueError(f"it has no {name}")
 
 

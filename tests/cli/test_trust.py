@@ -232,10 +232,11 @@ def test_compare_killed_in_the_middle_of_an_answer_leaves_only_answers_and_goes_
         process.send_signal(signal.SIGKILL)
     kept = killed.read_bytes()
     assert all(json.loads(line)["answer"]["text"] for line in kept.splitlines(keepends=True) if line.endswith(b"\n"))
-    assert {path.name for path in tmp_path.iterdir()} <= {"prompts.txt", "killed.jsonl", "work"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"prompts.txt", "killed.jsonl", ".killed.jsonl.lock", "work"}
     killed.write_bytes(kept + kept[: len(kept) // 2])  # surely cut in the middle of a line
     for output in (killed, tmp_path / "whole.jsonl"):
         assert run("compare", *how, "-o", output).exit_code == 0
+    assert not list(tmp_path.glob(".*"))
     said = [
         [(one["prompt"], one["column"], one["answer"]["text"]) for one in map(json.loads, output.open())]
         for output in (killed, tmp_path / "whole.jsonl")
