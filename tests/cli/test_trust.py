@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from llmdoctor.cli.serve import _end
 from llmdoctor.comparing import KeptAnswer
 from llmdoctor.files import locked
 from llmdoctor.harmless import json_text
@@ -243,6 +244,13 @@ def test_compare_killed_in_the_middle_of_an_answer_leaves_only_answers_and_goes_
     ]
     assert said[0] == said[1]
     assert len(said[0]) == 6
+
+
+def test_serve_ended_while_it_imports_is_not_taken_for_a_library_that_is_missing():
+    """transformers turns every Exception of an import into one of its own, with a traceback."""
+    with pytest.raises(SystemExit) as ended:
+        _end(signal.SIGTERM, None)
+    assert ended.value.code == 0
 
 
 KEEP = ("compare", "Hi", *SHORT, "-o", "a.jsonl")
