@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmdoctor.cli import options
 from llmdoctor.errors import UsageError
+from llmdoctor.schema import checked
 from llmdoctor.set_command import parse_settings, setting_items
 from llmdoctor.settings import DoctorSettings, Guidance, Sampling, check_guidance
 
@@ -100,7 +101,7 @@ def _like(
     for name, path in options.parse_doctors(given).items():
         like = present.get(name) or (next(iter(present.values())) if len(present) == 1 else None)
         strength = like.model_dump(include={"beta", "dead_zone"}) if like else {}
-        made[name] = DoctorSettings(checkpoint=path, base=doctor_base, **strength)
+        made[name] = checked(DoctorSettings, {"checkpoint": path, "base": doctor_base, **strength})
     return made
 
 
