@@ -87,7 +87,7 @@ def new(
     ] = "clinic",
 ) -> None:
     """Start a profile of your own: it goes to the configuration folder, where --profile NAME finds it."""
-    from llmdoctor.files import atomic_path
+    from llmdoctor.files import atomic_path, user_path
     from llmdoctor.profile import load_profile, profile_names, profile_path, user_profiles
 
     path = Path(name)
@@ -100,7 +100,7 @@ def new(
     if path.exists():
         raise UsageError(f"{path} exists already: choose another name")
     known = load_profile(extends)
-    other = extends if extends in profile_names() else str(Path(extends).expanduser().absolute())
+    other = extends if extends in profile_names() else str(user_path(extends).absolute())
     with atomic_path(path) as temporary:
         temporary.write_text(_NEW.format(other=other, model=known.patient.model), encoding="utf-8")
     say(f"wrote {path}. Change it, then: llmdoctor profiles check {name}")
@@ -128,13 +128,14 @@ def check(
     file: Annotated[str, typer.Argument(help="Profile, by its name or path.", autocompletion=options.complete_profile)],
 ) -> None:
     """Read a profile and say whether anything in it is wrong: keys, values, and folders that are not there."""
+    from llmdoctor.files import present, user_path
     from llmdoctor.profile import load_profile, profile_path
 
     profile = load_profile(file)
     named = {f"doctors.{name}.checkpoint": doctor.checkpoint for name, doctor in profile.doctors.items()}
     named |= {"patient.model": profile.patient.model, "data.source": (profile.data and profile.data.source) or ""}
     for key, place in sorted(named.items()):
-        if place.startswith(("/", "./", "../", "~")) and not Path(place).expanduser().exists():
+        if place.startswith(("/", "./", "../", "~")) and not present(user_path(place)):
             say(f"warning: {key}: there is nothing at {place}")
     put(f"{profile_path(file)}: all settings are known and in range")
 

@@ -346,3 +346,13 @@ def test_a_second_run_into_one_file_of_answers_is_refused(run):
         assert not Path("a.jsonl").exists()
     assert run(*KEEP).exit_code == 0
     assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("place", ["~nobody/x", f"/{'x' * 300}"])
+def test_a_profile_with_a_path_that_cannot_be_is_checked(run, place):
+    """Of a name that no user has Python raises RuntimeError, of one that is too long OSError."""
+    Path("p.yaml").write_text(f"patient: {{model: clinic}}\ndata: {{source: {place}}}\n")
+    result = run("profiles", "check", "./p.yaml")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert f"there is nothing at {place}" in result.stderr
+    assert run("profiles", "new", "n.yaml", "--extends", place).exit_code == 2
