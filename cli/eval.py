@@ -181,10 +181,11 @@ def _tried(betas: str | None, settings: "Profile") -> "dict[str, Guidance]":
 def _source(data: str, **how: str | None) -> "DataSettings":
     """The pairs, found to be usable before a large patient is loaded for them."""
     from llmdoctor.profile import override
+    from llmdoctor.schema import checked
     from llmdoctor.settings import DataSettings
     from llmdoctor.token_rewards.pairs import read_pairs
 
-    source = override(DataSettings(source=data), **how)
+    source = override(checked(DataSettings, {"source": data}), **how)
     next(iter(read_pairs(**source.model_dump(), limit=1, on_shape=lambda shape: say(str(shape)))), None)
     return source
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from llmdoctor.cli import options
 from llmdoctor.cli.terminal import Advance, every_ten_seconds, progress, say
 from llmdoctor.errors import LoadError, UsageError
-from llmdoctor.files import is_stream, locked, open_to_append, storage_errors
+from llmdoctor.files import is_stream, locked, no_constant, open_to_append, storage_errors
 from llmdoctor.harmless import json_text
 from llmdoctor.show.formats import counted
 
@@ -171,7 +171,7 @@ def _read(path: Path, command: str, seed: int | None) -> "tuple[dict[Key, Timed]
         while line := lines.readline(_LONGEST):
             complete = line.endswith(b"\n")
             try:
-                kept = KeptAnswer.model_validate(json.loads(line))
+                kept = KeptAnswer.model_validate(json.loads(line, parse_constant=no_constant))
             except (ValueError, RecursionError) as error:
                 ours = line.startswith(_BEGINS) or _BEGINS.startswith(line)
                 if ours and not complete and isinstance(error, json.JSONDecodeError):

@@ -171,7 +171,7 @@ def _root(
 
 
 def run() -> NoReturn:
-    """Entry point of the ``llmdoctor`` script and of ``python -m llmdoctor``."""
+    """Run the command line and exit; called by ``llmdoctor.__main__``."""
     try:
         app(prog_name="llmdoctor")
     except SystemExit as ended:

@@ -96,7 +96,7 @@ def new(
     ] = "clinic",
 ) -> None:
     """Start a profile of your own: it goes to the configuration folder, where --profile NAME finds it."""
-    from llmdoctor.files import atomic_path
+    from llmdoctor.files import atomic_path, user_path
     from llmdoctor.profile import load_profile, profile_names, profile_path, user_profiles
 
     path = Path(name)
@@ -109,7 +109,7 @@ def new(
     if path.exists():
         raise UsageError(f"{path} exists already: choose another name")
     known = load_profile(extends)
-    other = extends if extends in profile_names() else str(Path(extends).expanduser().absolute())
+    other = extends if extends in profile_names() else str(user_path(extends).absolute())
     with atomic_path(path) as temporary:
         temporary.write_text(_NEW.format(other=other, model=known.patient.model), encoding="utf-8")
     say(f"wrote {path}. Change it, then: llmdoctor profiles check {name}")

@@ -18,12 +18,13 @@ def push(
     as_json: options.Json = False,
 ) -> None:
     """Send a trained doctor with its model card to the Hugging Face hub (log in with `hf auth login` first)."""
+    from llmdoctor.files import user_path
     from llmdoctor.training.publish import files_of, push_to_hub, require_name
 
     files = files_of(folder)
     require_name(repository)
     if dry_run:
-        card = (folder / "README.md").read_text(encoding="utf-8")
+        card = (user_path(folder) / "README.md").read_text(encoding="utf-8", errors="replace")
         if as_json:
             put_json({"repository": repository, "files": files, "card": card})
             return

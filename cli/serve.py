@@ -7,8 +7,6 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from llmdoctor.cli import options
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import say
@@ -150,4 +148,4 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _end(_signal: int, _frame: "FrameType | None") -> None:
-    raise typer.Exit(0)
+    raise SystemExit(0)  # not an Exception: one that comes while a library is imported would be taken for its failure

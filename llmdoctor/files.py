@@ -346,7 +346,7 @@ def read_json(path: Path, schema: type[BaseModel] | None = None) -> Any:
     later version wrote it.
     """
     try:
-        data = json.loads(read_text(path), parse_constant=_no_constant)
+        data = json.loads(read_text(path), parse_constant=no_constant)
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
     except RecursionError as error:
@@ -366,7 +366,8 @@ def read_json(path: Path, schema: type[BaseModel] | None = None) -> Any:
     return data
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
+    """For `json.loads`: raises ValueError for NaN and infinity, which JSON does not have."""
     raise ValueError(f"it has no {name}")
 
 

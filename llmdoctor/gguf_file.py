@@ -23,7 +23,7 @@ from platformdirs import user_cache_path
 
 from llmdoctor.artefacts import CopyFile
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, StorageError
-from llmdoctor.files import atomic_path, file_checksum, read_json, require_regular, write_json
+from llmdoctor.files import atomic_path, file_checksum, read_json, require_regular, user_path, write_json
 
 _MARKER = "copy.json"
 _VERSION = 1  # of the copies: raise it when their content changes
@@ -146,7 +146,7 @@ def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | Non
     those that were written, or that another version of transformers made, is made again. Another process that makes
     the same copy is waited for. None, with a warning, if no copy can be written.
     """
-    root = Path(os.environ.get("LLMDOCTOR_CACHE") or user_cache_path("llmdoctor")).expanduser() / "gguf"
+    root = user_path(os.environ.get("LLMDOCTOR_CACHE") or user_cache_path("llmdoctor")) / "gguf"
     folder = root / fingerprint[:32]
     if _is_whole(folder):
         return folder

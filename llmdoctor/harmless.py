@@ -30,6 +30,8 @@ def first_line(error: BaseException) -> str:
 
     The name of the exception if its message says nothing. Cut to 500 characters: it may quote what a stranger wrote.
     """
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     first, second, *_ = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""]
     text = f"{first} {second}" if first.endswith(":") else first or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -267,7 +267,7 @@ def model_fingerprint(source: str | Path) -> str:
 
 def doctor_fingerprint(folder: str | Path) -> str:
     """Equal for the same doctor: its doctor.json and, as in `ModelSource.fingerprint`, its weight files."""
-    return _digest(file for file in Path(folder).expanduser().rglob("*") if file.suffix in {".safetensors", ".json"})
+    return _digest(file for file in user_path(folder).rglob("*") if file.suffix in {".safetensors", ".json"})
 
 
 @cache

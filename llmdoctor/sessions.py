@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from llmdoctor.errors import StorageError, UsageError
+from llmdoctor.files import user_path
 from llmdoctor.records import GuidedToken, Message, Speaker
 from llmdoctor.schema import Settings
 from llmdoctor.settings import Guidance, Sampling
@@ -159,7 +160,7 @@ class SessionStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         self._seen: dict[str, _Seen] = {}
         self._forks: dict[str, str] = {}
 

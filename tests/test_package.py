@@ -74,7 +74,7 @@ def test_every_source_file_is_in_the_wheel_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         held = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
-        assert "llmdoctor = llmdoctor.cli.main:run" in archive.read(entry_points).decode()
+        assert "llmdoctor = llmdoctor.__main__:run" in archive.read(entry_points).decode()
     expected = sources()
     assert set(held) == set(expected)
     assert [name for name, path in expected.items() if held[name] != path.read_bytes()] == []

@@ -5,6 +5,8 @@ Each test is an attack that once gave a traceback, or passed in silence.
 
 import copy
 import dataclasses
+import errno
+import io
 import json
 import os
 import shutil
@@ -683,7 +685,8 @@ def test_a_folder_of_a_later_version_says_so(rewards):
 
 
 def test_a_probe_of_other_tokens_is_refused(rewards):
-    for numbers in (torch.ones(5), torch.ones(22), torch.full((21,), float("nan"))):
+    odd = (torch.ones(21, 1), torch.ones(21, 21), torch.ones(21).bfloat16(), torch.ones(21).long(), torch.ones(()))
+    for numbers in (torch.ones(5), torch.ones(22), torch.full((21,), float("nan")), *odd):
         save_file({"rewards": numbers}, rewards / "probe-00000.safetensors")
         files = {"probe-00000.safetensors": file_checksum(rewards / "probe-00000.safetensors")}
         write_json(rewards / "probe.json", {"files": files})
@@ -757,6 +760,27 @@ def test_what_is_no_file_is_refused_at_once(no_file, doctor, spoilt, rewards, tm
 def test_a_path_that_cannot_be_is_one_line(name):
     for action in (load_patient, load_doctor, RewardsFolder, load_profile, lambda path: list(read_pairs(path))):
         refusal(lambda action=action: action(name))
+
+
+def test_a_file_that_may_not_be_read_is_one_line(spoilt, rewards, tmp_path, monkeypatch):
+    for name in ("p.jsonl", "p.yaml"):
+        (tmp_path / name).write_text("{}")
+    real = io.open
+
+    def refuse(path: Any, *rest: Any, **how: Any) -> Any:
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *rest, **how)
+
+    monkeypatch.setattr(io, "open", refuse)
+    for action in (
+        lambda: list(read_pairs(tmp_path / "p.jsonl")),
+        lambda: read_questions(tmp_path / "p.jsonl"),
+        lambda: load_profile(tmp_path / "p.yaml"),
+        lambda: load_doctor(spoilt),
+        lambda: RewardsFolder(rewards),
+    ):
+        assert "Permission denied" in refusal(action)
 
 
 # --- numbers, tokens -------------------------------------------------------------------------------------------------

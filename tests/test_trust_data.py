@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmdoctor.errors import DataError
+from llmdoctor.errors import DataError, LoadError
 from llmdoctor.records import SkippedRecord
 from llmdoctor.token_rewards import sources
+from llmdoctor.token_rewards.folder import read_shard
 from llmdoctor.token_rewards.pairs import read_pairs, read_questions
 from llmdoctor.token_rewards.shapes import shapes, to_pair
 from llmdoctor.token_rewards.sources import Unusable
@@ -200,6 +201,22 @@ def test_a_parquet_bomb_is_told_by_its_header(tmp_path, monkeypatch):
     pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd")
     with pytest.raises(DataError, match="unpacks to"):
         list(read_pairs(tmp_path / "bomb.parquet"))
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.bool_(), pa.string()])
+def test_lists_of_equal_values_are_told_by_the_header(kind, tmp_path, monkeypatch):
+    """Millions of them take a few bytes of the file, by its own account too; it was once a way to take all memory."""
+    monkeypatch.setattr("llmdoctor.token_rewards.sources._UNPACKED", 1 << 20)
+    many = pa.ListArray.from_arrays(pa.array([0, 1 << 20, 1 << 20], pa.int32()), pa.nulls(1 << 20, kind))
+    texts = {name: [name] * 2 for name in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(texts | {"x": many}), tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 1 << 14
+    for read in (lambda path: list(read_pairs(path)), lambda path: list(read_shard(path, []))):
+        with pytest.raises((DataError, LoadError), match="unpacks to"):
+            read(tmp_path / "bomb.parquet")
+    same = pa.table({name: [name] * (1 << 18) for name in ("prompt", "chosen", "rejected")})
+    pq.write_table(same, tmp_path / "same.parquet", compression="zstd")  # one value a row is no bomb
+    assert next(iter(read_pairs(tmp_path / "same.parquet"))).chosen == "chosen"
 
 
 def test_one_value_that_every_row_repeats_is_told_before_it_is_multiplied(tmp_path, monkeypatch):

@@ -25,11 +25,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from llmdoctor.answers import measures
 from llmdoctor.artefacts import AdapterConfig, DoctorFile, ProbeMeta, RewardsMeta
 from llmdoctor.chat_template import ChatTemplate
+from llmdoctor.comparing import KeptAnswer
 from llmdoctor.errors import LLMDoctorError
-from llmdoctor.files import read_json
+from llmdoctor.files import no_constant, read_json
 from llmdoctor.gguf_file import read_header
+from llmdoctor.harmless import json_text
 from llmdoctor.models import load_tokenizer
 from llmdoctor.profile import load_profile
 from llmdoctor.schema import checked
@@ -40,6 +43,7 @@ from llmdoctor.token_rewards.folder import read_shard
 from llmdoctor.token_rewards.pairs import read_pairs, read_questions, shuffled
 from llmdoctor.token_rewards.shapes import CHOSEN, RATED, shapes, to_pair, to_question
 from llmdoctor.token_rewards.sources import Unusable
+from llmdoctor.tui.config import read_config
 
 CASES = int(os.environ.get("LLMDOCTOR_FUZZ", "200"))
 fuzz = settings(
@@ -252,6 +256,45 @@ def test_json_artefacts(data):
     known = st.dictionaries(st.sampled_from(sorted(schema.model_fields)), VALUE).map(as_json)
     held = data.draw(st.one_of(st.binary(max_size=30), VALUE.map(as_json), known))
     in_file(held, ".json", lambda path: read_json(path, schema))
+
+
+TOKEN = {
+    "position": 0, "id": 1, "text": "a", "patient_logprob": -1.0, "doctor_logprobs": {"d": -1.0}, "logprob": None,
+    "values": {"d": 0.5}, "flip": False, "kl": 0.0, "alpha": 1.0, "betas": {"d": 1.0}, "top": [],
+}  # fmt: skip
+KEPT = {
+    "column": "guided", "question": 1, "sample": 1, "turn": 1, "seconds": 1.0, "run_seed": 1, "command": "c",
+    "answer": {"text": "a", "tokens": [TOKEN], "finished": True},
+}  # fmt: skip
+
+
+@fuzz
+@given(data=st.data())
+def test_kept_answers(data):
+    """What passes can be measured and written again."""
+    token = data.draw(st.dictionaries(st.sampled_from([*TOKEN]), VALUE, max_size=2).map(lambda odd: {**TOKEN, **odd}))
+    answer = {**KEPT["answer"], "tokens": [TOKEN, token]}
+    line = {**KEPT, "answer": answer} | data.draw(st.dictionaries(st.sampled_from([*KEPT]), VALUE, max_size=1))
+    try:
+        kept = KeptAnswer.model_validate(json.loads(json.dumps(line), parse_constant=no_constant))
+    except ValueError:
+        return
+    measures([kept.answer], None, [kept.seconds])
+    json_text(kept.answer.to_dict())
+
+
+TOML = st.lists(
+    st.sampled_from(["theme", "lens", '[keys]\n"chat.rerun"', "odd"]).flatmap(
+        lambda key: (VALUE.map(json.dumps) | st.text(max_size=5)).map(lambda value: f"{key} = {value}\n")
+    ),
+    max_size=3,
+).map(lambda lines: "".join(lines).encode("utf-8", "surrogatepass"))
+
+
+@fuzz
+@given(TOML | st.binary(max_size=30))
+def test_settings_of_the_app(data):
+    in_file(data, ".toml", lambda path: read_config(path, themes={"nord": None}, bindings={"chat.rerun": None}))
 
 
 @fuzz

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmdoctor.errors import LoadError, UsageError
+from llmdoctor.files import present, user_path
 from llmdoctor.harmless import first_line
 from llmdoctor.model_source import ModelSource
 from llmdoctor.models import from_pretrained, load_checked, pick_device
@@ -98,7 +99,8 @@ def load_judge(name: str, kind: Kind | None = None, *, device: str = "auto", tru
     """
     if _CALLABLE.fullmatch(name):
         return _callable(name, kind)
-    if Path(name).expanduser().is_dir() or (_HUB_NAME.fullmatch(name) and not Path(name).exists()):
+    path = user_path(name)  # a command may be too long for a path
+    if (present(path) and path.is_dir()) or (_HUB_NAME.fullmatch(name) and not present(path)):
         if kind == "pairwise":
             raise UsageError(f"the judge {name} is a reward model, which scores one answer at a time: kind scalar")
         return Judge(name, "scalar", RewardModel(name, device=device, trust_remote_code=trust_remote_code).ask)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from llmdoctor.artefacts import REWARDS_VERSION, ProbeMeta, RewardsMeta
 from llmdoctor.errors import LoadError, VersionError
@@ -24,6 +25,7 @@ from llmdoctor.harmless import first_line
 from llmdoctor.records import Floats, PairScores, Side, TokenScores
 from llmdoctor.tensors import read_tensors
 from llmdoctor.token_rewards.formula import PROBE
+from llmdoctor.token_rewards.sources import require_unpackable
 
 SCHEMA_VERSION = REWARDS_VERSION
 PROBE_META = "probe.json"
@@ -88,6 +90,7 @@ def read_shard(path: Path, faces: Sequence[str], size: int = 0) -> Iterator[Pair
     try:
         require_regular(path)
         with pq.ParquetFile(path) as shard:
+            require_unpackable(shard)
             rows = (row for batch in shard.iter_batches(_ROWS_AT_A_TIME) for row in _rows(batch, faces, size))
             for chosen, rejected in zip(rows, rows, strict=True):  # one iterator twice: two rows at a time
                 if (chosen.side, rejected.side) != _SIDES or chosen.pair_id != rejected.pair_id:
@@ -197,8 +200,11 @@ class RewardsFolder:
         if path not in self._checked:
             require_checksum(path, str(self.probe["files"].get(path.name)))
             self._checked.add(path)
-        rewards: Floats = read_tensors(path, ("rewards",))["rewards"].numpy()
-        return rewards
+        rewards = read_tensors(path, ("rewards",))["rewards"]
+        if rewards.ndim != 1 or rewards.dtype != torch.float32:
+            raise LoadError(f"cannot read {path}: expected a list of float32, got {rewards.dtype} {[*rewards.shape]}")
+        credits: Floats = rewards.numpy()
+        return credits
 
 
 def _with_probe(pairs: Iterator[PairScores], rewards: Floats) -> Iterator[PairScores]:

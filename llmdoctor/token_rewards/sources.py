@@ -312,12 +312,26 @@ def _parquet_records(stream: io.BufferedReader) -> Iterator[tuple[int, object]]:
 
 def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     """Some rows at a time: where values repeat, a file may be far smaller than what a batch of it takes."""
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
-    for column in chain.from_iterable(columns):
-        _require_packed(column.total_uncompressed_size, column.total_compressed_size, _UNPACKED)
-    for number, group in enumerate(groups):
-        yield from file.iter_batches(_rows_at_once(columns[number], group.num_rows), [number])
+    require_unpackable(file)
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        yield from file.iter_batches(_rows_at_once(_columns(group), group.num_rows), [number])
+
+
+def require_unpackable(file: pq.ParquetFile) -> None:
+    """Raise ValueError for a file that unpacks out of all proportion, as its header tells."""
+    for group in (file.metadata.row_group(i) for i in range(file.num_row_groups)):
+        columns = _columns(group)
+        for column in columns:
+            _require_packed(column.total_uncompressed_size, column.total_compressed_size, _UNPACKED)
+        # in lists, millions of equal values take a few bytes of the file, and eight each once they are read
+        listed = [column for column in columns if column.num_values > group.num_rows]
+        packed = sum(column.total_compressed_size for column in listed)
+        _require_packed(8 * sum(column.num_values for column in listed), packed, _UNPACKED)
+
+
+def _columns(group: Any) -> list[Any]:
+    return [group.column(i) for i in range(group.num_columns)]
 
 
 def _parquet_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

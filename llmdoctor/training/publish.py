@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from llmdoctor.artefacts import DoctorFile
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
-from llmdoctor.files import DOCTOR, read_json, require_doctor
+from llmdoctor.files import DOCTOR, read_json, require_doctor, user_path
 from llmdoctor.harmless import first_line
 
 
@@ -45,7 +45,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
         made = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repository,
-            folder_path=Path(folder).expanduser(),
+            folder_path=user_path(folder),
             allow_patterns=list(files),
             commit_message="Upload a doctor made with llmdoctor",
         )

@@ -182,7 +182,8 @@ def _shrink(
 
 def _told(meta: Mapping[str, Any]) -> dict[str, Any]:
     """What a shrunk.json says of its run, but for places, which may differ."""
-    return {key: meta.get(key) for key in ("patient_fingerprint", "prompts", "llmdoctor_version")} | meta["settings"]
+    told = {key: meta.get(key) for key in ("patient_fingerprint", "prompts", "llmdoctor_version")}
+    return told | meta.get("settings", {})
 
 
 def first_layers(patient: Patient, layers: int | None = None) -> PreTrainedModel:

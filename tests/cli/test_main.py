@@ -3,10 +3,12 @@
 import errno
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 import llmdoctor
+from llmdoctor.__main__ import run as entry
 from llmdoctor.cli import options
 from llmdoctor.errors import DataError, LLMDoctorError, LoadError, ProfileError, StorageError, TrainingError, UsageError
 
@@ -101,6 +103,7 @@ def test_help_describes_the_command(command, run):
 def test_help_never_imports_torch():
     script = f"""
 import sys
+from types import ModuleType
 from typer.testing import CliRunner
 from llmdoctor.cli.main import app
 for command in {COMMANDS!r}:
@@ -186,3 +189,17 @@ main.run()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (130, "said", "")
+
+
+class _Interrupted(ModuleType):
+    def __getattr__(self, name):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    """On a busy machine that takes seconds; it was a traceback."""
+    monkeypatch.setitem(sys.modules, "llmdoctor.cli.main", _Interrupted("llmdoctor.cli.main"))
+    with pytest.raises(SystemExit) as ended:
+        entry()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from llmdoctor.cli.serve import _end
 from llmdoctor.comparing import KeptAnswer
 from llmdoctor.files import locked
 from llmdoctor.harmless import json_text
@@ -131,7 +132,10 @@ BAD = os.fsdecode(b"a\xff\xed\xa0\x80b")  # as Python gives an argument that is 
         (("compare", "Hi", "--doctor", BAD), None),
         (("compare", "Hi", "--beta", f"{BAD}=1"), None),
         (("compare", "Hi", "--lens", BAD), None),
+        (("compare", "Hi", "--vs", f"doctor={BAD}"), None),
         (("extract", "--data", BAD), None),
+        (("eval", "--data", BAD), None),
+        (("eval", "--data", "x.jsonl", "--label", BAD), None),
         (("extract", "--face", BAD), None),
         (("push", BAD, BAD), None),
         ((BAD,), None),
@@ -236,12 +240,20 @@ def test_compare_killed_in_the_middle_of_an_answer_leaves_only_answers_and_goes_
     killed.write_bytes(kept + kept[: len(kept) // 2])  # surely cut in the middle of a line
     for output in (killed, tmp_path / "whole.jsonl"):
         assert run("compare", *how, "-o", output).exit_code == 0
+    assert not list(tmp_path.glob(".*"))
     said = [
         [(one["prompt"], one["column"], one["answer"]["text"]) for one in map(json.loads, output.open())]
         for output in (killed, tmp_path / "whole.jsonl")
     ]
     assert said[0] == said[1]
     assert len(said[0]) == 6
+
+
+def test_serve_ended_while_it_imports_is_not_taken_for_a_library_that_is_missing():
+    """transformers turns every Exception of an import into one of its own, with a traceback."""
+    with pytest.raises(SystemExit) as ended:
+        _end(signal.SIGTERM, None)
+    assert ended.value.code == 0
 
 
 KEEP = ("compare", "Hi", *SHORT, "-o", "a.jsonl")
@@ -334,3 +346,13 @@ def test_a_second_run_into_one_file_of_answers_is_refused(run):
         assert not Path("a.jsonl").exists()
     assert run(*KEEP).exit_code == 0
     assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("place", ["~nobody/x", f"/{'x' * 300}"])
+def test_a_profile_with_a_path_that_cannot_be_is_checked(run, place):
+    """Of a name that no user has Python raises RuntimeError, of one that is too long OSError."""
+    Path("p.yaml").write_text(f"patient: {{model: clinic}}\ndata: {{source: {place}}}\n")
+    result = run("profiles", "check", "./p.yaml")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert f"there is nothing at {place}" in result.stderr
+    assert run("profiles", "new", "n.yaml", "--extends", place).exit_code == 2

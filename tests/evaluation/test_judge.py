@@ -82,6 +82,8 @@ def test_a_command_reads_and_writes_json(folder: Path) -> None:
         ("my_judges:leave", ["my_judges:leave failed", "SystemExit"]),
         ("printf '%05000d' 0 | tr 0 '['", ["expected JSON"]),
         ("printf '1%0400d' 0", ['"tie"', "1000"]),
+        ("~nobody/judge", ["exit status"]),
+        (f"exit 4 # {'x' * 9999}", ["exit status 4"]),
         ("exit 3", ["'exit 3'", "exit status 3", "no message"]),
         ("echo oh no >&2; exit 1", ["exit status 1", "oh no"]),
         ("echo hello", ["expected JSON", "hello"]),
