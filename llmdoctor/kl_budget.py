@@ -8,6 +8,7 @@ from llmdoctor.errors import UsageError
 from llmdoctor.records import Estimate
 
 _FIRST_STEP, _NEAREST = 8.0, 0.1  # greatest step while one side is open; least distance to a known end, as a share
+_HARDLY = 0.01  # a strength that hardly speaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ def find_strength(
     KL grows with the strength, at first with its square. The next strength is found on the line through two known ones
     in log KL over log strength; between two, kept away from both, so that it converges like bisection at worst.
     Answers change in steps, so some budgets are met only nearly. Raises UsageError where no strength up to ``limit``
-    has that KL.
+    has that KL, or where weaker guidance has no less: a cut of the patient's unlikely tokens has a KL of its own.
     """
     tried: list[Spent] = []
     below: Spent | None = None
@@ -47,6 +48,12 @@ def find_strength(
         if below is spent and strength >= limit:
             raise UsageError(
                 f"no beta has a KL of {budget:g} per token: the strongest guidance reaches {best.kl.value:.3g} nats"
+            )
+        if below is None and strength < _HARDLY and len(tried) > 1 and spent.kl.value > 0.97 * tried[-2].kl.value:
+            raise UsageError(
+                f"no beta has a KL of {budget:g} per token: guidance that hardly speaks still has "
+                f"{spent.kl.value:.3g} nats. In mode ratio the plausibility cut has a KL of its own: lower plausibility, or "
+                "raise the budget"
             )
         strength = limit if flat else _next(tried, below, above, budget, limit)
 

@@ -49,3 +49,8 @@ def test_a_budget_that_no_strength_has_is_a_usage_error() -> None:
         find_strength(lambda x: estimate(CURVES["saturates"](x)), 0.7, limit=1e4)
     with pytest.raises(UsageError, match="reaches 0 nats"):
         find_strength(lambda _: estimate(0.0), 0.1, limit=1e4)
+
+
+def test_a_kl_that_weaker_guidance_keeps_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"hardly speaks still has 0\.18 nats.*lower plausibility"):
+        find_strength(lambda x: estimate(0.18 + 0.04 * x**2), 0.05, limit=1e4)
