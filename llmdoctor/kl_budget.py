@@ -51,9 +51,8 @@ def find_strength(
             )
         if below is None and strength < _HARDLY and len(tried) > 1 and spent.kl.value > 0.97 * tried[-2].kl.value:
             raise UsageError(
-                f"no beta has a KL of {budget:g} per token: guidance that hardly speaks still has "
-                f"{spent.kl.value:.3g} nats. In mode ratio the plausibility cut has a KL of its own: lower plausibility, "
-                "or raise the budget"
+                f"no beta has a KL of {budget:g} per token: guidance that hardly speaks still has {spent.kl.value:.3g} "
+                "nats. In mode ratio the plausibility cut has a KL of its own: lower plausibility, or raise the budget"
             )
         strength = limit if flat else _next(tried, below, above, budget, limit)
 
