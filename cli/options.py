@@ -85,8 +85,20 @@ class FieldOptions:
             how.setdefault("flag", "--{0}/--no-{0}".format(name.replace("_", "-")))
         else:
             metavar = {float: "X", int: "N", list[str]: "TEXT ..."}.get(kind, "TEXT")
-            how.setdefault("metavar", "KIND" if get_origin(annotation) is Literal else metavar)
+            if get_origin(annotation) is Literal:
+                metavar = "KIND"
+                how.setdefault("autocompletion", _beginning_of(get_args(annotation)))
+            how.setdefault("metavar", metavar)
         return Annotated[kind | None, field_option(self.schema, name, rich_help_panel=panel, **how)]
+
+
+def _beginning_of(words: Sequence[str]) -> Callable[[str], list[str]]:
+    """Completes to those ``words`` that begin with what was typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
 
 
 def _option_type(annotation: Any) -> Any:

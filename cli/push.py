@@ -11,7 +11,12 @@ from llmdoctor.cli.terminal import put, put_json, waiting
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Doctor folder that train wrote.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Doctor folder that train wrote.", autocompletion=options.complete_doctor
+        ),
+    ],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where it goes on the Hugging Face hub.")],
     private: Annotated[bool, option("--private", "Only you and your organisation can see it.")] = False,
     dry_run: Annotated[bool, option("--dry-run", "Show the files and the model card, and send nothing.")] = False,

@@ -19,6 +19,7 @@ from llmdoctor.decoding.prefill import Pieces
 from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Step, patient_alone
 from llmdoctor.errors import LLMDoctorWarning, UsageError
+from llmdoctor.files import require_doctor
 from llmdoctor.models import (
     Patient,
     Vocabulary,
@@ -95,9 +96,11 @@ class LLMdoctor:
         self._guidance = Guidance(**guidance)
         # A dead zone of 0 is the same as none, so it is not listed for every doctor.
         strengths = {"betas": beta} | ({"dead_zones": dead_zone} if dead_zone else {})
-        if isinstance(doctor_checkpoint, Mapping):
-            # The names are known before the models are loaded, which may take minutes: report a wrong one first.
-            check_guidance(self._with(tuple(doctor_checkpoint), **strengths), tuple(doctor_checkpoint))
+        folders = _folders(doctor_checkpoint)
+        # Loading the patient may take minutes: say first what can be known before.
+        check_guidance(self._with(tuple(folders), **strengths), tuple(folders))
+        for folder in folders.values():
+            require_doctor(folder)
         self.patient: Patient = load_patient(
             patient_model,
             dtype=dtype,
@@ -110,19 +113,13 @@ class LLMdoctor:
         if shared_by_processes(self.patient.model):
             # the length of drafts follows measured times, so the processes would no longer take the same steps
             self.speculation = False
-        # A single folder has no name yet: the doctor in it says what it is called.
-        named: dict[str | None, str | Path] = {}
-        if isinstance(doctor_checkpoint, Mapping):
-            named.update(doctor_checkpoint)
-        elif doctor_checkpoint is not None:
-            named[None] = doctor_checkpoint
         # Doctors on the same base share one copy of it; `load_doctor` adds to this. The base may be the patient.
         bases = {self.patient.fingerprint: Base(self.patient.model, self.patient.vocabulary)}
-        for name, checkpoint in named.items():
+        for name, checkpoint in folders.items():
             doctor = load_doctor(
                 checkpoint,
                 name=name,
-                base=doctor_base.get(name or "") if isinstance(doctor_base, Mapping) else doctor_base,
+                base=doctor_base.get(name) if isinstance(doctor_base, Mapping) else doctor_base,
                 with_base=with_bases or self._guidance.mode == "ratio",
                 bases=bases,
                 dtype=dtype,
@@ -508,10 +505,14 @@ def with_strengths(guidance: Guidance, names: Sequence[str], **strengths: float 
 
 
 def _folders(checkpoint: str | Path | Mapping[str, str | Path] | None) -> dict[str, str]:
-    """``doctor_checkpoint`` as folders by name."""
+    """``doctor_checkpoint`` as folders by name. Raises UsageError for what is neither a folder nor a mapping."""
     if checkpoint is None:
         return {}
-    named = checkpoint if isinstance(checkpoint, Mapping) else {own_name(Path(checkpoint)): checkpoint}
+    named = checkpoint if isinstance(checkpoint, Mapping) else {"": checkpoint}
+    if not all(isinstance(name, str) and isinstance(folder, str | Path) for name, folder in named.items()):
+        raise UsageError(f"doctor_checkpoint: expected a folder, or a mapping of names to folders, got {checkpoint!r}")
+    if named is not checkpoint:  # a single one is called as it says itself
+        named = {own_name(Path(folder)): folder for folder in named.values()}
     return {name: str(folder) for name, folder in named.items()}
 
 

@@ -355,7 +355,10 @@ def test_what_cannot_be_loaded(folders: tuple[str, dict[str, Path]], tmp_path: P
     with pytest.raises(LoadError, match="absent"):
         LLMdoctor(tmp_path / "absent")
     with pytest.raises(LoadError, match="no doctor at"):
-        LLMdoctor(patient, tmp_path / "absent")
+        LLMdoctor("org/never-asked-for", tmp_path / "absent")
+    for nonsense in (3, [doctors["kind"]], {"kind": None}):
+        with pytest.raises(UsageError, match="expected a folder, or a mapping of names to folders"):
+            LLMdoctor("org/never-asked-for", nonsense)  # type: ignore[arg-type]
 
 
 def test_a_doctor_for_another_tokenizer_is_refused(stories: Path, folders: tuple[str, dict[str, Path]]) -> None:
