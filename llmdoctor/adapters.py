@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from pydantic import TypeAdapter, ValidationError
@@ -34,6 +34,7 @@ _AGAIN = "as_saved"  # the name of a saved adapter beside the one that was train
 _MOST = 1000  # layers that an adapter may replicate, and rounds of what it computes
 _WIDTHS = {"r", "init_r", "num_virtual_tokens", "n_frequency", "num_vectors"}
 _FREE = re.compile("alpha|seed|prng|step|tinit|tfinal|deltaT|warmup|interval")  # numbers that cost nothing
+_OF_OTHERS = {"SHADOW", "XLORA"}  # they read models from wherever the config says, the hub too
 _PLAIN = re.compile(r"[\w.^$\\-]*")  # a pattern without repetition
 
 
@@ -49,7 +50,6 @@ def merged_adapter(base: PreTrainedModel, folder: Path, name: str) -> PreTrained
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT only warns of what is checked below
             adapted: Any = PeftModel.from_pretrained(base, str(folder)).eval()
-            _require_mergeable(adapted)
             _require_all(adapted, folder, held)
             return _merged(adapted)
     except LLMDoctorError as error:
@@ -70,7 +70,6 @@ def as_loaded(adapted: Any, folder: Path) -> Iterator[None]:
     """
     active, needs = adapted.active_adapter, {p: p.requires_grad for p in adapted.parameters()}
     _, held = _read_adapter(adapted, folder, "that was saved")
-    _require_mergeable(adapted)
     with warnings.catch_warnings(), ExitStack() as after:
         warnings.simplefilter("ignore")
         after.callback(_restore_needs, needs)
@@ -136,6 +135,7 @@ def _read_adapter(base: nn.Module, folder: Path, name: str) -> tuple[dict[str, A
     """An adapter's config, and the names of its tensors, which are safe to load onto ``base``. Raises LoadError."""
     config = read_json(folder / _CONFIG, AdapterConfig)
     _require_types(config)
+    _require_mergeable(config)
     refuse_pickles(folder, name)
     held = read_tensors(folder / _WEIGHTS)
     _require_small(config, held)
@@ -178,10 +178,11 @@ def _kind(config: dict[str, Any]) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[config.get("peft_type", "LORA")]
 
 
-def _require_mergeable(adapted: Any) -> None:
-    if not callable(getattr(adapted.base_model, "merge_and_unload", None)):
-        kind = adapted.peft_config[adapted.active_adapter].peft_type
-        raise LoadError(f"PEFT's {getattr(kind, 'value', kind)} cannot be merged into a base model")
+def _require_mergeable(config: dict[str, Any]) -> None:
+    """Raise LoadError for a kind that cannot be merged, or that reads other models which its config names."""
+    kind = config.get("peft_type", "LORA")
+    if kind in _OF_OTHERS or not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "merge_and_unload"):
+        raise LoadError(f"PEFT's {kind} cannot be merged into a base model")
 
 
 def _require_small(config: dict[str, Any], held: dict[str, Tensor]) -> None:
