@@ -147,7 +147,9 @@ def compare(
     else:
         plans = _columns(settings, vs or (), further)
     asked = questions(prompt, prompts, used=("dataset",) if alpaca_eval else ())
-    models = Models(plans, trust_remote_code=trust_remote_code) if there is None else remote.RemoteModels(plans, there)
+    models = Models(plans, trust_remote_code=trust_remote_code, server=there)
+    if there is not None:
+        remote.require_its_models(plans, there)
     with KeptRun(
         output,
         plans,

@@ -133,10 +133,11 @@ class Models:
     Raises LoadError for a doctor that is not there, before a patient is loaded or a hub is asked for it.
     """
 
-    def __init__(self, plans: Iterable[Plan], *, trust_remote_code: bool) -> None:
+    def __init__(self, plans: Iterable[Plan], *, trust_remote_code: bool, server: "Answers | None" = None) -> None:
+        """``server`` has the models of all plans already, and answers in their place."""
         self._plans, self._trust = list(plans), trust_remote_code
-        self._loaded: dict[str, LLMdoctor] = {}
-        for plan in self._plans:
+        self._loaded: dict[str, Answers] = {_models_of(plan.profile): server for plan in self._plans if server}
+        for plan in self._plans if server is None else ():
             for doctor in plan.profile.doctors.values():
                 require_doctor(doctor.checkpoint)
 

@@ -373,6 +373,11 @@ class Guidance(_Snapshot, GuidanceFields):
         default=Strengths(), title="dead_zone"
     )
 
+    @property
+    def is_patient_alone(self) -> bool:
+        """Whether no doctor has a say and alpha is 1: the product is then the patient, bit for bit."""
+        return self.alpha == 1 and not any(self.betas.values())
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values; ``plausibility`` and ``dead_zones`` only in mode "ratio", where they count."""
         values = self.model_dump(exclude=None if self.mode == "ratio" else {"plausibility", "dead_zones"})

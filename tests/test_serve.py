@@ -399,6 +399,9 @@ def test_all_but_health_needs_the_key(assistant: LLMdoctor) -> None:
             client.models.list()
         with client_of(port, api_key="sesame") as client:
             assert client.models.list().data
+    with served(Engine(assistant), api_key="Schlüssel") as port:
+        for sent, status in (("Schlüssel".encode(), 200), ("Schlüssel".encode("latin-1"), 401)):
+            assert call(port, "GET", "/v1/models", headers={"Authorization": b"Bearer " + sent})[0] == status
 
 
 def test_more_than_the_queue_holds_is_refused_and_time_is_limited(assistant: LLMdoctor) -> None:

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmdoctor.decoding.caches import Read, open_cache
+from llmdoctor.decoding.caches import Read, close_holes, open_cache
 from llmdoctor.decoding.prefix import Prefix, PrefixCache
 from llmdoctor.decoding.round import Round, draw_rows
 from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.training.folder import LoadedDoctor
-
-_FEW_HOLES = 8  # so many empty slots, or an eighth of the rest, are cheaper to read than to close
 
 
 class Ensemble:
@@ -289,7 +287,11 @@ class Ensemble:
             holds = [[int(slot < count) for slot in range(fresh)] + [1] for count in accepted]
             self._mask_B_L = torch.cat([mask_B_L, mask_B_L.new_tensor(holds)], dim=1)
         self._filled = [filled + count for filled, count in zip(self._filled, accepted, strict=True)]
-        self._close_holes()
+        if self._mask_B_L is not None:
+            # it holds the pending token already, which the caches do not
+            held_B_L, last_B_1 = self._mask_B_L[:, :-1], self._mask_B_L[:, -1:]
+            held_B_L = close_holes(self._caches.values(), held_B_L, max(self._filled))
+            self._mask_B_L = torch.cat([held_B_L, last_B_1], dim=1)
         self._filled = [filled + 1 for filled in self._filled]
         self._pending_B_T = torch.tensor(last, device=self._device)[:, None]
         values: dict[str, list[float]] = {}
@@ -338,22 +340,6 @@ class Ensemble:
         if self._mask_B_L is not None:
             return self._mask_B_L
         return torch.ones(len(self._filled), self.slots, dtype=torch.long, device=self._device)
-
-    def _close_holes(self) -> None:
-        """Move the tokens of all caches together when many slots are empty: every step reads and copies them."""
-        needed = max(self._filled)
-        if self._patient.length - needed <= max(_FEW_HOLES, needed // 8):
-            return
-        if not all(cache.can_have_holes for cache in self._caches.values()):
-            return
-        assert self._mask_B_L is not None
-        # The mask already holds the pending token, which the caches do not. A stable sort puts a row's empty slots
-        # first and leaves its tokens in their order; the last ``needed`` slots hold all tokens of the longest row.
-        held_B_L, last_B_1 = self._mask_B_L[:, :-1], self._mask_B_L[:, -1:]
-        kept_B_L = held_B_L.argsort(dim=1, stable=True)[:, -needed:]
-        self._mask_B_L = torch.cat([held_B_L.gather(1, kept_B_L), last_B_1], dim=1)
-        for cache in self._caches.values():
-            cache.pack(kept_B_L)
 
     def _opinion(self, name: str, read: Read) -> tuple[Tensor, Tensor]:
         """A doctor's log-probs [B, K, V] and log V [B, K]."""

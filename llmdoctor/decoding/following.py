@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmdoctor.decoding.caches import KVCache, Read, open_cache
+from llmdoctor.decoding.caches import KVCache, Read, close_holes, open_cache
 from llmdoctor.errors import LoadError
 from llmdoctor.models import Vocabulary, not_numbers
 from llmdoctor.training.folder import LoadedDoctor
 
 _LINGER = 16  # reads after which the cache of a row that nobody asks for is dropped
 _LONGEST = 32  # new tokens that a row reads in a step with the others; more are read like a new prompt
-_FEW_HOLES = 8  # so many empty slots, or an eighth of the rest, are cheaper to read than to close
 
 
 class Ask(NamedTuple):
@@ -139,7 +138,7 @@ class Follower:
         if any(count < row.held for count, row in zip(kept, self._rows, strict=True)):
             # what was taken back stays as an empty slot
             self._mask_B_L = self._mask_B_L * (self._mask_B_L.cumsum(dim=1) <= self._column(kept))
-        self._close_holes(max(1, *kept))
+        self._mask_B_L = close_holes(self._caches, self._mask_B_L, max(1, *kept))
         width = max(map(len, new))
         ids_B_T = self._ids(new, width)
         lengths = list(map(len, new))
@@ -182,18 +181,6 @@ class Follower:
             group.append(one)
         if group:
             yield group
-
-    def _close_holes(self, needed: int) -> None:
-        """Move the tokens of all caches together when many slots are empty: every step reads and copies them."""
-        if self._mask_B_L.shape[1] - needed <= max(_FEW_HOLES, needed // 8):
-            return
-        if not all(cache.can_have_holes for cache in self._caches):
-            return
-        # a stable sort puts a row's empty slots first and leaves its tokens in their order
-        kept_B_L = self._mask_B_L.argsort(dim=1, stable=True)[:, -needed:]
-        self._mask_B_L = self._mask_B_L.gather(1, kept_B_L)
-        for cache in self._caches:
-            cache.pack(kept_B_L)
 
     def _said(
         self, reads: Sequence[Sequence[Read]], places: Sequence[tuple[int, int, int]]

@@ -30,8 +30,7 @@ def product(
     - If |log doctor - log base| is within the doctor's dead zone, it counts as 0. Otherwise errors of the doctor's
       training would decide between tokens that it has no reason to prefer, and answers would be less varied.
     """
-    # No doctor has a say: exactly the patient, bit for bit, and without the plausibility cut of mode "ratio".
-    if guidance.alpha == 1 and not any(guidance.betas.values()):
+    if guidance.is_patient_alone:  # also without the plausibility cut of mode "ratio"
         return patient_B_V
     logits = guidance.alpha * patient_B_V
     for name, doctor_B_V in doctors_B_V.items():

@@ -139,7 +139,7 @@ class _Api:
         return Route(path, handle, methods=[method])
 
     def _require_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")  # as it was sent
         if self._key is not None and not hmac.compare_digest(given, self._key):
             raise _RefusedError(401, "expected this server's API key as a bearer token", code="invalid_api_key")
 

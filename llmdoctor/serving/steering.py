@@ -207,11 +207,6 @@ def _warn_of_another_patient(name: str, doctor: LoadedDoctor, model: str) -> Non
         )
 
 
-def is_patient_alone(guidance: Guidance) -> bool:
-    """Whether a request is answered by the patient as it is: its logits are then not touched, bit for bit."""
-    return guidance.alpha == 1 and not any(guidance.betas.values())
-
-
 # --- the two interfaces, without vLLM's base classes ------------------------------------------------------------------
 
 
@@ -276,7 +271,7 @@ class BatchRows:
             self._rows[index] = known
             return
         guidance = self.steering.settings.guidance_of(params.extra_args)
-        if not is_patient_alone(guidance):
+        if not guidance.is_patient_alone:
             stops = frozenset([params.eos_token_id, *(params.stop_token_ids or ())])
             self._rows[index] = Request(guidance, prompt or (), output, params.max_tokens, stops)
 
@@ -314,7 +309,7 @@ class SlotRows:
         if (before := self._slots.pop(req_idx, None)) is not None:
             self.steering.follower.forget(before)
         guidance = self.steering.settings.guidance_of(sampling_params.extra_args)
-        if is_patient_alone(guidance):
+        if guidance.is_patient_alone:
             return False
         self._slots[req_idx] = Request(guidance)
         return True
