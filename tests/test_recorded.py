@@ -68,6 +68,30 @@ def test_a_cached_model_comes_to_use_it() -> None:
         assert layer.keys.shape[-2] == layer.values.shape[-2] == cached.length == 24
 
 
+def test_a_step_copies_nothing_and_changes_nothing_that_others_keep() -> None:
+    """New tokens are written behind the old ones, where tokens were taken back too; what was saved stays as it was."""
+    model = tiny("llama", seed=5)
+    cache, other = RecordedKV(model), RecordedKV(model)
+    ids = torch.randint(1, SIZE, (1, 40))
+    cache.feed(ids[:, :8])
+    for at in range(8, 20):
+        cache.feed(ids[:, at : at + 1])
+    places = [layer.keys.data_ptr() for layer in cache.cache.layers]
+    saved = cache.saved(0, torch.arange(20))
+    before = [(keys.clone(), values.clone()) for keys, values in saved]
+    other.load([[(keys[:, :, :15], values[:, :, :15]) for keys, values in saved]], 15)
+    cache.take_back(4)
+    for at in range(20, 30):
+        cache.feed(ids[:, at : at + 1])
+        other.feed(ids[:, at : at + 1])
+    assert [layer.keys.data_ptr() for layer in cache.cache.layers] == places
+    for pair, kept in zip(saved, before, strict=True):
+        assert all(now.equal(then) for now, then in zip(pair, kept, strict=True))
+    for used, read in ((cache, [*range(16), *range(20, 30)]), (other, [*range(15), *range(20, 30)])):
+        keys = model(input_ids=ids[:, read], use_cache=True).past_key_values.layers[1].keys
+        assert torch.allclose(used.cache.layers[1].keys, keys, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("kind", "more"),
     [

@@ -116,6 +116,8 @@ class _Filled(DynamicLayer):
     """A layer whose new slots are there already."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_more: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
         for kv, new in ((self.keys, key_states), (self.values, value_states)):
             kv[:, :, -new.shape[2] :] = new
         return self.keys, self.values
