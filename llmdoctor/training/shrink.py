@@ -183,7 +183,7 @@ def _shrink(
 def _told(meta: Mapping[str, Any]) -> dict[str, Any]:
     """What a shrunk.json says of its run, but for places, which may differ."""
     told = {key: meta.get(key) for key in ("patient_fingerprint", "prompts", "llmdoctor_version")}
-    return told | meta.get("settings", {})
+    return {**told, **meta.get("settings", {})}
 
 
 def first_layers(patient: Patient, layers: int | None = None) -> PreTrainedModel:
