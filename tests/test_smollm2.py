@@ -49,7 +49,7 @@ def test_a_whisper_of_the_doctors_changes_hardly_anything(assistant: LLMdoctor) 
     """Whatever the profile's settings, KL and colours are the doctors' doing: as they fall silent, both go to 0."""
     guidance = assistant.guidance.replace(betas=dict.fromkeys(assistant.doctor_names, 1e-4))
     comparison = assistant.compare("Tell me about my new neighbour.", guidance=guidance, seed=3, max_new_tokens=16)
-    assert 0 <= comparison.metrics["kl_per_token"] < 1e-3
+    assert abs(comparison.metrics["kl_per_token"]) < 1e-3
 
 
 def test_the_doctors_are_small() -> None:
