@@ -17,7 +17,7 @@ from llmdoctor.cli.statistics_table import plain_statistics, rich_statistics
 from llmdoctor.cli.terminal import console, decorated, put, put_json, say, waiting
 from llmdoctor.errors import DataError, UsageError
 from llmdoctor.harmless import require_unicode
-from llmdoctor.show.formats import short_name
+from llmdoctor.show.formats import counted, short_name
 from llmdoctor.show.page import rewards_page
 from llmdoctor.show.rewards import ShownPair, limits_of
 from llmdoctor.show.text import prompt_end
@@ -202,12 +202,12 @@ def _heading(
     contains: str | None,
 ) -> list[str]:
     """Where the rewards come from, and how they were made."""
-    source = f"pairs of {rewards.meta['dataset']['source']}, scored by {rewards.meta['patient']['model']}"
-    counted = f"{len(rewards)} {source}"
+    source = f"{rewards.meta['dataset']['source']}, scored by {rewards.meta['patient']['model']}"
+    first = f"{counted(len(rewards), 'pair')} of {source}"
     if contains is not None:
-        counted = f"{statistics.pairs} of {len(rewards)} {source}: those that contain {contains!r}"
+        first = f"{statistics.pairs} of {first}: those that contain {contains!r}"
     used = " ".join(f"{name}={weight:.3g}" for name, weight in weights.items())
-    return [counted, f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"]
+    return [first, f"direction {settings.direction}, tau {settings.tau:g}, theta {settings.theta:g}, faces {used}"]
 
 
 def _say_if_nothing_is_left(what: str, sides: "Sequence[TokenRewards]", settings: "RewardSettings") -> None:

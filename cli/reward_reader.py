@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmdoctor.cli.terminal import progress
 from llmdoctor.errors import UsageError
+from llmdoctor.show.formats import counted
 from llmdoctor.show.rewards import RewardedText, ShownPair
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def rewarded_text(tokenizer: Any, item: "TokenRewards") -> RewardedText:
     from llmdoctor.text import token_texts
 
     gap = float(item.gaps.sum())
-    title = f"{item.scores.side}, reward {float(item.rewards.sum()):+.2f}, gap {gap:+.2f}, {len(item.rewards)} tokens"
+    reward, tokens = float(item.rewards.sum()), counted(len(item.rewards), "token")
+    title = f"{item.scores.side}, reward {reward:+.2f}, gap {gap:+.2f}, {tokens}"
     pieces = token_texts(tokenizer, item.scores.response_ids)
     rewards, gaps, importance = (tuple(map(float, v)) for v in (item.rewards, item.gaps, item.importance))
     probe = item.scores.probe

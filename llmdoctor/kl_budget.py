@@ -25,7 +25,8 @@ def find_strength(
     """Try strengths from 1 on until the KL is ``budget`` up to ``tolerance`` (a share of it); the best comes last.
 
     KL grows with the strength, at first with its square. The next strength is found on the line through two known ones
-    in log KL over log strength; between two, kept away from both, so that it converges like bisection at worst.
+    in log KL over log strength; between two it is kept away from both, and after two tries on the same side of the
+    budget it is halfway between them, so that every second try is bisection at worst.
     Answers change in steps, so some budgets are met only nearly. Raises UsageError where no strength up to ``limit``
     has that KL, or where weaker guidance has no less: a cut of the patient's unlikely tokens has a KL of its own.
     """
@@ -61,7 +62,9 @@ def _next(tried: list[Spent], below: Spent | None, above: Spent | None, budget: 
     if below and above:
         low, high = math.log(below.strength), math.log(above.strength)
         share = 0.5
-        if below.kl.value > 0:
+        # twice on the same side of the budget: there the line is a bad guide, as where the KL jumps
+        creeps = len(tried) > 1 and (tried[-1].kl.value < budget) == (tried[-2].kl.value < budget)
+        if below.kl.value > 0 and not creeps:
             share = math.log(budget / below.kl.value) / math.log(above.kl.value / below.kl.value)
         return math.exp(low + min(1 - _NEAREST, max(_NEAREST, share)) * (high - low))
     last = tried[-1]

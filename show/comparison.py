@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llmdoctor.show.colours import scale_colour
-from llmdoctor.show.formats import settings_text, speaking_text, token_text
+from llmdoctor.show.formats import counted, settings_text, speaking_text, token_text
 from llmdoctor.show.lens import DEFAULT_LENS, Lens, lens_limit, lens_scores
 from llmdoctor.show.text import clean, trimmed, visible
 from llmdoctor.show.word_diff import Span, WordDiff, cut_at_spans, word_diff
@@ -98,7 +98,7 @@ class View:
         words = f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
         away = f"it led away from the patient's own token at {sum(map(_led_away, self.comparison.guided.tokens))}; "
         changed = (
-            f"guidance changed the likeliest token at {m['flips']} of {m['guided_tokens']} places; "
+            f"guidance changed the likeliest token at {m['flips']} of {counted(m['guided_tokens'], 'place')}; "
             f"{away if self.followed else ''}{words if self.marked else ''}"
             f"KL {m['kl']:.1f} nats ({m['kl_per_token']:.2f} per token)"
         )

@@ -3,6 +3,8 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from llmdoctor.show.formats import counted
+
 if TYPE_CHECKING:
     from llmdoctor.token_rewards.summary import Statistics
 
@@ -40,7 +42,7 @@ def gap_bars(statistics: "Statistics") -> list[Bar]:
 def overall_facts(statistics: "Statistics") -> list[tuple[str, str]]:
     """Names and texts of the overall numbers."""
     return [
-        ("tokens", f"{statistics.tokens} in {statistics.pairs} pairs"),
+        ("tokens", f"{statistics.tokens} in {counted(statistics.pairs, 'pair')}"),
         ("rewarded", f"{statistics.share_rewarded:.1%} of the tokens"),
         ("punished", f"{statistics.share_punished:.1%} of the tokens"),
         (

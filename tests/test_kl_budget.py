@@ -44,6 +44,19 @@ def test_a_budget_between_two_steps_is_met_as_nearly_as_can_be() -> None:
     assert (tried[-1].kl.value, len(tried) <= 12) == (0.2, True)
 
 
+def test_a_jump_over_the_budget_is_closed_in_on() -> None:
+    """Without bisection the line between both sides creeps towards the jump from one of them."""
+    jump = 0.7112
+
+    def measure(strength: float) -> Estimate:
+        return estimate(0.07 * strength if strength < jump else 0.05 + 0.68 * strength)
+
+    tried = find_strength(measure, 0.4, limit=1e4)
+    below, above = ([one.strength for one in tried if (one.strength < jump) == side] for side in (True, False))
+    assert min(above) < 1.005 * max(below)
+    assert tried[-1].strength == min(above)
+
+
 def test_a_budget_that_no_strength_has_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"the strongest guidance reaches 0\.6 nats"):
         find_strength(lambda x: estimate(CURVES["saturates"](x)), 0.7, limit=1e4)

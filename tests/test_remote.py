@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from llmdoctor import Guidance, GuidedToken, LLMdoctor, LLMDoctorError
+from llmdoctor.cli import options
 from llmdoctor.cli.chat import _profile_of
+from llmdoctor.cli.main import app
 from llmdoctor.comparing import Column, Run
 from llmdoctor.errors import UsageError
 from llmdoctor.records import Message, Question
@@ -25,6 +28,7 @@ from llmdoctor.serving import client
 from llmdoctor.serving.client import BusyError, RemoteDoctor, ServerError
 from llmdoctor.serving.info import About
 from llmdoctor.sessions import Session
+from llmdoctor.tui import launch
 from llmdoctor.tui.generation import Ended, Part, Worker
 
 Served = Callable[..., AbstractContextManager[str]]
@@ -438,7 +442,7 @@ def command(*arguments: str, question: str = "") -> subprocess.CompletedProcess[
     own = {name: value for name, value in os.environ.items() if not name.startswith("LLMDOCTOR_")}
     env = {**own, "LLMDOCTOR_API_KEY": KEY}
     return subprocess.run(
-        [sys.executable, "-c", code], input=question, text=True, capture_output=True, env=env, timeout=60, check=False
+        [sys.executable, "-c", code], input=question, text=True, capture_output=True, env=env, timeout=300, check=False
     )
 
 
@@ -508,15 +512,35 @@ def test_compare_on_a_server_is_compare_here(here: LLMdoctor, url: str, tmp_path
 
 def test_a_sweep_and_a_budget_on_a_server(here: LLMdoctor, url: str, tmp_path: Path) -> None:
     page = tmp_path / "sweep.svg"
-    how = ("compare", "Why?", "--server", url, "--seed", "4", "--json")
-    swept = command(*how, "--sweep", "beta=0,1", "--svg", str(page))
+    how = ["compare", "Why?", "--server", url, "--api-key", KEY, "--seed", "4", "--json"]
+    swept = CliRunner().invoke(app, [*how, "--sweep", "beta=0,1", "--svg", str(page)])
     first, last = (point["measures"]["kl_per_token"]["value"] for point in json.loads(swept.stdout)["points"])
     ones = dict.fromkeys(here.guidance.betas, 1.0)
     expected = here.compare("Why?", seed=4, guidance=here.guidance.replace(betas=ones))
     assert (first, last) == (0, pytest.approx(expected.metrics["kl_per_token"], abs=1e-4))
     assert "KL per token" in page.read_text()
-    budget = json.loads(command(*how, "--kl-budget", str(last)).stdout)["kl_budget"]
-    assert budget["kl_per_token"]["value"] == pytest.approx(last, rel=0.1)
+    found = CliRunner().invoke(app, [*how, "--kl-budget", "0.2", "--max-new-tokens", "4"])
+    budget = json.loads(found.stdout)["kl_budget"]
+    tried = [one["kl_per_token"] for one in budget["tried"]]
+    assert budget["kl_per_token"]["value"] == min(tried, key=lambda kl: abs(kl - 0.2)) > 0
+
+
+def test_comparisons_of_a_server_are_browsed(here: LLMdoctor, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the screen is given, without the screen."""
+    posted: list[Any] = []
+
+    def browse(source: Callable[..., None], **_how: Any) -> int:
+        source(posted.append, lambda: None)
+        return 0
+
+    monkeypatch.setattr(launch, "browse_comparisons", browse)
+    monkeypatch.setattr(options, "require_screen", lambda *_: None)
+    asked = ["compare", "Why?", "--server", url, "--api-key", KEY, "--seed", "4", "--tui"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    (found,) = (one for one in posted if not isinstance(one, str))
+    assert found.guided.text == here.compare("Why?", seed=4).guided.text
+    assert len(found.guided.tokens[0].top) >= 10
 
 
 @pytest.mark.parametrize(
