@@ -106,7 +106,7 @@ EXAMPLES = {
     "extract": (
         "extract --limit 8 -o outputs/rewards",
         "extract --patient ./model --data pairs.jsonl --probe --face helpful -o outputs/rewards",
-        "extract --data other.jsonl --columns prompt=q,chosen=good,rejected=bad",
+        "extract --data other.jsonl --columns prompt=q,chosen=good,rejected=bad -o outputs/other",
     ),
     "inspect": (
         "inspect outputs/rewards --worst 2",

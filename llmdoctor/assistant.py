@@ -211,8 +211,19 @@ class LLMdoctor:
 
     @guidance.setter
     def guidance(self, guidance: Guidance) -> None:
+        _require(guidance, Guidance, "guidance", "a Guidance, as doctor.guidance.replace(...) makes")
         check_guidance(guidance, self.doctor_names)
         self._guidance = guidance
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the next answer is drawn."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        _require(sampling, Sampling, "sampling", "a Sampling, as doctor.sampling.replace(...) makes")
+        self._sampling = sampling
 
     @property
     def alpha(self) -> float:
@@ -276,6 +287,7 @@ class LLMdoctor:
         ``guidance``, ``seed`` and ``sampling`` are as in ``generate``. A prompt's answer does not depend on the other
         prompts. Raises UsageError if the lists differ in length.
         """
+        _require_count(rows, "rows", 1)
         guidance = self._of_this_call(guidance, sampling)
         settings = self.sampling.replace(**sampling)
         seeds = seeds_of(settings.seed if seed is None else seed, len(prompts))
@@ -385,6 +397,11 @@ class LLMdoctor:
         All prompts have the same seed, so each is answered as if it were compared alone. The seconds of a prompt are
         the time of its batch divided by the number of prompts in it.
         """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise UsageError(f"expected a list of prompts, got {prompts!r}")
+        for prompt in prompts:
+            _messages(prompt)  # before anything is decoded
+        _require_count(top, "top", 0)
         guidance = self._read(self._of_this_call(guidance, sampling))()
         check_guidance(guidance, self.doctor_names)
         settings = self.sampling.replace(**sampling)
@@ -445,6 +462,9 @@ class LLMdoctor:
         prefix: Sequence[int] = (),
         first: int | None = None,
     ) -> Iterator[Step]:
+        _require_count(top, "top", 0)
+        if prefix_cache is not None:
+            _require(prefix_cache, PrefixCache, "prefix_cache", "a PrefixCache()")
         return decode(
             self.patient,
             self._doctors if guided else {},
@@ -471,8 +491,7 @@ class LLMdoctor:
             return self._own_guidance
         if callable(guidance):
             return guidance
-        if not isinstance(guidance, Guidance):
-            raise UsageError(f"guidance: expected a Guidance, as doctor.guidance.replace(...) makes, got {guidance!r}")
+        _require(guidance, Guidance, "guidance", "a Guidance, as doctor.guidance.replace(...) makes")
         return lambda: guidance
 
     def _of_this_call(self, guidance: _Given, settings: dict[str, Any]) -> _Given | Guidance:
@@ -516,6 +535,16 @@ def _folders(checkpoint: str | Path | Mapping[str, str | Path] | None) -> dict[s
     return {name: str(folder) for name, folder in named.items()}
 
 
+def _require(value: Any, kind: type, name: str, wanted: str) -> None:
+    if not isinstance(value, kind):
+        raise UsageError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def _require_count(value: Any, name: str, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise UsageError(f"{name}: expected a whole number, at least {least}, got {value!r}")
+
+
 def _is_message(item: Any) -> bool:
     return isinstance(item, Mapping)
 
@@ -538,7 +567,7 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed per prompt: the list itself, or seed, seed + 1, ...; None picks a random seed."""
     if seed is None:
         seed = secrets.randbelow(1 << 31)
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(count)]
     for each in seeds:
         Sampling(seed=each)  # checked as anywhere else
     return seeds

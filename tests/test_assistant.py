@@ -518,6 +518,29 @@ def test_a_wrong_strength_is_a_usage_error(assistant: LLMdoctor, wrong: dict[str
         assistant.generate("Hi", **wrong)
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda d: d.generate([PROMPTS[0]], seed=1.5), "seed"),
+        (lambda d: d.answer_all([PROMPTS[0]], rows=0), "rows: expected a whole number, at least 1, got 0"),
+        (lambda d: d.stream(PROMPTS[0], top=-1), "top: expected a whole number, at least 0, got -1"),
+        (lambda d: d.compare(PROMPTS[0], top="x"), "top: expected a whole number"),
+        (lambda d: d.stream(PROMPTS[0], prefix_cache={}), "prefix_cache: expected a PrefixCache"),
+        (lambda d: setattr(d, "sampling", {"temperature": 1}), "sampling: expected a Sampling"),
+        (lambda d: setattr(d, "guidance", 3), "guidance: expected a Guidance"),
+        (lambda d: d.compare(""), "the prompt is empty"),
+        (lambda d: d.compare(None), "expected a prompt"),
+        (lambda d: d.compare_all(PROMPTS[0]), "expected a list of prompts"),
+        (lambda d: d.compare_all(None), "expected a list of prompts"),
+    ],
+)
+def test_a_wrong_kind_of_value_is_a_usage_error(
+    assistant: LLMdoctor, call: Callable[[LLMdoctor], object], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        call(assistant)
+
+
 def test_loading_draws_no_bars(folders: tuple[str, dict[str, Path]], capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     LLMdoctor(folders[0])
