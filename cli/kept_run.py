@@ -52,18 +52,18 @@ class KeptRun:
         from llmdoctor.comparing import Run
 
         known: dict[Key, Timed] = {}
-        self._command, self._lock = "", ExitStack()
-        if path is not None:
-            told = _weights(plan.profile for plan in plans) if weights is None else list(weights)
-            self._command = _fingerprint(plans, questions, {"weights": told, **command})
-            with ExitStack() as stack:
+        self._command = ""
+        with ExitStack() as stack:
+            if path is not None:
+                told = _weights(plan.profile for plan in plans) if weights is None else list(weights)
+                self._command = _fingerprint(plans, questions, {"weights": told, **command})
                 if not is_stream(path):
                     stack.enter_context(locked(path, beside=True))
                 known, seed = _read(path, self._command, seed)
-                self._lock = stack.pop_all()
-        how = {name: command[name] for name in ("samples", "top", "follow") if name in command}
-        seed = options.fresh_seed() if seed is None else seed
-        self.run = Run(questions, seed, rows=rows, known=known, on_token=self._on_token, on_answer=self.keep, **how)
+            how = {name: command[name] for name in ("samples", "top", "follow") if name in command}
+            seed = options.fresh_seed() if seed is None else seed
+            self.run = Run(questions, seed, rows=rows, known=known, on_token=self._on_token, on_answer=self.keep, **how)
+            self._lock = stack.pop_all()
         self.answers = 0
         self._path = path
         self._kept = len(known)
