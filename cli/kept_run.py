@@ -56,27 +56,27 @@ class KeptRun:
         from llmdoctor.comparing import Run
 
         known: dict[Key, Timed] = {}
-        self._command, self._lock = "", ExitStack()
-        if path is not None:
-            told = _weights(plan.profile for plan in plans) if weights is None else list(weights)
-            command = {"samples": samples, "top": top, "follow": follow, "kl_budget": kl_budget, "weights": told}
-            self._command = _fingerprint(plans, questions, command)
-            with ExitStack() as stack:
+        self._command = ""
+        with ExitStack() as stack:
+            if path is not None:
+                told = _weights(plan.profile for plan in plans) if weights is None else list(weights)
+                command = {"samples": samples, "top": top, "follow": follow, "kl_budget": kl_budget, "weights": told}
+                self._command = _fingerprint(plans, questions, command)
                 if not is_stream(path):
                     stack.enter_context(locked(path, beside=True))
                 known, seed = _read(path, self._command, seed)
-                self._lock = stack.pop_all()
-        self.run = Run(
-            questions,
-            options.fresh_seed() if seed is None else seed,
-            samples=samples,
-            rows=rows,
-            top=top,
-            follow=follow,
-            known=known,
-            on_token=self._on_token,
-            on_answer=self.keep,
-        )
+            self.run = Run(
+                questions,
+                options.fresh_seed() if seed is None else seed,
+                samples=samples,
+                rows=rows,
+                top=top,
+                follow=follow,
+                known=known,
+                on_token=self._on_token,
+                on_answer=self.keep,
+            )
+            self._lock = stack.pop_all()
         self.answers = 0
         self._path = path
         self._kept = len(known)

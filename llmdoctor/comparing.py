@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from llmdoctor.answers import measures
+from llmdoctor.errors import UsageError
 from llmdoctor.records import Answer, Comparison, Estimate, GuidedToken, Message, Question, Versus
 from llmdoctor.settings import GREATEST_SEED, Guidance, Sampling
 
@@ -30,6 +31,7 @@ class Key(NamedTuple):
 
 
 Timed = tuple[Answer, float]  # an answer and its seconds
+_MOST_ANSWERS = 10_000_000
 
 
 def _with_infinity(data: Any) -> Any:
@@ -130,6 +132,12 @@ class Run:
     keep: bool = True
     on_token: Callable[[str, GuidedToken], None] | None = None
     on_answer: Callable[[Key, Timed], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for more answers than anyone can wait for: the list of them would take all memory."""
+        count = self.samples * sum(len(question.turns) for question in self.questions)
+        if count > _MOST_ANSWERS:
+            raise UsageError(f"expected at most {_MOST_ANSWERS:,} answers in all, got {count:,}: take fewer samples")
 
     def compare(self, columns: Sequence[Column]) -> Iterator[Comparison]:
         """The columns beside each other: a comparison per turn of every question and sample, in this order.

@@ -68,7 +68,10 @@ def _next(tried: list[Spent], below: Spent | None, above: Spent | None, budget: 
             share = math.log(budget / below.kl.value) / math.log(above.kl.value / below.kl.value)
         return math.exp(low + min(1 - _NEAREST, max(_NEAREST, share)) * (high - low))
     last = tried[-1]
-    step = (budget / last.kl.value) ** (1 / _steepness(tried)) if last.kl.value > 0 else _FIRST_STEP
+    step = _FIRST_STEP
+    if last.kl.value > 0:  # by its logarithm: a budget may be any number
+        ratio = math.log(budget) - math.log(last.kl.value)
+        step = math.exp(min(math.log(_FIRST_STEP), ratio / _steepness(tried)))
     step = min(_FIRST_STEP, max(1.25, step)) if below else max(1 / _FIRST_STEP, min(0.8, step))
     return min(limit, last.strength * step)
 

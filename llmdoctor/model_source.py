@@ -350,9 +350,9 @@ def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, config
 
 
-def _bits(how: Any) -> int | None:
-    """Bits per weight, wherever a quantization config states them."""
-    if isinstance(how, dict):
+def _bits(how: Any, depth: int = 9) -> int | None:
+    """Bits per weight, wherever a quantization config states them, down to so many levels."""
+    if isinstance(how, dict) and depth:
         for flag, bits in (("load_in_4bit", 4), ("load_in_8bit", 8), ("_load_in_4bit", 4), ("_load_in_8bit", 8)):
             if how.get(flag) is True:
                 return bits
@@ -363,5 +363,5 @@ def _bits(how: Any) -> int | None:
         kind = how.get("_type") or how.get("quant_type")
         if isinstance(kind, str) and (digits := re.search(r"(\d+)_?weight", kind, re.IGNORECASE)):
             return int(digits[1])
-        return next((found for value in how.values() if (found := _bits(value))), None)
+        return next((found for value in how.values() if (found := _bits(value, depth - 1))), None)
     return None

@@ -67,3 +67,11 @@ def test_a_budget_that_no_strength_has_is_a_usage_error() -> None:
 def test_a_kl_that_weaker_guidance_keeps_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"hardly speaks still has 0\.18 nats.*lower plausibility"):
         find_strength(lambda x: estimate(0.18 + 0.04 * x**2), 0.05, limit=1e4)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_a_budget_of_any_size_is_looked_for_or_refused(curve: str) -> None:
+    """The ratio of 1e308 to a KL, to a power, was beyond a float."""
+    with pytest.raises(UsageError, match=r"no beta has a KL of 1e\+308"):
+        find_strength(lambda x: estimate(CURVES[curve](x)), 1e308, limit=1e4)
+    assert len(find_strength(lambda x: estimate(CURVES[curve](x)), 5e-324, limit=1e4)) == 12

@@ -44,6 +44,7 @@ from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.rows import patient_alone
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning, LoadError, UsageError, VersionError
 from llmdoctor.files import file_checksum, read_json, write_json
+from llmdoctor.model_source import ModelSource
 from llmdoctor.models import Vocabulary, load_lm, load_patient, load_tokenizer, model_fingerprint
 from llmdoctor.profile import load_profile
 from llmdoctor.records import FacePair, PairScores, TokenScores
@@ -760,6 +761,15 @@ def test_what_is_no_file_is_refused_at_once(no_file, doctor, spoilt, rewards, tm
 def test_a_path_that_cannot_be_is_one_line(name):
     for action in (load_patient, load_doctor, RewardsFolder, load_profile, lambda path: list(read_pairs(path))):
         refusal(lambda action=action: action(name))
+
+
+def test_a_quantization_config_that_is_nested_deeply_says_nothing_of_bits(base, copied):
+    model = copied(base)
+    config = model / "config.json"
+    config.write_text(
+        config.read_text().replace("{", '{"quantization_config": ' + '{"a":' * 900 + "1" + "}" * 900 + ",", 1)
+    )
+    assert ModelSource.of(model).quantization() == {"method": "unknown"}
 
 
 def test_a_file_that_may_not_be_read_is_one_line(spoilt, rewards, tmp_path, monkeypatch):

@@ -356,3 +356,12 @@ def test_a_profile_with_a_path_that_cannot_be_is_checked(run, place):
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert f"there is nothing at {place}" in result.stderr
     assert run("profiles", "new", "n.yaml", "--extends", place).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [("compare", "Hi"), ("eval", "--prompts", "prompts.txt")])
+def test_more_samples_than_a_list_can_hold_are_refused_at_once(run, command):
+    Path("prompts.txt").write_text("Hi")
+    result = run(*command, "--samples", 2**31 - 1, "-o", "a.jsonl")
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    assert "expected at most 10,000,000 answers in all, got 2,147,483,647" in result.stderr
+    assert [path.name for path in Path().iterdir()] == ["prompts.txt"]
