@@ -141,7 +141,7 @@ def _record(model: PreTrainedModel) -> Graph:
     def step(ids_B_T: Tensor, positions_B_T: Tensor, mask: Tensor, *grown: Tensor) -> tuple[Tensor, ...]:
         cache = DynamicCache()
         for keys, values in zip(grown[::2], grown[1::2], strict=True):
-            layer = _Filled()
+            layer = _Filled()  # type: ignore[no-untyped-call]
             layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
             layer.is_initialized = True
             cache.layers.append(layer)
