@@ -123,7 +123,7 @@ class V1Engine:
             if fate < 0.25 or longest:
                 removed.append(i)
                 if fate > 0.2 or longest:
-                    request.output += [] if longest else [STOP]
+                    request.output += [] if longest else [STOP, -1][: rng.choice([1, 2])]
                     self.ended.append(request.output)
                 elif fate < 0.15:
                     self.paused.append(request)
