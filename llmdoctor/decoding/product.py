@@ -56,7 +56,7 @@ def kl_divergence(product_B_V: Tensor, patient_B_V: Tensor) -> Tensor:
     # A token that was cut has probability 0 and log-prob -inf, and 0 * -inf is NaN. A finite number makes its term 0.
     excess_B_V = (product_B_V - patient_B_V.clamp(min=-1e30)).clamp(min=-1e30)
     divergence_B: Tensor = torch.linalg.vecdot(product_B_V.exp(), excess_B_V)
-    return divergence_B
+    return divergence_B.clamp(min=0)  # rounding may leave a little less
 
 
 def draw(product_B_V: Tensor, sampling: Sampling, keys_B: Tensor) -> Tensor:
