@@ -158,7 +158,7 @@ def compare(
         top=top or 10 * tui,
         follow=follow,
         kl_budget=kl_budget,
-        weights=there and there.weights,
+        weights=None if there is None else there.weights,
     ) as kept:
         if points:
             run_sweep(points, plans, models, kept, forms)
