@@ -414,7 +414,9 @@ def _kept(path: Path, drawn_from: dict[str, Any], vocabulary: int, *, fresh: boo
     """
     if not present(path):
         return []
-    answer = TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=vocabulary)]], Field(min_length=1)])
+    answer: TypeAdapter[list[int]] = TypeAdapter(
+        Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=vocabulary)]], Field(min_length=1)]
+    )
     answers: list[list[int]] = []
     try:
         require_regular(path)
