@@ -146,10 +146,9 @@ def compare(
         plans = _columns(settings, vs or (), further)
     asked = questions(prompt, prompts, used=("dataset",) if alpaca_eval else ())
     how: dict[str, Any] = {"samples": samples, "top": top or 10 * tui, "follow": follow, "kl_budget": kl_budget}
-    models = Models(plans, trust_remote_code=trust_remote_code, server=there)
+    models = Models(plans, trust_remote_code=trust_remote_code)
     if there is not None:
-        remote.require_its_models(plans, there)
-        how["weights"] = there.weights
+        models, how["weights"] = remote.RemoteModels(plans, there), there.weights
     with KeptRun(output, plans, asked, seed, rows=rows, **how) as kept:
         if points:
             run_sweep(points, plans, models, kept, forms)

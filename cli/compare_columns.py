@@ -132,10 +132,9 @@ def _range(text: str, listed: str) -> list[str]:
 class Models:
     """The models of all columns, loaded when an answer is missing; columns of one patient share it and its doctors."""
 
-    def __init__(self, plans: Iterable[Plan], *, trust_remote_code: bool, server: "Answers | None" = None) -> None:
-        """``server`` has the models of all plans already, and answers in their place."""
+    def __init__(self, plans: Iterable[Plan], *, trust_remote_code: bool) -> None:
         self._plans, self._trust = list(plans), trust_remote_code
-        self._loaded: dict[str, Answers] = {_models_of(plan.profile): server for plan in self._plans if server}
+        self._loaded: dict[str, LLMdoctor] = {}
 
     def columns(self, plans: Sequence[Plan], kept: "KeptRun", *, silent: bool = False) -> "list[Column]":
         """The plans with their models, or without where every answer is known; ``silent`` without a spinner."""

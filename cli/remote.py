@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmdoctor.cli import options
+from llmdoctor.cli.compare_columns import Models, Plan
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import waiting
 from llmdoctor.errors import UsageError
@@ -11,7 +12,8 @@ from llmdoctor.settings import DecodeSettings
 from llmdoctor.show.text import one_line
 
 if TYPE_CHECKING:
-    from llmdoctor.cli.compare_columns import Plan
+    from llmdoctor.cli.kept_run import KeptRun
+    from llmdoctor.comparing import Column
     from llmdoctor.profile import Profile
     from llmdoctor.serving.client import RemoteDoctor
 
@@ -49,12 +51,26 @@ def settings_on(profile: "Profile", guided: Mapping[str, Any]) -> "Profile":
     return profile.model_copy(update={"doctors": doctors, "decode": override(profile.decode, **decode)})
 
 
-def require_its_models(plans: "Sequence[Plan]", server: "RemoteDoctor") -> None:
-    """Raise UsageError for a column of ``compare`` that needs other models than the server's."""
-    for plan in plans:
-        if _models(plan.profile) != _models(server.profile):
-            wanted = "settings like beta=2, no doctor, profile or system_prompt"
-            raise UsageError(f"--vs: a server has its own models: expected {wanted}, got {plan.name!r}")
+class RemoteModels(Models):
+    """The columns of ``compare`` on a server, where nothing has to be loaded.
+
+    Raises UsageError for a column that needs others than the server's.
+    """
+
+    def __init__(self, plans: Sequence[Plan], remote: "RemoteDoctor") -> None:
+        super().__init__(plans, trust_remote_code=False)
+        self._remote = remote
+        for plan in plans:
+            if _models(plan.profile) != _models(remote.profile):
+                wanted = "settings like beta=2, no doctor, profile or system_prompt"
+                raise UsageError(f"--vs: a server has its own models: expected {wanted}, got {plan.name!r}")
+
+    def columns(self, plans: Sequence[Plan], kept: "KeptRun", *, silent: bool = False) -> "list[Column]":
+        """The plans as columns that the server answers."""
+        del silent
+        columns = [plan.column(self._remote) for plan in plans]
+        kept.begin(columns)
+        return columns
 
 
 def _models(profile: "Profile") -> tuple[object, ...]:
