@@ -291,7 +291,7 @@ def test_an_empty_file_is_said_to_be_empty(write, name):
 
 def test_a_file_without_one_usable_record_quotes_its_reasons(write):
     message = complaint(write("hello", {"text": "x", "label": 1}, {"text": "y", "label": 0}))
-    assert "none of its first 3 records is usable" in message
+    assert "no usable record in its first 3" in message
     assert (
         "line 1: not JSON: Expecting value at column 1; line 2: no preference pair in the columns found: text, label)"
         in message
@@ -301,7 +301,7 @@ def test_a_file_without_one_usable_record_quotes_its_reasons(write):
 
 
 def test_a_wrong_data_set_is_not_read_to_its_end(write):
-    assert "none of its first 1000 records" in complaint(write(*[{"text": "x"}] * 1500, GOOD))
+    assert "no usable record in its first 1000" in complaint(write(*[{"text": "x"}] * 1500, GOOD))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_a_prompt_that_cannot_be_used_is_skipped_and_named(write, record, messag
     path = write(record, record)
     with pytest.raises(DataError) as caught:
         read_prompts(path)
-    assert str(caught.value).startswith(f"{path}: none of its 2 records can be used ({message.replace('2', '1', 1)}")
+    assert str(caught.value).startswith(f"{path}: no usable record among its 2 ({message.replace('2', '1', 1)}")
 
 
 def test_ids_that_come_again_are_told_apart(write):

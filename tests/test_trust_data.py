@@ -169,7 +169,7 @@ def test_rows_that_need_something_else_too_are_not_one_pair(more, tmp_path):
     row = {"prompt": "Why?", "response": "Yes.", "helpfulness": 3}
     rows = [row, row | {"response": "No.", "helpfulness": 1} | more]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match="none of its first 2 records"):
+    with pytest.raises(DataError, match="no usable record in its first 2"):
         list(read_pairs(tmp_path / "rows.jsonl"))
 
 

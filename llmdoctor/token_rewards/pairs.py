@@ -96,7 +96,7 @@ def _nothing_usable(source: str | Path, skipped: list[SkippedRecord]) -> DataErr
     first = sorted((line, reason) for reason, line in reasons.items())[:3]
     quoted = "; ".join(f"line {line}: {reason}" for line, reason in first)
     return DataError(
-        f"{source}: none of its first {len(skipped)} records is usable ({quoted}). Expected {NEEDED}: for other "
+        f"{source}: no usable record in its first {len(skipped)} ({quoted}). Expected {NEEDED}: for other "
         f"columns, {NAME_THEM}"
     )
 
@@ -137,7 +137,7 @@ def read_questions(
         questions += (Question(str(line), (text,)) for line, text in enumerate(text_lines(file), start=1))
     first = f"line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
     if not questions and skipped:
-        raise DataError(f"{called}: none of its {len(skipped)} records can be used ({first})")
+        raise DataError(f"{called}: no usable record among its {len(skipped)} ({first})")
     if not questions:
         raise DataError(f"{called} is empty: expected at least one prompt")
     if skipped and on_note:
