@@ -144,13 +144,13 @@ def _read_adapter(base: nn.Module, folder: Path, name: str) -> tuple[dict[str, A
 
 
 def _set_keys(config: dict[str, Any]) -> list[str]:
-    """The keys whose meaning is PEFT's alone, and which are not as it sets them."""
+    """The keys whose meaning is PEFT's alone, or that are null, and which are not as it sets them."""
     told = {*AdapterConfig.model_fields, "inference_mode"}
     usual = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(_kind(config))
     }
-    return [key for key, value in config.items() if key not in told and value != usual.get(key)]
+    return [key for key, value in config.items() if (key not in told or value is None) and value != usual.get(key)]
 
 
 def _require_types(config: dict[str, Any]) -> None:

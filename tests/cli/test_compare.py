@@ -105,6 +105,7 @@ def test_stdin_may_hold_any_kind_of_prompts(given, asked, monkeypatch):
 
 
 def test_progress_counts_one_thing_in_the_singular(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_level", 0)  # an earlier command may have been quiet
     monkeypatch.setattr(terminal, "_PLAIN_INTERVAL", 0.0)
     for total in (None, 1, 2):
         with terminal.progress("Scoring", total, "pair") as advance:
@@ -191,7 +192,7 @@ def test_further_columns_say_what_each_would_say_alone(run):
     profile.write_text("extends: clinic\ndecode: {temperature: 0}\n")
     columns = {
         "beta=2 temperature=0.5": ("--beta", 2, "--temperature", 0.5),
-        f"doctor={helpful} beta=1 dead_zone=0": ("--profile", "clinic", "--doctor", helpful, "--beta", 1),
+        f"doctor={helpful} beta=1": ("--profile", "clinic", "--doctor", helpful, "--beta", 1),
         "profile=mine.yaml": ("--profile", profile),
         "seed=7": ("--seed", 7),
         "mode=product": ("--mode", "product"),
@@ -281,7 +282,8 @@ def test_a_sweep_is_a_table_and_a_picture_and_goes_on_where_it_was_stopped(run, 
     assert set(last) == set(compared["guided"])
     timed = {"tokens_per_second"}
     for name in set(last) - timed:
-        assert last[name]["value"] == pytest.approx(compared["guided"][name]["value"], rel=1e-4)
+        value = compared["guided"][name]["value"]  # None: four tokens may have no 4-gram of words
+        assert last[name]["value"] == (value if value is None else pytest.approx(value, rel=1e-4))
     assert first["kl_per_token"] == first["changed"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     alone = compared["patient"]["patient_logprob"]
     assert first["patient_logprob"]["value"] == pytest.approx(alone["value"], rel=1e-4)
