@@ -72,6 +72,25 @@ def test_it_opens_on_the_first_change_and_keys_go_from_change_to_change(make_app
     drive(app, steps)
 
 
+def test_the_token_stays_in_view_when_the_window_gets_smaller(make_app, drive):
+    app = make_app(FakeAssistant(shortest=999), sampling=Sampling(max_new_tokens=200))
+
+    async def steps(d):
+        await d.type("Go")
+        await d.idle()
+        view = app.chat.view("guided")
+        assert view.following  # all of it fits
+        await d.press("f2", "home", "right", "right")
+        for size in ((80, 24), (60, 20), (200, 60), (90, 24)):
+            await d.pilot.resize_terminal(*size)
+            await d.pilot.pause(0.1)
+            assert view.selected.position == 2
+            line = view._flow.first_line[view.cursor]
+            assert view.scroll_offset.y <= line < view.scroll_offset.y + view.size.height, size
+
+    drive(app, steps, size=(200, 60))
+
+
 def test_changed_are_flips_and_what_the_default_lens_shows_bold():
     token = replace(FakeAssistant()._token(0, {"guided": False, "temperature": 1, "seed": 1, "top": 1}, 0), flip=False)
     for kl in (0.0, 0.2, 0.33, 0.4, 3.0):

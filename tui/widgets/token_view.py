@@ -157,11 +157,14 @@ class TokenView(ScrollView, can_focus=True):
         for at in {self.cursor, index} - {None}:
             self._drop_strips(at)  # type: ignore[arg-type]
         self.cursor = index
-        if index is not None:
-            line = self._flow.first_line[index]
-            self.scroll_to_region(Region(0, line, 1, 1), animate=False, force=True, immediate=True)
+        self._to_cursor()
         self.refresh()
         self.post_message(self.Selected(self, self.selected))
+
+    def _to_cursor(self) -> None:
+        if self.cursor is not None:
+            line = self._flow.first_line[self.cursor]
+            self.scroll_to_region(Region(0, line, 1, 1), animate=False, force=True, immediate=True)
 
     def select_first(self, test: Test) -> bool:
         """Move the cursor to the first token that passes; without one leave it where it is and return False."""
@@ -286,7 +289,7 @@ class TokenView(ScrollView, can_focus=True):
         self._strips.clear()
 
     def on_resize(self) -> None:
-        """Wrap again, if the width has changed."""
+        """Wrap again, if the width has changed; the cursor, or the end that was in view, stays in view."""
         width = max(1, self.scrollable_content_region.width - 2 * _MARGIN)
         if width != self._flow.width:
             following = self.following
@@ -297,6 +300,7 @@ class TokenView(ScrollView, can_focus=True):
             self.following = following
         if self.following:
             self.to_end()
+        self._to_cursor()
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         """Follow the end as long as it is in view."""
