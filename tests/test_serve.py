@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from llmdoctor import Guidance, LLMdoctor
+from llmdoctor.cli.serve import _bound
 from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.rows import Step
 from llmdoctor.errors import LLMDoctorError, LoadError, UsageError
@@ -443,6 +444,25 @@ def test_dropped_and_slow_readers_hold_nobody_up(assistant: LLMdoctor, port: int
     while not read.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
         read += slow.recv(1 << 20) or pytest.fail("the slow reader's stream broke off")
     slow.close()
+
+
+def test_nothing_waits_in_the_kernel_for_what_was_sent_before() -> None:
+    """Else headers go first, and a first token or a whole answer 40 ms behind them, when the client has confirmed."""
+
+    async def connect() -> int:
+        arrived = asyncio.get_running_loop().create_future()
+
+        class Peer(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                arrived.set_result(transport.get_extra_info("socket"))
+
+        with _bound("127.0.0.1", 0) as listening:
+            async with await asyncio.get_running_loop().create_server(Peer, sock=listening):
+                with socket.create_connection(listening.getsockname()):
+                    accepted = await arrived
+                    return int(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    assert asyncio.run(connect()) == 1
 
 
 def test_sigterm_lets_running_streams_end() -> None:
