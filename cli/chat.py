@@ -17,7 +17,7 @@ from llmdoctor.cli.terminal import console, decorated, put_json, say
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.set_command import parse_settings, setting_help
 from llmdoctor.settings import GuidanceFields, Sampling, SamplingFields, WelcomeSettings
-from llmdoctor.show.formats import OUTSIDE, knows_text, settings_text, short_name
+from llmdoctor.show.formats import OUTSIDE, counted, knows_text, settings_text, short_name
 from llmdoctor.show.lens import DEFAULT_LENS, lens_limit, lens_scores
 from llmdoctor.show.text import clean
 
@@ -241,6 +241,8 @@ class Conversation:
                 print(flush=True)
         if interrupted:
             say("(interrupted)")
+        elif count >= self.sampling.max_new_tokens:
+            say(f"(the length limit, {counted(count, 'token')}; /set max_new_tokens=N changes it)")
         answer = "".join(pieces).rstrip()
         self.messages = [*messages, {"role": "assistant", "content": answer}]  # type: ignore[list-item]
         if self.as_json:

@@ -122,12 +122,12 @@ def extract(
     folder = RewardsFolder(output)
     report = {**_report(output, folder.meta, time.monotonic() - began), "probe": folder.probe and _told(folder.probe)}
     found = findings.after_extraction(output, options.fitting(settings, profile, loaded.fingerprint).rewards)
-    if before is not None and before == _written(output):
+    if done := before is not None and before == _written(output):
         say(f"{output} was finished already by the same command: nothing was changed")
     if as_json:
         put_json({**report, **found.as_dict()})
     else:
-        put(_summary(report))
+        put(_summary(report, done=done))
         found.show()
 
 
@@ -226,14 +226,16 @@ def _told(probe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in probe.items() if key != "files"}
 
 
-def _summary(report: dict[str, Any]) -> str:
+def _summary(report: dict[str, Any], *, done: bool) -> str:
+    """What a run did; ``done`` if all of it was there already."""
     cut = report["truncated_prompts"]
+    held = f"{counted(report['written'], 'pair')}, {counted(report['tokens'], 'token')}"
+    output, seconds = report["output"], report["seconds"]
     lines = [
         f"read {counted(report['read'], 'record')} of {report['data']}",
         *(f"skipped {count}: {reason}" for reason, count in report["skipped"].items()),
         *([f"cut {counted(cut, 'prompt')} from the left: the patient's context is short"] if cut else []),
-        f"wrote {counted(report['written'], 'pair')}, {counted(report['tokens'], 'token')}, to {report['output']}"
-        f" in {report['seconds']:.1f} s",
+        f"{output} holds {held}" if done else f"wrote {held}, to {output} in {seconds:.1f} s",
         *flat_lines(report["statistics"]),
         *(flat_lines({"probe": report["probe"]}) if report["probe"] else ()),
     ]

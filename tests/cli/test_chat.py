@@ -140,6 +140,15 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(run, assistant):
     assert [m["content"] for m in assistant.asked[1][0]] == ["stop", "one two", "again"]
 
 
+def test_an_answer_that_the_length_limit_cuts_says_so(run, assistant):
+    result = run("chat", "--max-new-tokens", "3", input="first\n/set max_new_tokens=4\nsecond\n")
+    assert (result.exit_code, result.stdout) == (0, "one two three\n" * 2)
+    limit, settings = result.stderr.splitlines()
+    assert limit == "(the length limit, 3 tokens; /set max_new_tokens=N changes it)"
+    assert settings.endswith("at most 4 tokens")
+    assert "length limit" not in run("chat", "--max-new-tokens", "3", input="stop\n").stderr
+
+
 def test_a_prompt_longer_than_the_context_is_one_line_and_the_conversation_goes_on(run, assistant):
     result = run("chat", input="first\nlong\nthird\n")
     assert (result.exit_code, result.stdout) == (0, "one two three\n" * 2)

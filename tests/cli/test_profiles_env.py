@@ -196,6 +196,7 @@ def test_a_finished_run_is_not_repeated(run, tmp_path):
         again = run(*command)
         assert again.exit_code == 0
         assert "nothing was changed" in again.stderr
+        assert "wrote" not in again.stdout
     assert held() == before
     assert "nothing was changed" not in run(*commands[1], "--fresh").stderr
 
