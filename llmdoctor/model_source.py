@@ -33,6 +33,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PATIENCE = 4.0  # seconds in which the hub must be reached
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts"}
 _IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "paged|eager", "batched_mm", "grouped_mm")  # transformers' own
+_MOST_BASES = 10  # adapters on adapters
 _EDGE = 1 << 20  # bytes of a weight file, at either end, that its fingerprint covers
 
 
@@ -90,17 +91,30 @@ class ModelSource:
     @cached_property
     def base(self) -> "ModelSource | None":
         """The base of a PEFT adapter; None for a whole model. Raises LoadError if the adapter names none."""
-        if self.gguf or self.file("config.json") or not (config := self.file("adapter_config.json")):
+        found = behind = self._named_base()
+        seen = {self._where()}
+        while behind is not None:
+            if behind._where() in seen or len(seen) > _MOST_BASES:
+                what = "itself" if behind._where() in seen else f"more than {_MOST_BASES} bases, one behind the other,"
+                raise LoadError(f"cannot load the model {self.name}: its adapter_config.json names {what} as the base")
+            seen.add(behind._where())
+            behind = behind._named_base(download=False)
+        return found
+
+    def _where(self) -> Path:
+        return Path(self.place).resolve() / (self.gguf or "")
+
+    def _named_base(self, *, download: bool = True) -> "ModelSource | None":
+        if self.gguf or self.file("config.json", download=download):
+            return None
+        if not (config := self.file("adapter_config.json", download=download)):
             return None
         base = self._read(config, AdapterConfig).get("base_model_name_or_path")
         if not base:
             raise LoadError(f"cannot load the model {self.name}: its adapter_config.json names no base model")
         if base.startswith("."):  # relative to the adapter, as `save_doctor` writes it, or to the working folder
             base = str(beside) if present(beside := Path(self.place) / base) else base
-        found = ModelSource.of(base)
-        if found.is_local and Path(found.place).resolve() == Path(self.place).resolve():
-            raise LoadError(f"cannot load the model {self.name}: its adapter_config.json names itself as the base")
-        return found
+        return ModelSource.of(base)
 
     def folder(self) -> Path:
         """Where an adapter's files are, downloaded if need be. Raises LoadError."""

@@ -70,6 +70,21 @@ def test_an_adapters_fingerprint_is_that_of_both(adapter: Path) -> None:
     assert model_fingerprint(adapter) == found
 
 
+@pytest.mark.parametrize(("length", "says"), [(2, "names itself"), (3, "names itself"), (40, "more than 10 bases")])
+def test_adapters_that_name_each_other_as_their_base_are_one_clear_line(
+    adapter: Path, length: int, says: str, tmp_path: Path
+) -> None:
+    """Each is the base of the one before; a ring of them was followed until Python's stack ended."""
+    ring = [Path(shutil.copytree(adapter, tmp_path / f"ring{number}")) for number in range(length)]
+    for one, behind in zip(ring, [*ring[1:], ring[0]], strict=True):
+        config = json.loads((one / "adapter_config.json").read_text())
+        (one / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(behind)}))
+    for action in (load_patient, model_fingerprint):
+        with pytest.raises(LoadError, match=says) as refused:
+            action(str(ring[0]))
+        assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("base", "says"),
     [(None, "names no base"), ("/no/such/base", "no model at"), ("itself", "names itself"), ("another shape", "size")],
