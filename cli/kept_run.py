@@ -174,7 +174,8 @@ def _read(path: Path, command: str, seed: int | None) -> "tuple[dict[Key, Timed]
                 kept = KeptAnswer.model_validate(json.loads(line, parse_constant=no_constant))
             except (ValueError, RecursionError) as error:
                 ours = line.startswith(_BEGINS) or _BEGINS.startswith(line)
-                if ours and not complete and isinstance(error, json.JSONDecodeError):
+                # or within a letter of several bytes
+                if ours and not complete and isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                     break
                 raise UsageError(
                     f"{path} holds something else than answers of compare or eval: give another --output"

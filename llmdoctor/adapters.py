@@ -193,7 +193,7 @@ def _require_small(config: dict[str, Any], held: dict[str, Tensor]) -> None:
     for key, rank in named.items():
         size = len(rank) if isinstance(rank, list) else rank
         if isinstance(size, int) and size > widest:
-            raise LoadError(f"{_CONFIG} states {key} {size}, but no tensor is wider than {widest}")
+            raise LoadError(f"{_CONFIG} states {key} {shown(size)}, but no tensor is wider than {widest}")
     for key, value in ((field.name, config.get(field.name)) for field in fields(_kind(config))):
         most = len(held) if key.endswith("depth") else max(widest, _MOST)
         if type(value) is int and value > most and not _FREE.search(key):

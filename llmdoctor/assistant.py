@@ -98,9 +98,9 @@ class LLMdoctor:
         strengths = {"betas": beta} | ({"dead_zones": dead_zone} if dead_zone else {})
         folders = _folders(doctor_checkpoint)
         # Loading the patient may take minutes: say first what can be known before.
-        check_guidance(self._with(tuple(folders), **strengths), tuple(folders))
         for folder in folders.values():
             require_doctor(folder)
+        check_guidance(self._with(tuple(folders), **strengths), tuple(folders))
         self.patient: Patient = load_patient(
             patient_model,
             dtype=dtype,
@@ -541,7 +541,7 @@ def _require(value: Any, kind: type, name: str, wanted: str) -> None:
 
 
 def _require_count(value: Any, name: str, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"{name}: expected a whole number, at least {least}, got {value!r}")
 
 
@@ -565,12 +565,15 @@ def _messages(prompt: Any) -> list[Message]:
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed per prompt: the list itself, or seed, seed + 1, ...; None picks a random seed."""
-    if seed is None:
-        seed = secrets.randbelow(1 << 31)
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(count)]
-    for each in seeds:
-        Sampling(seed=each)  # checked as anywhere else
-    return seeds
+    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+        return [_seed(each) for each in seed]
+    first = _seed(seed)
+    return [_seed(first + i) for i in range(count)]
+
+
+def _seed(given: int | None) -> int:
+    seed = Sampling(seed=given).seed  # checked as anywhere else
+    return secrets.randbelow(1 << 31) if seed is None else seed
 
 
 def continued_seed(seed: int, drawn: int) -> int:

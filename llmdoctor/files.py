@@ -251,11 +251,10 @@ def locked(folder: Path, *, beside: bool = False) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise UsageError(
-            f"another run is writing to {folder}: wait for it to end, or choose another output folder"
-        ) from None
+        raise UsageError(f"another run is writing to {folder}: wait for it to end, or choose another output") from None
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{folder} is not a folder: choose another output folder") from error
+        where = folder.parent if beside else folder
+        raise UsageError(f"{where} is not a folder: choose another output") from error
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {_write_error(error, folder)}") from error
     except NotImplementedError as error:

@@ -28,7 +28,8 @@ def find_strength(
     in log KL over log strength; between two it is kept away from both, and after two tries on the same side of the
     budget it is halfway between them, so that every second try is bisection at worst.
     Answers change in steps, so some budgets are met only nearly. Raises UsageError where no strength up to ``limit``
-    has that KL, or where weaker guidance has no less: a cut of the patient's unlikely tokens has a KL of its own.
+    has that KL, or where weaker guidance has no less: a cut of the patient's unlikely tokens has a KL of its own, and
+    so has an alpha other than 1.
     """
     tried: list[Spent] = []
     below: Spent | None = None
@@ -53,7 +54,8 @@ def find_strength(
         if below is None and strength < _HARDLY and len(tried) > 1 and spent.kl.value > 0.97 * tried[-2].kl.value:
             raise UsageError(
                 f"no beta has a KL of {budget:g} per token: guidance that hardly speaks still has {spent.kl.value:.3g} "
-                "nats. In mode ratio the plausibility cut has a KL of its own: lower plausibility, or raise the budget"
+                "nats. The plausibility cut of mode ratio and an alpha other than 1 have a KL of their own: lower "
+                "plausibility, set alpha to 1, or raise the budget"
             )
         strength = limit if flat else _next(tried, below, above, budget, limit)
 

@@ -259,15 +259,15 @@ def named_doctors(values: Iterable[str], option: str) -> dict[str, str]:
     return doctors
 
 
-def in_place_of(present: Mapping[str, DoctorSettings], folders: Mapping[str, str]) -> dict[str, DoctorSettings]:
-    """Settings of other doctors, in ``folders`` by name, each as strong as the one of its name that was ``present``.
+def in_place_of(before: Mapping[str, DoctorSettings], folders: Mapping[str, str]) -> dict[str, DoctorSettings]:
+    """Settings of other doctors, in ``folders`` by name, each as strong as the one of its name ``before``.
 
     If only one was there, it is the one that they all replace. A doctor that replaces none has the defaults. The bases
     are those that the folders themselves name.
     """
     made = {}
     for name, folder in folders.items():
-        like = present.get(name) or (next(iter(present.values())) if len(present) == 1 else None)
+        like = before.get(name) or (next(iter(before.values())) if len(before) == 1 else None)
         strength = like.model_dump(include={"beta", "dead_zone"}) if like else {}
         made[name] = checked(DoctorSettings, {"checkpoint": folder, **strength})
     return made

@@ -355,7 +355,7 @@ def test_what_cannot_be_loaded(folders: tuple[str, dict[str, Path]], tmp_path: P
     with pytest.raises(LoadError, match="absent"):
         LLMdoctor(tmp_path / "absent")
     with pytest.raises(LoadError, match="no doctor at"):
-        LLMdoctor("org/never-asked-for", tmp_path / "absent")
+        LLMdoctor("org/never-asked-for", tmp_path / "absent", beta={"helpful": 1})
     for nonsense in (3, [doctors["kind"]], {"kind": None}):
         with pytest.raises(UsageError, match="expected a folder, or a mapping of names to folders"):
             LLMdoctor("org/never-asked-for", nonsense)  # type: ignore[arg-type]
@@ -522,9 +522,13 @@ def test_a_wrong_strength_is_a_usage_error(assistant: LLMdoctor, wrong: dict[str
     ("call", "words"),
     [
         (lambda d: d.generate([PROMPTS[0]], seed=1.5), "seed"),
+        (lambda d: d.generate([PROMPTS[0]], seed={}), "seed"),
+        (lambda d: d.generate([PROMPTS[0]], seed="x"), "seed"),
+        (lambda d: d.generate([PROMPTS[0]], seed=[{}]), "seed"),
         (lambda d: d.answer_all([PROMPTS[0]], rows=0), "rows: expected a whole number, at least 1, got 0"),
         (lambda d: d.stream(PROMPTS[0], top=-1), "top: expected a whole number, at least 0, got -1"),
         (lambda d: d.compare(PROMPTS[0], top="x"), "top: expected a whole number"),
+        (lambda d: d.compare(PROMPTS[0], top=True), "top: expected a whole number"),
         (lambda d: d.stream(PROMPTS[0], prefix_cache={}), "prefix_cache: expected a PrefixCache"),
         (lambda d: setattr(d, "sampling", {"temperature": 1}), "sampling: expected a Sampling"),
         (lambda d: setattr(d, "guidance", 3), "guidance: expected a Guidance"),

@@ -65,7 +65,7 @@ def test_a_budget_that_no_strength_has_is_a_usage_error() -> None:
 
 
 def test_a_kl_that_weaker_guidance_keeps_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match=r"hardly speaks still has 0\.18 nats.*lower plausibility"):
+    with pytest.raises(UsageError, match=r"hardly speaks still has 0\.18 nats.*lower plausibility, set alpha to 1"):
         find_strength(lambda x: estimate(0.18 + 0.04 * x**2), 0.05, limit=1e4)
 
 

@@ -1,5 +1,7 @@
 """A recorded step against the model itself."""
 
+import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -90,6 +92,76 @@ def test_a_step_copies_nothing_and_changes_nothing_that_others_keep() -> None:
     for used, read in ((cache, [*range(16), *range(20, 30)]), (other, [*range(15), *range(20, 30)])):
         keys = model(input_ids=ids[:, read], use_cache=True).past_key_values.layers[1].keys
         assert torch.allclose(used.cache.layers[1].keys, keys, atol=1e-12)
+
+
+def test_whatever_is_done_to_a_cache_changes_no_other() -> None:
+    """Steps, drafts, crops, holes, joins, chosen rows, saved beginnings and copies of them, in any order.
+
+    After each, every cache and all that was saved hold the keys of their own tokens, read alone.
+    """
+    model, rng = tiny("llama", seed=5), random.Random(0)
+    caches: list[tuple[RecordedKV, list[list[int]]]] = []  # with the tokens of every row, 0 for an empty slot
+    saved: list[tuple[list[int], Any]] = []
+
+    @cache
+    def alone(*ids: int) -> torch.Tensor:
+        keys: torch.Tensor = model(input_ids=torch.tensor([ids])).past_key_values.layers[1].keys
+        return keys
+
+    def fresh(rows: int, tokens: int) -> list[list[int]]:
+        return [[rng.randrange(1, SIZE) for _ in range(tokens)] for _ in range(rows)]
+
+    def change(kv: RecordedKV, rows: list[list[int]]) -> None:
+        what = rng.choice(["step", "step", "step", "draft", "prompt", "crop", "hole", "keep", "pack", "join", "save"])
+        mask = torch.tensor(rows).ne(0).long()
+        if what in ("step", "draft", "prompt"):
+            new = fresh(len(rows), 1 if what == "step" else 3)
+            for row, more in zip(rows, new, strict=True):
+                row.extend(more)
+            kv.feed(torch.tensor(new), torch.tensor(rows).ne(0).long(), 1 if what == "prompt" else len(new[0]))
+        elif what == "crop" and all(any(row[:-2]) for row in rows):
+            kv.take_back(2)
+            for row in rows:
+                del row[-2:]
+        elif what == "hole" and sum(map(bool, rows[0])) > 2:
+            rows[0][-1] = 0
+        elif what == "keep":
+            chosen = rng.sample(range(len(rows)), rng.randint(1, len(rows)))
+            kv.keep(torch.tensor(chosen))
+            rows[:] = [[*rows[i]] for i in chosen]
+        elif what == "pack":
+            slots = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(dim=1).max()) :]
+            kv.pack(slots)
+            rows[:] = [[row[i] for i in kept] for row, kept in zip(rows, slots.tolist(), strict=True)]
+        elif what == "join" and len(rows) < 4:
+            other, more = next((one for one in caches if one[0] is not kv), (None, []))
+            if other is not None:
+                kv.join(other)
+                caches[:] = [one for one in caches if one[0] is not other]
+                rows[:] = [[0] * (kv.length - len(row)) + row for row in rows + more]
+        elif what == "save":
+            slots = mask[-1].nonzero()[:, 0]
+            saved.append(([rows[-1][i] for i in slots], kv.saved(len(rows) - 1, slots)))
+
+    with torch.inference_mode():
+        for _ in range(150):
+            if len(caches) < 3:
+                ids, layers = rng.choice(saved) if saved else ([], [])
+                kv, rows = RecordedKV(model), [ids[: rng.randint(1, len(ids))]] if ids else fresh(2, 6)
+                if ids:
+                    length = len(rows[0])
+                    kv.load([[(keys[:, :, :length], values[:, :, :length]) for keys, values in layers]], length)
+                else:
+                    kv.feed(torch.tensor(rows))
+                caches.append((kv, rows))
+            change(*rng.choice(caches))
+            for kv, rows in caches:
+                for keys, row in zip(kv.cache.layers[1].keys, rows, strict=True):
+                    held = [i for i, token in enumerate(row) if token]
+                    assert torch.allclose(keys[None, :, held], alone(*(row[i] for i in held)), atol=1e-9)
+            for ids, layers in saved:
+                assert torch.allclose(layers[1][0], alone(*ids), atol=1e-9)
+        assert step_graph(model, caches[0][0].cache.layers) is not None
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_second_training_into_one_output_is_refused_and_the_first_ends_as_ever
 
     run(world, tmp_path / "doctor", start_another)
     assert set(refused) == {
-        f"another run is writing to {tmp_path / 'doctor'}: wait for it to end, or choose another output folder"
+        f"another run is writing to {tmp_path / 'doctor'}: wait for it to end, or choose another output"
     }
     assert len(refused) == 2 * STEPS
     assert weights(tmp_path / "doctor") == weights(world / "whole")

@@ -103,7 +103,6 @@ def test_help_describes_the_command(command, run):
 def test_help_never_imports_torch():
     script = f"""
 import sys
-from types import ModuleType
 from typer.testing import CliRunner
 from llmdoctor.cli.main import app
 for command in {COMMANDS!r}:

@@ -297,6 +297,22 @@ def test_a_first_answer_that_a_stop_has_cut_is_made_again(run, kept):
         assert said[0] == said[1]
 
 
+def test_an_answer_that_a_stop_has_cut_within_a_letter_is_made_again(run):
+    """Letters beyond ASCII take several bytes, and a full disk stops at any of them."""
+    asked = ("compare", "Wie schläft man gut?", *KEEP[2:])
+    assert run(*asked).exit_code == 0
+    whole = Path("a.jsonl").read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in (whole.index("ä".encode()) + 1, whole.index("ä".encode(), first) + 1):
+        Path("a.jsonl").write_bytes(whole[:cut])
+        assert run(*asked).exit_code == 0
+        said = [
+            [json.loads(line)["answer"]["text"] for line in lines.splitlines()]
+            for lines in (Path("a.jsonl").read_bytes(), whole)
+        ]
+        assert said[0] == said[1]
+
+
 def test_kept_answers_of_wrong_types_are_one_line(run, kept):
     """Every key of a line and of its first token, of every type; all of them where they are read, some as a command."""
     first, *others = kept.read_text().splitlines(keepends=True)
@@ -342,10 +358,13 @@ def test_a_second_run_into_one_file_of_answers_is_refused(run):
     with locked(Path("a.jsonl"), beside=True):
         result = run(*KEEP)
         assert result.exit_code == 2
-        assert "another run is writing to a.jsonl" in result.stderr
+        assert "another run is writing to a.jsonl: wait for it to end, or choose another output\n" in result.stderr
         assert not Path("a.jsonl").exists()
     assert run(*KEEP).exit_code == 0
     assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
+    within = run(*KEEP[:-1], "a.jsonl/b.jsonl")
+    assert within.exit_code == 2
+    assert within.stderr.endswith("error: a.jsonl is not a folder: choose another output\n")
 
 
 @pytest.mark.parametrize("place", ["~nobody/x", f"/{'x' * 300}"])
