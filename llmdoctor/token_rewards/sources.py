@@ -165,7 +165,7 @@ def _card_values(card: Path) -> Any:
     try:
         return yaml.safe_load(text)
     # of odd values of a known tag PyYAML raises whatever its code happens to
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError, OverflowError) as error:
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"its YAML is damaged: {first_line(error)}") from error
 
 
