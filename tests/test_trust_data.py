@@ -284,3 +284,56 @@ def test_bytes_that_are_no_text_skip_their_line(tmp_path):
     skipped = []
     assert [pair.id for pair in read_pairs(tmp_path / "p.jsonl", on_skip=skipped.append)] == ["1", "6"]
     assert [record.line for record in skipped] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("https://example.org/x.jsonl", "hf://datasets/org/name/x.jsonl", "zip://a.jsonl::https://example.org/x.zip"),
+        *("../outside.jsonl", "a/../../outside.jsonl", "/etc/hosts", "~/x.jsonl", "file:/etc/hosts"),
+    ],
+)
+@pytest.mark.parametrize("form", ["data_files: {0}", "data_files: [{{split: train, path: [{0}]}}]", "data_dir: {0}"])
+def test_a_folder_of_data_names_nothing_outside_of_it(place, form, tmp_path, monkeypatch):
+    """Its README once made the program ask a network, or read any file of the machine."""
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("it was asked for"))
+    (tmp_path / "outside.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    entry = "configs:\n- config_name: default\n  " + form.format(json.dumps(place)) + "\n"
+    for name, text in (("README.md", f"---\n{entry}---\n"), (".huggingface.yaml", entry)):
+        (folder / name).write_text(text)
+        with pytest.raises(DataError, match="expected files of its folder"):
+            list(read_pairs(folder))
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "card", ["[" * 5000, "a: !!timestamp x", "a: [", "\0", "&a [" + "*a," * 9 + "]", "#" * (1 << 21)]
+)
+def test_a_damaged_card_of_a_folder_is_one_line(card, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(DataError) as refused:
+        list(read_pairs(tmp_path))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_folder_of_data_asks_no_network(tmp_path, monkeypatch):
+    """Not even whether the hub could be asked."""
+    monkeypatch.setattr("llmdoctor.model_source.hub_offline", lambda: pytest.fail("the hub was asked"))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a*\n---\n# Of mine\n")
+    assert [pair.chosen for pair in read_pairs(tmp_path)] == ["a"]
+
+
+def test_a_link_that_leads_nowhere_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmdoctor.model_source.hub_offline", lambda: pytest.fail("the hub was asked"))
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    for read in (read_pairs, sources.fingerprint):
+        with pytest.raises(DataError, match="one is a link that leads nowhere"):
+            list(read("one"))

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -18,10 +19,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from llmdoctor.errors import DataError
-from llmdoctor.files import present, require_regular, user_path
+from llmdoctor.files import present, read_text, require_regular, user_path
 from llmdoctor.harmless import first_line
+from llmdoctor.schema import shown
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -29,6 +32,8 @@ _LONGEST = 1 << 23  # bytes of a record: Python takes up to thirty times as many
 _UNPACKED, _RATIO = 1 << 28, 500
 _UNZIPPED = 1 << 23  # less than _UNPACKED: empty lines of so many bytes already take seconds
 _BATCH, _ROWS = 1 << 28, 1024  # bytes and rows of Parquet that are unpacked together, at most
+_CARD = 1 << 20  # bytes and values of the card of a data set
+_ELSEWHERE = re.compile(r"^[\w+.-]+:|://|::|^[/~\\]|(^|[/\\])\.\.([/\\]|$)")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -77,6 +82,8 @@ def local_path(source: str | Path) -> Path | None:
     path = user_path(source)
     if present(path):
         return path
+    if os.path.islink(path):  # noqa: PTH114 (that of Path raises for a name that is too long)
+        raise DataError(f"{source} is a link that leads nowhere: check where it should lead")
     if isinstance(source, Path) or source.startswith((".", "~", "/")) or suffix(path) in (*SUFFIXES, ".txt"):
         raise DataError(f"no data file at {source}: check the path")
     if not _HUB_NAME.fullmatch(source):
@@ -125,6 +132,41 @@ def _require_regular_folder(folder: Path) -> None:
     for item in folder.rglob("*"):
         if not (item.is_file() or item.is_dir()):
             raise DataError(f"{item} is no file: take it out of the folder of data")
+
+
+def _require_own_files(folder: Path) -> None:
+    """Raise DataError where the card of a folder names data elsewhere: on a network, or out of the folder."""
+    for card in (folder / name for name in ("README.md", ".huggingface.yaml") if present(folder / name)):
+        with _reading(card):
+            waiting = [(False, _card_values(card))]
+        for _ in range(_CARD):
+            if not waiting or len(waiting) > _CARD:
+                break
+            is_place, value = waiting.pop()
+            if isinstance(value, dict):
+                waiting += [(is_place or key in ("data_files", "data_dir"), held) for key, held in value.items()]
+            elif isinstance(value, list):
+                waiting += [(is_place, held) for held in value]
+            elif is_place and isinstance(value, str) and _ELSEWHERE.search(value):
+                raise DataError(
+                    f"{card} names data at {shown(value)}: expected files of its folder. Give that place itself as the "
+                    "data, or take it out of the card"
+                )
+        if waiting:
+            raise DataError(f"{card}: more than {_CARD:,} values, with its aliases written out")
+
+
+def _card_values(card: Path) -> Any:
+    """What the YAML of a card says, which is the beginning of a README. Raises OSError, ValueError, RecursionError."""
+    text = read_text(card, _CARD)
+    if card.suffix == ".md":
+        front = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r\n|\n|$)", text, re.DOTALL)
+        text = front[1] if front else ""
+    try:
+        return yaml.safe_load(text)
+    # of odd values of a known tag PyYAML raises whatever its code happens to
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"its YAML is damaged: {first_line(error)}") from error
 
 
 @contextmanager
@@ -362,7 +404,10 @@ def _dictionary_size(column: Any) -> int:
 def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
     from llmdoctor.model_source import hub_offline
 
-    hub_offline()  # before the libraries below read whether they may ask it
+    if Path(name).is_dir():
+        _require_own_files(Path(name))
+    else:
+        hub_offline()  # before the libraries below read whether they may ask it
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
