@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 from typing import Any
 
 import pyarrow as pa
@@ -327,6 +328,16 @@ def test_a_folder_of_data_asks_no_network(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a*\n---\n# Of mine\n")
     assert [pair.chosen for pair in read_pairs(tmp_path)] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["gzip", "xz"])
+def test_what_unpacks_out_of_all_proportion_in_a_folder_is_refused(kind, tmp_path):
+    pair = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+    bomb = pair + b"\n" * (1 << 24)
+    packed = {"gzip": gzip.compress, "xz": lzma.compress}[kind](bomb)
+    (tmp_path / f"a.jsonl.{'gz' if kind == 'gzip' else 'xz'}").write_bytes(packed)
+    with pytest.raises(DataError, match=r"unpacks to 500 times its size|only gzip may pack a file"):
+        list(read_pairs(tmp_path))
 
 
 def test_a_link_that_leads_nowhere_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):

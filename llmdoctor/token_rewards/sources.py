@@ -34,6 +34,8 @@ _UNZIPPED = 1 << 23  # less than _UNPACKED: empty lines of so many bytes already
 _BATCH, _ROWS = 1 << 28, 1024  # bytes and rows of Parquet that are unpacked together, at most
 _CARD = 1 << 20  # bytes and values of the card of a data set
 _ELSEWHERE = re.compile(r"^[\w+.-]+:|://|::|^[/~\\]|(^|[/\\])\.\.([/\\]|$)")
+# zip, bzip2, xz, zstd, lz4, 7z, rar: what they unpack to is not bounded here
+_OTHER_PACKED = (b"PK\3\4", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\4\x22M\x18", b"7z\xbc\xaf", b"Rar!")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -154,6 +156,20 @@ def _require_own_files(folder: Path) -> None:
                 )
         if waiting:
             raise DataError(f"{card}: more than {_CARD:,} values, with its aliases written out")
+
+
+def _require_unpackable_files(folder: Path) -> None:
+    """Raise DataError for a file that unpacks out of all proportion, or in a way that is not bounded here."""
+    for item in sorted(item for item in folder.rglob("*") if item.is_file()):
+        with _reading(item), _open(item) as stream:
+            head = stream.peek(512)
+            if head.startswith(_OTHER_PACKED):
+                raise ValueError("in a folder of data only gzip may pack a file: unpack it")
+            if isinstance(stream.raw, _Unzipped):
+                while stream.read(1 << 20):
+                    pass
+            elif head.startswith(b"PAR1"):
+                require_unpackable(pq.ParquetFile(stream))
 
 
 def _card_values(card: Path) -> Any:
@@ -406,6 +422,7 @@ def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
 
     if Path(name).is_dir():
         _require_own_files(Path(name))
+        _require_unpackable_files(Path(name))
     else:
         hub_offline()  # before the libraries below read whether they may ask it
     from datasets import load_dataset
