@@ -466,7 +466,7 @@ def test_nothing_waits_in_the_kernel_for_what_was_sent_before() -> None:
 
 
 def test_sigterm_lets_running_streams_end() -> None:
-    command = [sys.executable, "-m", "llmdoctor", "serve", "--port", "0", "--grace", "20", "--name", "clinic"]
+    command = [sys.executable, "-m", "llmdoctor", "serve", "--port", "0", "--grace", "120", "--name", "clinic"]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as server:
