@@ -39,7 +39,7 @@ class RecordedKV(DynamicKV):
         # a prompt, of which only the last logits are wanted, is long enough to run as it is
         graph = step_graph(self.model, self.cache.layers) if self._plain and ids_B_T.shape[1] == last else None
         if graph is None:
-            for layer in self.cache.layers:
+            for layer in self.cache.layers if self._plain else ():
                 layer.rooms = []  # the model makes new tensors: the old ones need not stay beside them
             return super().feed(ids_B_T, mask_B_L, last)
         self._in_forward = True
