@@ -120,7 +120,7 @@ def test_other_doctors_get_the_general_mode_unless_a_profile_was_chosen(effectiv
     assert own.mode == "ratio"
     assert how() == how("--profile", "clinic", "--doctor", given) == ("ratio", own.plausibility)
     assert how("--doctor", given) == ("product", 0.0)
-    assert how("--doctor", given, "--mode", "ratio") == ("ratio", 0.1)
+    assert how("--doctor", given, "--mode", "ratio") == ("ratio", 0.0)
     profile_file.write_text(profile_file.read_text().replace("temperature: 0.3", "mode: ratio, plausibility: 0.2"))
     assert how("--profile", profile_file, "--doctor", given) == ("ratio", 0.2)
 
