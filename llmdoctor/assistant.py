@@ -571,7 +571,7 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return [_seed(first + i) for i in range(count)]
 
 
-def _seed(given: int | None) -> int:
+def _seed(given: Any) -> int:
     seed = Sampling(seed=given).seed  # checked as anywhere else
     return secrets.randbelow(1 << 31) if seed is None else seed
 

@@ -1,11 +1,15 @@
 """The apps: the conversation, and the base that it shares with the browsers."""
 
+import asyncio
+import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 _SWITCH = 0.0005  # seconds that drawing may hold the interpreter while the generator waits for it (Python's own: 0.005)
 _TOLD = 0.2  # seconds between two looks at what saving has to tell
 _TERMINAL = 1.0  # seconds between two looks whether the terminal is still there
+_GOODBYE = 10.0  # seconds to leave in when it is gone: what was finished is saved long before
 _TWICE = 2.0  # seconds between two presses of Ctrl+C that quit
 _NOTICE, _READ = 5.0, 12  # seconds that a message stays at least, and characters read per second
 
@@ -90,12 +95,22 @@ class DoctorApp(App[int]):
         if self.worker is not None:
             self.worker.start()
         if not self.is_headless:
-            self.set_interval(_TERMINAL, self._leave_if_hung_up)
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=self._leave_when_hung_up, args=(loop,), daemon=True).start()
 
-    def _leave_if_hung_up(self) -> None:
-        """Leave when the terminal is gone without a signal: Textual would read its end of file for ever."""
-        if sys.__stdin__ is not None and hung_up(sys.__stdin__.fileno()):
-            self.exit(128 + signal.SIGHUP)
+    def _leave_when_hung_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Leave when the terminal is gone without a signal: Textual would read its end of file for ever.
+
+        In a thread: while an answer is drawn, Textual waits for ever for a terminal that takes nothing any more.
+        """
+        if sys.__stdin__ is None:
+            return
+        while not hung_up(sys.__stdin__.fileno()):
+            time.sleep(_TERMINAL)
+        with suppress(RuntimeError):  # the app has ended by itself
+            loop.call_soon_threadsafe(self.exit, 128 + signal.SIGHUP)
+        time.sleep(_GOODBYE)
+        os._exit(128 + signal.SIGHUP)
 
     def on_unmount(self) -> None:
         """End the worker."""

@@ -1,6 +1,8 @@
 """The real program in a real (pseudo-)terminal, with the embedded models; and where there is none."""
 
+import asyncio
 import codecs
+import contextlib
 import fcntl
 import os
 import pty
@@ -12,10 +14,12 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from llmdoctor.sessions import SessionStore
+from llmdoctor.tui import app
 from llmdoctor.tui.guard import take_any_bytes
 
 SIZE = struct.pack("HHHH", 40, 120, 0, 0)
@@ -147,6 +151,18 @@ def test_it_leaves_when_its_terminal_is_gone_without_a_signal():
     program.until("α patient")
     os.close(program.ours)
     assert program.child.wait(60) == 128 + signal.SIGHUP
+
+
+def test_it_leaves_even_where_it_waits_for_a_terminal_that_is_gone(monkeypatch):
+    """While an answer is drawn, the loop waits for ever for Textual's writer, which ended with the terminal."""
+    ended = []
+    monkeypatch.setattr(app, "hung_up", lambda _fd: True)
+    monkeypatch.setattr(app, "_GOODBYE", 0.0)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "__stdin__", sys.__stdout__)
+    with contextlib.closing(asyncio.new_event_loop()) as loop:  # which never runs
+        app.DoctorApp._leave_when_hung_up(SimpleNamespace(exit=pytest.fail), loop)
+    assert ended == [128 + signal.SIGHUP]
 
 
 def test_a_failed_load_is_the_command_lines_line_and_exit_code(tmp_path):
