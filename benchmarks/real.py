@@ -690,7 +690,7 @@ def cells(rows: Sequence[dict[str, Any]]) -> Cells:
 
 def per_token(row: dict[str, Any]) -> float:
     """KL to the patient, nats."""
-    return float(row["kl"]) / max(row["tokens"], 1)
+    return max(0.0, float(row["kl"])) / max(row["tokens"], 1)  # rounding may leave a little less than 0
 
 
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:
