@@ -121,6 +121,8 @@ def compare(
     if sweep:
         unfit = {"--vs": vs, "--kl-budget": kl_budget is not None, "--follow": follow, "--diff": diff}
         _require_none("--sweep measures answers and shows none", unfit, "run compare a second time for them")
+    if follow:
+        _require_none("--follow shows what the patient would have said instead", {"--diff": diff}, "leave out one")
     if lens not in LENSES:
         raise UsageError(f"--lens must be one of {', '.join(LENSES)}, got {lens!r}")
     there = None

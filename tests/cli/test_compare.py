@@ -263,6 +263,7 @@ def test_columns_and_options_that_exclude_each_other(fails):
     fails(2, ["--vs", "given twice"], "compare", "Hi", "--vs", "beta=1", "--vs", "beta=1")
     fails(2, ["alpha and every beta are 0"], "compare", "Hi", "--vs", "alpha=0 beta=0")
     fails(2, ["--sweep", "--vs"], "compare", "Hi", "--vs", "beta=1", "--sweep", "beta=0:1:1")
+    fails(2, ["--follow", "--diff"], "compare", "Hi", "--follow", "--diff")
     for wrong in ("beta", "beta=", "beta=0:1:0", "beta=1:0:0.1", "beta=0:1:1e-9", "beta=a:b:c", "quack=1,2"):
         fails(2, ["--sweep"], "compare", "Hi", "--sweep", wrong)
     fails(2, ["--kl-budget", "above 0"], "compare", "Hi", "--kl-budget", 0)
