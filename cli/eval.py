@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmdoctor.artefacts import DoctorFile
 from llmdoctor.cli import measures_table, options
 from llmdoctor.cli.compare import questions
 from llmdoctor.cli.compare_columns import Plan
@@ -192,6 +191,7 @@ def _source(data: str, **how: str | None) -> "DataSettings":
 
 def _with_own_patient(settings: "Profile") -> "Profile":
     """With the patient that the doctor was trained for, where its folder names another one than the profile's."""
+    from llmdoctor.artefacts import DoctorFile
     from llmdoctor.model_source import model_fingerprint
     from llmdoctor.profile import override
 

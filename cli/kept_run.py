@@ -64,7 +64,7 @@ class KeptRun:
                 self._command = _fingerprint(plans, questions, command)
                 if not is_stream(path):
                     stack.enter_context(locked(path, beside=True))
-                known, seed = _read(path, self._command, seed)
+                    known, seed = _read(path, self._command, seed)
             self.run = Run(
                 questions,
                 options.fresh_seed() if seed is None else seed,
@@ -163,7 +163,7 @@ def _read(path: Path, command: str, seed: int | None) -> "tuple[dict[Key, Timed]
     """The answers that are there, and their seed. A line that a stop has cut is removed from the file."""
     from llmdoctor.comparing import KeptAnswer, Key
 
-    if is_stream(path) or not path.exists():
+    if not path.exists():
         return {}, seed
     found: dict[Key, Timed] = {}
     whole = 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from llmdoctor.answers import measures
 from llmdoctor.errors import UsageError
@@ -44,6 +44,8 @@ def _with_infinity(data: Any) -> Any:
 
 class KeptAnswer(BaseModel):
     """A line of a file of answers, as far as it is read again. JSON has no infinity: null stands for -inf."""
+
+    model_config = ConfigDict(defer_build=True)  # only who goes on with a file of answers needs it
 
     column: str
     question: int = Field(ge=1)

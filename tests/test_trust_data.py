@@ -303,7 +303,8 @@ def test_a_folder_of_data_names_nothing_outside_of_it(place, form, tmp_path, mon
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
     entry = "configs:\n- config_name: default\n  " + form.format(json.dumps(place)) + "\n"
-    for name, text in (("README.md", f"---\n{entry}---\n"), (".huggingface.yaml", entry)):
+    cards = [("README.md", f"---\n{entry}---{end}\n") for end in ("", " ", "\t")]  # blanks end it as well
+    for name, text in (*cards, (".huggingface.yaml", entry)):
         (folder / name).write_text(text)
         with pytest.raises(DataError, match="expected files of its folder"):
             list(read_pairs(folder))

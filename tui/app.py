@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -107,8 +106,10 @@ class DoctorApp(App[int]):
             return
         while not hung_up(sys.__stdin__.fileno()):
             time.sleep(_TERMINAL)
-        with suppress(RuntimeError):  # the app has ended by itself
+        try:
             loop.call_soon_threadsafe(self.exit, 128 + signal.SIGHUP)
+        except RuntimeError:  # the app has ended by itself
+            return
         time.sleep(_GOODBYE)
         os._exit(128 + signal.SIGHUP)
 

@@ -176,8 +176,10 @@ def _card_values(card: Path) -> Any:
     """What the YAML of a card says, which is the beginning of a README. Raises OSError, ValueError, RecursionError."""
     text = read_text(card, _CARD)
     if card.suffix == ".md":
-        front = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r\n|\n|$)", text, re.DOTALL)
-        text = front[1] if front else ""
+        from huggingface_hub.repocard import REGEX_YAML_BLOCK  # by which datasets reads cards, too
+
+        front = REGEX_YAML_BLOCK.search(text)
+        text = front[2] if front else ""
     try:
         return yaml.safe_load(text)
     # of odd values of a known tag PyYAML raises whatever its code happens to

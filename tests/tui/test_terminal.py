@@ -163,6 +163,10 @@ def test_it_leaves_even_where_it_waits_for_a_terminal_that_is_gone(monkeypatch):
     with contextlib.closing(asyncio.new_event_loop()) as loop:  # which never runs
         app.DoctorApp._leave_when_hung_up(SimpleNamespace(exit=pytest.fail), loop)
     assert ended == [128 + signal.SIGHUP]
+    app.DoctorApp._leave_when_hung_up(
+        SimpleNamespace(exit=pytest.fail), loop
+    )  # closed: what comes then is not the app's
+    assert ended == [128 + signal.SIGHUP]
 
 
 def test_a_failed_load_is_the_command_lines_line_and_exit_code(tmp_path):

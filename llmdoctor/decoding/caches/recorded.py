@@ -100,8 +100,8 @@ def _longer(layer: Any, slots: int) -> list[Tensor]:
     before. Only these are written into: what lies in other memory may belong to others.
     """
     rooms: list[Tensor] = getattr(layer, "rooms", [])
-    now = [layer.keys, layer.values]
-    if not rooms or any(_does_not_fit(kv, room, slots) for kv, room in zip(now, rooms, strict=True)):
+    if not rooms or _does_not_fit(layer.keys, rooms[0], slots):  # whatever replaces the keys replaces the values
+        now = [layer.keys, layer.values]
         more = slots + max(_ROOM, slots // 8)
         rooms = [kv.new_empty(*kv.shape[:2], more, kv.shape[3]) for kv in now]
         for kv, room in zip(now, rooms, strict=True):
