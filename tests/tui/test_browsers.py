@@ -1,8 +1,10 @@
 """The rewards browser and the comparison browser."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 from textual.widgets import DataTable, OptionList
@@ -16,6 +18,7 @@ from llmdoctor.tui.screens.browser import Item
 from llmdoctor.tui.screens.comparisons_browser import ComparisonsScreen, comparison_items
 from llmdoctor.tui.screens.failed import FailedScreen
 from llmdoctor.tui.screens.rewards_browser import RewardsScreen, rewards_item
+from llmdoctor.tui.screens.sessions import SessionsScreen
 from llmdoctor.tui.widgets.inspector import Inspector
 from llmdoctor.tui.widgets.search import Search
 from llmdoctor.tui.widgets.token_view import Piece
@@ -254,6 +257,30 @@ def test_conversations_are_searched_previewed_and_renamed_where_one_is(make_app,
         assert app.screen._chosen().title == "one"
         await d.press("enter")
         assert app.chat.turns[0].prompt == "How is the sun?"
+
+    drive(app, steps)
+
+
+def test_a_conversation_read_while_its_screen_closes_ends_nothing(make_app, drive, monkeypatch):
+    app = make_app()
+    asked, read = [], Future()
+
+    async def steps(d):
+        await d.ask("Go")
+        session = app.read_session(app.saved_sessions()[0].id).result()
+        monkeypatch.setattr(app, "read_session", lambda name: asked.append(name) or read)
+        await d.press("f9")
+        await d.until(lambda: asked)
+
+        async def without_its_widgets(screen):
+            if not read.done():
+                read.set_result(session)
+            await asyncio.sleep(0.05)
+
+        monkeypatch.setattr(SessionsScreen, "on_unmount", without_its_widgets, raising=False)
+        await d.press("escape")
+        await d.until(lambda: read.done() and app.focused is app.chat.prompt)
+        await d.ask("On")
 
     drive(app, steps)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -164,10 +164,9 @@ class SessionsScreen(Screen[str | None]):
 
     @on(DataTable.RowHighlighted)
     def _highlighted(self) -> None:
-        if one := self._chosen():
-            self._load(one)
+        if one := self._chosen():  # the preview's own worker: it ends before the preview does
+            self.query_one(TokenView).run_worker(self._load(one), group="preview", exclusive=True)
 
-    @work(group="preview", exclusive=True)
     async def _load(self, one: Summary) -> None:
         """Read a conversation, once the cursor rests on it."""
         await asyncio.sleep(_REST)
