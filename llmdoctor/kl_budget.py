@@ -49,7 +49,8 @@ def find_strength(
             return [*(one for one in tried if one is not best), best]
         if below is spent and strength >= limit:
             raise UsageError(
-                f"no beta has a KL of {budget:g} per token: the strongest guidance reaches {best.kl.value:.3g} nats"
+                f"no beta has a KL of {budget:g} per token: the most that guidance reaches is "
+                f"{max(one.kl.value for one in tried):.3g} nats"
             )
         if below is None and strength < _HARDLY and len(tried) > 1 and spent.kl.value > 0.97 * tried[-2].kl.value:
             raise UsageError(
