@@ -95,7 +95,7 @@ class View:
     def summary(self) -> tuple[str, str]:
         """What changed, and the settings."""
         m, diff = self.comparison.metrics, self.diff
-        words = f"{diff.removed} word{'' if diff.removed == 1 else 's'} removed, {diff.added} added, {diff.kept} kept; "
+        words = f"{counted(diff.removed, 'word')} removed, {diff.added} added, {diff.kept} kept; "
         away = f"it led away from the patient's own token at {sum(map(_led_away, self.comparison.guided.tokens))}; "
         changed = (
             f"guidance changed the likeliest token at {m['flips']} of {counted(m['guided_tokens'], 'place')}; "
