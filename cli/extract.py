@@ -40,7 +40,10 @@ def extract(
     ] = 0,
     probe: Annotated[
         bool | None,
-        option("--probe/--no-probe", "Also fit a probe of the patient's states to the pairs, for --direction probe."),
+        option(
+            "--probe/--no-probe",
+            "Also fit a probe of the patient's states to the pairs, for --direction progress and probe.",
+        ),
     ] = None,
     strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
     batch_tokens: Annotated[
@@ -74,7 +77,7 @@ def extract(
     settings = options.load(profile)
     model = override(settings.patient, model=patient, **loading)
     source = _data(settings, data, split=split, label=label, columns=columns)
-    probe = settings.rewards.direction == "probe" if probe is None else probe
+    probe = settings.rewards.direction in {"probe", "progress"} if probe is None else probe
     faces = chosen_faces(settings, face, needed=not probe)
     if not data:
         say(f"taking the pairs of the profile {settings.name}: {source.source} (--data names others)")

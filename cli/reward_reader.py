@@ -29,7 +29,7 @@ class RewardReader:
         self, *, pair: str | None, contains: str | None, worst: bool, limit: int
     ) -> "tuple[list[tuple[TokenRewards, TokenRewards]], Statistics, tuple[FaceDifference, ...]]":
         """In one pass, holding ``limit`` pairs: those to show, and the statistics of all that match ``contains``."""
-        from llmdoctor.token_rewards.formula import PROBE
+        from llmdoctor.token_rewards.formula import OF_STATES
         from llmdoctor.token_rewards.summary import FaceDifferences, RewardCounter, margin
 
         ids = range(max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1))
@@ -38,7 +38,7 @@ class RewardReader:
             self.tokenizer.convert_ids_to_tokens(list(ids)),
             self.text,
             special,
-            "log-odds" if PROBE in self.weights else "nats",
+            "nats" if OF_STATES.isdisjoint(self.weights) else "log-odds",
         )
         differences = FaceDifferences([name for name in self.weights if name in self.rewards.faces])
         first: list[tuple[TokenRewards, TokenRewards]] = []

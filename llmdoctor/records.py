@@ -116,7 +116,8 @@ class TokenScores:
     ``positive[name]`` and ``negative[name]`` [T] are log pi(y_t | face, x, y_<t). ``alternative_ids`` [T] is, for each
     position, the token other than y_t that the positive faces like best (mean log-prob over the face pairs), with its
     own log-probs: stage 2 may compare the value of y_t with that of this token after the same prefix. ``probe`` [T] is
-    r_t under the probe of the patient's states (`llmdoctor.token_rewards.probe`), where the folder has one.
+    r_t under the probe of the patient's states (`llmdoctor.token_rewards.probe`), where the folder has one, and
+    ``progress`` [T] what the token changes in the score that is forecast for the whole answer.
 
     "Yes, it is." under one face pair; the last token is the end of turn:
 
@@ -141,6 +142,7 @@ class TokenScores:
     alternative_positive: Mapping[str, Floats]
     alternative_negative: Mapping[str, Floats]
     probe: Floats | None = None
+    progress: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,16 @@ from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.fit import face_weights
 from llmdoctor.token_rewards.folder import RewardsFolder
 from llmdoctor.token_rewards.formula import alternative_rewards, token_rewards
-from llmdoctor.token_rewards.probe import FOLDS, Probe, bradley_terry_ridge, fit, fold_of
+from llmdoctor.token_rewards.probe import (
+    FOLDS,
+    Moments,
+    Probe,
+    all_moments,
+    bradley_terry_ridge,
+    fit,
+    fold_of,
+    middle,
+)
 from llmdoctor.token_rewards.states import StateReader, add_probe, kept_layers, probe_answer
 
 WORDS = ["the", "doctor", "speaks", "patient", "listens", "room", "dark", "polite", "helps", "rude", "bed", "sleep"]
@@ -40,6 +49,12 @@ def planted(pairs: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.nda
     return a, b, direction
 
 
+def fitted(a: np.ndarray, b: np.ndarray, fold: np.ndarray, layers: tuple[int, ...], tokens: float) -> Any:
+    """The probe of answers of one place each."""
+    parts = [Moments.of(side[None, middle(layers)]) for pair in zip(a, b, strict=True) for side in pair]
+    return fit(a, b, all_moments(parts), fold, layers, tokens)
+
+
 def test_the_fit_is_at_the_maximum() -> None:
     """The gradient of sum log sigmoid(z w) - ridge/2 |w|^2 is zero, also where a direction separates all pairs."""
     z = np.random.default_rng(0).normal(size=(60, 8))
@@ -52,7 +67,7 @@ def test_the_fit_is_at_the_maximum() -> None:
 
 def test_the_fit_finds_what_decides_the_pairs() -> None:
     a, b, direction = planted(400, noise=1.0)
-    probe, margins = fit(a, b, np.arange(400) % FOLDS, (1, 2), 10.0)
+    probe, margins = fitted(a, b, np.arange(400) % FOLDS, (1, 2), 10.0)
     assert (margins > 0).mean() > 0.9
     assert np.corrcoef(probe.whole_D_H.ravel(), direction.ravel())[0, 1] > 0.9
     # calibrated: log-odds of about the size that the noise gives, not merely of the right sign
@@ -63,19 +78,19 @@ def test_labels_by_chance_are_predicted_by_chance() -> None:
     """More numbers per state than pairs: a fit that had seen a pair would be right about it."""
     random = np.random.default_rng(1)
     a, b = random.normal(size=(2, 300, 3, 200)).astype(np.float32)
-    _, margins = fit(a, b, np.arange(300) % FOLDS, (1, 2, 3), 10.0)
+    _, margins = fitted(a, b, np.arange(300) % FOLDS, (1, 2, 3), 10.0)
     assert abs((margins > 0).mean() - 0.5) < 0.1
 
 
 def test_a_pair_is_scored_by_a_fit_without_its_fold() -> None:
     a, b, _ = planted(100, noise=0.5)
     fold = np.arange(100) % FOLDS
-    probe, margins = fit(a, b, fold, (1, 2), 10.0)
+    probe, margins = fitted(a, b, fold, (1, 2), 10.0)
     for number in range(100):
         own = np.einsum("dh,dh->", a[number] - b[number], probe.without_D_H[fold[number]])
         assert own == pytest.approx(margins[number], rel=1e-3, abs=1e-4)
     a[fold == 3], b[fold == 3] = b[fold == 3], a[fold == 3].copy()
-    turned, _ = fit(a, b, fold, (1, 2), 10.0)
+    turned, _ = fitted(a, b, fold, (1, 2), 10.0)
     np.testing.assert_allclose(turned.without_D_H[3], probe.without_D_H[3], rtol=1e-3, atol=1e-4)
     assert not np.allclose(turned.without_D_H[4], probe.without_D_H[4], rtol=1e-1)
 
@@ -93,24 +108,64 @@ def test_the_folds_hold_whole_prompts_in_any_order() -> None:
 def test_too_few_pairs_and_states_that_are_no_numbers() -> None:
     a, b, _ = planted(19, noise=0)
     with pytest.raises(DataError, match="at least 20 pairs"):
-        fit(a, b, np.arange(19) % FOLDS, (1, 2), 1.0)
+        fitted(a, b, np.arange(19) % FOLDS, (1, 2), 1.0)
     a, b, _ = planted(30, noise=0)
     a[4, 0, 0] = np.inf
     with pytest.raises(DataError, match="not finite"):
-        fit(a, b, np.arange(30) % FOLDS, (1, 2), 1.0)
+        fitted(a, b, np.arange(30) % FOLDS, (1, 2), 1.0)
 
 
 def test_a_probe_is_the_same_when_read_again(tmp_path: Path) -> None:
     a, b, _ = planted(50, noise=0.5)
-    probe, _ = fit(a, b, np.arange(50) % FOLDS, (3, 7), 12.5)
+    probe, _ = fitted(a, b, np.arange(50) % FOLDS, (3, 7), 12.5)
     probe.save(tmp_path / "probe.safetensors")
     again = Probe.load(tmp_path / "probe.safetensors")
     some = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
     for fold in (None, *range(FOLDS)):
         np.testing.assert_array_equal(again.rewards(some, fold), probe.rewards(some, fold))
+        np.testing.assert_array_equal(again.progress(some, fold), probe.progress(some, fold))
     (tmp_path / "probe.safetensors").write_bytes(b"nothing")
     with pytest.raises(LoadError, match="cannot read the probe"):
         Probe.load(tmp_path / "probe.safetensors")
+
+
+def test_the_forecast_is_a_ridge_regression_and_its_changes_add_up(tmp_path: Path) -> None:
+    """Against the normal equations written out place by place, for every fit; the last place tells the score itself."""
+    random = np.random.default_rng(0)
+    answers = [random.normal(size=(2, random.integers(4, 9), 6)).astype(np.float32) for _ in range(80)]
+    means = np.stack([held[:, 1:].mean(axis=1) for held in answers])
+    moments = all_moments([Moments.of(held[1]) for held in answers])
+    fold = np.arange(40) % FOLDS
+    probe, _ = fit(means[0::2], means[1::2], moments, fold, (3, 7), 5.0)
+    for part in (None, 4):
+        scores = [float(probe.rewards(held[:, 1:], part).mean()) * 5.0 for held in answers]
+        x = np.concatenate([np.column_stack([held[1], np.ones(len(held[1]))]) for held in answers]).astype(np.float64)
+        y = np.repeat(scores, [held.shape[1] for held in answers])
+        penalty = 0.01 * len(x) * np.diag([1.0] * 6 + [0.0])
+        expected = np.linalg.solve(x.T @ x + penalty, x.T @ y)
+        found = probe.forecast_X if part is None else probe.forecasts_X[part]
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+        for held, score in zip(answers, scores, strict=True):
+            before = float(held[1, 0] @ expected[:-1] + expected[-1])
+            np.testing.assert_allclose(probe.progress(held, part).sum(), score - before, rtol=1e-3, atol=1e-4)
+    turned, _ = fit(means[1::2], means[0::2], moments, fold, (3, 7), 5.0)
+    assert not np.allclose(turned.forecast_X, probe.forecast_X)
+
+
+def test_a_label_does_not_reach_the_rewards_of_its_own_pair() -> None:
+    """Turning the labels of one fold changes neither reward of its own pairs."""
+    a, b, _ = planted(60, noise=0.5)
+    fold = np.arange(60) % FOLDS
+    c, d = a.copy(), b.copy()
+    c[fold == 4], d[fold == 4] = b[fold == 4], a[fold == 4]
+    parts = [Moments.of(side[None, 1]) for pair in zip(a, b, strict=True) for side in pair]
+    turned = [Moments.of(side[None, 1]) for pair in zip(c, d, strict=True) for side in pair]
+    first, _ = fit(a, b, all_moments(parts), fold, (3, 7), 5.0)
+    second, _ = fit(c, d, all_moments(turned), fold, (3, 7), 5.0)
+    some = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
+    np.testing.assert_allclose(second.progress(some, 4), first.progress(some, 4), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(second.rewards(some, 4), first.rewards(some, 4), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(second.progress(some), first.progress(some), rtol=1e-3, atol=1e-4)
 
 
 def test_the_kept_layers_are_at_most_ten_and_end_with_the_last() -> None:
@@ -159,18 +214,21 @@ def test_states_are_those_of_each_response_alone(kind: str, tiny_model: Any, pai
     folder = RewardsFolder(extracted(patient, pairs_file, tmp_path / "r"))
     pairs = list(islice(folder, 6))
     reader = StateReader(patient)
-    means = reader.means(pairs)
+    means, moments = reader.means(pairs)
     random = np.random.default_rng(0)
     depth, width = means.shape[1:]
     direction, centre = random.normal(size=(2, depth, width)).astype(np.float32)
-    probe = Probe(reader.layers, centre, direction, (direction,) * FOLDS, 4.0, (1.0,))
+    forecast = random.normal(size=width + 1).astype(np.float32)
+    probe = Probe(reader.layers, centre, direction, (direction,) * FOLDS, forecast, (forecast,) * FOLDS, 4.0, (1.0,))
     rewards = reader.rewards(pairs, probe, [None] * len(pairs))
+    gram = np.zeros((width + 1, width + 1))
     for number, response in enumerate(side for pair in pairs for side in (pair.chosen, pair.rejected)):
         ids = torch.tensor([[*response.prompt_ids.tolist(), *response.response_ids.tolist()]])
         with torch.inference_mode():
             held = patient.model(ids, output_hidden_states=True).hidden_states
         values = []
         own = np.zeros((depth, len(response.response_ids), width))
+        of_middle = []
         for t in range(len(response.response_ids)):
             value = 0.0
             for d, layer in enumerate(reader.layers):
@@ -178,8 +236,18 @@ def test_states_are_those_of_each_response_alone(kind: str, tiny_model: Any, pai
                 own[d, t] = h / np.sqrt((h**2).mean())
                 value += float((own[d, t] - centre[d]) @ direction[d])
             values.append(value / 4.0)
-        np.testing.assert_allclose(rewards[number], values, rtol=1e-4, atol=1e-4)
+        for place in range(-1, len(response.response_ids)):
+            h = held[reader.layers[depth // 2]][0, len(response.prompt_ids) + place].numpy()
+            of_middle.append(h / np.sqrt((h**2).mean()))
+        told = [float(h @ forecast[:-1] + forecast[-1]) for h in of_middle]
+        told[-1] = sum(values) / len(values) * 4.0  # the score of the whole answer
+        np.testing.assert_allclose(rewards[number][0], values, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(rewards[number][1], np.diff(told), rtol=1e-4, atol=1e-3)
+        ones = np.ones(len(of_middle))
+        np.testing.assert_allclose(moments.sums_R_X[number], [*np.sum(of_middle, axis=0), ones.sum()], rtol=1e-4)
+        gram += (x := np.column_stack([of_middle, ones])).T @ x
         np.testing.assert_allclose(means[number], own.mean(axis=1), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(moments.gram_X_X, gram, rtol=1e-3, atol=1e-3)
 
 
 def test_a_stopped_run_goes_on_to_the_same_folder(
@@ -217,7 +285,8 @@ def test_the_folder_gives_every_response_its_own_rewards(
     folds = fold_of([pair.chosen.prompt_ids for pair in pairs])
     again = StateReader(patient, probe.layers).rewards(pairs, probe, folds.tolist())
     for number, response in enumerate(side for pair in pairs for side in (pair.chosen, pair.rejected)):
-        np.testing.assert_allclose(response.probe, again[number], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(response.probe, again[number][0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(response.progress, again[number][1], rtol=1e-4, atol=1e-4)
     assert folder.probe is not None
     held = load_file(path / "states-00000.safetensors")["means"]
     assert folder.probe["bytes_per_pair"] == 2 * held[0].nbytes
@@ -233,8 +302,9 @@ def test_direction_probe_takes_the_rewards_as_they_are(
     path = extracted(patient, pairs_file, tmp_path / "r", {"f": FacePair("Be kind.", "Be rude.")})
     without = RewardsFolder(path)
     settings = RewardSettings(direction="probe")
-    with pytest.raises(UsageError, match="--probe"):
-        face_weights(without, without.signals, settings)
+    for direction in ("probe", "progress"):
+        with pytest.raises(UsageError, match="--probe"):
+            face_weights(without, without.signals, RewardSettings(direction=direction))
     list(add_probe(patient, path))
     folder = RewardsFolder(path)
     weights = face_weights(folder, folder.signals, settings)
@@ -242,6 +312,13 @@ def test_direction_probe_takes_the_rewards_as_they_are(
     pair = next(iter(folder))
     np.testing.assert_array_equal(token_rewards(pair.chosen, settings, weights).rewards, pair.chosen.probe)
     assert alternative_rewards(pair.chosen, settings, weights) is None
+    of_change = RewardSettings(direction="progress")
+    weights = face_weights(folder, folder.signals, of_change)
+    assert weights == {"progress": 1.0}
+    np.testing.assert_array_equal(token_rewards(pair.chosen, of_change, weights).rewards, pair.chosen.progress)
+    assert alternative_rewards(pair.chosen, of_change, weights) is None
+    with pytest.raises(UsageError, match="older version"):
+        token_rewards(replace(pair.chosen, progress=None), of_change, weights)
     # unless named, the probe has no say where the direction is not its own
     assert face_weights(folder, folder.signals, RewardSettings()) == {"f": 1.0}
     both = face_weights(folder, folder.signals, RewardSettings(direction="fitted"))
@@ -285,7 +362,7 @@ def test_one_answer_is_scored_as_the_folder_scores_it(tiny_model: Any, pairs_fil
     pair = next(iter(RewardsFolder(path)))
     row = json.loads(pairs_file.read_text().splitlines()[0])
     found = probe_answer(patient, probe, row["prompt"], row["chosen"])
-    expected = StateReader(patient, probe.layers).rewards([pair], probe, [None])[0]
+    expected, _ = StateReader(patient, probe.layers).rewards([pair], probe, [None])[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="empty"):
         probe_answer(patient, probe, row["prompt"], "")

@@ -14,7 +14,7 @@ from llmdoctor.records import FacePair, PairScores, PairShape, SkippedRecord
 from llmdoctor.settings import DataSettings
 from llmdoctor.token_rewards.encode import PairEncoder
 from llmdoctor.token_rewards.folder import shard_path, shard_paths
-from llmdoctor.token_rewards.formula import PROBE
+from llmdoctor.token_rewards.formula import OF_STATES
 from llmdoctor.token_rewards.pairs import read_pairs, shuffled
 from llmdoctor.token_rewards.processes import team
 from llmdoctor.token_rewards.rows import chunks
@@ -61,10 +61,10 @@ def extract(
 
     Without ``faces`` nothing is scored: the folder holds token ids, for `llmdoctor.token_rewards.states.add_probe`.
 
-    Raises UsageError (a face pair called "probe", a bad limit, a folder that is not a rewards folder or that another
-    run writes to), DataError (nothing usable), LoadError (``output`` holds the rewards of another patient, of other
-    faces or of other data, or a damaged shard; a tokenizer without an end-of-sequence token; log-probs that are not
-    numbers), StorageError.
+    Raises UsageError (a face pair called "probe" or "progress", a bad limit, a folder that is not a rewards folder or
+    that another run writes to), DataError (nothing usable), LoadError (``output`` holds the rewards of another patient,
+    of other faces or of other data, or a damaged shard; a tokenizer without an end-of-sequence token; log-probs that
+    are not numbers), StorageError.
     """
     _check(faces, limit=limit, batch_tokens=batch_tokens)
     writer = RewardsWriter(output, _identity(patient, data, faces, limit, shuffle))
@@ -102,8 +102,9 @@ def extract(
 
 
 def _check(faces: Mapping[str, FacePair], **counts: int | None) -> None:
-    if PROBE in faces:
-        raise UsageError(f"no face pair may be called {PROBE!r}, which is the reward of the probe: choose another name")
+    if taken := OF_STATES.intersection(faces):
+        name = min(taken)
+        raise UsageError(f"no face pair may be called {name!r}, which is a reward of the probe: choose another name")
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UsageError(f"{name} must be 1 or more; got {value}")

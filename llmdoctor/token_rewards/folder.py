@@ -24,7 +24,7 @@ from llmdoctor.files import atomic_path, file_checksum, present, read_json, requ
 from llmdoctor.harmless import first_line
 from llmdoctor.records import Floats, PairScores, Side, TokenScores
 from llmdoctor.tensors import read_tensors
-from llmdoctor.token_rewards.formula import PROBE
+from llmdoctor.token_rewards.formula import PROBE, PROGRESS
 from llmdoctor.token_rewards.sources import require_unpackable
 
 SCHEMA_VERSION = REWARDS_VERSION
@@ -193,28 +193,31 @@ class RewardsFolder:
             pairs = read_shard(shard, self.faces, self.meta["tokenizer"].get("size", 0))
             yield from pairs if self.probe is None else _with_probe(pairs, self._credits(index))
 
-    def _credits(self, index: int) -> Floats:
-        """The probe's rewards of all tokens of one shard, response after response."""
+    def _credits(self, index: int) -> dict[str, Floats]:
+        """The probe's rewards of all tokens of one shard, response after response, by name."""
         path = credit_path(self.path, index)
         assert self.probe is not None
         if path not in self._checked:
             require_checksum(path, str(self.probe["files"].get(path.name)))
             self._checked.add(path)
-        rewards = read_tensors(path, ("rewards",))["rewards"]
-        if rewards.ndim != 1 or rewards.dtype != torch.float32:
-            raise LoadError(f"cannot read {path}: expected a list of float32, got {rewards.dtype} {[*rewards.shape]}")
-        credits: Floats = rewards.numpy()
-        return credits
+        held = read_tensors(path, ("rewards",))
+        # "progress" is missing from a folder of an older version
+        credits = {name: held[key] for name, key in ((PROBE, "rewards"), (PROGRESS, "progress")) if key in held}
+        for one in credits.values():
+            if one.ndim != 1 or one.dtype != torch.float32 or len(one) != len(credits[PROBE]):
+                raise LoadError(f"cannot read {path}: expected a list of float32, got {one.dtype} {[*one.shape]}")
+        return {name: one.numpy() for name, one in credits.items()}
 
 
-def _with_probe(pairs: Iterator[PairScores], rewards: Floats) -> Iterator[PairScores]:
-    """The pairs, each response with its part of ``rewards``."""
-    start = 0
+def _with_probe(pairs: Iterator[PairScores], credits: dict[str, Floats]) -> Iterator[PairScores]:
+    """The pairs, each response with its part of the probe's rewards."""
+    start, rewards = 0, credits[PROBE]
     for pair in pairs:
         parts = []
         for side in (pair.chosen, pair.rejected):
             stop = start + len(side.response_ids)
-            parts.append(replace(side, probe=rewards[start:stop].copy()))
+            own: dict[str, Any] = {name: one[start:stop].copy() for name, one in credits.items()}
+            parts.append(replace(side, **own))
             start = stop
         if stop > len(rewards):
             break

@@ -19,23 +19,29 @@ from llmdoctor.errors import UsageError
 from llmdoctor.records import Floats, TokenRewards, TokenScores
 from llmdoctor.settings import RewardSettings
 
-PROBE = "probe"
-"""The name of the probe's reward where it stands beside those of the face pairs."""
+PROBE, PROGRESS = "probe", "progress"
+"""The names of the probe's two rewards where one stands beside those of the face pairs, or in their place."""
+OF_STATES = {PROBE, PROGRESS}
 
 
 def gap(scores: TokenScores, face: str) -> Floats:
-    """Log pi_pos - log pi_neg of every response token under one face pair [T], nats; r_t for the probe, log-odds.
+    """Log pi_pos - log pi_neg of every response token under one face pair [T], nats; r_t for a probe, log-odds.
 
-    Raises UsageError where the probe is asked for and there is none.
+    Raises UsageError where a probe's reward is asked for and there is none.
     """
-    if face == PROBE:
-        if scores.probe is None:
-            raise UsageError(NO_PROBE)
-        return scores.probe
+    if face in OF_STATES:
+        found = scores.probe if face == PROBE else scores.progress
+        if found is None:
+            raise UsageError(NO_PROBE if scores.probe is None else NO_PROGRESS)
+        return found
     return scores.positive[face] - scores.negative[face]
 
 
 NO_PROBE = "these rewards have no probe: run extract again with --probe, which adds one to the same folder"
+NO_PROGRESS = (
+    "the probe of these rewards was fitted by an older version, which knew no progress: delete probe.json, "
+    "probe*.safetensors and states-*.safetensors, and run extract again"
+)
 
 
 def importance(gaps_T: Floats, scale: float | Floats, tau: float) -> Floats:
@@ -49,7 +55,7 @@ def face_signal(scores: TokenScores, face: str, settings: RewardSettings, *, alt
     With ``alternative`` it is that of the alternative token at each position, on the scale of the response itself.
     """
     gaps_T = gap(scores, face)
-    if face == PROBE:
+    if face in OF_STATES:
         return gaps_T
     scale = _scale(gaps_T, settings)
     if alternative:
@@ -84,20 +90,23 @@ def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...
     """What the rewards are drawn from: the face pairs of ``settings``, or all of ``faces``, or the probe.
 
     ``faces`` are those that the rewards hold, ``PROBE`` among them if they have a probe. Unless named, it counts only
-    in direction "probe", alone, and in direction "fitted", beside the face pairs. Raises UsageError for a name that is
-    not there.
+    in directions "probe" and "progress", alone, and in direction "fitted", beside the face pairs. Raises UsageError for
+    a name that is not there.
     """
     known = tuple(faces)
-    if settings.direction == "probe":
-        names: tuple[str, ...] = (PROBE,)
-    elif settings.faces:
+    if settings.direction in OF_STATES:
+        if PROBE not in known:
+            raise UsageError(NO_PROBE)
+        return (settings.direction,)
+    names: tuple[str, ...]
+    if settings.faces:
         names = settings.faces
     else:
         names = tuple(name for name in known if name != PROBE or settings.direction == "fitted")
     if PROBE in names and PROBE not in known:
         raise UsageError(NO_PROBE)
     if not names:
-        raise UsageError("these rewards hold no face pair, only a probe: choose direction probe or fitted")
+        raise UsageError("these rewards hold no face pair, only a probe: choose direction progress, probe or fitted")
     if missing := [name for name in names if name not in known]:
         raise UsageError(f"no face pair {missing[0]!r} in these rewards: they hold {', '.join(known)}")
     return names
@@ -128,7 +137,7 @@ def alternative_rewards(scores: TokenScores, settings: RewardSettings, weights: 
     None for directions "label" and "agree", where a token that is in neither response has no label, and for a probe,
     which reads a token's state and has none of what was not said.
     """
-    if settings.direction in {"label", "agree"} or PROBE in weights:
+    if settings.direction in {"label", "agree"} or not OF_STATES.isdisjoint(weights):
         return None
     signals_F_T = [np.float32(w) * face_signal(scores, f, settings, alternative=True) for f, w in weights.items()]
     rewards_T: Floats = np.sum(signals_F_T, axis=0, dtype=np.float32)

@@ -9,8 +9,17 @@ the frozen patient all the same.
 The token reward of direction "probe" is r_t = v_t / (mean T): over an answer of usual length it adds up to the log-odds
 of that answer, so that rho is the inverse KL coefficient of RLHF.
 
+That credits a token with its own state alone. The token reward of direction "progress" is what the token changes in
+what is to be expected of the whole answer:
+
+    r_t = F_t - F_{t-1},   F_t = f . h_t + c for t < T,   F_T = R(y)
+
+with h_t the state of the middle kept layer behind y_t (h_0 behind the prompt), and f, c the ridge regression of R(y) on
+the states of all places. These rewards add up to R(y) - F_0 exactly.
+
 Every pair is scored by a probe that has not seen its prompt: the pairs are split by prompt into ``FOLDS`` parts, and
-the rewards of each come from a fit on the others. All kept layers are fitted together, so that none has to be chosen.
+the rewards of each come from a fit on the others (F from the scores that this fit gives). All kept layers are fitted
+together, so that none has to be chosen.
 """
 
 import hashlib
@@ -35,7 +44,8 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _RANK = 256  # principal coordinates in which the fit is made: with fewer pairs than that it loses nothing
 _INNER = 3  # parts of the other folds, by which a fold's ridge is chosen
 _LEAST = 20
-_TENSORS = ("layers", "centre", "whole", "without", "tokens", "ridges")
+_TENSORS = ("layers", "centre", "whole", "without", "forecast", "forecasts", "tokens", "ridges")
+_STIFF = 0.01  # ridge of the forecast, times the number of states
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +53,17 @@ class Probe:
     """Directions on the states of ``layers`` (0 is the embedding), and how well they predict held-out pairs.
 
     ``whole_D_H`` is fitted on all pairs, ``without_D_H[k]`` on all but those of fold k; ``centre_D_H`` is the mean
-    state. ``tokens`` is the mean length of a response, ``ridges`` are the penalties chosen: of all pairs, then by fold.
+    state. ``forecast_X`` is f and c [H + 1] for the scores of the whole fit, ``forecasts_X[k]`` for those of the fit
+    without fold k. ``tokens`` is the mean length of a response, ``ridges`` are the penalties chosen: of all pairs, then
+    by fold.
     """
 
     layers: tuple[int, ...]
     centre_D_H: Floats
     whole_D_H: Floats
     without_D_H: tuple[Floats, ...]
+    forecast_X: Floats
+    forecasts_X: tuple[Floats, ...]
     tokens: float
     ridges: tuple[float, ...]
 
@@ -59,12 +73,21 @@ class Probe:
         values_T = np.einsum("dth,dh->t", states_D_T_H - self.centre_D_H[:, None], direction_D_H)
         return np.asarray(values_T / self.tokens, dtype=np.float32)
 
+    def progress(self, states_D_S_H: Floats, fold: int | None = None) -> Floats:
+        """r_t of direction "progress" [T], from the states behind the prompt and every token of a whole answer [S]."""
+        forecast_X = self.forecast_X if fold is None else self.forecasts_X[fold]
+        told_S = states_D_S_H[middle(self.layers)] @ forecast_X[:-1] + forecast_X[-1]
+        told_S[-1] = self.rewards(states_D_S_H[:, 1:], fold).mean() * self.tokens
+        return np.asarray(np.diff(told_S), dtype=np.float32)
+
     def save(self, path: Path) -> None:
         """Write it as a safetensors file, atomically. Raises StorageError."""
         tensors = {
             "centre": self.centre_D_H,
             "whole": self.whole_D_H,
             "without": np.stack(self.without_D_H),
+            "forecast": self.forecast_X,
+            "forecasts": np.stack(self.forecasts_X),
             "layers": np.array(self.layers, dtype=np.int64),
             "tokens": np.array([self.tokens]),
             "ridges": np.array(self.ridges),
@@ -81,16 +104,25 @@ class Probe:
             shapes = [held["centre"].shape, *(one.shape for one in held["without"])]
             if len(held["layers"]) != depth or any(shape != (depth, width) for shape in shapes):
                 raise ValueError("its directions have different shapes")
+            if any(one.shape != (width + 1,) for one in (held["forecast"], *held["forecasts"])):
+                raise ValueError("its forecasts have different shapes")
             return cls(
                 tuple(held["layers"].tolist()),
                 held["centre"],
                 held["whole"],
                 tuple(held["without"]),
+                held["forecast"],
+                tuple(held["forecasts"]),
                 float(held["tokens"][0]),
                 tuple(held["ridges"].tolist()),
             )
         except (LoadError, ValueError, IndexError, TypeError) as error:
             raise LoadError(f"cannot read the probe {path}: {error}. Delete it and run extract again") from error
+
+
+def middle(layers: Sequence[int]) -> int:
+    """The place among the kept layers of the one whose states forecast the score."""
+    return len(layers) // 2
 
 
 def require_pairs(count: int) -> None:
@@ -115,16 +147,50 @@ def fold_of(prompts: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
     return np.array([fold[key] for key in keys])
 
 
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What a regression on the states of one layer needs, with a 1 behind each [X = H + 1].
+
+    ``sums_R_X`` is the sum over the places of each response, chosen and rejected in turn, that behind the prompt among
+    them; ``gram_X_X`` the sum of their outer products over all responses.
+    """
+
+    sums_R_X: NDArray[Any]
+    gram_X_X: NDArray[Any]
+
+    @classmethod
+    def of(cls, states_S_H: Floats) -> "Moments":
+        """Those of one response."""
+        x_S_X = np.concatenate([states_S_H, np.ones_like(states_S_H[:, :1])], axis=1)
+        return cls(x_S_X.sum(axis=0)[None], x_S_X.T @ x_S_X)
+
+    def forecast(self, scores_R: Doubles) -> Floats:
+        """f and c [X]: the ridge regression of every response's score on the state at each of its places."""
+        penalty_X = np.full(len(self.gram_X_X), _STIFF * float(self.gram_X_X[-1, -1]))
+        penalty_X[-1] = 0  # the constant is free
+        right_X = scores_R @ self.sums_R_X.astype(np.float64)
+        found_X = np.linalg.solve(self.gram_X_X.astype(np.float64) + np.diag(penalty_X), right_X)
+        return np.asarray(found_X, dtype=np.float32)
+
+
+def all_moments(parts: Sequence[Moments]) -> Moments:
+    """Those of all responses, from those of parts of them in their order."""
+    gram_X_X = sum(part.gram_X_X for part in parts[1:])
+    return Moments(np.concatenate([part.sums_R_X for part in parts]), parts[0].gram_X_X + gram_X_X)
+
+
 def fit(
     chosen_P_D_H: NDArray[Any],
     rejected_P_D_H: NDArray[Any],
+    moments: Moments,
     fold_P: NDArray[np.int64],
     layers: Sequence[int],
     tokens: float,
 ) -> tuple[Probe, Doubles]:
     """The probe of these mean states, and its margin R(chosen) - R(rejected) for every pair, seen by no fit of it [P].
 
-    Margins are in log-odds. Raises DataError for fewer than 20 pairs, or states that are not finite.
+    ``moments`` are those of the middle layer. Margins are in log-odds. Raises DataError for fewer than 20 pairs, or
+    states that are not finite.
     """
     pairs, depth, width = chosen_P_D_H.shape
     require_pairs(pairs)
@@ -141,6 +207,10 @@ def fit(
     def direction(weights_Z: Doubles) -> Floats:
         return np.asarray((basis_X_Z @ weights_Z).reshape(depth, width) / scale_D[:, None], dtype=np.float32)
 
+    def forecast(direction_D_H: Floats) -> Floats:
+        sides = (np.einsum("pdh,dh->p", side, direction_D_H) for side in (chosen_P_D_H, rejected_P_D_H))
+        return moments.forecast(np.stack([*sides], axis=1).reshape(-1) - (centre_D_H * direction_D_H).sum())
+
     margins_P, without, ridges = np.zeros(pairs), [], []
     for fold in range(FOLDS):
         other_P = fold_P != fold
@@ -151,7 +221,16 @@ def fit(
         ridges.append(ridge)
     ridge = _best_ridge(z_P_Z, fold_P)
     whole_D_H = direction(bradley_terry_ridge(z_P_Z, ridge))
-    probe = Probe(tuple(layers), centre_D_H.astype(np.float32), whole_D_H, tuple(without), tokens, (ridge, *ridges))
+    probe = Probe(
+        tuple(layers),
+        centre_D_H.astype(np.float32),
+        whole_D_H,
+        tuple(without),
+        forecast(whole_D_H),
+        tuple(map(forecast, without)),
+        tokens,
+        (ridge, *ridges),
+    )
     return probe, margins_P
 
 

@@ -3,8 +3,10 @@
     rewards-00000.parquet --patient--> states-00000.safetensors --fit--> probe.safetensors --patient--> probe-00000...
 
 The first pass keeps the mean state of every response in a few layers, in float16: 2 x layers x width x 2 bytes per
-pair, 23 kB for 10 layers of a model 576 wide and 143 kB for one 3584 wide. The second pass reads the states of every
-token and keeps one number for each. Both see the prompt without a face. ``probe.json`` is written last.
+pair, 23 kB for 10 layers of a model 576 wide and 143 kB for one 3584 wide; and in float32 the sums that a regression on
+the middle one of them needs, a fifth of that, with a matrix of width x width for every shard. The second pass reads the
+states of every token and keeps two numbers for each. Both see the prompt without a face. ``probe.json`` is written
+last.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,7 @@ from llmdoctor.tensors import read_tensors
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids
 from llmdoctor.token_rewards.encode import EncodedPair, EncodedResponse
 from llmdoctor.token_rewards.folder import PROBE_META, RewardsFolder, credit_path, read_shard, shard_paths
-from llmdoctor.token_rewards.probe import Probe, fit, fold_of, require_pairs
+from llmdoctor.token_rewards.probe import Moments, Probe, all_moments, fit, fold_of, middle, require_pairs
 from llmdoctor.token_rewards.processes import team
 from llmdoctor.token_rewards.rows import PatientRows, Unit, chunks
 from llmdoctor.token_rewards.scoring import fitting_batch_tokens
@@ -57,21 +59,37 @@ class StateReader:
         self._patient = patient
         self._rows = PatientRows(patient, batch_tokens or fitting_batch_tokens(patient))
 
-    def means(self, pairs: Sequence[PairScores]) -> NDArray[np.float16]:
-        """The mean state of every response, chosen and rejected in turn [2P, D, H]."""
-        found = self._read(pairs, lambda states_D_T_H, _: states_D_T_H.mean(dim=1).half().numpy())
-        return np.stack(found)
+    def means(self, pairs: Sequence[PairScores]) -> tuple[NDArray[np.float16], Moments]:
+        """The mean state of every response, chosen and rejected in turn [2P, D, H], and the middle layer's moments."""
+        grams: list[NDArray[Any]] = []  # their sum so far: one for every response would fill the memory
 
-    def rewards(self, pairs: Sequence[PairScores], probe: Probe, folds: Sequence[int | None]) -> list[Floats]:
-        """r_t of every response, chosen and rejected in turn; each pair's by the fit without its fold."""
+        def of(states_D_S_H: Tensor, _: int) -> tuple[NDArray[np.float16], NDArray[Any]]:
+            own = Moments.of(states_D_S_H[middle(self.layers)].numpy())
+            grams[:] = [grams[0] + own.gram_X_X if grams else own.gram_X_X]
+            return states_D_S_H[:, 1:].mean(dim=1).half().numpy(), own.sums_R_X
 
-        def of(states_D_T_H: Tensor, pair: int) -> Floats:
-            return probe.rewards(states_D_T_H.numpy(), folds[pair])
+        means, sums = zip(*self._read(pairs, of), strict=True)
+        return np.stack(means), Moments(np.concatenate(sums), grams[0])
+
+    def rewards(
+        self, pairs: Sequence[PairScores], probe: Probe, folds: Sequence[int | None]
+    ) -> list[tuple[Floats, Floats]]:
+        """r_t of every response under directions "probe" and "progress", chosen and rejected in turn.
+
+        Each pair's are by the fit without its fold.
+        """
+
+        def of(states_D_S_H: Tensor, pair: int) -> tuple[Floats, Floats]:
+            held_D_S_H = states_D_S_H.numpy()
+            return probe.rewards(held_D_S_H[:, 1:], folds[pair]), probe.progress(held_D_S_H, folds[pair])
 
         return self._read(pairs, of)
 
     def _read(self, pairs: Sequence[PairScores], use: Any) -> list[Any]:
-        """``use(states [D, T, H], index of the pair)`` of every response, in the order of the pairs."""
+        """``use(states [D, S, H], index of the pair)`` of every response, in the order of the pairs.
+
+        The states are those behind the prompt and behind each of the T tokens: S = T + 1.
+        """
         encoded = [_encoded(pair, str(number)) for number, pair in enumerate(pairs)]
 
         @torch.inference_mode()
@@ -84,16 +102,17 @@ class StateReader:
                 )
             results: list[tuple[str, Side, Any]] = []
             for row, unit in enumerate(batch):
-                start = len(unit[0].prompt)
+                start = prompt = len(unit[0].prompt)
                 for response in unit:
                     stop = start + len(response.response)
+                    places = [prompt - 1, *range(start, stop)]
                     # the layers of a model that is spread over several GPUs have their states where they are
-                    held = [out.hidden_states[d][row, start:stop].float().cpu() for d in self.layers]
-                    states_D_T_H = torch.stack(held)
-                    states_D_T_H *= states_D_T_H.square().mean(dim=-1, keepdim=True).rsqrt()
-                    if states_D_T_H.isnan().any():
+                    held = [out.hidden_states[d][row, places].float().cpu() for d in self.layers]
+                    states_D_S_H = torch.stack(held)
+                    states_D_S_H *= states_D_S_H.square().mean(dim=-1, keepdim=True).rsqrt()
+                    if states_D_S_H.isnan().any():
                         raise LoadError(not_numbers(f"the states of the patient {self._patient.name}"))
-                    results.append((response.pair_id, response.side, use(states_D_T_H, int(response.pair_id))))
+                    results.append((response.pair_id, response.side, use(states_D_S_H, int(response.pair_id))))
                     start = stop
             return results
 
@@ -146,13 +165,16 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
         writes = processes.first or not together
         for index in own:
             if not _states_path(folder, index).is_file():
-                means = []
+                found_in = []
                 for window in chunks(read_shard(shards[index], rewards.faces), _WINDOW_PAIRS):
-                    means.append(reader.means(window))
+                    found_in.append(reader.means(window))
                     yield from (None for _ in window)
                 if writes:
+                    means, moments = zip(*found_in, strict=True)
+                    whole = all_moments(moments)
+                    kept = {"means": np.concatenate(means), "sums": whole.sums_R_X, "gram": whole.gram_X_X}
                     with atomic_path(_states_path(folder, index)) as temporary:
-                        save_file({"means": np.concatenate(means)}, temporary)
+                        save_file(kept, temporary)
         processes.wait()
         found = processes.from_first(lambda: _fit(folder, rewards, reader.layers))
         probe = Probe.load(folder / _DIRECTIONS)
@@ -165,7 +187,8 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
                     yield from (None for _ in window)
                 if writes:
                     with atomic_path(credit_path(folder, index)) as temporary:
-                        save_file({"rewards": np.concatenate(values)}, temporary)
+                        shares, progress = map(np.concatenate, zip(*values, strict=True))
+                        save_file({"rewards": shares, "progress": progress}, temporary)
         processes.wait()
         if processes.first:
             report = {key: value for key, value in found.items() if key != "folds"}
@@ -191,16 +214,21 @@ def _fit(folder: Path, rewards: RewardsFolder, layers: Sequence[int]) -> dict[st
         prompts.append(pair.chosen.prompt_ids)
         lengths += [len(pair.chosen.response_ids), len(pair.rejected.response_ids)]
     try:
-        paths = (_states_path(folder, i) for i in range(len(shard_paths(folder))))
-        means = np.concatenate([read_tensors(path, ("means",))["means"].numpy() for path in paths])
+        paths = [_states_path(folder, i) for i in range(len(shard_paths(folder)))]
+        held = [read_tensors(path, ("means", "sums", "gram")) for path in paths]
+        means = np.concatenate([one["means"].numpy() for one in held])
         if means.ndim != 3 or means.shape[:2] != (2 * len(ids), len(layers)):
             raise ValueError(f"they are those of {len(means) // 2} other pairs or of other layers")
+        moments = all_moments([Moments(one["sums"].numpy(), one["gram"].numpy()) for one in held])
+        wide = means.shape[2] + 1
+        if moments.sums_R_X.shape != (len(means), wide) or moments.gram_X_X.shape != (wide, wide):
+            raise ValueError("their sums are those of other pairs")
     except (LoadError, ValueError, TypeError) as error:
         raise LoadError(
             f"cannot read the states in {folder}: {error}. Delete states-*.safetensors and run again"
         ) from error
     fold_P = fold_of(prompts)
-    probe, margins_P = fit(means[0::2], means[1::2], fold_P, layers, float(np.mean(lengths)))
+    probe, margins_P = fit(means[0::2], means[1::2], moments, fold_P, layers, float(np.mean(lengths)))
     probe.save(folder / _DIRECTIONS)
     return {
         "layers": list(layers),
@@ -224,5 +252,5 @@ def probe_answer(patient: Patient, probe: Probe, prompt: str | Sequence[Message]
     ids = np.array(response_ids(tokenizer, answer, end_of_turn(tokenizer, patient.eos_ids)), dtype=np.int32)
     scores = TokenScores("", "chosen", asked, ids, {}, {}, ids, {}, {})
     pair = PairScores(scores, replace(scores, side="rejected"))
-    reward: Floats = StateReader(patient, probe.layers).rewards([pair], probe, [None])[0]
+    reward, _ = StateReader(patient, probe.layers).rewards([pair], probe, [None])[0]
     return reward
