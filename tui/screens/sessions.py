@@ -14,6 +14,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widgets import DataTable
+from textual.worker import WorkType
 
 from llmdoctor.errors import LLMDoctorError
 from llmdoctor.sessions import Session, Summary
@@ -164,8 +165,10 @@ class SessionsScreen(Screen[str | None]):
 
     @on(DataTable.RowHighlighted)
     def _highlighted(self) -> None:
-        if one := self._chosen():  # the preview's own worker: it ends before the preview does
-            self.query_one(TokenView).run_worker(self._load(one), group="preview", exclusive=True)
+        if one := self._chosen():
+            load: WorkType[None] = partial(self._load, one)
+            # the preview's own worker: it ends before the preview does
+            self.query_one(TokenView).run_worker(load, group="preview", exclusive=True)
 
     async def _load(self, one: Summary) -> None:
         """Read a conversation, once the cursor rests on it."""
