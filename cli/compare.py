@@ -18,6 +18,7 @@ from llmdoctor.cli.compare_budget import budget_text, within
 from llmdoctor.cli.compare_columns import Models, Plan, another, sides, sweep_points
 from llmdoctor.cli.compare_files import Forms
 from llmdoctor.cli.kept_run import KeptRun
+from llmdoctor.cli.measures_table import EPILOG as MEASURES
 from llmdoctor.cli.measures_table import filled, summary_table
 from llmdoctor.cli.options import option
 from llmdoctor.cli.picture import svg as picture
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from llmdoctor.tui.launch import PostComparison
 
 _SVG_COLUMNS = 45  # of a picture's terminal, for each answer
+
+AFTER_EXAMPLES = MEASURES
+"""Ends its ``--help``."""
 
 
 @options.derived

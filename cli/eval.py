@@ -11,6 +11,7 @@ from llmdoctor.cli import measures_table, options
 from llmdoctor.cli.compare import questions
 from llmdoctor.cli.compare_columns import Plan
 from llmdoctor.cli.evaluation_report import drawing, subject, tables, text_report
+from llmdoctor.cli.every_command import examples
 from llmdoctor.cli.kept_run import KeptRun
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import progress, put, put_json, say, waiting, write_file
@@ -31,7 +32,7 @@ EXAMPLES = (
     "eval outputs/doctor --prompts prompts.txt --betas 0,0.5,1,2 --html report.html",
 )
 """Shown by ``llmdoctor eval --help``; the tests run them."""
-EPILOG = options.examples(*EXAMPLES, then=measures_table.EPILOG)
+EPILOG = examples(*EXAMPLES, then=measures_table.EPILOG)
 
 
 _DOCTORS = Annotated[

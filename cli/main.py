@@ -7,16 +7,18 @@ import re
 import sys
 import threading
 import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, NoReturn
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from llmdoctor import __version__
-from llmdoctor.cli import chat, compare, env, extract, inspect, options, profiles, push, serve, shrink, train
-from llmdoctor.cli import eval as evaluation
-from llmdoctor.cli.measures_table import EPILOG as MEASURES
+from llmdoctor.cli.every_command import Quiet, Verbose, examples
 from llmdoctor.cli.terminal import narrate, say
 from llmdoctor.errors import LLMDoctorError, LLMDoctorWarning
 from llmdoctor.show.text import clean
@@ -34,7 +36,22 @@ _QUIET = {
 
 
 class _App(TyperGroup):
-    """Typer's group with this program's ends: exit codes 0, 1, 2, 3, 130 and one ``error:`` line."""
+    """Typer's group with commands that are loaded when they are called, and with this program's ends.
+
+    These are the exit codes 0, 1, 2, 3, 130 and one ``error:`` line.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.commands = cast("dict[str, Any]", _Commands())
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """List the commands without loading them."""
+        whole, self.commands = self.commands, {name: _listed(name) for name in COMMANDS}
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.commands = whole
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run the command line and exit."""
@@ -125,30 +142,82 @@ EXAMPLES = {
 """Shown by ``--help``, of every command. The tests run those that need nothing but the embedded models."""
 
 
-def _help(command: str, then: str = "") -> str:
-    return options.examples(*EXAMPLES[command], then=then)
+_TRY, _MAKE, _ABOUT = "Ask the guided model", "Make a doctor of your own", "Settings and help"
+COMMANDS = {
+    "chat": (
+        _TRY,
+        "Talk with the guided patient, side by side with the patient alone; F1 (or /help) explains the keys.",
+    ),
+    "compare": (_TRY, "Answer a question without and with the doctors, and show token by token what changed."),
+    "serve": (
+        _TRY,
+        "Serve the guided patient to many clients at once, as OpenAI's API does; alpha and beta per request.",
+    ),
+    "extract": (
+        _MAKE,
+        "Score every answer's tokens with the patient's own two faces, or by a probe of its hidden states.",
+    ),
+    "inspect": (
+        _MAKE,
+        "Show which tokens of the chosen and the rejected answers are rewarded, and what the rewards add up to.",
+    ),
+    "train": (_MAKE, "Train a small doctor on a rewards folder."),
+    "eval": (_MAKE, "Does my doctor work? On held-out pairs, on prompts, or both."),
+    "shrink": (_MAKE, "Make a small model of the patient's first layers, for a patient that has no small sibling."),
+    "push": (
+        _MAKE,
+        "Send a trained doctor with its model card to the Hugging Face hub (log in with `hf auth login` first).",
+    ),
+    "env": (_ABOUT, "Show what a bug report needs: versions, device, precision, folders. No tokens or keys are shown."),
+    "profiles": (
+        _ABOUT,
+        "List, show, make and check profiles: one YAML file holds every setting of the three stages.",
+    ),
+}
+"""The heading of each in ``--help``, and how its own help begins: to list them none has to be loaded."""
+
+
+def _listed(name: str) -> TyperCommand:
+    panel, summary = COMMANDS[name]
+    return TyperCommand(name, help=summary, rich_help_panel=panel)
+
+
+@cache
+def _loaded(name: str) -> Any:
+    """The command of this name, from the module of this name."""
+    module = import_module(f"llmdoctor.cli.{name}")
+    panel, _ = COMMANDS[name]
+    group = getattr(module, "app", None)
+    if group is None:
+        group = typer.Typer(add_completion=False)
+        epilog = getattr(module, "EPILOG", "") or examples(*EXAMPLES[name], then=getattr(module, "AFTER_EXAMPLES", ""))
+        group.command(name, epilog=epilog)(module.evaluate if name == "eval" else getattr(module, name))
+    command: Any = get_command(group)
+    command.name, command.rich_help_panel = name, panel
+    return command
+
+
+class _Commands(Mapping[str, Any]):
+    def __getitem__(self, name: str) -> Any:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        return _loaded(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
 
 
 app = typer.Typer(
     name="llmdoctor",
     cls=_App,
     help="Align a frozen language model while it generates: a small doctor model steers every token of the patient.",
-    epilog=_help("", "Every option can be set as LLMDOCTOR_<OPTION>."),
+    epilog=examples(*EXAMPLES[""], then="Every option can be set as LLMDOCTOR_<OPTION>."),
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-_TRY, _MAKE, _ABOUT = "Ask the guided model", "Make a doctor of your own", "Settings and help"
-app.command(rich_help_panel=_TRY, epilog=_help("chat"))(chat.chat)
-app.command(rich_help_panel=_TRY, epilog=_help("compare", MEASURES))(compare.compare)
-app.command(rich_help_panel=_TRY, epilog=_help("serve"))(serve.serve)
-app.command(rich_help_panel=_MAKE, epilog=_help("extract"))(extract.extract)
-app.command(rich_help_panel=_MAKE, epilog=_help("inspect"))(inspect.inspect)
-app.command(rich_help_panel=_MAKE, epilog=_help("train"))(train.train)
-app.command("eval", rich_help_panel=_MAKE, epilog=evaluation.EPILOG)(evaluation.evaluate)
-app.command(rich_help_panel=_MAKE, epilog=_help("shrink"))(shrink.shrink)
-app.command(rich_help_panel=_MAKE, epilog=_help("push"))(push.push)
-app.add_typer(profiles.app, name="profiles", rich_help_panel=_ABOUT, epilog=profiles.EPILOG)
-app.command(rich_help_panel=_ABOUT, epilog=_help("env"))(env.env)
 
 
 def _show_version(wanted: bool) -> None:
@@ -163,8 +232,8 @@ def _root(
     _version: Annotated[
         bool, typer.Option("--version", "-V", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
-    _quiet: options.Quiet = False,
-    _verbose: options.Verbose = False,
+    _quiet: Quiet = False,
+    _verbose: Verbose = False,
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 import typer
 
-from llmdoctor.cli.terminal import narrate, waiting
+from llmdoctor.cli.every_command import Quiet, Verbose
+from llmdoctor.cli.terminal import waiting
 from llmdoctor.errors import LLMDoctorError, UsageError
 from llmdoctor.schema import Settings, help_text
 from llmdoctor.settings import (
@@ -111,27 +112,6 @@ def _option_type(annotation: Any) -> Any:
     return str
 
 
-def _narrate(level: int) -> Callable[[bool], bool]:
-    def act(wanted: bool) -> bool:
-        if wanted:
-            narrate(level)
-        return wanted
-
-    return act
-
-
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Only results, warnings and errors.", callback=_narrate(-1), is_eager=True),
-]
-Verbose = Annotated[
-    bool,
-    typer.Option(
-        "--verbose", "-v", help="Also what the libraries say, and the time.", callback=_narrate(1), is_eager=True
-    ),
-]
-
-
 def derived(command: Callable[..., None]) -> Callable[..., None]:
     """The command as Typer needs it: every group of options in its signature replaced by these options."""
     parameters: list[Parameter] = []
@@ -160,11 +140,6 @@ def derived(command: Callable[..., None]) -> Callable[..., None]:
     run.__doc__ = re.sub(r"(?<=\S)\n *(?=\S)", " ", command.__doc__ or "")
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
-
-
-def examples(*lines: str, then: str = "") -> str:
-    """The end of a command's ``--help``: command lines without ``llmdoctor``, and what else it says there."""
-    return "\n\n".join(filter(None, ["Examples:", *(f"llmdoctor {line}" for line in lines), then]))
 
 
 def require_outputs(files: Iterable[Path | None], folders: Iterable[Path | None] = ()) -> None:

@@ -6,12 +6,10 @@ from typing import Annotated
 import typer
 
 from llmdoctor.cli import options
+from llmdoctor.cli.every_command import examples
 from llmdoctor.cli.options import option
 from llmdoctor.cli.terminal import put, put_json, say
 from llmdoctor.errors import ProfileError, UsageError
-
-app = typer.Typer(help="List, show, make and check profiles: one YAML file holds every setting of the three stages.")
-
 
 EXAMPLES = (
     "profiles",
@@ -20,7 +18,13 @@ EXAMPLES = (
     "profiles check mine",
 )
 """Shown by ``--help``; the tests run them."""
-EPILOG = options.examples(*EXAMPLES)
+EPILOG = examples(*EXAMPLES)
+
+app = typer.Typer(
+    help="List, show, make and check profiles: one YAML file holds every setting of the three stages.",
+    epilog=EPILOG,
+    add_completion=False,
+)
 
 _NAME = typer.Argument("clinic", autocompletion=options.complete_profile)
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmdoctor.settings import DecodeSettings, WelcomeSettings
 from llmdoctor.show.text import visible
 
 if TYPE_CHECKING:
     from llmdoctor.records import GuidedToken
+    from llmdoctor.settings import WelcomeSettings
 
 # of a question that `WelcomeSettings.covers` refuses
 OUTSIDE = "none of the topics this model knows: the answer will miss the question"
@@ -23,7 +23,7 @@ def short_name(model: str) -> str:
     return "/".join(Path(model).parts[-2:])
 
 
-def knows_text(welcome: WelcomeSettings) -> str:
+def knows_text(welcome: "WelcomeSettings") -> str:
     """What goes behind the model's name: `` can be asked about ...``."""
     topics = f": {', '.join(welcome.topics)}; any other question gets a notice" if welcome.topics else ""
     return f" can be asked about {welcome.knows.rstrip('.')}{topics}."
@@ -46,6 +46,8 @@ def speaking_text(betas: Mapping[str, float]) -> str:
 
 def settings_text(settings: Mapping[str, Any]) -> str:
     """``alpha 1, beta helpful=0.8 safe=0.4, temperature 1, seed 1`` and what else is not at its default."""
+    from llmdoctor.settings import DecodeSettings
+
     parts = [f"alpha {settings['alpha']:g}"]
     if settings["betas"]:
         parts.append(f"beta {betas_text(settings['betas'])}")

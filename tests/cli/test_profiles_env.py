@@ -132,6 +132,27 @@ def command_of(words):
     return command, words
 
 
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_the_list_of_commands_says_what_each_says_of_itself(name):
+    command, _ = command_of([name])
+    panel, summary = main.COMMANDS[name]
+    assert " ".join(command.help.split("\n\n")[0].split()) == summary
+    assert (command.name, command.rich_help_panel) == (name, panel)
+
+
+def test_the_list_of_commands_loads_none_of_them():
+    code = (
+        "import sys; sys.argv = ['llmdoctor', '--help']\n"
+        "from llmdoctor.cli.main import run\n"
+        "try: run()\nexcept SystemExit: pass\n"
+        "held = ('pydantic', 'llmdoctor.settings', 'llmdoctor.cli.chat', 'llmdoctor.cli.compare', 'torch', 'numpy')\n"
+        "print('LOADED', [name for name in held if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "compare" in done.stdout
+    assert done.stdout.endswith("LOADED []\n")
+
+
 @pytest.mark.parametrize("name", ALL_COMMANDS)
 def test_the_help_shows_every_option_whole_at_80_columns_and_examples(name, run):
     command, _ = command_of(name.split())
