@@ -51,9 +51,11 @@ def assistant() -> LLMdoctor:
 
 
 @contextlib.contextmanager
-def served(engine: Engine, **how: Any) -> Iterator[int]:
-    """A server in a thread; its port."""
+def served(engine: Engine, room: int | None = None, **how: Any) -> Iterator[int]:
+    """A server in a thread; its port. With ``room``, the kernel keeps about as many bytes that wait to be sent."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        if room:  # connections have the buffers of the socket that accepts them
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         app = create_app(engine, name="clinic", **how)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -240,10 +242,11 @@ def test_a_reader_that_never_reads_is_left(
     assistant: LLMdoctor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("llmdoctor.serving.api._PULSE", 0.5)
-    with served(Engine(assistant), limits=Limits(seconds=1.5)) as port:
+    """Whatever the kernel's buffers are: some grow to many times the whole answer."""
+    with served(Engine(assistant), room=4096, limits=Limits(seconds=1.5)) as port:
         body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 300, "n": 32, "seed": 1}
-        with raw(port, {**body, "stream": True, "llmdoctor": True, "logprobs": True, "top_logprobs": 20}) as slow:
-            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        body |= {"stream": True, "llmdoctor": True, "logprobs": True, "top_logprobs": 20}
+        with raw(port, body, room=4096):
             until = time.monotonic() + 120
             while "a reader was too slow" not in caplog.text:
                 assert time.monotonic() < until
@@ -621,10 +624,15 @@ def call(port: int, method: str, path: str, body: Any = None, headers: Any = Non
     return status, json.loads(text)
 
 
-def raw(port: int, body: dict[str, Any], path: str = "chat/completions") -> socket.socket:
+def raw(port: int, body: dict[str, Any], path: str = "chat/completions", room: int | None = None) -> socket.socket:
+    """A connection that has sent a request. With ``room``, the kernel keeps about as many unread bytes."""
     data = json.dumps(body).encode()
     head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection = socket.socket()
+    if room:  # has to be said before it connects
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", port))
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
 
