@@ -241,8 +241,8 @@ def test_no_answer_is_longer_than_the_server_allows_and_no_body_takes_for_ever(
 def test_a_reader_that_never_reads_is_left(
     assistant: LLMdoctor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("llmdoctor.serving.api._PULSE", 0.5)
     """Whatever the kernel's buffers are: some grow to many times the whole answer."""
+    monkeypatch.setattr("llmdoctor.serving.api._PULSE", 0.5)
     with served(Engine(assistant), room=4096, limits=Limits(seconds=1.5)) as port:
         body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 300, "n": 32, "seed": 1}
         body |= {"stream": True, "llmdoctor": True, "logprobs": True, "top_logprobs": 20}
