@@ -58,6 +58,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from llmdoctor.answers import distinct_n
 from llmdoctor.models import Patient, SplitLM, load_patient, token_log_probs
@@ -287,6 +288,7 @@ class Sampler:
     def __init__(self, patient: Patient, tokens: int) -> None:
         self.patient, self.tokens = patient, tokens
         self._model: PreTrainedModel = patient.model
+        self._reader = Reader(self._model)
         self._end = end_of_turn(patient.tokenizer, patient.eos_ids)
 
     @torch.inference_mode()
@@ -306,9 +308,10 @@ class Sampler:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
         own = slice(alone * rows, (alone + 1) * rows)  # without a face
         steered_N = torch.arange(len(ids)) < (rows if method.layer is not None else 0)
-        hidden, past = read_prompts(self._model, ids, method, steered_N)
+        reader = self._reader if method.layer is None else Reader(self._model)
+        hidden, past = reader(ids, self.tokens, method, steered_N)
         if method.model is not None:
-            tuned, of_tuned = read_prompts(method.model, ids[own], method, torch.zeros(rows, dtype=torch.bool))
+            tuned, of_tuned = Reader(method.model)(ids[own], self.tokens, method, torch.zeros(rows, dtype=torch.bool))
         generator = torch.Generator().manual_seed(seed)
         drawn: list[Tensor] = []
         kl_B = torch.zeros(rows)
@@ -371,35 +374,64 @@ def states_of(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, past: Dyn
     return out.last_hidden_state[:, -1]
 
 
-def read_prompts(
-    model: PreTrainedModel, prompts: Sequence[list[int]], method: Method, steered_N: Tensor
-) -> tuple[Tensor, DynamicCache]:
-    """The last states of every prompt, and their cache, with the longest one's room; each is read once.
+class RoomyLayer(DynamicLayer):
+    """A layer's cache with room for a whole answer: what it holds is not copied at every token."""
 
-    Those of like length are read together, for padding would cost as much as what is read.
-    """
-    asked = [(tuple(ids), moved) for ids, moved in zip(prompts, steered_N.tolist(), strict=True)]
-    once = sorted(dict.fromkeys(asked), key=lambda one: len(one[0]))
-    rows = torch.tensor([once.index(one) for one in asked])
-    states, caches = [], []
-    for start in range(0, len(once), TOGETHER):
-        part = once[start : start + TOGETHER]
-        width = len(part[-1][0])
-        input_ids = torch.tensor([[0] * (width - len(ids)) + [*ids] for ids, _ in part])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part])
-        past = DynamicCache()
-        with steered(method, torch.tensor([moved for _, moved in part])):
-            states.append(states_of(model, input_ids, mask, past))
-        caches.append(past)
-    whole, longest = DynamicCache(), len(once[-1][0])
-    for layer in range(len(caches[0].layers)):
-        held = [past.layers[layer] for past in caches]
-        keys, values = (
-            torch.cat([torch.nn.functional.pad(x, (0, 0, longest - x.shape[2], 0)) for x in xs])[rows]
-            for xs in ([one.keys for one in held], [one.values for one in held])
-        )
-        whole.update(keys, values, layer)
-    return torch.cat(states)[rows], whole
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._whole = [nn.functional.pad(part, (0, 0, 0, room)) for part in (keys, values)]
+        self._show(keys.shape[2])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        held, stop = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for part, new in zip(self._whole, (key_states, value_states), strict=True):
+            part[:, :, held:stop] = new
+        self._show(stop)
+        return self.keys, self.values
+
+    def _show(self, held: int) -> None:
+        self.keys, self.values = (part[:, :, :held] for part in self._whole)
+
+
+class Reader:
+    """Reads prompts with one model, each once as long as it lives."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        # the last state, and every layer's keys and values
+        self._read: dict[tuple[tuple[int, ...], bool], tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
+
+    def __call__(
+        self, prompts: Sequence[list[int]], room: int, method: Method, steered_N: Tensor
+    ) -> tuple[Tensor, DynamicCache]:
+        """The last states of every prompt, and their cache, with room for that many tokens.
+
+        Those of like length are read together, for padding would cost as much as what is read.
+        """
+        asked = [(tuple(ids), moved) for ids, moved in zip(prompts, steered_N.tolist(), strict=True)]
+        new = sorted((one for one in dict.fromkeys(asked) if one not in self._read), key=lambda one: len(one[0]))
+        for start in range(0, len(new), TOGETHER):
+            part = new[start : start + TOGETHER]
+            width = len(part[-1][0])
+            input_ids = torch.tensor([[0] * (width - len(ids)) + [*ids] for ids, _ in part])
+            mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in part])
+            past = DynamicCache()
+            with steered(method, torch.tensor([moved for _, moved in part])):
+                states = states_of(self._model, input_ids, mask, past)
+            for i, one in enumerate(part):
+                own = slice(width - len(one[0]), width)
+                held = [(layer.keys[i, :, own].clone(), layer.values[i, :, own].clone()) for layer in past.layers]
+                self._read[one] = states[i], held
+        found, longest = [self._read[one] for one in asked], max(map(len, prompts))
+        whole = DynamicCache()
+        for layers in zip(*(held for _, held in found), strict=True):
+            keys, values = (
+                torch.stack([nn.functional.pad(x, (0, 0, longest - x.shape[1], 0)) for x in xs])
+                for xs in zip(*layers, strict=True)
+            )
+            whole.layers.append(RoomyLayer(keys, values, room))
+        return torch.stack([state for state, _ in found]), whole
 
 
 @contextmanager
@@ -827,7 +859,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--cache", type=Path, default=Path("outputs/real"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--report", action="store_true", help="only make the table again")
@@ -844,9 +876,9 @@ def main() -> None:
         if gemma() is not None:
             Judge.get(args.cache)
         patient = load_patient(source, device="cpu")
-        sampler = Sampler(patient, args.tokens)
         for seed in range(args.seeds):
             for name in args.wishes:
+                sampler = Sampler(patient, args.tokens)  # a new one forgets the prompts of the other wishes
                 asked, pairs = task(sampler, name, args)
                 for method in methods(args.methods, WISHES[name], Pupil(patient, name, pairs, args.cache)):
                     measure(sampler, log, name, method, asked, seed, args.batch)
