@@ -27,7 +27,7 @@ the log-prob of an answer under Gemma, nats per token, of the first 50 answers o
 - ``DPO`` is the patient fine-tuned by LoRA, patient^(1 - strength) tuned^strength: as with DPO's beta / strength.
 - ``GenARM`` is patient^(1 / (1 + strength)) doctor^(strength / (1 + strength)), the doctor a LoRA of the patient, both
   by GenARM's own recipe (r 8, alpha 16, beta .05, rate 5e-4, one epoch, batches of 32).
-- ``probe``, ``progress``, ``faces`` and ``paper`` are the same head, trained by TFPO: on the two rewards of the probe,
+- ``probe``, ``advantage``, ``faces`` and ``paper`` are the same head, trained by TFPO: on the two rewards of the probe,
   on the gaps of the faces, and by the paper's formula, with the label as direction, absolute flow and SubTB that weighs
   all spans alike.
 """
@@ -525,8 +525,8 @@ TRAININGS = {
         RewardSettings(direction="probe"),
         TrainSettings(**HEAD_SETTINGS, rho=20.0),
     ),
-    "progress": Training(
-        RewardSettings(direction="progress"),
+    "advantage": Training(
+        RewardSettings(direction="advantage"),
         TrainSettings(**HEAD_SETTINGS, rho=5.0),
     ),
     "faces": Training(
@@ -571,7 +571,7 @@ class Pupil:
         folder, digest = self._place(kind, how.rewards.model_dump_json(), how.settings.model_dump_json())
         if not (folder / "doctor.json").is_file():
             train(
-                self.rewards(faces=kind not in {"probe", "progress"}),
+                self.rewards(faces=kind not in {"probe", "advantage"}),
                 folder,
                 base_model=self.patient.name,
                 reward_settings=how.rewards,
@@ -696,7 +696,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "DPO": (0.5, 1.0, 2.0),
     "GenARM": (0.5, 1.0, 2.0),
     "probe": (0.5, 1.0, 1.5, 2.0, 3.0),
-    "progress": (1.0, 1.5, 2.25, 3.5),
+    "advantage": (1.0, 1.5, 2.25, 3.5),
     "faces": (1.0, 2.0, 4.0),
     "paper": (1.0, 4.0),
 }
@@ -711,7 +711,7 @@ METHODS = (
     "DPO",
     "GenARM",
     "probe",
-    "progress",
+    "advantage",
     "faces",
     "paper",
 )
@@ -828,7 +828,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 [statistics.fmean(gold) for _, gold in points],
                 yerr=[1.96 * statistics.stdev(gold) / math.sqrt(len(gold)) for _, gold in points],
                 fmt="o-" if method in STRENGTHS else "s",
-                linewidth=2 if method in {"probe", "progress"} else 1,
+                linewidth=2 if method in {"probe", "advantage"} else 1,
                 color=matplotlib.colormaps["tab20"](METHODS.index(method)),
                 markersize=3.5,
                 capsize=2,

@@ -42,7 +42,7 @@ def extract(
         bool | None,
         option(
             "--probe/--no-probe",
-            "Also fit a probe of the patient's states to the pairs, for --direction progress and probe.",
+            "Also fit a probe of the patient's states to the pairs, for --direction advantage and probe.",
         ),
     ] = None,
     strict: Annotated[bool, option("--strict", "Stop at the first record that cannot be used.")] = False,
@@ -77,7 +77,7 @@ def extract(
     settings = options.load(profile)
     model = override(settings.patient, model=patient, **loading)
     source = _data(settings, data, split=split, label=label, columns=columns)
-    probe = settings.rewards.direction in {"probe", "progress"} if probe is None else probe
+    probe = settings.rewards.direction in {"probe", "advantage"} if probe is None else probe
     faces = chosen_faces(settings, face, needed=not probe)
     if not data:
         say(f"taking the pairs of the profile {settings.name}: {source.source} (--data names others)")
@@ -118,7 +118,7 @@ def extract(
             advance()
     skips.close(output)
     if probe:
-        total = 2 * len(RewardsFolder(output)) if processes == 1 else None  # every pair is read twice
+        total = 3 * len(RewardsFolder(output)) if processes == 1 else None  # every pair is read three times
         with progress("Fitting a probe", total, "reading") as advance:
             for _ in add_probe(loaded, output, batch_tokens=batch_tokens):
                 advance()

@@ -261,7 +261,7 @@ def _look_at(
     if "probe" in shows:
         raise UsageError("--show probe needs a rewards folder that extract --probe wrote: leave it out, or --text")
     settings = override(profile.rewards, **given)
-    if settings.direction in {"fitted", "probe", "progress"}:
+    if settings.direction in {"fitted", "probe", "advantage"}:
         raise UsageError(
             f"--direction {settings.direction} needs labelled pairs: give a rewards folder, or another one"
         )

@@ -117,7 +117,7 @@ class TokenScores:
     position, the token other than y_t that the positive faces like best (mean log-prob over the face pairs), with its
     own log-probs: stage 2 may compare the value of y_t with that of this token after the same prefix. ``probe`` [T] is
     r_t under the probe of the patient's states (`llmdoctor.token_rewards.probe`), where the folder has one, and
-    ``progress`` [T] what the token changes in the score that is forecast for the whole answer.
+    ``advantage`` [T] also counts what the token changes in what the rest of the answer is expected to bring.
 
     "Yes, it is." under one face pair; the last token is the end of turn:
 
@@ -142,7 +142,7 @@ class TokenScores:
     alternative_positive: Mapping[str, Floats]
     alternative_negative: Mapping[str, Floats]
     probe: Floats | None = None
-    progress: Floats | None = None
+    advantage: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
-"""The probe of the patient's states: its fit, its two passes over a rewards folder, and the rewards it gives."""
+"""The probe of the patient's states: its fits, its three passes over a rewards folder, and the rewards it gives."""
 
 import json
 from dataclasses import replace
+from functools import reduce
 from itertools import islice
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,10 @@ from llmdoctor.token_rewards.probe import (
     FOLDS,
     Moments,
     Probe,
-    all_moments,
+    advantages,
     bradley_terry_ridge,
     fit,
     fold_of,
-    middle,
 )
 from llmdoctor.token_rewards.states import StateReader, add_probe, kept_layers, probe_answer
 
@@ -49,12 +50,6 @@ def planted(pairs: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.nda
     return a, b, direction
 
 
-def fitted(a: np.ndarray, b: np.ndarray, fold: np.ndarray, layers: tuple[int, ...], tokens: float) -> Any:
-    """The probe of answers of one place each."""
-    parts = [Moments.of(side[None, middle(layers)]) for pair in zip(a, b, strict=True) for side in pair]
-    return fit(a, b, all_moments(parts), fold, layers, tokens)
-
-
 def test_the_fit_is_at_the_maximum() -> None:
     """The gradient of sum log sigmoid(z w) - ridge/2 |w|^2 is zero, also where a direction separates all pairs."""
     z = np.random.default_rng(0).normal(size=(60, 8))
@@ -67,7 +62,7 @@ def test_the_fit_is_at_the_maximum() -> None:
 
 def test_the_fit_finds_what_decides_the_pairs() -> None:
     a, b, direction = planted(400, noise=1.0)
-    probe, margins = fitted(a, b, np.arange(400) % FOLDS, (1, 2), 10.0)
+    probe, margins = fit(a, b, np.arange(400) % FOLDS, (1, 2), 10.0)
     assert (margins > 0).mean() > 0.9
     assert np.corrcoef(probe.whole_D_H.ravel(), direction.ravel())[0, 1] > 0.9
     # calibrated: log-odds of about the size that the noise gives, not merely of the right sign
@@ -78,19 +73,19 @@ def test_labels_by_chance_are_predicted_by_chance() -> None:
     """More numbers per state than pairs: a fit that had seen a pair would be right about it."""
     random = np.random.default_rng(1)
     a, b = random.normal(size=(2, 300, 3, 200)).astype(np.float32)
-    _, margins = fitted(a, b, np.arange(300) % FOLDS, (1, 2, 3), 10.0)
+    _, margins = fit(a, b, np.arange(300) % FOLDS, (1, 2, 3), 10.0)
     assert abs((margins > 0).mean() - 0.5) < 0.1
 
 
 def test_a_pair_is_scored_by_a_fit_without_its_fold() -> None:
     a, b, _ = planted(100, noise=0.5)
     fold = np.arange(100) % FOLDS
-    probe, margins = fitted(a, b, fold, (1, 2), 10.0)
+    probe, margins = fit(a, b, fold, (1, 2), 10.0)
     for number in range(100):
         own = np.einsum("dh,dh->", a[number] - b[number], probe.without_D_H[fold[number]])
         assert own == pytest.approx(margins[number], rel=1e-3, abs=1e-4)
     a[fold == 3], b[fold == 3] = b[fold == 3], a[fold == 3].copy()
-    turned, _ = fitted(a, b, fold, (1, 2), 10.0)
+    turned, _ = fit(a, b, fold, (1, 2), 10.0)
     np.testing.assert_allclose(turned.without_D_H[3], probe.without_D_H[3], rtol=1e-3, atol=1e-4)
     assert not np.allclose(turned.without_D_H[4], probe.without_D_H[4], rtol=1e-1)
 
@@ -108,48 +103,69 @@ def test_the_folds_hold_whole_prompts_in_any_order() -> None:
 def test_too_few_pairs_and_states_that_are_no_numbers() -> None:
     a, b, _ = planted(19, noise=0)
     with pytest.raises(DataError, match="at least 20 pairs"):
-        fitted(a, b, np.arange(19) % FOLDS, (1, 2), 1.0)
+        fit(a, b, np.arange(19) % FOLDS, (1, 2), 1.0)
     a, b, _ = planted(30, noise=0)
     a[4, 0, 0] = np.inf
     with pytest.raises(DataError, match="not finite"):
-        fitted(a, b, np.arange(30) % FOLDS, (1, 2), 1.0)
+        fit(a, b, np.arange(30) % FOLDS, (1, 2), 1.0)
 
 
 def test_a_probe_is_the_same_when_read_again(tmp_path: Path) -> None:
     a, b, _ = planted(50, noise=0.5)
-    probe, _ = fitted(a, b, np.arange(50) % FOLDS, (3, 7), 12.5)
+    probe, _ = fit(a, b, np.arange(50) % FOLDS, (3, 7), 12.5)
     probe.save(tmp_path / "probe.safetensors")
     again = Probe.load(tmp_path / "probe.safetensors")
     some = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
     for fold in (None, *range(FOLDS)):
         np.testing.assert_array_equal(again.rewards(some, fold), probe.rewards(some, fold))
-        np.testing.assert_array_equal(again.progress(some, fold), probe.progress(some, fold))
+    np.testing.assert_array_equal(again.values(some), probe.values(some))
     (tmp_path / "probe.safetensors").write_bytes(b"nothing")
     with pytest.raises(LoadError, match="cannot read the probe"):
         Probe.load(tmp_path / "probe.safetensors")
 
 
-def test_the_forecast_is_a_ridge_regression_and_its_changes_add_up(tmp_path: Path) -> None:
-    """Against the normal equations written out place by place, for every fit; the last place tells the score itself."""
+def test_the_forecast_is_a_ridge_regression_and_the_rewards_add_up() -> None:
+    """Against the normal equations written out place by place, for every fit."""
     random = np.random.default_rng(0)
     answers = [random.normal(size=(2, random.integers(4, 9), 6)).astype(np.float32) for _ in range(80)]
     means = np.stack([held[:, 1:].mean(axis=1) for held in answers])
-    moments = all_moments([Moments.of(held[1]) for held in answers])
     fold = np.arange(40) % FOLDS
-    probe, _ = fit(means[0::2], means[1::2], moments, fold, (3, 7), 5.0)
+    probe, _ = fit(means[0::2], means[1::2], fold, (3, 7), 5.0)
+    found_K_X = reduce(add, [Moments.of(held[1], probe.values(held[:, 1:])) for held in answers]).solve()
     for part in (None, 4):
-        scores = [float(probe.rewards(held[:, 1:], part).mean()) * 5.0 for held in answers]
-        x = np.concatenate([np.column_stack([held[1], np.ones(len(held[1]))]) for held in answers]).astype(np.float64)
-        y = np.repeat(scores, [held.shape[1] for held in answers])
-        penalty = 0.01 * len(x) * np.diag([1.0] * 6 + [0.0])
-        expected = np.linalg.solve(x.T @ x + penalty, x.T @ y)
-        found = probe.forecast_X if part is None else probe.forecasts_X[part]
+        x, y, every = [], [], []
+        for held in answers:
+            values = [float(one) * 5.0 for one in probe.rewards(held[:, 1:], part)]
+            count = len(values)
+            every.append(values)
+            for t in range(count + 1):
+                x.append([(count - t) / count * one for one in (*map(float, held[1, t]), 1.0)])
+                y.append(sum(values[t:]) / count)
+        x_, y_ = np.array(x), np.array(y)
+        penalty = 0.1 * (x_[:, -1] ** 2).sum() * np.diag([1.0] * 6 + [0.0])
+        expected = np.linalg.solve(x_.T @ x_ + penalty, x_.T @ y_)
+        found = found_K_X[0 if part is None else 1 + part]
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-        for held, score in zip(answers, scores, strict=True):
-            before = float(held[1, 0] @ expected[:-1] + expected[-1])
-            np.testing.assert_allclose(probe.progress(held, part).sum(), score - before, rtol=1e-3, atol=1e-4)
-    turned, _ = fit(means[1::2], means[0::2], moments, fold, (3, 7), 5.0)
-    assert not np.allclose(turned.forecast_X, probe.forecast_X)
+        for held, values in zip(answers, every, strict=True):
+            count = len(values)
+            told = [(count - t) / count * float(held[1, t] @ expected[:-1] + expected[-1]) for t in range(count + 1)]
+            rewards = advantages(np.array(values, dtype=np.float32), held[1], found)
+            by_hand = [values[t] / count + told[t + 1] - told[t] for t in range(count)]
+            np.testing.assert_allclose(rewards, by_hand, rtol=1e-3, atol=1e-4)
+            assert rewards.sum() == pytest.approx(np.mean(values) - told[0], rel=1e-3, abs=1e-4)
+
+
+def test_a_state_that_foretells_the_end_is_credited_when_it_comes() -> None:
+    """A first token that decides all later values: by its own share it has one part of four, by its advantage most."""
+    random = np.random.default_rng(0)
+    signs = random.choice([-1.0, 1.0], size=400)
+    # the state says which answer it is from the first token on; behind the prompt it says nothing
+    states = [np.array([[0.0], *[[sign]] * 4], dtype=np.float32) for sign in signs]
+    values = [np.array([[0.0, sign, sign, sign]], dtype=np.float32) for sign in signs]
+    forecast_X = reduce(add, map(Moments.of, states, values)).solve()[0]
+    rewards = np.array([advantages(v[0], h, forecast_X) for v, h in zip(values, states, strict=True)]) * signs[:, None]
+    assert rewards[:, 0].mean() > 0.4  # of .75 in all; the ridge keeps it below
+    assert np.abs(rewards[:, 1:]).mean() < 0.2
 
 
 def test_a_label_does_not_reach_the_rewards_of_its_own_pair() -> None:
@@ -158,14 +174,16 @@ def test_a_label_does_not_reach_the_rewards_of_its_own_pair() -> None:
     fold = np.arange(60) % FOLDS
     c, d = a.copy(), b.copy()
     c[fold == 4], d[fold == 4] = b[fold == 4], a[fold == 4]
-    parts = [Moments.of(side[None, 1]) for pair in zip(a, b, strict=True) for side in pair]
-    turned = [Moments.of(side[None, 1]) for pair in zip(c, d, strict=True) for side in pair]
-    first, _ = fit(a, b, all_moments(parts), fold, (3, 7), 5.0)
-    second, _ = fit(c, d, all_moments(turned), fold, (3, 7), 5.0)
-    some = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
-    np.testing.assert_allclose(second.progress(some, 4), first.progress(some, 4), rtol=1e-3, atol=1e-4)
+    first, _ = fit(a, b, fold, (3, 7), 5.0)
+    second, _ = fit(c, d, fold, (3, 7), 5.0)
+    some = np.random.default_rng(0).normal(size=(2, 6, 24)).astype(np.float32)
     np.testing.assert_allclose(second.rewards(some, 4), first.rewards(some, 4), rtol=1e-3, atol=1e-4)
-    assert not np.allclose(second.progress(some), first.progress(some), rtol=1e-3, atol=1e-4)
+
+    def forecast(probe: Probe) -> np.ndarray:
+        return Moments.of(some[1], probe.values(some[:, 1:])).solve()
+
+    np.testing.assert_allclose(forecast(second)[5], forecast(first)[5], rtol=1e-3, atol=1e-4)
+    assert not np.allclose(forecast(second)[0], forecast(first)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_the_kept_layers_are_at_most_ten_and_end_with_the_last() -> None:
@@ -214,14 +232,15 @@ def test_states_are_those_of_each_response_alone(kind: str, tiny_model: Any, pai
     folder = RewardsFolder(extracted(patient, pairs_file, tmp_path / "r"))
     pairs = list(islice(folder, 6))
     reader = StateReader(patient)
-    means, moments = reader.means(pairs)
+    means = reader.means(pairs)
     random = np.random.default_rng(0)
     depth, width = means.shape[1:]
     direction, centre = random.normal(size=(2, depth, width)).astype(np.float32)
     forecast = random.normal(size=width + 1).astype(np.float32)
-    probe = Probe(reader.layers, centre, direction, (direction,) * FOLDS, forecast, (forecast,) * FOLDS, 4.0, (1.0,))
-    rewards = reader.rewards(pairs, probe, [None] * len(pairs))
-    gram = np.zeros((width + 1, width + 1))
+    probe = Probe(reader.layers, centre, direction, (2 * direction,) * FOLDS, 4.0, (1.0,))
+    moments = reader.moments(pairs, probe)
+    rewards = reader.rewards(pairs, probe, np.stack([forecast] * (1 + FOLDS)), [None] * len(pairs))
+    gram, right = np.zeros((width + 1, width + 1)), np.zeros(width + 1)
     for number, response in enumerate(side for pair in pairs for side in (pair.chosen, pair.rejected)):
         ids = torch.tensor([[*response.prompt_ids.tolist(), *response.response_ids.tolist()]])
         with torch.inference_mode():
@@ -239,15 +258,17 @@ def test_states_are_those_of_each_response_alone(kind: str, tiny_model: Any, pai
         for place in range(-1, len(response.response_ids)):
             h = held[reader.layers[depth // 2]][0, len(response.prompt_ids) + place].numpy()
             of_middle.append(h / np.sqrt((h**2).mean()))
-        told = [float(h @ forecast[:-1] + forecast[-1]) for h in of_middle]
-        told[-1] = sum(values) / len(values) * 4.0  # the score of the whole answer
+        left = np.linspace(1, 0, len(of_middle))
+        x = np.column_stack([of_middle, np.ones(len(of_middle))]) * left[:, None]
+        share = np.array(values) * 4.0 / len(values)
         np.testing.assert_allclose(rewards[number][0], values, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(rewards[number][1], np.diff(told), rtol=1e-4, atol=1e-3)
-        ones = np.ones(len(of_middle))
-        np.testing.assert_allclose(moments.sums_R_X[number], [*np.sum(of_middle, axis=0), ones.sum()], rtol=1e-4)
-        gram += (x := np.column_stack([of_middle, ones])).T @ x
+        np.testing.assert_allclose(rewards[number][1], share + np.diff(x @ forecast), rtol=1e-4, atol=1e-3)
+        gram += x.T @ x
+        right += [sum(share[t:]) for t in range(len(of_middle))] @ x
         np.testing.assert_allclose(means[number], own.mean(axis=1), rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(moments.gram_X_X, gram, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(moments.right_K_X[0], right, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(moments.right_K_X[FOLDS], 2 * right, rtol=1e-3, atol=2e-2)
 
 
 def test_a_stopped_run_goes_on_to_the_same_folder(
@@ -256,17 +277,20 @@ def test_a_stopped_run_goes_on_to_the_same_folder(
     patient = load_patient(tiny_model("llama"), device="cpu")
     whole = extracted(patient, pairs_file, tmp_path / "whole")
     steps = sum(1 for _ in add_probe(patient, whole, batch_tokens=400))
-    assert steps == 2 * PAIRS
+    assert steps == 3 * PAIRS
     stopped = extracted(patient, pairs_file, tmp_path / "stopped")
-    for stop in (3, 20, 30, 22):  # in the first pass, and in the second
+    for stop in (3, 20, 30, 22, 40, 30):  # in the first pass, and in the later ones
         run = add_probe(patient, stopped, batch_tokens=400)
         list(islice(run, stop))
         run.close()
         assert RewardsFolder(stopped).probe is None
     list(add_probe(patient, stopped, batch_tokens=400))
-    names = sorted(path.name for path in whole.iterdir() if path.name.startswith(("probe", "states")))
-    assert names == sorted(path.name for path in stopped.iterdir() if path.name.startswith(("probe", "states")))
-    assert len(names) == 2 + 2 * 3
+    names, again = (
+        sorted(path.name for path in folder.glob("*") if path.suffix == ".safetensors" or path.name == "probe.json")
+        for folder in (whole, stopped)
+    )
+    assert names == again
+    assert len(names) == 3 + 3 * 3
     for name in names:
         assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
     before = (whole / "probe.json").stat().st_mtime_ns
@@ -283,10 +307,11 @@ def test_the_folder_gives_every_response_its_own_rewards(
     probe = Probe.load(path / "probe.safetensors")
     pairs = list(folder)
     folds = fold_of([pair.chosen.prompt_ids for pair in pairs])
-    again = StateReader(patient, probe.layers).rewards(pairs, probe, folds.tolist())
+    forecast = load_file(path / "forecast.safetensors")["forecast"]
+    again = StateReader(patient, probe.layers).rewards(pairs, probe, forecast, folds.tolist())
     for number, response in enumerate(side for pair in pairs for side in (pair.chosen, pair.rejected)):
         np.testing.assert_allclose(response.probe, again[number][0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(response.progress, again[number][1], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(response.advantage, again[number][1], rtol=1e-4, atol=1e-4)
     assert folder.probe is not None
     held = load_file(path / "states-00000.safetensors")["means"]
     assert folder.probe["bytes_per_pair"] == 2 * held[0].nbytes
@@ -302,7 +327,7 @@ def test_direction_probe_takes_the_rewards_as_they_are(
     path = extracted(patient, pairs_file, tmp_path / "r", {"f": FacePair("Be kind.", "Be rude.")})
     without = RewardsFolder(path)
     settings = RewardSettings(direction="probe")
-    for direction in ("probe", "progress"):
+    for direction in ("probe", "advantage"):
         with pytest.raises(UsageError, match="--probe"):
             face_weights(without, without.signals, RewardSettings(direction=direction))
     list(add_probe(patient, path))
@@ -312,13 +337,13 @@ def test_direction_probe_takes_the_rewards_as_they_are(
     pair = next(iter(folder))
     np.testing.assert_array_equal(token_rewards(pair.chosen, settings, weights).rewards, pair.chosen.probe)
     assert alternative_rewards(pair.chosen, settings, weights) is None
-    of_change = RewardSettings(direction="progress")
+    of_change = RewardSettings(direction="advantage")
     weights = face_weights(folder, folder.signals, of_change)
-    assert weights == {"progress": 1.0}
-    np.testing.assert_array_equal(token_rewards(pair.chosen, of_change, weights).rewards, pair.chosen.progress)
+    assert weights == {"advantage": 1.0}
+    np.testing.assert_array_equal(token_rewards(pair.chosen, of_change, weights).rewards, pair.chosen.advantage)
     assert alternative_rewards(pair.chosen, of_change, weights) is None
     with pytest.raises(UsageError, match="older version"):
-        token_rewards(replace(pair.chosen, progress=None), of_change, weights)
+        token_rewards(replace(pair.chosen, advantage=None), of_change, weights)
     # unless named, the probe has no say where the direction is not its own
     assert face_weights(folder, folder.signals, RewardSettings()) == {"f": 1.0}
     both = face_weights(folder, folder.signals, RewardSettings(direction="fitted"))
@@ -362,7 +387,8 @@ def test_one_answer_is_scored_as_the_folder_scores_it(tiny_model: Any, pairs_fil
     pair = next(iter(RewardsFolder(path)))
     row = json.loads(pairs_file.read_text().splitlines()[0])
     found = probe_answer(patient, probe, row["prompt"], row["chosen"])
-    expected, _ = StateReader(patient, probe.layers).rewards([pair], probe, [None])[0]
+    forecast = load_file(path / "forecast.safetensors")["forecast"]
+    expected, _ = StateReader(patient, probe.layers).rewards([pair], probe, forecast, [None])[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="empty"):
         probe_answer(patient, probe, row["prompt"], "")

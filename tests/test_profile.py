@@ -152,7 +152,7 @@ def test_what_a_profile_shows_can_be_loaded_again(write):
         ("rewards: {theta: 1}", "'rewards.theta' should be less than 1, got 1"),
         (
             "rewards: {direction: up}",
-            "'rewards.direction' should be 'label', 'gap', 'agree', 'fitted', 'probe' or 'progress', got 'up'",
+            "'rewards.direction' should be 'label', 'gap', 'agree', 'fitted', 'probe' or 'advantage', got 'up'",
         ),
         ("rewards: {faces: [b]}\nfaces: {a: {positive: x, negative: y}}", "'rewards.faces' names 'b', but 'faces' has"),
         ("train: 3", "'train' expected `key: value` lines under it, got 3"),

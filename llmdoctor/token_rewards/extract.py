@@ -61,7 +61,7 @@ def extract(
 
     Without ``faces`` nothing is scored: the folder holds token ids, for `llmdoctor.token_rewards.states.add_probe`.
 
-    Raises UsageError (a face pair called "probe" or "progress", a bad limit, a folder that is not a rewards folder or
+    Raises UsageError (a face pair called "probe" or "advantage", a bad limit, a folder that is not a rewards folder or
     that another run writes to), DataError (nothing usable), LoadError (``output`` holds the rewards of another patient,
     of other faces or of other data, or a damaged shard; a tokenizer without an end-of-sequence token; log-probs that
     are not numbers), StorageError.

@@ -24,7 +24,7 @@ from llmdoctor.files import atomic_path, file_checksum, present, read_json, requ
 from llmdoctor.harmless import first_line
 from llmdoctor.records import Floats, PairScores, Side, TokenScores
 from llmdoctor.tensors import read_tensors
-from llmdoctor.token_rewards.formula import PROBE, PROGRESS
+from llmdoctor.token_rewards.formula import ADVANTAGE, PROBE
 from llmdoctor.token_rewards.sources import require_unpackable
 
 SCHEMA_VERSION = REWARDS_VERSION
@@ -201,8 +201,8 @@ class RewardsFolder:
             require_checksum(path, str(self.probe["files"].get(path.name)))
             self._checked.add(path)
         held = read_tensors(path, ("rewards",))
-        # "progress" is missing from a folder of an older version
-        credits = {name: held[key] for name, key in ((PROBE, "rewards"), (PROGRESS, "progress")) if key in held}
+        # those of "advantage" are missing from a folder of an older version
+        credits = {name: held[key] for name, key in ((PROBE, "rewards"), (ADVANTAGE, "advantages")) if key in held}
         for one in credits.values():
             if one.ndim != 1 or one.dtype != torch.float32 or len(one) != len(credits[PROBE]):
                 raise LoadError(f"cannot read {path}: expected a list of float32, got {one.dtype} {[*one.shape]}")

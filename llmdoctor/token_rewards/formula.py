@@ -19,9 +19,9 @@ from llmdoctor.errors import UsageError
 from llmdoctor.records import Floats, TokenRewards, TokenScores
 from llmdoctor.settings import RewardSettings
 
-PROBE, PROGRESS = "probe", "progress"
+PROBE, ADVANTAGE = "probe", "advantage"
 """The names of the probe's two rewards where one stands beside those of the face pairs, or in their place."""
-OF_STATES = {PROBE, PROGRESS}
+OF_STATES = {PROBE, ADVANTAGE}
 
 
 def gap(scores: TokenScores, face: str) -> Floats:
@@ -30,16 +30,16 @@ def gap(scores: TokenScores, face: str) -> Floats:
     Raises UsageError where a probe's reward is asked for and there is none.
     """
     if face in OF_STATES:
-        found = scores.probe if face == PROBE else scores.progress
+        found = scores.probe if face == PROBE else scores.advantage
         if found is None:
-            raise UsageError(NO_PROBE if scores.probe is None else NO_PROGRESS)
+            raise UsageError(NO_PROBE if scores.probe is None else NO_ADVANTAGE)
         return found
     return scores.positive[face] - scores.negative[face]
 
 
 NO_PROBE = "these rewards have no probe: run extract again with --probe, which adds one to the same folder"
-NO_PROGRESS = (
-    "the probe of these rewards was fitted by an older version, which knew no progress: delete probe.json, "
+NO_ADVANTAGE = (
+    "the probe of these rewards was fitted by an older version, without --direction advantage: delete probe.json, "
     "probe*.safetensors and states-*.safetensors, and run extract again"
 )
 
@@ -90,8 +90,8 @@ def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...
     """What the rewards are drawn from: the face pairs of ``settings``, or all of ``faces``, or the probe.
 
     ``faces`` are those that the rewards hold, ``PROBE`` among them if they have a probe. Unless named, it counts only
-    in directions "probe" and "progress", alone, and in direction "fitted", beside the face pairs. Raises UsageError for
-    a name that is not there.
+    in directions "probe" and "advantage", alone, and in direction "fitted", beside the face pairs. Raises UsageError
+    for a name that is not there.
     """
     known = tuple(faces)
     if settings.direction in OF_STATES:
@@ -106,7 +106,7 @@ def face_names(faces: Iterable[str], settings: RewardSettings) -> tuple[str, ...
     if PROBE in names and PROBE not in known:
         raise UsageError(NO_PROBE)
     if not names:
-        raise UsageError("these rewards hold no face pair, only a probe: choose direction progress, probe or fitted")
+        raise UsageError("these rewards hold no face pair, only a probe: choose direction advantage, probe or fitted")
     if missing := [name for name in names if name not in known]:
         raise UsageError(f"no face pair {missing[0]!r} in these rewards: they hold {', '.join(known)}")
     return names

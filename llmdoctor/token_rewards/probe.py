@@ -9,16 +9,16 @@ the frozen patient all the same.
 The token reward of direction "probe" is r_t = v_t / (mean T): over an answer of usual length it adds up to the log-odds
 of that answer, so that rho is the inverse KL coefficient of RLHF.
 
-That credits a token with its own state alone. The token reward of direction "progress" is what the token changes in
-what is to be expected of the whole answer:
+That credits a token with its own state alone. The token reward of direction "advantage" also credits it with what it
+changes in what the rest of the answer is expected to bring, as the advantage of reinforcement learning does:
 
-    r_t = F_t - F_{t-1},   F_t = f . h_t + c for t < T,   F_T = R(y)
+    r_t = v_t / T + V_t - V_{t-1},   V_t = (T - t) / T (f . h_t + c)
 
-with h_t the state of the middle kept layer behind y_t (h_0 behind the prompt), and f, c the ridge regression of R(y) on
-the states of all places. These rewards add up to R(y) - F_0 exactly.
+with h_t the state of the middle kept layer behind y_t (h_0 behind the prompt), and f, c the ridge regression of what
+the rest brings, sum_{s > t} v_s / T, at all places. V_T = 0, so these rewards add up to R(y) - V_0 exactly.
 
 Every pair is scored by a probe that has not seen its prompt: the pairs are split by prompt into ``FOLDS`` parts, and
-the rewards of each come from a fit on the others (F from the scores that this fit gives). All kept layers are fitted
+the rewards of each come from a fit on the others (V from the values that this fit gives). All kept layers are fitted
 together, so that none has to be chosen.
 """
 
@@ -44,8 +44,8 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _RANK = 256  # principal coordinates in which the fit is made: with fewer pairs than that it loses nothing
 _INNER = 3  # parts of the other folds, by which a fold's ridge is chosen
 _LEAST = 20
-_TENSORS = ("layers", "centre", "whole", "without", "forecast", "forecasts", "tokens", "ridges")
-_STIFF = 0.01  # ridge of the forecast, times the number of states
+_TENSORS = ("layers", "centre", "whole", "without", "tokens", "ridges")
+_STIFF = 0.1  # ridge of the forecast, times the sum of ((T - t) / T)^2 over all places
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +53,13 @@ class Probe:
     """Directions on the states of ``layers`` (0 is the embedding), and how well they predict held-out pairs.
 
     ``whole_D_H`` is fitted on all pairs, ``without_D_H[k]`` on all but those of fold k; ``centre_D_H`` is the mean
-    state. ``forecast_X`` is f and c [H + 1] for the scores of the whole fit, ``forecasts_X[k]`` for those of the fit
-    without fold k. ``tokens`` is the mean length of a response, ``ridges`` are the penalties chosen: of all pairs, then
-    by fold.
+    state. ``tokens`` is the mean length of a response, ``ridges`` are the penalties chosen: of all pairs, then by fold.
     """
 
     layers: tuple[int, ...]
     centre_D_H: Floats
     whole_D_H: Floats
     without_D_H: tuple[Floats, ...]
-    forecast_X: Floats
-    forecasts_X: tuple[Floats, ...]
     tokens: float
     ridges: tuple[float, ...]
 
@@ -73,12 +69,10 @@ class Probe:
         values_T = np.einsum("dth,dh->t", states_D_T_H - self.centre_D_H[:, None], direction_D_H)
         return np.asarray(values_T / self.tokens, dtype=np.float32)
 
-    def progress(self, states_D_S_H: Floats, fold: int | None = None) -> Floats:
-        """r_t of direction "progress" [T], from the states behind the prompt and every token of a whole answer [S]."""
-        forecast_X = self.forecast_X if fold is None else self.forecasts_X[fold]
-        told_S = states_D_S_H[middle(self.layers)] @ forecast_X[:-1] + forecast_X[-1]
-        told_S[-1] = self.rewards(states_D_S_H[:, 1:], fold).mean() * self.tokens
-        return np.asarray(np.diff(told_S), dtype=np.float32)
+    def values(self, states_D_T_H: Floats) -> Floats:
+        """v_t of these tokens by every fit, log-odds [K = 1 + FOLDS, T]: the whole one, then that without each fold."""
+        directions_K_D_H = np.stack([self.whole_D_H, *self.without_D_H])
+        return np.tensordot(directions_K_D_H, states_D_T_H - self.centre_D_H[:, None], axes=([1, 2], [0, 2]))
 
     def save(self, path: Path) -> None:
         """Write it as a safetensors file, atomically. Raises StorageError."""
@@ -86,8 +80,6 @@ class Probe:
             "centre": self.centre_D_H,
             "whole": self.whole_D_H,
             "without": np.stack(self.without_D_H),
-            "forecast": self.forecast_X,
-            "forecasts": np.stack(self.forecasts_X),
             "layers": np.array(self.layers, dtype=np.int64),
             "tokens": np.array([self.tokens]),
             "ridges": np.array(self.ridges),
@@ -104,15 +96,11 @@ class Probe:
             shapes = [held["centre"].shape, *(one.shape for one in held["without"])]
             if len(held["layers"]) != depth or any(shape != (depth, width) for shape in shapes):
                 raise ValueError("its directions have different shapes")
-            if any(one.shape != (width + 1,) for one in (held["forecast"], *held["forecasts"])):
-                raise ValueError("its forecasts have different shapes")
             return cls(
                 tuple(held["layers"].tolist()),
                 held["centre"],
                 held["whole"],
                 tuple(held["without"]),
-                held["forecast"],
-                tuple(held["forecasts"]),
                 float(held["tokens"][0]),
                 tuple(held["ridges"].tolist()),
             )
@@ -121,7 +109,7 @@ class Probe:
 
 
 def middle(layers: Sequence[int]) -> int:
-    """The place among the kept layers of the one whose states forecast the score."""
+    """The place among the kept layers of the one whose states forecast what the rest of an answer brings."""
     return len(layers) // 2
 
 
@@ -149,48 +137,55 @@ def fold_of(prompts: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What a regression on the states of one layer needs, with a 1 behind each [X = H + 1].
+    """What the regression of the forecast needs, summed over the places of some responses.
 
-    ``sums_R_X`` is the sum over the places of each response, chosen and rejected in turn, that behind the prompt among
-    them; ``gram_X_X`` the sum of their outer products over all responses.
+    x_t = (T - t) / T (h_t, 1) [X = H + 1] at the places 0 (behind the prompt) to T. ``gram_X_X`` is the sum of their
+    outer products, ``right_K_X`` that of x_t sum_{s > t} v_s / T, with the values v of each of K fits.
     """
 
-    sums_R_X: NDArray[Any]
     gram_X_X: NDArray[Any]
+    right_K_X: NDArray[Any]
 
     @classmethod
-    def of(cls, states_S_H: Floats) -> "Moments":
-        """Those of one response."""
-        x_S_X = np.concatenate([states_S_H, np.ones_like(states_S_H[:, :1])], axis=1)
-        return cls(x_S_X.sum(axis=0)[None], x_S_X.T @ x_S_X)
+    def of(cls, states_S_H: Floats, values_K_T: Floats) -> "Moments":
+        """Those of one response: its states behind the prompt and each of its T tokens, S = T + 1."""
+        x_S_X, count = _left(states_S_H), values_K_T.shape[1]
+        before_K_S = np.pad(values_K_T.cumsum(axis=1), ((0, 0), (1, 0)))
+        return cls(x_S_X.T @ x_S_X, (before_K_S[:, -1:] - before_K_S) / count @ x_S_X)
 
-    def forecast(self, scores_R: Doubles) -> Floats:
-        """f and c [X]: the ridge regression of every response's score on the state at each of its places."""
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.gram_X_X + other.gram_X_X, self.right_K_X + other.right_K_X)
+
+    def solve(self) -> Floats:
+        """f and c for the values of each fit [K, X]: the ridge regression, with c free."""
         penalty_X = np.full(len(self.gram_X_X), _STIFF * float(self.gram_X_X[-1, -1]))
-        penalty_X[-1] = 0  # the constant is free
-        right_X = scores_R @ self.sums_R_X.astype(np.float64)
-        found_X = np.linalg.solve(self.gram_X_X.astype(np.float64) + np.diag(penalty_X), right_X)
-        return np.asarray(found_X, dtype=np.float32)
+        penalty_X[-1] = 0
+        found_X_K = np.linalg.solve(self.gram_X_X.astype(np.float64) + np.diag(penalty_X), self.right_K_X.T)
+        return np.ascontiguousarray(found_X_K.T, dtype=np.float32)  # safetensors writes another order without a word
 
 
-def all_moments(parts: Sequence[Moments]) -> Moments:
-    """Those of all responses, from those of parts of them in their order."""
-    gram_X_X = sum(part.gram_X_X for part in parts[1:])
-    return Moments(np.concatenate([part.sums_R_X for part in parts]), parts[0].gram_X_X + gram_X_X)
+def advantages(values_T: Floats, states_S_H: Floats, forecast_X: Floats) -> Floats:
+    """r_t of direction "advantage" [T]: from v_t, log-odds, and the states behind the prompt and every token [S]."""
+    return np.asarray(values_T / len(values_T) + np.diff(_left(states_S_H) @ forecast_X), dtype=np.float32)
+
+
+def _left(states_S_H: Floats) -> Floats:
+    """The states, with a 1 behind each, times the share of the answer that is still to come [S, X]."""
+    count = len(states_S_H) - 1
+    share_S_1 = ((count - np.arange(count + 1)) / count).astype(states_S_H.dtype)[:, None]
+    return np.concatenate([states_S_H, np.ones_like(share_S_1)], axis=1) * share_S_1
 
 
 def fit(
     chosen_P_D_H: NDArray[Any],
     rejected_P_D_H: NDArray[Any],
-    moments: Moments,
     fold_P: NDArray[np.int64],
     layers: Sequence[int],
     tokens: float,
 ) -> tuple[Probe, Doubles]:
     """The probe of these mean states, and its margin R(chosen) - R(rejected) for every pair, seen by no fit of it [P].
 
-    ``moments`` are those of the middle layer. Margins are in log-odds. Raises DataError for fewer than 20 pairs, or
-    states that are not finite.
+    Margins are in log-odds. Raises DataError for fewer than 20 pairs, or states that are not finite.
     """
     pairs, depth, width = chosen_P_D_H.shape
     require_pairs(pairs)
@@ -207,10 +202,6 @@ def fit(
     def direction(weights_Z: Doubles) -> Floats:
         return np.asarray((basis_X_Z @ weights_Z).reshape(depth, width) / scale_D[:, None], dtype=np.float32)
 
-    def forecast(direction_D_H: Floats) -> Floats:
-        sides = (np.einsum("pdh,dh->p", side, direction_D_H) for side in (chosen_P_D_H, rejected_P_D_H))
-        return moments.forecast(np.stack([*sides], axis=1).reshape(-1) - (centre_D_H * direction_D_H).sum())
-
     margins_P, without, ridges = np.zeros(pairs), [], []
     for fold in range(FOLDS):
         other_P = fold_P != fold
@@ -226,8 +217,6 @@ def fit(
         centre_D_H.astype(np.float32),
         whole_D_H,
         tuple(without),
-        forecast(whole_D_H),
-        tuple(map(forecast, without)),
         tokens,
         (ridge, *ridges),
     )

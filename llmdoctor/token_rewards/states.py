@@ -1,17 +1,21 @@
-"""Adds the probe's rewards to a finished rewards folder: two passes of the patient, and the fit between them.
+"""Adds the probe's rewards to a finished rewards folder: three passes of the patient, and the fits between them.
 
-    rewards-00000.parquet --patient--> states-00000.safetensors --fit--> probe.safetensors --patient--> probe-00000...
+    rewards-00000.parquet --patient--> states-00000.safetensors  --fit--> probe.safetensors
+                          --patient--> moments-00000.safetensors --fit--> forecast.safetensors
+                          --patient--> probe-00000.safetensors
 
 The first pass keeps the mean state of every response in a few layers, in float16: 2 x layers x width x 2 bytes per
-pair, 23 kB for 10 layers of a model 576 wide and 143 kB for one 3584 wide; and in float32 the sums that a regression on
-the middle one of them needs, a fifth of that, with a matrix of width x width for every shard. The second pass reads the
-states of every token and keeps two numbers for each. Both see the prompt without a face. ``probe.json`` is written
-last.
+pair, 23 kB for 10 layers of a model 576 wide and 143 kB for one 3584 wide. The second one keeps what a regression on
+the states of the middle layer needs: about width x width x 4 bytes for every shard. The third one keeps two numbers for
+each token. All see the prompt without a face; none keeps the states of single tokens, which would be 30 to 60 times as
+large as their means. ``probe.json`` is written last.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +33,14 @@ from llmdoctor.tensors import read_tensors
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, response_ids
 from llmdoctor.token_rewards.encode import EncodedPair, EncodedResponse
 from llmdoctor.token_rewards.folder import PROBE_META, RewardsFolder, credit_path, read_shard, shard_paths
-from llmdoctor.token_rewards.probe import Moments, Probe, all_moments, fit, fold_of, middle, require_pairs
+from llmdoctor.token_rewards.probe import Moments, Probe, advantages, fit, fold_of, middle, require_pairs
 from llmdoctor.token_rewards.processes import team
 from llmdoctor.token_rewards.rows import PatientRows, Unit, chunks
 from llmdoctor.token_rewards.scoring import fitting_batch_tokens
 
 _LAYERS = 10
 _WINDOW_PAIRS = 64  # pairs whose responses are sorted by length and read together
-_DIRECTIONS = "probe.safetensors"
+_DIRECTIONS, _FORECAST = "probe.safetensors", "forecast.safetensors"
 
 
 def kept_layers(count: int) -> tuple[int, ...]:
@@ -59,33 +63,41 @@ class StateReader:
         self._patient = patient
         self._rows = PatientRows(patient, batch_tokens or fitting_batch_tokens(patient))
 
-    def means(self, pairs: Sequence[PairScores]) -> tuple[NDArray[np.float16], Moments]:
-        """The mean state of every response, chosen and rejected in turn [2P, D, H], and the middle layer's moments."""
-        grams: list[NDArray[Any]] = []  # their sum so far: one for every response would fill the memory
+    def means(self, pairs: Sequence[PairScores]) -> NDArray[np.float16]:
+        """The mean state of every response, chosen and rejected in turn [2P, D, H]."""
+        return np.stack(self.read(pairs, lambda states_D_S_H, _: states_D_S_H[:, 1:].mean(dim=1).half().numpy()))
 
-        def of(states_D_S_H: Tensor, _: int) -> tuple[NDArray[np.float16], NDArray[Any]]:
-            own = Moments.of(states_D_S_H[middle(self.layers)].numpy())
-            grams[:] = [grams[0] + own.gram_X_X if grams else own.gram_X_X]
-            return states_D_S_H[:, 1:].mean(dim=1).half().numpy(), own.sums_R_X
+    def moments(self, pairs: Sequence[PairScores], probe: Probe) -> Moments:
+        """Those of the middle layer, summed over all responses, with the values of every fit of the probe."""
+        total: Moments | None = None  # one for every response would fill the memory
 
-        means, sums = zip(*self._read(pairs, of), strict=True)
-        return np.stack(means), Moments(np.concatenate(sums), grams[0])
+        def include(states_D_S_H: Tensor, _: int) -> None:
+            nonlocal total
+            held_D_S_H = states_D_S_H.numpy()
+            own = Moments.of(held_D_S_H[middle(self.layers)], probe.values(held_D_S_H[:, 1:]))
+            total = own if total is None else total + own
+
+        self.read(pairs, include)
+        assert total is not None  # a window has a pair
+        return total
 
     def rewards(
-        self, pairs: Sequence[PairScores], probe: Probe, folds: Sequence[int | None]
+        self, pairs: Sequence[PairScores], probe: Probe, forecast_K_X: Floats, folds: Sequence[int | None]
     ) -> list[tuple[Floats, Floats]]:
-        """r_t of every response under directions "probe" and "progress", chosen and rejected in turn.
+        """r_t of every response under directions "probe" and "advantage", chosen and rejected in turn.
 
         Each pair's are by the fit without its fold.
         """
 
         def of(states_D_S_H: Tensor, pair: int) -> tuple[Floats, Floats]:
-            held_D_S_H = states_D_S_H.numpy()
-            return probe.rewards(held_D_S_H[:, 1:], folds[pair]), probe.progress(held_D_S_H, folds[pair])
+            held_D_S_H, fold = states_D_S_H.numpy(), folds[pair]
+            own_T = probe.rewards(held_D_S_H[:, 1:], fold)
+            forecast_X = forecast_K_X[0 if fold is None else 1 + fold]
+            return own_T, advantages(own_T * probe.tokens, held_D_S_H[middle(self.layers)], forecast_X)
 
-        return self._read(pairs, of)
+        return self.read(pairs, of)
 
-    def _read(self, pairs: Sequence[PairScores], use: Any) -> list[Any]:
+    def read(self, pairs: Sequence[PairScores], use: Any) -> list[Any]:
         """``use(states [D, S, H], index of the pair)`` of every response, in the order of the pairs.
 
         The states are those behind the prompt and behind each of the T tokens: S = T + 1.
@@ -133,7 +145,7 @@ def _encoded(pair: PairScores, number: str) -> EncodedPair:
 def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None) -> Iterator[None]:
     """Fit a probe to the pairs of the rewards folder ``folder`` and store every token's reward under it.
 
-    Yields once for each pair of each of the two passes, and must be run to its end; run again after a stop it goes on
+    Yields once for each pair of each of the three passes, and must be run to its end; run again after a stop it goes on
     from the last finished shard. Several processes share the shards, as in `extract`. A folder that has its probe is
     left as it is, unless a file of it is damaged or missing: that is made again.
 
@@ -165,35 +177,43 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
         writes = processes.first or not together
         for index in own:
             if not _states_path(folder, index).is_file():
-                found_in = []
+                means = []
                 for window in chunks(read_shard(shards[index], rewards.faces), _WINDOW_PAIRS):
-                    found_in.append(reader.means(window))
+                    means.append(reader.means(window))
                     yield from (None for _ in window)
                 if writes:
-                    means, moments = zip(*found_in, strict=True)
-                    whole = all_moments(moments)
-                    kept = {"means": np.concatenate(means), "sums": whole.sums_R_X, "gram": whole.gram_X_X}
-                    with atomic_path(_states_path(folder, index)) as temporary:
-                        save_file(kept, temporary)
+                    _save(_states_path(folder, index), {"means": np.concatenate(means)})
         processes.wait()
         found = processes.from_first(lambda: _fit(folder, rewards, reader.layers))
         probe = Probe.load(folder / _DIRECTIONS)
+        for index in own:
+            if not _moments_path(folder, index).is_file():
+                moments = []
+                for window in chunks(read_shard(shards[index], rewards.faces), _WINDOW_PAIRS):
+                    moments.append(reader.moments(window, probe))
+                    yield from (None for _ in window)
+                if writes:
+                    whole = reduce(add, moments)
+                    _save(_moments_path(folder, index), {"gram": whole.gram_X_X, "right": whole.right_K_X})
+        processes.wait()
+        forecast_K_X = processes.from_first(
+            lambda: _forecast([_moments_path(folder, i) for i in range(len(shards))], probe)
+        )
         for index in own:
             if not credit_path(folder, index).is_file():
                 values = []
                 for window in chunks(read_shard(shards[index], rewards.faces), _WINDOW_PAIRS):
                     folds = [found["folds"][pair.chosen.pair_id] for pair in window]
-                    values += reader.rewards(window, probe, folds)
+                    values += reader.rewards(window, probe, forecast_K_X, folds)
                     yield from (None for _ in window)
                 if writes:
-                    with atomic_path(credit_path(folder, index)) as temporary:
-                        shares, progress = map(np.concatenate, zip(*values, strict=True))
-                        save_file({"rewards": shares, "progress": progress}, temporary)
+                    shares, changes = map(np.concatenate, zip(*values, strict=True))
+                    _save(credit_path(folder, index), {"rewards": shares, "advantages": changes})
         processes.wait()
         if processes.first:
             report = {key: value for key, value in found.items() if key != "folds"}
-            files = [_states_path(folder, i) for i in range(len(shards))]
-            files += [folder / _DIRECTIONS, *(credit_path(folder, i) for i in range(len(shards)))]
+            files = [path(folder, i) for path in (_states_path, _moments_path, credit_path) for i in range(len(shards))]
+            files += [folder / _DIRECTIONS, folder / _FORECAST]
             write_json(folder / PROBE_META, {**report, "files": {path.name: file_checksum(path) for path in files}})
         processes.wait()
 
@@ -206,6 +226,33 @@ def _states_path(folder: Path, index: int) -> Path:
     return folder / f"states-{index:05d}.safetensors"
 
 
+def _moments_path(folder: Path, index: int) -> Path:
+    return folder / f"moments-{index:05d}.safetensors"
+
+
+def _save(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _forecast(paths: Sequence[Path], probe: Probe) -> Floats:
+    """f and c for the values of every fit of the probe [K, X], fitted to the moments of all shards and written."""
+    wide, fits = probe.whole_D_H.shape[1] + 1, 1 + len(probe.without_D_H)
+    moments = []
+    for path in paths:
+        try:
+            held = read_tensors(path, ("gram", "right"))
+            own = Moments(held["gram"].numpy(), held["right"].numpy())
+            if own.gram_X_X.shape != (wide, wide) or own.right_K_X.shape != (fits, wide):
+                raise ValueError("it is of another probe")
+            moments.append(own)
+        except (LoadError, ValueError, TypeError) as error:
+            raise LoadError(f"cannot read {path}: {error}. Delete it and run again") from error
+    forecast_K_X = reduce(add, moments).solve()
+    _save(paths[0].with_name(_FORECAST), {"forecast": forecast_K_X})
+    return forecast_K_X
+
+
 def _fit(folder: Path, rewards: RewardsFolder, layers: Sequence[int]) -> dict[str, Any]:
     """Fit the probe and write it. What probe.json says of it, and the fold of every pair by id."""
     ids, prompts, lengths = [], [], []
@@ -215,20 +262,15 @@ def _fit(folder: Path, rewards: RewardsFolder, layers: Sequence[int]) -> dict[st
         lengths += [len(pair.chosen.response_ids), len(pair.rejected.response_ids)]
     try:
         paths = [_states_path(folder, i) for i in range(len(shard_paths(folder)))]
-        held = [read_tensors(path, ("means", "sums", "gram")) for path in paths]
-        means = np.concatenate([one["means"].numpy() for one in held])
+        means = np.concatenate([read_tensors(path, ("means",))["means"].numpy() for path in paths])
         if means.ndim != 3 or means.shape[:2] != (2 * len(ids), len(layers)):
             raise ValueError(f"they are those of {len(means) // 2} other pairs or of other layers")
-        moments = all_moments([Moments(one["sums"].numpy(), one["gram"].numpy()) for one in held])
-        wide = means.shape[2] + 1
-        if moments.sums_R_X.shape != (len(means), wide) or moments.gram_X_X.shape != (wide, wide):
-            raise ValueError("their sums are those of other pairs")
     except (LoadError, ValueError, TypeError) as error:
         raise LoadError(
             f"cannot read the states in {folder}: {error}. Delete states-*.safetensors and run again"
         ) from error
     fold_P = fold_of(prompts)
-    probe, margins_P = fit(means[0::2], means[1::2], moments, fold_P, layers, float(np.mean(lengths)))
+    probe, margins_P = fit(means[0::2], means[1::2], fold_P, layers, float(np.mean(lengths)))
     probe.save(folder / _DIRECTIONS)
     return {
         "layers": list(layers),
@@ -252,5 +294,6 @@ def probe_answer(patient: Patient, probe: Probe, prompt: str | Sequence[Message]
     ids = np.array(response_ids(tokenizer, answer, end_of_turn(tokenizer, patient.eos_ids)), dtype=np.int32)
     scores = TokenScores("", "chosen", asked, ids, {}, {}, ids, {}, {})
     pair = PairScores(scores, replace(scores, side="rejected"))
-    reward, _ = StateReader(patient, probe.layers).rewards([pair], probe, [None])[0]
-    return reward
+    reader = StateReader(patient, probe.layers)
+    found: list[Floats] = reader.read([pair], lambda states_D_S_H, _: probe.rewards(states_D_S_H.numpy()[:, 1:]))
+    return found[0]
