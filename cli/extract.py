@@ -55,8 +55,8 @@ def extract(
 ) -> None:
     """Score every answer's tokens with the patient's own two faces, or by a probe of its hidden states.
 
-    A run that was stopped continues where it was. The probe reads the answers three times more, without a face; it can be
-    added to a finished folder by the same command with --probe.
+    A run that was stopped continues where it was. The probe reads the answers three times more, without a face; it can
+    be added to a finished folder by the same command with --probe.
 
     How the data hold their pairs is recognised by their columns:
 

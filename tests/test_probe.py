@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import llmdoctor.token_rewards.extract as stage
 from llmdoctor.errors import DataError, LoadError, UsageError
@@ -415,6 +415,22 @@ def test_what_cannot_be(tiny_model: Any, pairs_file: Path, tmp_path: Path) -> No
     damaged[-1] ^= 1
     assert credit.read_bytes() == damaged
     assert len(list(RewardsFolder(path))) == PAIRS
+    # a stopped run whose second pass left something else
+    forecast = (path / "forecast.safetensors").read_bytes()
+    moments = path / "moments-00000.safetensors"
+    for name in ("probe.json", "forecast.safetensors", credit.name):
+        (path / name).unlink()
+    for other in (b"nothing", (path / "probe.safetensors").read_bytes()):
+        moments.write_bytes(other)
+        with pytest.raises(LoadError, match=r"cannot read .*moments-00000.*Delete it and run again"):
+            list(add_probe(patient, path))
+    save_file({"gram": np.ones((3, 3)), "right": np.ones((1 + FOLDS, 3))}, moments)
+    with pytest.raises(LoadError, match="of another probe"):
+        list(add_probe(patient, path))
+    moments.unlink()
+    list(add_probe(patient, path))
+    assert (path / "forecast.safetensors").read_bytes() == forecast
+    assert credit.read_bytes() == damaged
 
 
 def test_a_patient_without_states_is_told(tiny_model: Any, pairs_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
