@@ -16,6 +16,7 @@ from llmdoctor.records import FacePair
 from llmdoctor.settings import DataSettings
 from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.folder import RewardsFolder
+from llmdoctor.token_rewards.states import add_probe
 
 # One of two gloo processes: what it scores goes to stdout; then the same folder with another face.
 PROCESS = """
@@ -103,7 +104,7 @@ def test_accelerate_launch_gives_the_folder_of_one_process(tiny_model: Callable[
     (tmp_path / "p.yaml").write_text(json.dumps({"patient": {"model": str(model)}, "faces": {"f": face}}))
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "llmdoctor"]
-    command = ["extract", "--profile", "p.yaml", "--data", data.source, "-o", "two", "--json"]
+    command = ["extract", "--profile", "p.yaml", "--data", data.source, "-o", "two", "--probe", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run(
         [sys.executable, *launch, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -113,5 +114,6 @@ def test_accelerate_launch_gives_the_folder_of_one_process(tiny_model: Callable[
     assert (report["written"], sum(report["skipped"].values())) == (299, 1)
     assert ran.stderr.count("line 2: empty answer") == 1
     list(extract(load_patient(model), data, {"f": FacePair("Be kind.", "Be rude.")}, tmp_path / "one"))
+    list(add_probe(load_patient(model), tmp_path / "one"))
     assert len(RewardsFolder(tmp_path / "one")) == 299
     assert read(tmp_path / "two") == read(tmp_path / "one")

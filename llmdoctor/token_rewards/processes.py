@@ -1,5 +1,6 @@
 """Stage 1 in several processes, as ``accelerate launch`` or ``torchrun`` start them."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,20 +56,17 @@ def team() -> Iterator[Team]:
     """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone.
 
     They exchange a few words on the CPU, whatever their devices: so it is gloo, and the timeout is long because one
-    process may wait for another's last shard.
+    process may wait for another's last shard. Their group stays until the process ends: a second one would find the
+    addresses of the first in the launcher's store, and wait for them for ever.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
         yield Team()
         return
-    opened = not torch.distributed.is_initialized()
-    if opened:
+    if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield Team(torch.distributed.get_rank(), size)
-    finally:
-        if opened:
-            torch.distributed.destroy_process_group()
+        atexit.register(torch.distributed.destroy_process_group)
+    yield Team(torch.distributed.get_rank(), size)
 
 
 @contextmanager

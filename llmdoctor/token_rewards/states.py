@@ -7,8 +7,8 @@
 The first pass keeps the mean state of every response in a few layers, in float16: 2 x layers x width x 2 bytes per
 pair, 23 kB for 10 layers of a model 576 wide and 143 kB for one 3584 wide. The second one keeps what a regression on
 the states of the middle layer needs: about width x width x 4 bytes for every shard. The third one keeps two numbers for
-each token. All see the prompt without a face; none keeps the states of single tokens, which would be 30 to 60 times as
-large as their means. ``probe.json`` is written last.
+each token. All see the prompt without a face; none keeps the states of single tokens, as many times as large as their
+means as a response has tokens. ``probe.json`` is written last.
 """
 
 from collections.abc import Iterator, Sequence
@@ -188,12 +188,12 @@ def add_probe(patient: Patient, folder: Path, *, batch_tokens: int | None = None
         probe = Probe.load(folder / _DIRECTIONS)
         for index in own:
             if not _moments_path(folder, index).is_file():
-                moments = []
+                parts = []
                 for window in chunks(read_shard(shards[index], rewards.faces), _WINDOW_PAIRS):
-                    moments.append(reader.moments(window, probe))
+                    parts.append(reader.moments(window, probe))
                     yield from (None for _ in window)
                 if writes:
-                    whole = reduce(add, moments)
+                    whole = reduce(add, parts)
                     _save(_moments_path(folder, index), {"gram": whole.gram_X_X, "right": whole.right_K_X})
         processes.wait()
         forecast_K_X = processes.from_first(
@@ -238,17 +238,18 @@ def _save(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
 def _forecast(paths: Sequence[Path], probe: Probe) -> Floats:
     """f and c for the values of every fit of the probe [K, X], fitted to the moments of all shards and written."""
     wide, fits = probe.whole_D_H.shape[1] + 1, 1 + len(probe.without_D_H)
-    moments = []
-    for path in paths:
+
+    def read(path: Path) -> Moments:
         try:
             held = read_tensors(path, ("gram", "right"))
             own = Moments(held["gram"].numpy(), held["right"].numpy())
             if own.gram_X_X.shape != (wide, wide) or own.right_K_X.shape != (fits, wide):
                 raise ValueError("it is of another probe")
-            moments.append(own)
         except (LoadError, ValueError, TypeError) as error:
             raise LoadError(f"cannot read {path}: {error}. Delete it and run again") from error
-    forecast_K_X = reduce(add, moments).solve()
+        return own
+
+    forecast_K_X = reduce(add, map(read, paths)).solve()  # one after another: all at once would fill the memory
     _save(paths[0].with_name(_FORECAST), {"forecast": forecast_K_X})
     return forecast_K_X
 
