@@ -873,6 +873,7 @@ def main() -> None:
     if not args.report:
         if source is None:
             sys.exit("Gemma 3 270M is not installed: see --help")
+        args.cache.mkdir(parents=True, exist_ok=True)
         if gemma() is not None:
             Judge.get(args.cache)
         patient = load_patient(source, device="cpu")
