@@ -21,7 +21,8 @@ the log-prob of an answer under Gemma, nats per token, of the first 50 answers o
 - ``contrast`` is patient (positive / negative)^beta with the two faces, three forwards of the patient, no training.
 - ``steering`` adds the mean difference of the states of preferred and other answers to one layer, times the size of the
   state there and the strength.
-- ``best of 8`` is the answer of eight that the probe likes best. Its KL is at most log 8 - 7/8.
+- ``best of 8`` is the answer of eight that the probe likes best. Its KL is at most log 8 - 7/8. ``advantage, best of
+  4`` is the same of four that the doctor guided: its KL is at most log 4 - 3/4 and the answer's log-ratio.
 - ``labels`` is patient (doctor / patient)^beta, the doctor a head on the patient's own states that was trained on the
   labels of whole answers, by the loss of DPO and GenARM (at the best beta and epochs found, see the log).
 - ``DPO`` is the patient fine-tuned by LoRA, patient^(1 - strength) tuned^strength: as with DPO's beta / strength.
@@ -63,7 +64,7 @@ from transformers.cache_utils import DynamicLayer
 from llmdoctor.answers import distinct_n
 from llmdoctor.models import Patient, SplitLM, load_patient, token_log_probs
 from llmdoctor.records import FacePair, Message, PreferencePair
-from llmdoctor.settings import DataSettings, RewardSettings, TrainSettings
+from llmdoctor.settings import OF_STATES, DataSettings, RewardSettings, TrainSettings
 from llmdoctor.text import conversation, end_of_turn, prompt_ids, with_system
 from llmdoctor.token_rewards.extract import extract
 from llmdoctor.token_rewards.folder import RewardsFolder
@@ -83,7 +84,6 @@ DPO_BETA, DPO_EPOCHS = 1.0, 6
 LEAST = 20  # pairs that a probe needs
 TOGETHER = 8  # prompts that are read in one forward
 TO_READ = 50  # answers of a cell that Gemma reads
-TO_PICK = 8  # answers of "best of 8"
 ANSWERS = 4  # the patient's answers per training prompt; they make two pairs
 SUBJECTS = """my morning commute|learning the guitar|a rainy weekend|my new neighbour|growing tomatoes|an old bicycle
 working from home|a family dinner|running a marathon|my first job|moving to a new city|a school reunion|cooking for one
@@ -270,7 +270,8 @@ class Method:
     doctor: str | None = None  # which one
     layer: nn.Module | None = None  # whose output is steered
     direction_H: Tensor | None = None
-    best_of: Callable[[Asked, Sequence[str]], str] | None = None  # picks one of TO_PICK answers
+    picks: int = 1  # of that many answers one
+    best_of: Callable[[Asked, Sequence[str]], str] | None = None  # that it says
     model: PreTrainedModel | None = None  # a tuned patient
     weight: float = 0.0  # of the tuned patient
 
@@ -293,7 +294,10 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Asked], method: Method, seed: int) -> Iterator[dict[str, Any]]:
-        """For every prompt its answer, and its KL to the patient, summed over its tokens in nats."""
+        """For every prompt its answer, and its KL to the patient, summed over its tokens in nats.
+
+        ``log_ratio`` is that of the drawn tokens alone, of the same mean.
+        """
         if method.best_of is not None:
             yield from self._best(prompts, method, seed)
             return
@@ -314,7 +318,7 @@ class Sampler:
             tuned, of_tuned = Reader(method.model)(ids[own], self.tokens, method, torch.zeros(rows, dtype=torch.bool))
         generator = torch.Generator().manual_seed(seed)
         drawn: list[Tensor] = []
-        kl_B = torch.zeros(rows)
+        kl_B, ratio_B = torch.zeros(rows), torch.zeros(rows)
         ended_B = torch.zeros(rows, dtype=torch.bool)
         while True:
             logits = self._model.get_output_embeddings()(hidden)
@@ -331,6 +335,8 @@ class Sampler:
             kl_now_B = (mixed_B_V.exp() * (mixed_B_V - said_F_B_V[alone]).nan_to_num()).sum(dim=-1)
             kl_B += torch.where(ended_B, 0.0, kl_now_B)
             next_B = draw_tokens(mixed_B_V, generator)
+            ratio_now_B = (mixed_B_V - said_F_B_V[alone]).gather(1, next_B[:, None])[:, 0]
+            ratio_B += torch.where(ended_B, 0.0, ratio_now_B)
             drawn.append(torch.where(ended_B, self._end, next_B))
             ended_B |= next_B == self._end
             if len(drawn) == self.tokens or bool(ended_B.all()):
@@ -344,20 +350,22 @@ class Sampler:
         for row, tokens in enumerate(torch.stack(drawn, dim=1).tolist()):
             own = tokens[: tokens.index(self._end)] if self._end in tokens else tokens
             text = tokenizer.decode(own, skip_special_tokens=True)
-            yield {"text": text, "tokens": len(own) + (self._end in tokens), "kl": float(kl_B[row])}
+            found = {"text": text, "tokens": len(own) + (self._end in tokens), "kl": float(kl_B[row])}
+            yield {**found, "log_ratio": float(ratio_B[row])}
 
     def _best(self, prompts: Sequence[Asked], method: Method, seed: int) -> Iterator[dict[str, Any]]:
         assert method.best_of is not None
-        many = [prompt for prompt in prompts for _ in range(TO_PICK)]
+        many = [prompt for prompt in prompts for _ in range(method.picks)]
         drawn = []
         for start in range(0, len(many), len(prompts)):
             part = many[start : start + len(prompts)]
-            drawn += list(self(part, Method("patient", ((None, 1.0),)), seed + start))
+            drawn += list(self(part, replace(method, best_of=None), seed + start))
         for i, prompt in enumerate(prompts):
-            own = drawn[TO_PICK * i :][:TO_PICK]
+            own = drawn[method.picks * i :][: method.picks]
             text = method.best_of(prompt, [one["text"] for one in own])
             best = next(one for one in own if one["text"] == text)
-            yield {**best, "kl": math.log(TO_PICK) - 1 + 1 / TO_PICK}
+            # KL(picked | drawn) + E_picked[log drawn / patient]
+            yield {**best, "kl": math.log(method.picks) - 1 + 1 / method.picks + best["log_ratio"]}
 
 
 def draw_tokens(logprobs_B_V: Tensor, generator: torch.Generator) -> Tensor:
@@ -571,7 +579,7 @@ class Pupil:
         folder, digest = self._place(kind, how.rewards.model_dump_json(), how.settings.model_dump_json())
         if not (folder / "doctor.json").is_file():
             train(
-                self.rewards(faces=kind not in {"probe", "advantage"}),
+                self.rewards(faces=how.rewards.direction not in OF_STATES),
                 folder,
                 base_model=self.patient.name,
                 reward_settings=how.rewards,
@@ -617,14 +625,15 @@ class Pupil:
         layer = self.patient.model.base_model.layers[layers[index] - 1]
         return Method("steering", ((None, 1.0),), 0.0, None, self._drawn_from, layer, direction_H)
 
-    def best_of(self) -> Method:
-        """The best of eight by the probe of all pairs."""
+    def best_of(self, of: Method, picks: int) -> Method:
+        """The best of that many answers, by the probe of all pairs."""
         probe = Probe.load(self.rewards(faces=False) / "probe.safetensors")
 
         def pick(prompt: Asked, answers: Sequence[str]) -> str:
             return max(answers, key=lambda text: probe_answer(self.patient, probe, prompt, text).mean() if text else -9)
 
-        return Method("best of 8", ((None, 1.0),), None, None, self._drawn_from, best_of=pick)
+        name = f"{of.name}, best of {picks}" if of.head else f"best of {picks}"
+        return replace(of, name=name, doctor=of.doctor or self._drawn_from, picks=picks, best_of=pick)
 
 
 @dataclass(frozen=True)
@@ -697,6 +706,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "GenARM": (0.5, 1.0, 2.0),
     "probe": (0.5, 1.0, 1.5, 2.0, 3.0),
     "advantage": (1.0, 1.5, 2.25, 3.5),
+    "advantage, best of 4": (0.5, 1.0, 1.5),
     "faces": (1.0, 2.0, 4.0),
     "paper": (1.0, 4.0),
 }
@@ -712,6 +722,7 @@ METHODS = (
     "GenARM",
     "probe",
     "advantage",
+    "advantage, best of 4",
     "faces",
     "paper",
 )
@@ -732,12 +743,14 @@ def methods(names: Sequence[str], wish: Wish, pupil: Pupil) -> Iterator[Method]:
             for beta in strengths:
                 yield Method(name, ((wish.positive, 1.0 + beta), (wish.negative, -beta)), beta)
         elif name == "best of 8":
-            yield pupil.best_of()
+            yield pupil.best_of(Method("patient", ((None, 1.0),)), 8)
         else:
             if name == "steering":
                 method = pupil.steering()
             else:
-                method = pupil.labels(name) if name in LABELLED else pupil.doctor(name)
+                doctor, _, picks = name.partition(", best of ")
+                method = pupil.labels(name) if name in LABELLED else pupil.doctor(doctor)
+                method = pupil.best_of(method, int(picks)) if picks else method
             for strength in strengths:
                 yield replace(method, strength=strength, **_powers(method, strength))
 
@@ -785,7 +798,8 @@ def cells(rows: Sequence[dict[str, Any]]) -> Cells:
 
 def per_token(row: dict[str, Any]) -> float:
     """KL to the patient, nats."""
-    return max(0.0, float(row["kl"])) / max(row["tokens"], 1)  # rounding may leave a little less than 0
+    kl = float(row["kl"])
+    return 0.0 if abs(kl) < 1e-3 else kl / max(row["tokens"], 1)  # rounding leaves a little more or less than 0
 
 
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -73,11 +73,12 @@ def extract(
     Ties are skipped. Name the columns of all others with --columns.
     """
     from llmdoctor.profile import override
+    from llmdoctor.settings import OF_STATES
 
     settings = options.load(profile)
     model = override(settings.patient, model=patient, **loading)
     source = _data(settings, data, split=split, label=label, columns=columns)
-    probe = settings.rewards.direction in {"probe", "advantage"} if probe is None else probe
+    probe = settings.rewards.direction in OF_STATES if probe is None else probe
     faces = chosen_faces(settings, face, needed=not probe)
     if not data:
         say(f"taking the pairs of the profile {settings.name}: {source.source} (--data names others)")

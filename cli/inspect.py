@@ -257,11 +257,12 @@ def _look_at(
     """The heatmap of one answer that somebody wrote."""
     from llmdoctor.cli.extract import chosen_faces
     from llmdoctor.profile import override
+    from llmdoctor.settings import OF_STATES
 
     if "probe" in shows:
         raise UsageError("--show probe needs a rewards folder that extract --probe wrote: leave it out, or --text")
     settings = override(profile.rewards, **given)
-    if settings.direction in {"fitted", "probe", "advantage"}:
+    if settings.direction in {"fitted", *OF_STATES}:
         raise UsageError(
             f"--direction {settings.direction} needs labelled pairs: give a rewards folder, or another one"
         )

@@ -29,7 +29,7 @@ class RewardReader:
         self, *, pair: str | None, contains: str | None, worst: bool, limit: int
     ) -> "tuple[list[tuple[TokenRewards, TokenRewards]], Statistics, tuple[FaceDifference, ...]]":
         """In one pass, holding ``limit`` pairs: those to show, and the statistics of all that match ``contains``."""
-        from llmdoctor.token_rewards.formula import OF_STATES
+        from llmdoctor.settings import OF_STATES
         from llmdoctor.token_rewards.summary import FaceDifferences, RewardCounter, margin
 
         ids = range(max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1))

@@ -60,6 +60,8 @@ def _mapping(value: Any) -> Any:
 Location = Annotated[str, StringConstraints(min_length=1), AfterValidator(_resolve_location)]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
 Direction = Literal["label", "gap", "agree", "fitted", "probe", "advantage"]
+OF_STATES = frozenset({"probe", "advantage"})
+"""The directions that reward by a probe of the patient's states."""
 Mode = Literal["product", "ratio"]
 Dtype = Annotated[str, Field(description="auto, float32, bfloat16 or float16")]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps, ...")]

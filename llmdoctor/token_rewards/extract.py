@@ -11,10 +11,9 @@ from llmdoctor.errors import DataError, UsageError
 from llmdoctor.files import locked
 from llmdoctor.models import Patient, shared_by_processes
 from llmdoctor.records import FacePair, PairScores, PairShape, SkippedRecord
-from llmdoctor.settings import DataSettings
+from llmdoctor.settings import OF_STATES, DataSettings
 from llmdoctor.token_rewards.encode import PairEncoder
 from llmdoctor.token_rewards.folder import shard_path, shard_paths
-from llmdoctor.token_rewards.formula import OF_STATES
 from llmdoctor.token_rewards.pairs import read_pairs, shuffled
 from llmdoctor.token_rewards.processes import team
 from llmdoctor.token_rewards.rows import chunks

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from llmdoctor.errors import UsageError
 from llmdoctor.records import Floats, TokenRewards, TokenScores
-from llmdoctor.settings import RewardSettings
+from llmdoctor.settings import OF_STATES, RewardSettings
 
 PROBE, ADVANTAGE = "probe", "advantage"
 """The names of the probe's two rewards where one stands beside those of the face pairs, or in their place."""
-OF_STATES = {PROBE, ADVANTAGE}
 
 
 def gap(scores: TokenScores, face: str) -> Floats:
