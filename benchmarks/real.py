@@ -706,7 +706,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "GenARM": (0.5, 1.0, 2.0),
     "probe": (0.5, 1.0, 1.5, 2.0, 3.0),
     "advantage": (1.0, 1.5, 2.25, 3.5),
-    "advantage, best of 4": (0.5, 1.0, 1.5),
+    "advantage, best of 4": (0.5, 1.0),
     "faces": (1.0, 2.0, 4.0),
     "paper": (1.0, 4.0),
 }

@@ -133,7 +133,7 @@ EXAMPLES = {
     "train": (
         "train --rewards outputs/rewards --holdout 0.1 -o outputs/doctor",
         "train --rewards outputs/rewards --doctor org/model-1b -o outputs/doctor",
-        "train --rewards outputs/rewards --direction probe --method head -o outputs/doctor",
+        "train --rewards outputs/rewards --direction advantage --method head -o outputs/doctor",
     ),
     "shrink": ("shrink --patient ./model --prompts prompts.txt --layers 6 -o outputs/shrunk",),
     "push": ("push outputs/doctor my-name/my-doctor --dry-run", "push outputs/doctor my-name/my-doctor --private"),

@@ -362,8 +362,8 @@ def test_the_diagnosis_says_which_signal_to_train_on(
     assert [face.name for face in found.faces] == ["f"]
     assert found.probe_accuracy is not None
     assert found.probe_accuracy.value > 0.8
-    assert found.train_on == "probe"
-    assert "--direction probe" in found.verdict
+    assert found.train_on == "advantage"
+    assert "--direction advantage" in found.verdict
     # the same states with labels by chance: nothing to train on
     random = np.random.default_rng(0)
     noise = [_turned(pair) if random.random() < 0.5 else pair for pair in folder]

@@ -18,7 +18,7 @@ from llmdoctor.errors import DataError, UsageError
 from llmdoctor.records import Estimate, PairScores
 from llmdoctor.settings import RewardSettings
 from llmdoctor.token_rewards.fit import Doubles, bradley_terry, deviations, features, newton, shares
-from llmdoctor.token_rewards.formula import PROBE, face_names
+from llmdoctor.token_rewards.formula import ADVANTAGE, PROBE, face_names
 
 _Z = 1.959963984540054  # half the width of a 95% interval, in standard errors
 _EXAMPLES = 3
@@ -67,8 +67,9 @@ class Diagnosis:
 
     With a probe, ``probe_accuracy`` is the part of the pairs that the sum of its rewards predicts, each by a fit that
     has not seen its prompt, and ``joint_accuracy`` that of a fit over faces and probe; ``probe_beyond_faces`` and
-    ``probe_beyond_length`` are differences, as above. ``train_on`` is the direction to choose for these pairs: "probe",
-    "fitted" (of the faces, and of the probe where it is one of them), or "" where nothing predicts them.
+    ``probe_beyond_length`` are differences, as above. ``train_on`` is the direction to choose for these pairs:
+    "advantage" (of the probe's two rewards the better one on human labels, see docs/benchmarks.md), "fitted" (of the
+    faces, and of the probe where it is one of them), or "" where nothing predicts them.
     """
 
     pairs: int
@@ -182,7 +183,7 @@ def _choice(found: Diagnosis, joint_beyond_probe: Estimate) -> str:
         return "fitted"
     if found.probe_accuracy.low > found.chance:
         # where both predict equally well the faces are the surer signal: they say what is meant, and prune tokens
-        return "fitted" if found.explains and found.probe_beyond_faces.value <= 0 else "probe"
+        return "fitted" if found.explains and found.probe_beyond_faces.value <= 0 else ADVANTAGE
     return "fitted" if found.explains else ""
 
 
@@ -298,13 +299,13 @@ def _verdict_on_probe(found: Diagnosis) -> list[str]:
     if found.probe_accuracy is None or found.probe_beyond_length is None:
         return []
     said = [f"The probe of the patient's states predicts {_percent(found.probe_accuracy)} of held-out pairs."]
-    if found.train_on == "probe":
-        said.append("Train on the probe (--direction probe).")
+    if found.train_on == ADVANTAGE:
+        said.append("Train on the probe (--direction advantage).")
     elif found.train_on == "fitted":
         said.append("Train on faces and probe together (--direction fitted), or on the faces alone (add --face NAME).")
     else:
         said.append("Nothing here predicts these preferences: more pairs, or other faces, before any training.")
-    if found.train_on == "probe" and found.probe_beyond_length.low <= 0:
+    if found.train_on == ADVANTAGE and found.probe_beyond_length.low <= 0:
         said.append("It does not surely say more than the length of the answers does: watch their length.")
     return said
 
