@@ -1,6 +1,7 @@
 """Errors become exit codes and one line; help and version come without torch; pipes may close early."""
 
 import errno
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -202,3 +203,22 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
         entry()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_do_not_spin_long_unless_the_user_says_so(monkeypatch, given, count):
+    """It is in the environment before anything imports torch."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # whatever `entry` sets is taken back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    module = ModuleType("llmdoctor.cli.main")
+    module.run = lambda: seen.append(os.environ.get("GOMP_SPINCOUNT"))
+    monkeypatch.setitem(sys.modules, "llmdoctor.cli.main", module)
+    entry()
+    assert seen == [count]
