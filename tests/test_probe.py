@@ -392,6 +392,11 @@ def test_one_answer_is_scored_as_the_folder_scores_it(tiny_model: Any, pairs_fil
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="empty"):
         probe_answer(patient, probe, row["prompt"], "")
+    wider = load_patient(tiny_model("llama", hidden_size=64), device="cpu")
+    shallow = replace(probe, layers=(*probe.layers[:-1], 99))
+    for whose, whole in ((wider, probe), (patient, shallow)):
+        with pytest.raises(UsageError, match="it was fitted to another"):
+            probe_answer(whose, whole, row["prompt"], row["chosen"])
 
 
 def test_what_cannot_be(tiny_model: Any, pairs_file: Path, tmp_path: Path) -> None:

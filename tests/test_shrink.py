@@ -19,6 +19,7 @@ from llmdoctor.errors import DataError, LLMDoctorWarning, LoadError, UsageError
 from llmdoctor.models import SplitLM, Vocabulary, load_patient, share_weights
 from llmdoctor.records import FacePair
 from llmdoctor.settings import DataSettings, Guidance, RewardSettings, Sampling, ShrinkSettings, TrainSettings
+from llmdoctor.text import conversation, prompt_ids
 from llmdoctor.token_rewards.extract import extract
 from llmdoctor.training.doctor import new_doctor
 from llmdoctor.training.folder import save_doctor
@@ -297,6 +298,26 @@ def test_prompts_that_do_not_fit(tiny_model: Callable[..., Path], tmp_path: Path
         # a share that would hold out every prompt leaves one to learn from
         meta = shrink(short, [*QUESTIONS[3:], long], tmp_path / "small", settings(holdout=0.95), device="cpu")
     assert meta["report"]["answers"] == 4
+
+
+def test_held_out_prompts_are_not_learnt_from_and_of_all_kinds(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that came twice was held out and learnt from; those held out were the first of the file."""
+    patient = load_patient(tiny_model("llama", **LAYERS), device="cpu")
+    asked: list[list[int]] = []
+
+    def told(_: Any, ids: list[list[int]], *__: Any, **___: Any) -> None:
+        asked.extend(ids)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmdoctor.training.shrink._answers", told)
+    prompts = [f"What is {number}?" for number in range(30)]
+    with pytest.raises(KeyboardInterrupt):
+        shrink(patient, [*prompts, *prompts], tmp_path / "small", settings(), device="cpu")
+    given = [prompt_ids(patient.tokenizer, conversation(prompt)) for prompt in prompts]
+    assert sorted(asked) == sorted(given)
+    assert asked != given
 
 
 def test_dropout_and_a_generation_config_that_cannot_be_saved(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

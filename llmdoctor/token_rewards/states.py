@@ -285,11 +285,17 @@ def _fit(folder: Path, rewards: RewardsFolder, layers: Sequence[int]) -> dict[st
 def probe_answer(patient: Patient, probe: Probe, prompt: str | Sequence[Message], answer: str) -> Floats:
     """r_t of every token of ``answer`` to ``prompt`` under the probe of all pairs [T], the end of turn included.
 
-    Their sum times ``probe.tokens`` / T is R(answer). Raises UsageError (an empty answer), DataError (a chat template
-    that refuses), LoadError.
+    Their sum times ``probe.tokens`` / T is R(answer). Raises UsageError (an empty answer, a probe of another patient's
+    states), DataError (a chat template that refuses), LoadError.
     """
     if not answer:
         raise UsageError("expected an answer to look at, got an empty text")
+    config, width = patient.model.config.get_text_config(), probe.whole_D_H.shape[1]
+    if config.hidden_size != width or max(probe.layers) > config.num_hidden_layers:
+        raise UsageError(
+            f"the probe reads layers {', '.join(map(str, probe.layers))} with states of {width} numbers; the patient "
+            f"{patient.name} has {config.num_hidden_layers} layers of {config.hidden_size}: it was fitted to another"
+        )
     tokenizer = patient.tokenizer
     asked = np.array(prompt_ids(tokenizer, conversation(prompt)), dtype=np.int32)
     ids = np.array(response_ids(tokenizer, answer, end_of_turn(tokenizer, patient.eos_ids)), dtype=np.int32)

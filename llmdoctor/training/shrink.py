@@ -9,6 +9,7 @@ model. It has the patient's embeddings and head as they are, so beside the patie
 import copy
 import hashlib
 import json
+import random
 import shutil
 import statistics
 import time
@@ -236,9 +237,15 @@ def _ends_of(config: GenerationConfig | None) -> GenerationConfig:
 
 
 def _fitting(patient: Patient, prompts: Sequence[str | Sequence[Message]]) -> list[list[int]]:
-    """The prompts' ids, without those that leave no room for an answer. Raises DataError if fewer than two are left."""
-    every = [prompt_ids(patient.tokenizer, conversation(prompt)) for prompt in prompts]
+    """The ids of every prompt once, without those that leave no room for an answer, in random order.
+
+    The first are held out: so none of them is learnt from, and they are of all kinds, however the prompts are sorted.
+    Raises DataError if fewer than two are left.
+    """
+    asked = [prompt_ids(patient.tokenizer, conversation(prompt)) for prompt in prompts]
+    every = list({tuple(one): one for one in asked}.values())
     ids = [one for one in every if len(one) < patient.context]
+    random.Random(0).shuffle(ids)  # not by the seed: runs that differ in it have the same prompts
     if len(ids) < 2:
         raise DataError(
             f"expected at least two prompts, one to learn from and one to measure on, got {len(ids)} that fit the "
