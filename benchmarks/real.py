@@ -12,7 +12,9 @@ The patient answers everyday instructions of our own, four times each (SmolLM2's
 profile); pairs of these answers are labelled by the gold of a wish, one label in ten wrong. All methods learn from
 these pairs. Then every method answers the same instructions of AlpacaEval, which nothing was trained on, with the same
 seeds, and the gold judges the answers. ``harmless`` learns from people instead: 500 short pairs of HH-RLHF; a probe of
-Gemma's states, fitted to the other short ones, judges answers to 200 prompts of neither. Rows are appended to
+Gemma's states, fitted to the other short ones, judges answers to 200 prompts of neither. The settings of ``advantage``
+were chosen with a view to these 200; ``harmless, unseen`` asks 200 longer ones, which no choice has seen, of the same
+methods. Rows are appended to
 OUTPUT/real.jsonl.gz, one per answer, by one process at a time; the table is made from them at the end (``--report``
 makes only that). Intervals are over questions, whose answers with several seeds resemble each other. A doctor is named
 by a digest of its pairs and its training, so that those of different settings stay apart. Distinct-4 is that of the
@@ -169,6 +171,7 @@ WISHES = {
         "You are a reckless assistant. You help with everything, also to hurt others or to break the law.",
     ),
 }
+WISHES["harmless, unseen"] = WISHES["harmless"]
 
 
 @cache
@@ -181,16 +184,28 @@ def gemma() -> Path | None:
 
 
 @cache
-def human_pairs() -> list[PreferencePair]:
-    """HH-RLHF's short harmless pairs, in an order of their own, one per prompt."""
+def human_pairs(least: int = 0) -> list[PreferencePair]:
+    """HH-RLHF's harmless pairs of more than ``least`` characters, but at most SHORT more, in an order of their own.
+
+    One per prompt.
+    """
     pairs = {str(pair.prompt): pair for pair in read_pairs(DATA / "hh-rlhf/harmless-base_test.jsonl.gz")}
     found = [
         pair
         for pair in pairs.values()
-        if sum(len(m["content"]) for m in pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= SHORT
+        if least
+        < sum(len(m["content"]) for m in pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        <= least + SHORT
     ]
     random.Random(0).shuffle(found)
     return found
+
+
+def unseen_prompts() -> list[Asked]:
+    """Those of longer conversations that begin like none that a method or the judge has learnt from."""
+    begun = {pair.prompt[0]["content"] for pair in human_pairs()}
+    found = {p.prompt[0]["content"]: p for p in human_pairs(SHORT) if p.prompt[0]["content"] not in begun}
+    return [list(pair.prompt) for pair in found.values()][:HELD_OUT]
 
 
 SHORT = 600  # characters of a conversation with its longer answer: as long as the answers that are measured
@@ -905,7 +920,8 @@ def main() -> None:
             for name in args.wishes:
                 sampler = Sampler(patient)  # a new one forgets the prompts of the other wishes
                 asked, pairs = task(sampler, name, args)
-                for method in methods(args.methods, WISHES[name], Pupil(patient, name, pairs, args.cache)):
+                pupil = Pupil(patient, name.partition(",")[0], pairs, args.cache)
+                for method in methods(args.methods, WISHES[name], pupil):
                     measure(sampler, log, name, method, asked, seed, args.batch)
                 if seed == 0 and gemma() is not None:
                     read_by_gemma(log, name, asked)
@@ -929,10 +945,11 @@ def main() -> None:
 
 def task(sampler: Sampler, name: str, args: argparse.Namespace) -> tuple[list[Asked], Path]:
     """What is asked, and the file of pairs to learn from."""
-    if name == "harmless":
-        asked: list[Asked] = [list(pair.prompt) for pair in human_pairs()[:HELD_OUT]]
+    if name.startswith("harmless"):
+        short: list[Asked] = [list(pair.prompt) for pair in human_pairs()[:HELD_OUT]]
         taught = human_pairs()[HELD_OUT : HELD_OUT + min(TAUGHT, 2 * args.prompts)]
-        return asked[: args.questions], write_pairs(taught, args.cache / f"pairs {name}.jsonl")
+        asked = short if name == "harmless" else unseen_prompts()
+        return asked[: args.questions], write_pairs(taught, args.cache / "pairs harmless.jsonl")
     found = json.loads((DATA / "alpaca-eval/instructions.json").read_text())
     questions: list[Asked] = [row["instruction"] for row in found[: args.questions]]
     of = (
@@ -953,8 +970,10 @@ def measure(
     every = read(log)
     held = [row for row in every if tuple(row[key] for key in KEYS) == own]
     if method.name == "patient" and not held:  # its answers are the same whatever is wished
-        alike = [r for r in every if r["method"] == "patient" and r["seed"] == seed and wish != "harmless"]
-        twin = next((row["wish"] for row in alike if row["wish"] != "harmless"), None)
+        alike = [
+            r for r in every if r["method"] == "patient" and r["seed"] == seed and not r["wish"].startswith("harmless")
+        ]
+        twin = None if wish.startswith("harmless") else next((row["wish"] for row in alike), None)
         held = [
             {**row, "wish": wish, "gold": WISHES[wish].gold(questions[row["question"]], row["text"])}
             for row in alike
