@@ -46,6 +46,7 @@ import json
 import math
 import random
 import re
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -92,6 +93,7 @@ TOGETHER = 8  # prompts that are read in one forward
 TO_READ = 50  # answers of a cell that Gemma reads
 ALIKE = 100  # answers of a cell whose variety is measured
 TOKENS = 64  # of the longest answer
+TIMED, TURNS = 10, 3  # answers and turns of a measurement of speed
 ANSWERS = 4  # the patient's answers per training prompt; they make two pairs
 SUBJECTS = """my morning commute|learning the guitar|a rainy weekend|my new neighbour|growing tomatoes|an old bicycle
 working from home|a family dinner|running a marathon|my first job|moving to a new city|a school reunion|cooking for one
@@ -901,6 +903,7 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=100)
     parser.add_argument("--cache", type=Path, default=Path("outputs/real"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--speed", action="store_true", help="measure only speed, on the first of the wishes")
     parser.add_argument("--report", action="store_true", help="only make the table again")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -916,7 +919,10 @@ def main() -> None:
         if gemma() is not None:
             Judge.get(args.cache)
         patient = load_patient(source, device="cpu")
-        for seed in range(args.seeds):
+        if args.speed:
+            found = speeds(patient, *task(Sampler(patient), args.wishes[0], args), args)
+            (args.output / f"{stem}-speed.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for seed in range(0 if args.speed else args.seeds):
             for name in args.wishes:
                 sampler = Sampler(patient)  # a new one forgets the prompts of the other wishes
                 asked, pairs = task(sampler, name, args)
@@ -939,8 +945,46 @@ def main() -> None:
     if any(row["wish"] == "harmless" for row in rows) and (probe := args.cache / "judge" / "probe.json").is_file():
         held_out = json.loads(probe.read_text())["held_out_accuracy"]
         lines += ["", f"The judge of `harmless` predicts {held_out:.3f} of the held-out human pairs."]
+    if (path := args.output / f"{stem}-speed.json").is_file():
+        lines += speed_table(json.loads(path.read_text()))
     (args.output / f"{stem}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+def speeds(
+    patient: Patient, questions: Sequence[Asked], pairs: Path, args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Tokens of the answers per second of CPU time, of every method at its first strength, in turns.
+
+    The prompts are read anew every time.
+    """
+    pupil = Pupil(patient, args.wishes[0].partition(",")[0], pairs, args.cache)
+    found: dict[str, list[float]] = defaultdict(list)
+    first: dict[str, Method] = {}
+    for method in methods(list(dict.fromkeys(("patient", *args.methods))), WISHES[args.wishes[0]], pupil):
+        first.setdefault(method.name, method)
+    for turn in range(TURNS):
+        for name, method in first.items():
+            began = time.process_time()
+            said = list(Sampler(patient)(questions[:TIMED], method, turn))
+            found[name].append(sum(one["tokens"] for one in said) / (time.process_time() - began))
+            print(f"{name}, turn {turn}: {found[name][-1]:.1f} tokens/s", file=sys.stderr, flush=True)
+    return found
+
+
+def speed_table(found: dict[str, list[float]]) -> list[str]:
+    """Markdown: each method's speed beside that of the patient alone, the median of the turns and their range."""
+    lines = [
+        "",
+        "### Speed",
+        "",
+        "| method | tokens per second of CPU time, relative to the patient alone |",
+        "|---|---|",
+    ]
+    for name, own in found.items():
+        ratios = sorted(a / b for a, b in zip(own, found["patient"], strict=True))
+        lines.append(f"| {name} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
+    return [*lines, "", f"{TIMED} answers together, prompts included; {len(found['patient'])} turns."]
 
 
 def task(sampler: Sampler, name: str, args: argparse.Namespace) -> tuple[list[Asked], Path]:
