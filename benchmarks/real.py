@@ -301,10 +301,13 @@ def training_prompts(count: int) -> list[str]:
 
 
 class Sampler:
-    """Draws answers from weighted contexts of one model, in batches, at temperature 1."""
+    """Draws answers from weighted contexts of one model, in batches, at temperature 1.
 
-    def __init__(self, patient: Patient) -> None:
-        self.patient = patient
+    Without ``kl`` the patient alone is read only by methods that need it, and the KL means nothing.
+    """
+
+    def __init__(self, patient: Patient, *, kl: bool = True) -> None:
+        self.patient, self._kl = patient, kl
         self._model: PreTrainedModel = patient.model
         self._reader = Reader(self._model)
         self._end = end_of_turn(patient.tokenizer, patient.eos_ids)
@@ -320,9 +323,9 @@ class Sampler:
             return
         tokenizer, rows = self.patient.tokenizer, len(prompts)
         faces = [face for face, _ in method.contexts]
-        # the patient itself, for the KL
-        faces = faces if None in faces and method.layer is None else [*faces, None]
-        alone = len(faces) - 1 - faces[::-1].index(None)
+        if self._kl and (None not in faces or method.layer is not None):
+            faces.append(None)  # the patient itself
+        alone = max((i for i, face in enumerate(faces) if face is None), default=0)
         weights = torch.tensor([*(weight for _, weight in method.contexts), 0.0][: len(faces)])
         ids = [prompt_ids(tokenizer, with_system(conversation(prompt), face)) for face in faces for prompt in prompts]
         longest = max(map(len, ids))
@@ -966,7 +969,7 @@ def speeds(
     for turn in range(TURNS):
         for name, method in first.items():
             began = time.process_time()
-            said = list(Sampler(patient)(questions[:TIMED], method, turn))
+            said = list(Sampler(patient, kl=False)(questions[:TIMED], method, turn))
             found[name].append(sum(one["tokens"] for one in said) / (time.process_time() - began))
             print(f"{name}, turn {turn}: {found[name][-1]:.1f} tokens/s", file=sys.stderr, flush=True)
     return found
