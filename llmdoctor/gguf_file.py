@@ -64,19 +64,21 @@ def _read_header(path: Path, _changed: int) -> GGUFHeader:
         for shape, kind, offset in tensors:
             block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             needed = max(needed, end + offset + prod(shape) // block * width)
+        tokens = int(values.get("tokenizer.ggml.tokens", 0))
         if needed > size:
             raise EOFError(f"its tensors end at byte {needed:,} and the file at {size:,}")
     except (EOFError, struct.error) as error:
         raise LoadError(f"{path} is cut short ({error}): fetch it again") from error
-    except (ValueError, KeyError) as error:
-        raise LoadError(f"cannot read {path}: {error or 'an unknown kind of value'}") from error
+    except (ValueError, KeyError, ArithmeticError, RecursionError) as error:
+        reason = "an unknown kind of value" if isinstance(error, KeyError) else error
+        raise LoadError(f"cannot read {path}: {reason}") from error
     number: Any = values.get("general.file_type")
     try:
         file_type = LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         file_type = str(number)
     parameters = sum(prod(shape) for shape, _, _ in tensors)
-    return GGUFHeader(file_type, parameters, int(values.get("tokenizer.ggml.tokens", 0)))
+    return GGUFHeader(file_type, parameters, tokens)
 
 
 class _Cursor:

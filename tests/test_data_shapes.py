@@ -309,6 +309,7 @@ TIES = {
     "preference_strength is no number from -3 to 3": STEER_PREFERENCE | {"preference_strength": -100},
     "labels is neither 0 nor 1": SHP | {"labels": 2},
     "winner is neither model_a, model_b nor a tie": ARENA | {"winner": "gpt-4"},
+    "preference is neither 0 nor a number from 1 to 2": ALPACA | {"preference": 0.9},
     "not as many answers as prompts": KAGGLE | {"response_a": '["Yes.", "Sure."]'},
     "a message without role and content": KAGGLE | {"response_a": "[null]"},
     "2 generations, but 1 ratings": DISTILABEL | {"generations": ["a", "b"], "ratings": [1]},
@@ -321,6 +322,21 @@ TIES = {
 @pytest.mark.parametrize("reason", TIES)
 def test_ties_and_what_is_not_rated_are_skipped_with_the_reason(write, reason):
     assert skip_reason(write, TIES[reason]) == reason
+
+
+@pytest.mark.parametrize("spelt", ["{[]: 1}", "{{}}", "{{}: 1}"])
+def test_a_text_that_spells_what_cannot_be_skips_the_record(write, spelt):
+    """Python cannot build it: that was a traceback, and the end of the run."""
+    assert skip_reason(write, NECTAR | {"answers": spelt}) == "a list in a text that is not JSON"
+
+
+def test_a_second_prompt_that_is_a_word_of_the_first_is_not_dropped(write):
+    """As a part of a word, or of a line, it was taken for said already."""
+    whole = {"prompt": "Is this a fruit?", "chosen": "Yes.", "rejected": "No."}
+    reason = skip_reason(write, whole | {"instruction": "a"})
+    assert "instruction" in reason
+    for said in ("Is this a fruit?", " Is this a fruit?\n"):
+        assert len(read(write(whole | {"instruction": said}))[0]) == 1
 
 
 @pytest.mark.parametrize("winner", ["tie", "tie (bothbad)", "both_bad"])
@@ -620,6 +636,16 @@ def test_cells_that_spell_lists_are_read_where_the_shape_has_lists(table, name, 
         pytest.skip("its prompt is an object of many keys, which nobody keeps in a table")
     cells = [{k: v if isinstance(v, str) else spell(v) for k, v in record.items()} for record in WHOLE[name]]
     assert read(table(*cells))[:2] == ([PreferencePair("2", (USER,), "Yes.", "No.")], [])
+
+
+def test_a_table_in_a_folder_is_read_as_the_table_alone(table, tmp_path):
+    """Its cells were texts: JSON was learnt as the answer."""
+    answers = [json.dumps([{"id": 1, "role": "assistant", "content": text}]) for text in ("Yes.", "No.")]
+    (tmp_path / "data").mkdir()
+    path = table({"prompt": "Why?", "chosen": answers[0], "rejected": answers[1]}, name="data/train.csv")
+    for source in (path, path.parent):
+        (pair,) = read(source)[0]
+        assert (pair.chosen, pair.rejected) == ("Yes.", "No.")
 
 
 def test_texts_of_a_table_that_look_like_json_stay_texts(table):

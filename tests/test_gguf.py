@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -194,6 +195,29 @@ def test_what_cannot_be_loaded_is_one_clear_line(
         assert source in message
         assert "\n" not in message
     assert not [path for path in cache.rglob("*") if path.is_dir() and path.name != "gguf"]
+
+
+def _entry(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (_entry("general.alignment", 4, struct.pack("<I", 0)), "zero"),
+        (_entry("general.alignment", 6, struct.pack("<f", float("inf"))), "infinity"),
+        (_entry("tokenizer.ggml.tokens", 8, struct.pack("<Q", 1) + b"x"), "invalid literal"),
+        (_entry("tokenizer.ggml.tokens", 6, struct.pack("<f", float("inf"))), "infinity"),
+        (_entry("deep", 9, struct.pack("<IQ", 9, 1) * 1500), "recursion"),
+        (_entry("odd", 99, b""), "an unknown kind of value"),
+    ],
+    ids=["no alignment", "endless alignment", "tokens in words", "endless tokens", "nested", "unknown kind"],
+)
+def test_a_header_that_makes_no_sense_is_one_clear_line(entry: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry + bytes(64))
+    with pytest.raises(LoadError, match=f"cannot read .*{says}"):
+        read_header(path)
 
 
 def test_a_missing_package_gguf_is_named(

@@ -130,6 +130,8 @@ def _binary(name: str, better_first: int) -> Callable[[Columns], float]:
 
 def _alpaca_preference(columns: Columns) -> float:
     preference = _label(columns, "preference", 0, 2)
+    if 0 < preference < 1:  # a probability, of which of the two nobody says
+        raise Unusable("preference is neither 0 nor a number from 1 to 2")
     return 1.5 - preference if preference else 0  # 0 was once written for a tie
 
 
@@ -485,7 +487,9 @@ def to_question(line: int, record: object, known: tuple[Shape, ...]) -> tuple[Qu
     names = [name for name in QUESTIONS if name in columns][:1]
     if not names and isinstance(record, Cells) and len(record) == 1:
         names = list(columns)  # a table of one column needs no name for it
-    elif names == ["instruction"] and isinstance(columns.get("input"), str):  # Alpaca
+    elif names == ["instruction"] and all(
+        isinstance(columns.get(name), str) for name in ("instruction", "input")
+    ):  # Alpaca
         names.append("input")
     unused: list[str] = []
     if names:

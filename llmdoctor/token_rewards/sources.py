@@ -433,7 +433,9 @@ def _hub_records(name: str, split: str) -> Iterator[tuple[int, object]]:
     try:
         if not Path(name).is_dir():
             HfApi().dataset_info(name)  # fails at once where load_dataset would try again for half a minute
-        yield from enumerate(load_dataset(name, split=split, streaming=True), start=1)
+        found = load_dataset(name, split=split, streaming=True)
+        row = Cells if found.info.builder_name == "csv" else dict
+        yield from ((number, row(record)) for number, record in enumerate(found, start=1))
     except Exception as error:  # the hub client raises dozens of types: no network, no such name or split, no access
         advice = "Check its name, the split and the network, or give the path of a file"
         raise DataError(f"cannot read data set {name!r}, split {split!r}: {first_line(error)}. {advice}.") from error

@@ -16,7 +16,9 @@ from llmdoctor.token_rewards.sources import Cells, Unusable, json_value
 
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 _MARKED_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
-_MESSAGES_IN_A_CELL = re.compile(r"\s*\[?\s*\{\s*[\"'](role|content|from|value)[\"']\s*:")
+_MESSAGES_IN_A_CELL = re.compile(
+    r"\s*\[?\s*\{\s*([\"'](content|value)[\"']|([^{}\[\]]*,\s*)?[\"'](role|from)[\"'])\s*:"
+)
 _ROLES = {
     **{role: role for role in get_args(Role)},
     **dict.fromkeys(("human", "Human", "User"), "user"),
@@ -92,9 +94,11 @@ def _contains(around: list[Any], within: list[Any]) -> bool:
 
 
 def says_no_more(value: object, prompt: list[Message], *answers: str) -> bool:
-    """Whether all that ``value`` says stands in the prompt, or in it and one of its answers."""
-    if isinstance(value, str) and any(value.strip() in message["content"] for message in prompt):
-        return True
+    """Whether all that ``value`` says stands in the prompt, in whole lines, or in it and one of its answers."""
+    if isinstance(value, str):
+        lines = re.compile(rf"^\s*{re.escape(value.strip())}\s*$", re.MULTILINE)
+        if any(lines.search(message["content"]) for message in prompt):
+            return True
     try:
         within = list(map(_said, prompt_messages(value)))
     except (Unusable, RecursionError):
@@ -297,7 +301,7 @@ def parsed(value: Any) -> Any:
     except (ValueError, RecursionError):
         try:
             return ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise Unusable("a list in a text that is not JSON") from None
     if isinstance(spelt, Unusable):
         raise spelt
