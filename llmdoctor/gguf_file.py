@@ -141,8 +141,11 @@ def _value(cursor: _Cursor, kind: int) -> Any:
     return length
 
 
-def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | None:
-    """The folder with the copy of the GGUF of this fingerprint, which ``convert(folder)`` writes if there is none.
+def cached_copy(source: Path, fingerprint: str, convert: Callable[[Path], None]) -> Path | None:
+    """The folder with the copy of the GGUF ``source``, which ``convert(folder)`` writes if there is none.
+
+    A fingerprint is of a file's two ends; the copy knows all its bytes. They are read only where the file is not the
+    one that was converted, or has changed since.
 
     Copies are in ``$LLMDOCTOR_CACHE``, by default the user's cache folder (XDG_CACHE_HOME). A copy whose files are not
     those that were written, or that another version of transformers made, is made again. Another process that makes
@@ -150,20 +153,21 @@ def cached_copy(fingerprint: str, convert: Callable[[Path], None]) -> Path | Non
     """
     root = user_path(os.environ.get("LLMDOCTOR_CACHE") or user_cache_path("llmdoctor")) / "gguf"
     folder = root / fingerprint[:32]
-    if _is_whole(folder):
+    if _is_whole(folder, source):
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f".{folder.name}.lock")
         with lock:
-            if not _is_whole(folder):  # else another process has made it meanwhile
+            if not _is_whole(folder, source):  # else another process has made it meanwhile
                 for left in root.glob(f".{folder.name}.*.partial"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 with atomic_path(folder) as temporary:
+                    made_of = {"stamp": _stamp(source), "checksum": file_checksum(source)}  # as it is before
                     temporary.mkdir()
                     convert(temporary)
                     sums = {file.name: file_checksum(file) for file in temporary.iterdir()}
-                    write_json(temporary / _MARKER, {**_marker(temporary), "checksums": sums})
+                    write_json(temporary / _MARKER, {**_marker(temporary), "checksums": sums, "source": made_of})
     # no room, no permission, no locks on this file system
     except (OSError, NotImplementedError, StorageError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -190,16 +194,25 @@ def discard_if_damaged(folder: Path) -> bool:
     return damaged
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, source: Path) -> bool:
     try:
         marker = read_json(folder / _MARKER, CopyFile)
-        return bool({**marker, **_marker(folder)} == marker)
-    except (LLMDoctorError, OSError, TypeError):
+        if {**marker, **_marker(folder)} != marker:
+            return False
+        made_of = marker["source"]
+        return bool(made_of["stamp"] == _stamp(source) or made_of["checksum"] == file_checksum(source))
+    except (LLMDoctorError, OSError, TypeError, KeyError):
         return False
+
+
+def _stamp(file: Path) -> list[int]:
+    """Size and last change."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _marker(folder: Path) -> dict[str, Any]:
     """What made the copy, and every file's size and last change: enough to notice damage without reading weights."""
     files = sorted(file for file in folder.iterdir() if file.name != _MARKER)
-    stamps = {file.name: [(found := file.stat()).st_size, found.st_mtime_ns] for file in files}
+    stamps = {file.name: _stamp(file) for file in files}
     return {"version": _VERSION, "transformers": transformers.__version__, "files": stamps}

@@ -300,7 +300,7 @@ def _loaded(where: ModelSource, kind: Any, what: str, **options: Any) -> Any:
         return from_pretrained(where, kind, what, where.place, **options)
     read_header(where.gguf_path())  # says what is wrong with the file
     for _ in range(2):
-        copy = cached_copy(where.fingerprint(), partial(_convert, where))
+        copy = cached_copy(where.gguf_path(), where.fingerprint(), partial(_convert, where))
         if copy is None:
             break
         try:

@@ -71,6 +71,26 @@ def test_the_fingerprint_is_that_of_the_gguf(tiny_gguf: Callable[..., Path], cac
     assert not torch.equal(logits(copy), logits(tiny_gguf()))
 
 
+def test_a_file_that_differs_only_in_its_middle_is_not_the_copy(
+    tiny_gguf: Callable[..., Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprint, of both ends, is the same: another model of the same size was loaded in its place."""
+    monkeypatch.setattr("llmdoctor.model_source._EDGE", 16)
+    path = Path(shutil.copy(tiny_gguf(), tmp_path / "one.gguf"))
+    first, made = logits(path), model_fingerprint(path)
+    other = Path(shutil.copy(path, tmp_path / "other.gguf"))
+    data = bytearray(other.read_bytes())
+    data[-500:-400] = bytes(100)
+    other.write_bytes(data)
+    assert model_fingerprint(other) == made
+    second = logits(other)
+    assert not torch.equal(second, first)
+    moved = other.rename(tmp_path / "moved.gguf")
+    os.utime(moved)
+    no_conversion(monkeypatch)
+    assert torch.equal(logits(moved), second)
+
+
 def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
