@@ -14,12 +14,13 @@ these pairs. Then every method answers the same instructions of AlpacaEval, whic
 seeds, and the gold judges the answers. ``harmless`` learns from people instead: 500 short pairs of HH-RLHF; a probe of
 Gemma's states, fitted to the other short ones, judges answers to 200 prompts of neither. The settings of ``advantage``
 were chosen with a view to these 200; ``harmless, unseen`` asks 200 longer ones, which no choice has seen, of the same
-methods. Rows are appended to
-OUTPUT/real.jsonl.gz, one per answer, by one process at a time; the table is made from them at the end (``--report``
-makes only that). Intervals are over questions, whose answers with several seeds resemble each other. A doctor is named
-by a digest of its pairs and its training, so that those of different settings stay apart. Distinct-4 is that of the
-first 100 answers of seed 0: of more text fewer n-grams would be new. Broken text shows in the log-prob of an answer
-under Gemma, nats per token, of the first 50.
+methods.
+
+Rows are appended to OUTPUT/real.jsonl.gz, one per answer, by one process at a time; the table is made from them at the
+end (``--report`` makes only that). Intervals are over questions, whose answers with several seeds resemble each other.
+A doctor is named by a digest of its pairs and its training, so that those of different settings stay apart. Distinct-4
+is that of the first 100 answers of seed 0: of more text fewer n-grams would be new. Broken text shows in the log-prob
+of an answer under Gemma, nats per token, of the first 50.
 
 - ``patient`` answers alone, ``system prompt`` under the positive face.
 - ``contrast`` is patient (positive / negative)^beta with the two faces, three forwards of the patient, no training.
@@ -918,7 +919,8 @@ def main() -> None:
     if not args.report:
         if source is None:
             sys.exit("Gemma 3 270M is not installed: see --help")
-        args.cache.mkdir(parents=True, exist_ok=True)
+        for folder in (args.cache, args.output):
+            folder.mkdir(parents=True, exist_ok=True)
         if gemma() is not None:
             Judge.get(args.cache)
         patient = load_patient(source, device="cpu")
@@ -934,7 +936,8 @@ def main() -> None:
                     measure(sampler, log, name, method, asked, seed, args.batch)
                 if seed == 0 and gemma() is not None:
                     read_by_gemma(log, name, asked)
-    rows = read(log)
+    if not (rows := read(log)):
+        return  # only speed was measured
     draw(rows, args.output / f"{stem}.svg")
     model = "Gemma 3 270M (Q4_K_M, a base model)" if stem == "real-gemma" else "SmolLM2-135M-Instruct (Q4_1)"
     lines = [

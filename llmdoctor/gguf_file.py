@@ -199,8 +199,14 @@ def _is_whole(folder: Path, source: Path) -> bool:
         marker = read_json(folder / _MARKER, CopyFile)
         if {**marker, **_marker(folder)} != marker:
             return False
-        made_of = marker["source"]
-        return bool(made_of["stamp"] == _stamp(source) or made_of["checksum"] == file_checksum(source))
+        made_of, stamp = marker["source"], _stamp(source)
+        if made_of["stamp"] == stamp:
+            return True
+        if made_of["checksum"] != file_checksum(source):
+            return False
+        with suppress(OSError, StorageError):  # so that a file that was moved is read once
+            write_json(folder / _MARKER, {**marker, "source": {**made_of, "stamp": stamp}})
+        return True
     except (LLMDoctorError, OSError, TypeError, KeyError):
         return False
 

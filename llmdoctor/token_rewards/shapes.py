@@ -487,9 +487,8 @@ def to_question(line: int, record: object, known: tuple[Shape, ...]) -> tuple[Qu
     names = [name for name in QUESTIONS if name in columns][:1]
     if not names and isinstance(record, Cells) and len(record) == 1:
         names = list(columns)  # a table of one column needs no name for it
-    elif names == ["instruction"] and all(
-        isinstance(columns.get(name), str) for name in ("instruction", "input")
-    ):  # Alpaca
+    elif names == ["instruction"] and isinstance(columns["instruction"], str) and isinstance(columns.get("input"), str):
+        # Alpaca
         names.append("input")
     unused: list[str] = []
     if names:
