@@ -248,8 +248,8 @@ def _fitting(patient: Patient, prompts: Sequence[str | Sequence[Message]]) -> li
     random.Random(0).shuffle(ids)  # not by the seed: runs that differ in it have the same prompts
     if len(ids) < 2:
         raise DataError(
-            f"expected at least two prompts, one to learn from and one to measure on, got {len(ids)} that fit the "
-            f"patient's context of {patient.context} tokens"
+            "expected at least two prompts that differ, one to learn from and one to measure on, got "
+            f"{len(ids)} that fit the patient's context of {patient.context} tokens"
         )
     if left_out := len(every) - len(ids):
         warnings.warn(
