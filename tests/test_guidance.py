@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
-from llmdoctor.decoding.product import draw, exponentials, kl_divergence, product
+from llmdoctor.decoding.product import _TopP, draw, exponentials, kl_divergence, product
 from llmdoctor.errors import UsageError
 from llmdoctor.models import Vocabulary
 from llmdoctor.settings import Guidance, Sampling, check_guidance
@@ -170,7 +171,7 @@ def test_a_key_gives_every_token_its_exponential_number():
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B]
     assert list(itertools.islice(splitmix64(0), 5)) == known
     some = torch.tensor([0, 1, 2**63 - 1, -1, -(2**63)])
-    found = exponentials(some, 1000)
+    found = exponentials(some, torch.arange(1000))
     for key, row in zip(some.tolist(), found.tolist(), strict=True):
         assert row == pytest.approx(list(itertools.islice(naive_exponentials(key), 1000)), rel=1e-14)
 
@@ -303,3 +304,15 @@ def test_sampling_out_of_range(setting: str, legal: list[float], illegal: list[f
     for value in illegal:
         with pytest.raises(UsageError, match=f"{setting}.*{value}"):
             Sampling(**{setting: value})
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 0.999, 1 - 1e-9])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 30.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_transformers(temperature: float, top_p: float):
+    """Where few tokens hold the mass and where thousands do, one row of each kind too; some tokens are out already."""
+    generator = torch.Generator().manual_seed(0)
+    widths = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0], [0.1]]).double()
+    scores = torch.randn(6, 20_000, generator=generator).double() * widths / temperature
+    scores[:, ::7] = -torch.inf
+    expected = TopPLogitsWarper(top_p)(None, scores)
+    assert torch.equal(_TopP(top_p)(None, scores), expected)

@@ -5,13 +5,21 @@ pi(y | s) ∝ pi_patient(y | s)^alpha * prod_i pi_doctor_i(y | s)^beta_i        
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
-from transformers import TopPLogitsWarper as TopP
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from llmdoctor.settings import Guidance, Sampling
+
+_LIKELIEST = 1024  # tokens: so many are sorted, and get random numbers, sooner than a whole vocabulary
 
 
 def product(
@@ -72,26 +80,32 @@ def draw(product_B_V: Tensor, sampling: Sampling, keys_B: Tensor) -> Tensor:
         return product_B_V.argmax(dim=-1)
     scores = _warpers(sampling)(None, product_B_V)  # type: ignore[arg-type]  # these warpers read no input ids
     probs_B_V = scores.softmax(dim=-1)
-    if probs_B_V.device.type in ("cpu", "mps"):  # MPS has no float64
-        # few rows at once, because their numbers then fit into the CPU's cache
-        few = max(1, (1 << 16) // probs_B_V.shape[-1])
-        parts = zip(probs_B_V.cpu().split(few), keys_B.cpu().split(few), strict=True)
-        return torch.cat([_winners(*part) for part in parts]).to(probs_B_V.device)
-    return _winners(probs_B_V, keys_B.to(probs_B_V.device))
+    if probs_B_V.device.type == "mps":  # it has no float64
+        probs_B_V, keys_B = probs_B_V.cpu(), keys_B.cpu()
+    possible = max(1, int((probs_B_V > 0).sum(dim=-1).max()))  # NaN is no number: the caller finds that out
+    if possible <= _LIKELIEST:  # the others need no number
+        probs_B_K, ids_B_K = probs_B_V.topk(possible)
+        winners_B_1 = _winners(probs_B_K, exponentials(keys_B, ids_B_K))[:, None]
+        return ids_B_K.gather(1, winners_B_1)[:, 0].to(product_B_V.device)
+    # on a CPU few rows at once, because their numbers then fit into its cache
+    rows = max(1, (1 << 16) // probs_B_V.shape[-1]) if probs_B_V.device.type == "cpu" else len(probs_B_V)
+    ids_V = torch.arange(probs_B_V.shape[-1], device=probs_B_V.device)
+    parts = zip(probs_B_V.split(rows), keys_B.to(probs_B_V.device).split(rows), strict=True)
+    return torch.cat([_winners(probs, exponentials(keys, ids_V)) for probs, keys in parts]).to(product_B_V.device)
 
 
-def _winners(probs_B_V: Tensor, keys_B: Tensor) -> Tensor:
-    return probs_B_V.double().div_(exponentials(keys_B, probs_B_V.shape[-1])).argmax(dim=-1)
+def _winners(probs_B_K: Tensor, exponentials_B_K: Tensor) -> Tensor:
+    return probs_B_K.double().div_(exponentials_B_K).argmax(dim=-1)
 
 
-def exponentials(keys_B: Tensor, size: int) -> Tensor:
-    """``size`` exponential numbers per key [B, size], float64: those that SplitMix64 gives when a key is its state.
+def exponentials(keys_B: Tensor, ids: Tensor) -> Tensor:
+    """The exponential numbers of the token ``ids`` [K] or [B, K] by key [B, K], float64, from SplitMix64.
 
-    A number depends on its key and its place only, not on the device. Torch's own generators have one state for all
-    rows, and other numbers on every device. Steele, Lea and Flood, "Fast splittable pseudorandom number generators".
+    That of id i is made of the (i + 1)-th number that SplitMix64 gives when the key is its state. It depends on key and
+    id only, not on the device. Torch's own generators have one state for all rows, and other numbers on every device.
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators".
     """
-    places = torch.arange(1, size + 1, device=keys_B.device)
-    mixed = keys_B[:, None] + places * -0x61C8864680B583EB  # int64 wraps, so this is 0x9E3779B97F4A7C15
+    mixed = keys_B[:, None] + (ids + 1) * -0x61C8864680B583EB  # int64 wraps, so this is 0x9E3779B97F4A7C15
     # the masks make the signed shift an unsigned one
     mixed.bitwise_xor_((mixed >> 30) & (1 << 34) - 1).mul_(-0x40A7B892E31B1A47)  # 0xBF58476D1CE4E5B9
     mixed.bitwise_xor_((mixed >> 27) & (1 << 37) - 1).mul_(-0x6B2FB644ECCEEE15)  # 0x94D049BB133111EB
@@ -109,7 +123,22 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
     if sampling.top_k > 0:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
-        warpers.append(TopP(sampling.top_p))
+        warpers.append(_TopP(sampling.top_p))
     if sampling.min_p > 0:
         warpers.append(MinPLogitsWarper(sampling.min_p))
     return warpers
+
+
+class _TopP(TopPLogitsWarper):
+    """Top-p without sorting the whole vocabulary, which takes longer than all else of a draw."""
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        few_B_K, ids_B_K = scores.topk(min(_LIKELIEST, scores.shape[-1]))
+        probs_B_K = (few_B_K - scores.logsumexp(dim=-1, keepdim=True)).double().exp()
+        above_B_K = probs_B_K.cumsum(dim=-1) - probs_B_K
+        if bool((above_B_K[:, -1] < self.top_p).any()):  # more may be left
+            return super().__call__(input_ids, scores)
+        cut_B_K = above_B_K >= self.top_p
+        cut_B_K[:, 0] = False
+        cut_B_V = torch.ones_like(scores, dtype=torch.bool).scatter(1, ids_B_K, cut_B_K)
+        return scores.masked_fill(cut_B_V, -torch.inf)
