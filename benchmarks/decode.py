@@ -60,6 +60,7 @@ from llmdoctor.decoding import drafting as speculative
 from llmdoctor.decoding import ensemble
 from llmdoctor.decoding.caches import BACKENDS
 from llmdoctor.decoding.decode import decode
+from llmdoctor.decoding.int8 import INT8, int8_copy
 from llmdoctor.decoding.product import product
 from llmdoctor.decoding.round import Place
 from llmdoctor.models import Patient, load_lm, load_patient, pick_device
@@ -482,7 +483,8 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
         drafting = {"speculative path": Counting() if args.length is None else Fixed(args.length)}
         more: dict[str, Any] = {}
         if args.draft_model:
-            more["draft_model"] = load_lm(args.draft_model, device=args.device)
+            own = args.draft_model == INT8
+            more["draft_model"] = int8_copy(patient.model) if own else load_lm(args.draft_model, device=args.device)
         elif heads:
             drafting = {}
         shares: list[float | None] = [None]
@@ -569,7 +571,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--length", type=int, help="always draft this many tokens (default: adaptive)")
     parser.add_argument("--acceptance", help="accept these shares of the drafted tokens, at random; with commas")
-    parser.add_argument("--draft-model", help="drafts in place of a doctor")
+    parser.add_argument("--draft-model", help="drafts in place of a doctor: int8, or a model")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")

@@ -414,7 +414,7 @@ class DecodeSettings(SamplingFields, GuidanceFields):
     )
     draft_model: Location | None = Field(
         default=None,
-        description="Small model of the patient's family, or from shrink, that drafts in place of a doctor",
+        description="Drafts in place of a doctor: int8 (the patient in 8 bits), or a small model of its family",
     )
 
     def guidance(self, doctors: Mapping[str, DoctorSettings]) -> Guidance:

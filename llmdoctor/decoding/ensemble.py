@@ -8,10 +8,12 @@ from transformers import PreTrainedModel
 
 from llmdoctor.decoding.caches import Read, close_holes, open_cache
 from llmdoctor.decoding.prefix import Prefix, PrefixCache
-from llmdoctor.decoding.round import Round, draw_rows
+from llmdoctor.decoding.round import Round, draw_rows, products
 from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.training.folder import LoadedDoctor
+
+_AT_ONCE = 64  # tokens that a draft model reads at once to catch up: it gives log-probs after each
 
 
 class Ensemble:
@@ -19,11 +21,13 @@ class Ensemble:
 
     All caches give a token the same slot, so one mask serves them all. Between two rounds the doctors have read every
     token of every row, the patient and the bases all but the last, ``pending``: they read it with the next draft.
+    A draft model, whose opinion counts only when it drafts, may be further behind (`catch_up`).
 
     A doctor that is a head on the patient's own states (`llmdoctor.training.folder.HeadAdapter`) has no cache of its
     own: what it says comes out of the patient's forward, and so it knows the pending token only with the next draft.
 
-    ``draft_model`` is a model with no say, which drafts in place of a doctor. ``prefixes`` are what is known of each
+    ``draft_model`` is a model with no say, which drafts in place of a doctor. One that has the patient's embeddings was
+    made of it, so that the heads read its states as they read the patient's. ``prefixes`` are what is known of each
     prompt already, less than the whole of it.
     """
 
@@ -46,9 +50,11 @@ class Ensemble:
         self._on_patient = tuple(on_patient)
         models |= {f"doctor {name}": doctors[name].model for name in doctors if name not in self._on_patient}
         readers = [role for role in models if role != "patient"]
+        self._drafts_with_heads = False
         if draft_model is not None:
             models["draft"] = draft_model
-            readers.append("draft")
+            here, there = (model.get_input_embeddings().weight for model in (draft_model, patient.model))
+            self._drafts_with_heads = here is there or here.data_ptr() == there.data_ptr()
         self._names = {f"doctor {name}": name for name in doctors}  # by role
         self._base_of: dict[str, str] = {}  # doctor -> role of its base; one that several doctors share is read once
         if with_bases:
@@ -67,6 +73,7 @@ class Ensemble:
         self._caches = caches
         self._patient = caches["patient"]
         self._readers = {role: caches[role] for role in readers}  # those that read every token at once
+        self._recent_B_N = torch.zeros(len(prompts), 0, dtype=torch.long, device=self._device)  # ids in the last slots
         self._bases = {role: cache for role, cache in caches.items() if role.startswith("base ")}
         self._filled = [len(prompt) for prompt in prompts]  # slots of each row that hold a token
         longest = max(self._filled)
@@ -84,8 +91,7 @@ class Ensemble:
         """Fill the caches with what is known. Rows end together, so each reads as much as the one that knows least."""
         some = next(prefix for prefix in prefixes if prefix)
         if not all("draft" in prefix.layers for prefix in prefixes if prefix):
-            self._caches.pop("draft", None)
-            self._readers.pop("draft", None)
+            self.drop_draft_model()
         known = [(prompt, prefix or some.first(0)) for prompt, prefix in zip(prompts, prefixes, strict=True)]
         fresh = max(len(prompt) - prefix.length for prompt, prefix in known)
         cut = [prefix.first(max(0, len(prompt) - fresh)) for prompt, prefix in known]
@@ -102,6 +108,7 @@ class Ensemble:
         if not all(cache.can_have_holes for cache in self._caches.values()):
             return None
         held = self._patient.length - drafted
+        self._catch_up(held)
         if self._mask_B_L is not None:
             slots_L = self._mask_B_L[row, :held].nonzero()[:, 0]
         else:
@@ -125,13 +132,12 @@ class Ensemble:
 
     def drop_draft_model(self) -> None:
         """Go on without the draft model."""
-        for held in (self._caches, self._readers, self._next_B_1_V):
-            held.pop("draft", None)
+        self._caches.pop("draft", None)
 
     @property
     def has_draft_model(self) -> bool:
         """Whether a draft model drafts."""
-        return "draft" in self._readers
+        return "draft" in self._caches
 
     @property
     def rigid(self) -> str | None:
@@ -141,7 +147,7 @@ class Ensemble:
     @property
     def can_draft(self) -> bool:
         """Whether a draft can be taken back from the caches of these rows."""
-        if not self._readers or self.rigid:
+        if not (self._readers or self.has_draft_model) or self.rigid:
             return False
         # rows accept drafts of different length; what some of them reject stays behind as holes
         return len(self._filled) == 1 or all(cache.can_have_holes for cache in self._caches.values())
@@ -171,7 +177,7 @@ class Ensemble:
                 cache.take_back(0)  # a window's record of what it has passed
             return None
         reads = {role: cache.feed(ids_B_L[:, cache.length :], mask_B_L) for role, cache in self._caches.items()}
-        said = {role: self._log_probs(reads[role]) for role in ("patient", *self._bases)}
+        said = {role: self._log_probs(reads[role].logits_B_K_V) for role in ("patient", *self._bases)}
         doctors = {name: self._opinion(name, reads[self._role(name)])[0] for name in self._doctors}
         bases = {name: said[role] for name, role in self._base_of.items()}
         return Round(ids_B_L[:, :0], said["patient"], doctors, bases)
@@ -195,17 +201,24 @@ class Ensemble:
         if length:
             if mask_B_L is not None:
                 mask_B_L = torch.nn.functional.pad(mask_B_L, (0, length), value=1)
-            drafter = self._drafter(guidances)
-            drafts_B_K, drafted = self._draft(drafter, length, guidances, samplings, keys_B_J, mask_B_L)
+            by_doctor: dict[str, Read] = {}
+            if self.has_draft_model:
+                drafts_B_K = self._draft_by_model(length, guidances, samplings, keys_B_J, mask_B_L)
+            else:
+                # the doctor with the greatest say guesses best what the product will draw
+                drafter = max(self._readers, key=lambda role: self._say(role, guidances))
+                drafts_B_K, by_doctor[drafter] = self._draft(drafter, length, guidances, samplings, keys_B_J, mask_B_L)
             for role, cache in self._readers.items():
-                read = drafted if role == drafter else cache.feed(drafts_B_K, mask_B_L, length)
-                if name := self._names.get(role):
-                    logprobs_B_K_V, values[name] = self._opinion(name, read)
-                    said[role] = torch.cat([said[role], logprobs_B_K_V], dim=1)
+                read = by_doctor[role] if role in by_doctor else cache.feed(drafts_B_K, mask_B_L, length)
+                name = self._names[role]
+                logprobs_B_K_V, values[name] = self._opinion(name, read)
+                said[role] = torch.cat([said[role], logprobs_B_K_V], dim=1)
         ids_B_J = torch.cat([self._pending_B_T, drafts_B_K], dim=1) if length else self._pending_B_T
+        if self.has_draft_model:
+            self._recent_B_N = torch.cat([self._recent_B_N, ids_B_J], dim=1)
         late = {"patient": self._patient, **self._bases}
         reads = {role: cache.feed(ids_B_J, mask_B_L, length + 1) for role, cache in late.items()}
-        said |= {role: self._log_probs(read) for role, read in reads.items()}
+        said |= {role: self._log_probs(read.logits_B_K_V) for role, read in reads.items()}
         pending: list[dict[str, float]] = [{} for _ in self._filled]
         for name in self._on_patient:
             said[f"doctor {name}"], values_B_J = self._opinion(name, reads["patient"])
@@ -216,12 +229,8 @@ class Ensemble:
         bases = {name: said[role] for name, role in self._base_of.items()}
         return Round(drafts_B_K, said["patient"], doctors, bases, values), pending
 
-    def _drafter(self, guidances: Sequence[Guidance]) -> str:
-        """The role of the model that drafts: the draft model, else the doctor with the greatest say."""
-        if "draft" in self._readers:
-            return "draft"
-        # it guesses best what the product will draw
-        return max(self._readers, key=lambda role: sum(g.betas.get(self._names[role], 0.0) for g in guidances))
+    def _say(self, role: str, guidances: Sequence[Guidance]) -> float:
+        return sum(guidance.betas.get(self._names[role], 0.0) for guidance in guidances)
 
     def _draft(
         self,
@@ -235,31 +244,76 @@ class Ensemble:
         """Token ids [B, K] drawn from doctor^(alpha + beta), and what the doctor says after each of them.
 
         Each draw uses the key of its place, as the draw from the product will. Where patient and doctor
-        agree, the product is about doctor^(alpha + beta), and both draws then give the same token. A draft model
-        guesses the patient, and with it all doctors of mode "product".
+        agree, the product is about doctor^(alpha + beta), and both draws then give the same token.
         """
         cache, logits_B_V = self._readers[drafter], self._next_B_1_V[drafter][:, 0]
-        doctor = self._doctors[self._names[drafter]] if drafter in self._names else None
-
-        def power(guidance: Guidance) -> float:
-            if doctor is not None:
-                return guidance.alpha + guidance.betas.get(self._names[drafter], 0.0)
-            return guidance.alpha + (sum(guidance.betas.values()) if guidance.mode == "product" else 0.0)
-
-        powers_B_1 = logits_B_V.new_tensor(list(map(power, guidances)))[:, None]
+        name = self._names[drafter]
+        doctor = self._doctors[name]
+        powers = [guidance.alpha + guidance.betas.get(name, 0.0) for guidance in guidances]
+        powers_B_1 = logits_B_V.new_tensor(powers)[:, None]
         drafts: list[Tensor] = []
         reads: list[Read] = []
-        slots = 0 if mask_B_L is None else mask_B_L.shape[1] - length
         for k in range(length):
             ids_B_1 = draw_rows(powers_B_1 * logits_B_V, samplings, keys_B_J[:, k])[:, None]
-            read = cache.feed(ids_B_1, None if mask_B_L is None else mask_B_L[:, : slots + k + 1])
+            read = cache.feed(ids_B_1, None if mask_B_L is None else mask_B_L[:, : self.slots + k + 1])
             drafts.append(ids_B_1)
             reads.append(read)
             # without the softmax, which changes no draw: it is done for all places at once
-            said = doctor.logits(*read) if doctor is not None else read.logits_B_K_V
+            said = doctor.logits(*read)
             logits_B_V = self._vocabulary.mask(said[:, 0].to(self._device)).to(logits_B_V)
         logits, hidden = zip(*reads, strict=True)
         return torch.cat(drafts, dim=1), Read(torch.cat(logits, dim=1), torch.cat(hidden, dim=1))
+
+    def _draft_by_model(
+        self,
+        length: int,
+        guidances: Sequence[Guidance],
+        samplings: Sequence[Sampling],
+        keys_B_J: Tensor,
+        mask_B_L: Tensor | None,
+    ) -> Tensor:
+        """Token ids [B, K], as `_draft` draws them, by the draft model. It reads the last one only once that stands.
+
+        It guesses the patient, with it all doctors of mode "product" that are models of their own, and of a model
+        that was made of the patient the heads, too.
+        """
+        cache, heads = self._caches["draft"], self._on_patient if self._drafts_with_heads else ()
+        guesses: list[Guidance] = []
+        for guidance in guidances:
+            others = sum(beta for name, beta in guidance.betas.items() if name not in heads)
+            alpha = guidance.alpha + (others if guidance.mode == "product" else 0.0)
+            guesses.append(guidance if alpha == guidance.alpha else guidance.model_copy(update={"alpha": alpha}))
+        fresh_B_T = torch.cat([self._recent_B_N, self._pending_B_T], dim=1)[:, cache.length - self.slots :]
+        drafts: list[Tensor] = []
+        for k in range(length):
+            fresh = fresh_B_T.shape[1]
+            read = cache.feed(fresh_B_T, None if mask_B_L is None else mask_B_L[:, : self.slots + k], fresh)
+            read = Read(read.logits_B_K_V[:, -1:], read.hidden_B_K_H[:, -1:])
+            said = self._log_probs(read.logits_B_K_V)
+            doctors = {name: self._log_probs(self._doctors[name].logits(*read)) for name in heads}
+            law = products(Round(fresh_B_T[:, :0], said, doctors, dict.fromkeys(doctors, said)), guesses)
+            fresh_B_T = draw_rows(law[:, 0], samplings, keys_B_J[:, k])[:, None]
+            drafts.append(fresh_B_T)
+        return torch.cat(drafts, dim=1)
+
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """Let the draft model read what it has not, the latest two tokens aside, which it reads with the next draft.
+
+        It reads nothing in rounds without a draft, and after some of them this takes longer than a round.
+        """
+        if self.has_draft_model and self._patient.length - self._caches["draft"].length > 1:
+            self._catch_up(self._patient.length)
+
+    def _catch_up(self, slots: int) -> None:
+        """Let the draft model read all tokens of the first ``slots``."""
+        if not self.has_draft_model:
+            return
+        cache, start = self._caches["draft"], self._patient.length - self._recent_B_N.shape[1]
+        while cache.length < slots:
+            until = min(slots, cache.length + _AT_ONCE)
+            mask_B_L = None if self._mask_B_L is None else self._mask_B_L[:, :until]
+            cache.feed(self._recent_B_N[:, cache.length - start : until - start], mask_B_L, until - cache.length)
 
     @torch.inference_mode()
     def settle(
@@ -276,8 +330,9 @@ class Ensemble:
         # What all rows reject is cut off. What only some of them reject stays in their rows as empty slots, holes.
         rejected = [round_.length - count for count in accepted]
         common = min(rejected)
+        kept = self._patient.length - common
         for cache in self._caches.values():
-            cache.take_back(common)
+            cache.take_back(max(0, cache.length - kept))
         fresh = round_.length - common
         # without holes and padding no mask is needed, and without one attention is faster
         if self._mask_B_L is not None or max(rejected) > common:
@@ -286,6 +341,12 @@ class Ensemble:
                 mask_B_L = torch.ones(len(last), self._patient.length - fresh, dtype=torch.long, device=self._device)
             holds = [[int(slot < count) for slot in range(fresh)] + [1] for count in accepted]
             self._mask_B_L = torch.cat([mask_B_L, mask_B_L.new_tensor(holds)], dim=1)
+        if self.has_draft_model:
+            unread = kept - self._caches["draft"].length
+            self._recent_B_N = self._recent_B_N[:, : self._recent_B_N.shape[1] - common]
+            self._recent_B_N = self._recent_B_N[:, self._recent_B_N.shape[1] - unread :]
+            if self._mask_B_L is not None:  # whatever moves the tokens of the others must find its tokens, too
+                self._catch_up(kept)
         self._filled = [filled + count for filled, count in zip(self._filled, accepted, strict=True)]
         if self._mask_B_L is not None:
             # it holds the pending token already, which the caches do not
@@ -297,11 +358,9 @@ class Ensemble:
         values: dict[str, list[float]] = {}
         for role, cache in self._readers.items():
             read = cache.feed(self._pending_B_T, self._mask_B_L)
-            if name := self._names.get(role):
-                self._next_B_1_V[role], values_B_1 = self._opinion(name, read)
-                values[name] = values_B_1[:, 0].tolist()
-            else:
-                self._next_B_1_V[role] = self._log_probs(read)
+            name = self._names[role]
+            self._next_B_1_V[role], values_B_1 = self._opinion(name, read)
+            values[name] = values_B_1[:, 0].tolist()
         return [{name: column[row] for name, column in values.items()} for row in range(len(last))]
 
     @torch.inference_mode()
@@ -312,6 +371,7 @@ class Ensemble:
             cache.keep(rows_B)
         self._filled = [self._filled[row] for row in staying]
         self._pending_B_T = self._pending_B_T[rows_B]
+        self._recent_B_N = self._recent_B_N[rows_B]
         self._mask_B_L = None if self._mask_B_L is None else self._mask_B_L[rows_B]
         self._next_B_1_V = {role: logprobs[rows_B] for role, logprobs in self._next_B_1_V.items()}
 
@@ -321,6 +381,9 @@ class Ensemble:
         if self.has_draft_model != other.has_draft_model:
             self.drop_draft_model()
             other.drop_draft_model()
+        for own in (self, other):
+            own._catch_up(own._patient.length)
+            own._recent_B_N = own._recent_B_N[:, :0]
         # taken before the caches grow, for an unwritten mask is as long as they are
         masks = [own._mask() for own in (self, other)]
         for role, cache in self._caches.items():
@@ -331,6 +394,7 @@ class Ensemble:
         self._mask_B_L = None if bool(joined.all()) else joined
         self._filled += other._filled
         self._pending_B_T = torch.cat([self._pending_B_T, other._pending_B_T])
+        self._recent_B_N = torch.cat([self._recent_B_N, other._recent_B_N])
         self._next_B_1_V = {
             role: torch.cat([logprobs, other._next_B_1_V[role]]) for role, logprobs in self._next_B_1_V.items()
         }
@@ -344,12 +408,11 @@ class Ensemble:
     def _opinion(self, name: str, read: Read) -> tuple[Tensor, Tensor]:
         """A doctor's log-probs [B, K, V] and log V [B, K]."""
         doctor = self._doctors[name]
-        logprobs_B_K_V = self._log_probs(Read(doctor.logits(*read), read.hidden_B_K_H))
-        return logprobs_B_K_V, doctor.log_value(read.hidden_B_K_H).to(self._device)
+        return self._log_probs(doctor.logits(*read)), doctor.log_value(read.hidden_B_K_H).to(self._device)
 
     def _role(self, name: str) -> str:
         """The role of the model that a doctor's opinion is read from."""
         return "patient" if name in self._on_patient else f"doctor {name}"
 
-    def _log_probs(self, read: Read) -> Tensor:
-        return self._vocabulary.mask(read.logits_B_K_V.to(self._device)).log_softmax(dim=-1)
+    def _log_probs(self, logits_B_K_V: Tensor) -> Tensor:
+        return self._vocabulary.mask(logits_B_K_V.to(self._device)).log_softmax(dim=-1)

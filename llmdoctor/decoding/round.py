@@ -104,7 +104,7 @@ def draw_round(
     ids, by row and place or none at all, are not drawn while there are others (`repetition.without`). With ``follow``
     the ``patient_id`` of a place is what the patient alone would draw there with its key, else its likeliest token.
     """
-    product_B_J_V = _products(round_, guidances)
+    product_B_J_V = products(round_, guidances)
     ids_B_J = _draws(product_B_J_V, samplings, keys_B_J, forbidden)
     if follow:
         patient_ids_B_J = _draws(round_.patient_B_J_V, samplings, keys_B_J, forbidden)
@@ -144,7 +144,7 @@ def draw_round(
     return rows
 
 
-def _products(round_: Round, guidances: Sequence[Guidance]) -> Tensor:
+def products(round_: Round, guidances: Sequence[Guidance]) -> Tensor:
     """The guided log-probs [B, J, V], every row under its own guidance."""
     first = guidances[0]
     if all(guidance is first or guidance == first for guidance in guidances):
