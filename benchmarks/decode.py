@@ -225,8 +225,8 @@ def clinic(device: str, names: Sequence[str]) -> Case:
     return loaded.patient, doctors, guidance, prompts
 
 
-def smollm2(device: str) -> Case:
-    loaded = LLMdoctor.from_profile("smollm2", device=device)
+def smollm2(device: str, dtype: str) -> Case:
+    loaded = LLMdoctor.from_profile("smollm2", device=device, dtype=dtype, draft_model=None)
     questions = [
         "How can I sleep better?",
         "What is a good first job?",
@@ -572,6 +572,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="always draft this many tokens (default: adaptive)")
     parser.add_argument("--acceptance", help="accept these shares of the drafted tokens, at random; with commas")
     parser.add_argument("--draft-model", help="drafts in place of a doctor: int8, or a model")
+    parser.add_argument("--dtype", default="auto", help="of smollm2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -593,7 +594,7 @@ def main() -> None:
         "stories": lambda: stories(args.device, args.cache, args.train_seconds),
         "qwen": lambda: qwen(args.device, args.cache, args.train_seconds),
         "qwen-7b": lambda: qwen_7b(args.device),
-        "smollm2": lambda: smollm2(args.device),
+        "smollm2": lambda: smollm2(args.device, args.dtype),
     }
     clock = "this process's CPU time" if args.clock == "cpu" else "wall time"
     lines = [

@@ -1,6 +1,7 @@
 """The patient in 8 bits: its numbers, its memory, and that it drafts what the guided patient will say."""
 
 import copy
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from torch import nn
 
 from llmdoctor import LLMdoctor
 from llmdoctor.decoding.batch import Batch
-from llmdoctor.decoding.int8 import Int8Linear, int8_copy
+from llmdoctor.decoding.int8 import Int8Linear, int8_copy, is_faster
 from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Request
 from llmdoctor.errors import UsageError
+from llmdoctor.models import load_patient
 from llmdoctor.settings import Guidance, Sampling
 from tests.test_decode import PROMPTS, doctor_of, ids_of, patient_of, tiny
 from tests.test_head import twins
@@ -151,11 +153,31 @@ def test_it_keeps_up_in_a_conversation() -> None:
     assert drafting.accepted == drafting.tested > 5
 
 
-def test_the_word_int8_in_place_of_a_model(tiny_model: Callable[..., Path]) -> None:
+def test_a_copy_that_is_no_faster_does_not_draft(monkeypatch: pytest.MonkeyPatch, tiny_model: Any) -> None:
+    """A product that takes its time stands for a CPU that has no instructions for it."""
+    forward = Int8Linear.forward
+    patient = load_patient(tiny_model("llama", **WIDE), device="cpu", dtype="float32").model
+    for linear, slow in ((0.002, 0.0), (0.0, 0.002)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Int8Linear, "forward", lambda self, x, slow=slow: time.sleep(slow) or forward(self, x))
+            patch.setattr(
+                nn.Linear,
+                "forward",
+                lambda self, x, linear=linear: time.sleep(linear) or nn.functional.linear(x, self.weight, self.bias),
+            )
+            assert is_faster(int8_copy(patient), patient) == (linear > slow)
+    monkeypatch.setattr(Int8Linear, "forward", lambda self, x: time.sleep(0.002) or forward(self, x))
+    assert (
+        LLMdoctor(tiny_model("llama", **WIDE), device="cpu", dtype="float32", draft_model="int8")._draft_model is None
+    )
+
+
+def test_the_word_int8_in_place_of_a_model(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers in float32; nothing is copied where there is no speculation."""
     folder = tiny_model("llama", **WIDE)
     plain = LLMdoctor(folder, device="cpu", dtype="float32", speculation=False, draft_model="int8")
     assert plain._draft_model is None
+    monkeypatch.setattr("llmdoctor.assistant.is_faster", lambda *_: True)  # of layers as small as these it is not
     drafted = LLMdoctor(folder, device="cpu", dtype="float32", draft_model="int8")
     assert any(isinstance(module, Int8Linear) for module in drafted._draft_model.modules())
     drafted._drafting = drafted._drafting_alone = drafting = Erratic(1)
@@ -165,8 +187,9 @@ def test_the_word_int8_in_place_of_a_model(tiny_model: Callable[..., Path]) -> N
     assert drafting.accepted > 0.8 * drafting.tested > 10
 
 
-def test_a_real_patient_in_8_bits_drafts_well(smollm: str) -> None:
+def test_a_real_patient_in_8_bits_drafts_well(smollm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2 under both heads, in float32: the tokens of no drafts, and four drafts in five stand."""
+    monkeypatch.setattr("llmdoctor.assistant.is_faster", lambda *_: True)
     drafting = Erratic(0)
     assistant = LLMdoctor.from_profile("smollm2", device="cpu", dtype="float32", draft_model="int8")
     assistant._drafting = drafting

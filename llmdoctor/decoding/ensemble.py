@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmdoctor.decoding.caches import Read, close_holes, open_cache
+from llmdoctor.decoding.caches import KVCache, Read, close_holes, open_cache, worth_closing
 from llmdoctor.decoding.prefix import Prefix, PrefixCache
 from llmdoctor.decoding.round import Round, draw_rows, products
 from llmdoctor.models import Patient
@@ -90,30 +90,29 @@ class Ensemble:
     def _load(self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None]) -> None:
         """Fill the caches with what is known. Rows end together, so each reads as much as the one that knows least."""
         some = next(prefix for prefix in prefixes if prefix)
-        if not all("draft" in prefix.layers for prefix in prefixes if prefix):
-            self.drop_draft_model()
         known = [(prompt, prefix or some.first(0)) for prompt, prefix in zip(prompts, prefixes, strict=True)]
         fresh = max(len(prompt) - prefix.length for prompt, prefix in known)
         cut = [prefix.first(max(0, len(prompt) - fresh)) for prompt, prefix in known]
         if length := max(map(len, prompts)) - fresh:
             for role, cache in self._caches.items():
-                cache.load([prefix.layers[role] for prefix in cut], length)
+                if all(role in prefix.layers for prefix in cut):  # the draft model may have been behind
+                    cache.load([prefix.layers[role] for prefix in cut], length)
 
     @torch.inference_mode()
     def prefix(self, row: int, drafted: int = 0) -> Prefix | None:
-        """What all models have read of a row, its last ``drafted`` slots aside; None where their caches have no slots.
+        """What the models have read of a row, its last ``drafted`` slots aside; None where their caches have no slots.
 
-        Also in the middle of its prompt.
+        Also in the middle of its prompt. Without the draft model where it has not read as much.
         """
-        if not all(cache.can_have_holes for cache in self._caches.values()):
-            return None
         held = self._patient.length - drafted
-        self._catch_up(held)
+        reached = {role: cache for role, cache in self._caches.items() if cache.length >= held}
+        if not all(cache.can_have_holes for cache in reached.values()):
+            return None
         if self._mask_B_L is not None:
             slots_L = self._mask_B_L[row, :held].nonzero()[:, 0]
         else:
             slots_L = torch.arange(held)
-        return Prefix(len(slots_L), {role: cache.saved(row, slots_L) for role, cache in self._caches.items()})
+        return Prefix(len(slots_L), {role: cache.saved(row, slots_L) for role, cache in reached.items()})
 
     @property
     def unread(self) -> int:
@@ -133,6 +132,11 @@ class Ensemble:
     def drop_draft_model(self) -> None:
         """Go on without the draft model."""
         self._caches.pop("draft", None)
+
+    @property
+    def _reading(self) -> dict[str, KVCache]:
+        """The caches of the models that read the prompts at once: a draft model waits until it is to draft."""
+        return {role: cache for role, cache in self._caches.items() if role != "draft"}
 
     @property
     def has_draft_model(self) -> bool:
@@ -172,11 +176,16 @@ class Ensemble:
         ids_B_L, mask_B_L = self._pending_B_T, self._mask_B_L
         if tokens is not None and len(self._filled) == 1 and tokens < self.unread:
             until = self._patient.length + tokens
-            for cache in self._caches.values():
+            for cache in self._reading.values():
                 cache.feed(ids_B_L[:, cache.length : until])
                 cache.take_back(0)  # a window's record of what it has passed
             return None
-        reads = {role: cache.feed(ids_B_L[:, cache.length :], mask_B_L) for role, cache in self._caches.items()}
+        if self.has_draft_model:
+            draft = self._caches["draft"]
+            if draft.length == 0:  # one token, to know what its cache can do
+                draft.feed(ids_B_L[:, :1], None if mask_B_L is None else mask_B_L[:, :1])
+            self._recent_B_N = ids_B_L[:, draft.length :]
+        reads = {role: cache.feed(ids_B_L[:, cache.length :], mask_B_L) for role, cache in self._reading.items()}
         said = {role: self._log_probs(reads[role].logits_B_K_V) for role in ("patient", *self._bases)}
         doctors = {name: self._opinion(name, reads[self._role(name)])[0] for name in self._doctors}
         bases = {name: said[role] for name, role in self._base_of.items()}
@@ -300,7 +309,7 @@ class Ensemble:
     def catch_up(self) -> None:
         """Let the draft model read what it has not, the latest two tokens aside, which it reads with the next draft.
 
-        It reads nothing in rounds without a draft, and after some of them this takes longer than a round.
+        It reads no prompt and nothing in rounds without a draft, and what is left may take longer than a round.
         """
         if self.has_draft_model and self._patient.length - self._caches["draft"].length > 1:
             self._catch_up(self._patient.length)
@@ -345,12 +354,12 @@ class Ensemble:
             unread = kept - self._caches["draft"].length
             self._recent_B_N = self._recent_B_N[:, : self._recent_B_N.shape[1] - common]
             self._recent_B_N = self._recent_B_N[:, self._recent_B_N.shape[1] - unread :]
-            if self._mask_B_L is not None:  # whatever moves the tokens of the others must find its tokens, too
-                self._catch_up(kept)
         self._filled = [filled + count for filled, count in zip(self._filled, accepted, strict=True)]
         if self._mask_B_L is not None:
             # it holds the pending token already, which the caches do not
             held_B_L, last_B_1 = self._mask_B_L[:, :-1], self._mask_B_L[:, -1:]
+            if worth_closing(held_B_L, max(self._filled)):
+                self._catch_up(kept)
             held_B_L = close_holes(self._caches.values(), held_B_L, max(self._filled))
             self._mask_B_L = torch.cat([held_B_L, last_B_1], dim=1)
         self._filled = [filled + 1 for filled in self._filled]
@@ -378,7 +387,9 @@ class Ensemble:
     @torch.inference_mode()
     def join(self, other: "Ensemble") -> None:
         """Add the rows of another ensemble of the same models, both between two rounds. ``other`` is then of no use."""
-        if self.has_draft_model != other.has_draft_model:
+        # where drafts do not pay, the draft model is far behind: it is not worth what it costs to read all that
+        unused = self.has_draft_model and self._patient.length - self._caches["draft"].length > _AT_ONCE
+        if unused or self.has_draft_model != other.has_draft_model:
             self.drop_draft_model()
             other.drop_draft_model()
         for own in (self, other):

@@ -15,7 +15,7 @@ from llmdoctor.decoding.caches.protocol import KVCache, Layers, Read
 from llmdoctor.decoding.caches.recorded import RecordedKV
 from llmdoctor.decoding.caches.static import StaticKV
 
-__all__ = ["KVCache", "Layers", "Read", "close_holes", "open_cache"]
+__all__ = ["KVCache", "Layers", "Read", "close_holes", "open_cache", "worth_closing"]
 
 _FEW_HOLES = 8  # so many empty slots, or an eighth of the rest, are cheaper to read than to close
 
@@ -27,15 +27,18 @@ def open_cache(model: PreTrainedModel) -> KVCache:
     return BACKENDS.get(model.device.type, DynamicKV)(model)
 
 
+def worth_closing(mask_B_L: Tensor, needed: int) -> bool:
+    """Whether `close_holes` would move tokens together, where the caches can."""
+    return mask_B_L.shape[1] - needed > max(_FEW_HOLES, needed // 8)
+
+
 def close_holes(caches: Collection[KVCache], mask_B_L: Tensor, needed: int) -> Tensor:
     """Move the tokens of all caches together when many slots are empty: every step reads and copies them.
 
     ``mask_B_L`` tells which slots of the caches hold a token, ``needed`` how many of the longest row do. Returns the
     new mask, or the same where nothing was moved.
     """
-    if mask_B_L.shape[1] - needed <= max(_FEW_HOLES, needed // 8):
-        return mask_B_L
-    if not all(cache.can_have_holes for cache in caches):
+    if not worth_closing(mask_B_L, needed) or not all(cache.can_have_holes for cache in caches):
         return mask_B_L
     # a stable sort puts a row's empty slots first and leaves its tokens in their order
     kept_B_L = mask_B_L.argsort(dim=1, stable=True)[:, -needed:]
