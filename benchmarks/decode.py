@@ -60,7 +60,7 @@ from llmdoctor.decoding import drafting as speculative
 from llmdoctor.decoding import ensemble
 from llmdoctor.decoding.caches import BACKENDS
 from llmdoctor.decoding.decode import decode
-from llmdoctor.decoding.int8 import INT8, int8_copy
+from llmdoctor.decoding.int8 import FIRST, INT8, int8_copy
 from llmdoctor.decoding.product import product
 from llmdoctor.decoding.round import Place
 from llmdoctor.models import Patient, load_lm, load_patient, pick_device
@@ -146,8 +146,8 @@ def generator(
 class Counting(speculative.AdaptiveLength):
     """The library's own choice of draft lengths, which also counts totals."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, first: int = 1) -> None:
+        super().__init__(first)
         self.total_accepted = self.total_tested = self.rounds = 0
         self.lengths: Counter[int] = Counter()
 
@@ -480,10 +480,10 @@ def measure(name: str, case: Case, how: Sampling, args: argparse.Namespace) -> I
         heads = all(doctor.model is patient.model for doctor in doctors.values())
         if heads:  # no model of their own, and the processor knows no heads
             del ways["doctor.generate"], ways["generate + LogitsProcessor"]
-        drafting = {"speculative path": Counting() if args.length is None else Fixed(args.length)}
+        own = args.draft_model == INT8
+        drafting = {"speculative path": Counting(FIRST if own else 1) if args.length is None else Fixed(args.length)}
         more: dict[str, Any] = {}
         if args.draft_model:
-            own = args.draft_model == INT8
             more["draft_model"] = int8_copy(patient.model) if own else load_lm(args.draft_model, device=args.device)
         elif heads:
             drafting = {}

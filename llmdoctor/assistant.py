@@ -15,7 +15,7 @@ from llmdoctor.comparing import Run, both_sides
 from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength, Drafting
-from llmdoctor.decoding.int8 import INT8, int8_copy, is_faster
+from llmdoctor.decoding.int8 import FIRST, INT8, int8_copy, is_faster
 from llmdoctor.decoding.prefill import Pieces
 from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Step, patient_alone
@@ -91,7 +91,7 @@ class LLMdoctor:
         **guidance: Any,
     ) -> None:
         self.speculation = speculation
-        self._drafting, self._drafting_alone = AdaptiveLength(), AdaptiveLength()
+        self._first_draft = 1
         self.sampling = sampling or Sampling()
         self.system_prompt = system_prompt
         self._doctors: dict[str, LoadedDoctor] = {}
@@ -139,6 +139,7 @@ class LLMdoctor:
             copied = int8_copy(self.patient.model)
             if is_faster(copied, self.patient.model):
                 self._draft_model = copied
+                self._first_draft = FIRST
         elif draft_model is not None and self.speculation:
             if problem := shrunk_from_another(draft_model, self.patient.fingerprint, str(patient_model)):
                 warnings.warn(f"{problem}; its drafts will seldom stand", LLMDoctorWarning, stacklevel=2)
@@ -151,6 +152,7 @@ class LLMdoctor:
             kind = str(self.patient.model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
             self._draft_model = load_lm(draft_model, dtype=kind, device=device, trust_remote_code=trust_remote_code)
             share_weights(self.patient.model, self._draft_model)
+        self._drafting, self._drafting_alone = (AdaptiveLength(self._first_draft) for _ in range(2))
         self.guidance = self._with(self.doctor_names, **strengths)
 
     @classmethod
@@ -450,7 +452,7 @@ class LLMdoctor:
             )
         own = copy(self)
         own._doctors = {name: self._doctors[loaded] for name, loaded in doctors.items()}
-        own._drafting, own._drafting_alone = AdaptiveLength(), AdaptiveLength()
+        own._drafting, own._drafting_alone = (AdaptiveLength(self._first_draft) for _ in range(2))
         own._guidance, own.system_prompt = Guidance(mode=self._guidance.mode), system_prompt
         return own
 

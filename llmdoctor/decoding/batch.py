@@ -290,8 +290,12 @@ class Batch:
         drafting = self._drafting_now(models)
         length = self._draft_length(drafting, rows) if drafting else 0
         count, slots = len(rows), models.slots
-        if length:
-            models.catch_up()
+        if drafting and length:
+            reading = _Clock(self._now)
+            with reading:
+                models.catch_up()
+            drafting.record_reading(count, reading.seconds)
+            all_lanes.seconds += reading.seconds
         with clock:
             guidances, samplings = [row.guidance for row in rows], [row.sampling for row in rows]
             keys_B_J = _keys(rows, length + 1)

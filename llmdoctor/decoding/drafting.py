@@ -38,6 +38,9 @@ class Drafting(Protocol):
         what was chosen (0 too, near the end of an answer). Tokens behind the first disagreement are not tested.
         """
 
+    def record_reading(self, rows: int, seconds: float) -> None:
+        """Learn what a draft model took, before a round, to read what it had not read in the rounds without a draft."""
+
 
 class FixedLength:
     """Always the same length."""
@@ -51,6 +54,9 @@ class FixedLength:
         return self.length
 
     def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+        """See ``Drafting``."""
+
+    def record_reading(self, rows: int, seconds: float) -> None:
         """See ``Drafting``."""
 
 
@@ -72,6 +78,8 @@ class _Size:
     timed: set[int] = field(default_factory=set)  # lengths that have run before
     trial: list[int] = field(default_factory=list)  # rounds that are left of the trial under way, last first
     credit: float = _CREDIT  # what trials may still waste
+    reading: float = 0.0  # seconds that the draft model needed to be able to draft in this round
+    best: int = 0  # the length in use
     longer: bool = False  # whether the latest trial was of a longer draft than the one in use
     # The best length, the other to try, and what a trial of it would waste; None when something new was learnt. Where
     # drafting does not pay, hardly a round teaches anything, and each would be a percent slower for working it out.
@@ -105,11 +113,6 @@ class _Size:
             self.base, self.slope = _line([(0, 1.0), *self.ratios])
             self.plan = None
 
-    @property
-    def reach(self) -> int:
-        """The longest draft to consider: twice what has been timed, for the line is not known far beyond."""
-        return max(2 * max((k for k, _ in self.ratios), default=0), 1)
-
 
 class AdaptiveLength:
     """The length with the most tokens per second, by the acceptance and the round times measured so far.
@@ -122,11 +125,15 @@ class AdaptiveLength:
     estimates, trials waste at most the share ``_BUDGET`` of the rounds. So a hopeless draft is seldom tried and one
     that is nearly worth it often, and a change of the acceptance is noticed soon.
 
+    ``first`` is the length of the first trial: 1, unless most drafts are known to stand. Two or three rows may cost a
+    CPU's matrix product more than four do, and then drafts of 1 look hopeless.
+
     Keep one object as long as the models: it goes on learning. Sizes of batch are learnt apart, by powers of two; a
     new size starts from what the nearest one has measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 1) -> None:
+        self._first = first
         self._sizes: dict[int, _Size] = {}
         self._accepted, self._tested = 3.0, 4.0  # as if 3 of 4 tokens had been accepted
         self.tested = 0  # drafted tokens compared with a draw since the start
@@ -142,6 +149,7 @@ class AdaptiveLength:
         if size.trial:
             return size.trial.pop()
         best, other, waste = size.plan = size.plan or self._plan(rows, size)
+        size.best = best
         size.credit += _BUDGET[rows > 1]
         if size.credit < waste:
             return best
@@ -156,7 +164,9 @@ class AdaptiveLength:
         # tokens that a round of each length is expected to give a row; those of drafts count less in a batch
         a, margin = min(self.acceptance, 0.999), _MARGIN[rows > 1]
         tokens = {k: (1 - a ** (k + 1)) / (1 - a) / margin if k else 1.0 for k in LENGTHS}
-        rates = {k: tokens[k] / size.cost(k) for k in LENGTHS if k <= size.reach}
+        # the longest draft to consider is twice what has been timed, for the line is not known far beyond
+        reach = max((2 * k for k, _ in size.ratios), default=self._first)
+        rates = {k: tokens[k] / size.cost(k) for k in LENGTHS if k <= reach}
         best = max(rates, key=rates.__getitem__) if size.ratios else 0
         other = _other(best, size, rates)
         # A trial is a round of the other length and a plain one. It wastes what the same time with the best length
@@ -178,9 +188,16 @@ class AdaptiveLength:
             for known in self._sizes.values():
                 known.plan = None
         size = self._size(rows)
+        if seconds > 0 and size.best == 0:  # a trial of drafts that are not in use pays for the reading, too
+            size.credit -= size.reading * size.cost(length) / seconds
+        size.reading = 0.0
         if length in size.timed and seconds > 0:
             size.compare(_Timed(rows, slots, length, seconds))
         size.timed.add(length)
+
+    def record_reading(self, rows: int, seconds: float) -> None:
+        """See ``Drafting``."""
+        self._size(rows).reading += seconds
 
     def _size(self, rows: int) -> _Size:
         key = rows.bit_length()

@@ -53,7 +53,7 @@ class Ensemble:
         self._drafts_with_heads = False
         if draft_model is not None:
             models["draft"] = draft_model
-            here, there = (model.get_input_embeddings().weight for model in (draft_model, patient.model))
+            here, there = (_embeddings(model) for model in (draft_model, patient.model))
             self._drafts_with_heads = here is there or here.data_ptr() == there.data_ptr()
         self._names = {f"doctor {name}": name for name in doctors}  # by role
         self._base_of: dict[str, str] = {}  # doctor -> role of its base; one that several doctors share is read once
@@ -427,3 +427,8 @@ class Ensemble:
 
     def _log_probs(self, logits_B_K_V: Tensor) -> Tensor:
         return self._vocabulary.mask(logits_B_K_V.to(self._device)).log_softmax(dim=-1)
+
+
+def _embeddings(model: PreTrainedModel) -> Tensor:
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight

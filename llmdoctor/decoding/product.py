@@ -137,7 +137,8 @@ class _TopP(TopPLogitsWarper):
         probs_B_K = (few_B_K - scores.logsumexp(dim=-1, keepdim=True)).double().exp()
         above_B_K = probs_B_K.cumsum(dim=-1) - probs_B_K
         if bool((above_B_K[:, -1] < self.top_p).any()):  # more may be left
-            return super().__call__(input_ids, scores)
+            cut: Tensor = super().__call__(input_ids, scores)
+            return cut
         cut_B_K = above_B_K >= self.top_p
         cut_B_K[:, 0] = False
         cut_B_V = torch.ones_like(scores, dtype=torch.bool).scatter(1, ids_B_K, cut_B_K)
