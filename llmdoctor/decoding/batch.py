@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from llmdoctor.decoding.caches import recordings
 from llmdoctor.decoding.drafting import LENGTHS, Drafting
 from llmdoctor.decoding.ensemble import Ensemble
 from llmdoctor.decoding.prefill import Pieces
@@ -289,7 +290,7 @@ class Batch:
             models.drop_draft_model()
         drafting = self._drafting_now(models)
         length = self._draft_length(drafting, rows) if drafting else 0
-        count, slots = len(rows), models.slots
+        count, slots, recorded = len(rows), models.slots, recordings()
         if drafting and length:
             reading = _Clock(self._now)
             with reading:
@@ -307,7 +308,8 @@ class Batch:
         accepted = yield from self._emit(lane, round_, keys_B_J, clock)
         if drafting:
             tested = sum(min(own + 1, length) for own in accepted)
-            drafting.record(count, slots, length, sum(accepted), tested, clock.seconds)
+            seconds = clock.seconds if recordings() == recorded else 0.0  # no time that says anything
+            drafting.record(count, slots, length, sum(accepted), tested, seconds)
         all_lanes.seconds += clock.seconds
 
     def _show_pending(self, row: Row, late: Mapping[str, float]) -> Iterator[Step]:

@@ -36,6 +36,7 @@ class Drafting(Protocol):
 
         ``slots`` is the number of cache slots in use before the round, holes included. ``length`` may be smaller than
         what was chosen (0 too, near the end of an answer). Tokens behind the first disagreement are not tested.
+        ``seconds`` of 0: not known.
         """
 
     def record_reading(self, rows: int, seconds: float) -> None:
@@ -95,7 +96,7 @@ class _Size:
         near = [r for r in near if abs(r.slots - this.slots) <= 48 + this.slots // 8]
         self.recent.append(this)
         drafted = this.length or next((r.length for r in reversed(near) if r.length), 0)
-        if not near or not drafted or sum(r.length == this.length for r in near) > 2:
+        if not drafted or sum(r.length == this.length for r in near) in {len(near), *range(3, 7)}:
             return
         # how times grow with the caches: a line again, through what a plain round took at each of the recent rounds
         start, growth = 1.0, 0.0

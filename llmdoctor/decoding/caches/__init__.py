@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from llmdoctor.decoding.caches.dynamic import DynamicKV
 from llmdoctor.decoding.caches.protocol import KVCache, Layers, Read
-from llmdoctor.decoding.caches.recorded import RecordedKV
+from llmdoctor.decoding.caches.recorded import RecordedKV, recordings
 from llmdoctor.decoding.caches.static import StaticKV
 
-__all__ = ["KVCache", "Layers", "Read", "close_holes", "open_cache", "worth_closing"]
+__all__ = ["KVCache", "Layers", "Read", "close_holes", "open_cache", "recordings", "worth_closing"]
 
 _FEW_HOLES = 8  # so many empty slots, or an eighth of the rest, are cheaper to read than to close
 

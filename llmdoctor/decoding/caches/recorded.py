@@ -31,6 +31,11 @@ _steps: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[PreTrainedModel, Graph | None] = WeakKeyDictionary()
 
 
+def recordings() -> int:
+    """How many models' steps have been recorded: a round in which this grows took longer than others will."""
+    return len(_graphs)
+
+
 class RecordedKV(DynamicKV):
     """A dynamic cache whose steps are replayed from the model's recorded graph, once there is one."""
 
