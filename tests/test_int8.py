@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from llmdoctor import LLMdoctor
+from llmdoctor.decoding import caches
 from llmdoctor.decoding.batch import Batch
+from llmdoctor.decoding.caches import static
 from llmdoctor.decoding.int8 import Int8Linear, int8_copy, is_faster
 from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Request
@@ -85,6 +87,15 @@ def guided(mode: Any) -> tuple[Any, list[Any], Guidance]:
     return model, [head], Guidance(0.9, {head.name: 0.7}, mode, plausibility=0.02, dead_zones={head.name: 0.3})
 
 
+@pytest.fixture(params=["recorded", "static"])
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches as on a CPU, and as on a GPU."""
+    if request.param == "static":
+        monkeypatch.setitem(caches.BACKENDS, "cpu", static.StaticKV)
+        monkeypatch.setattr(static, "_LEAST", 16)
+
+
+@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("mode", ["product", "ratio"])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "several"])
 def test_a_copy_of_the_patient_drafts_what_its_heads_will_have_drawn(mode: Any, prompts: Any) -> None:
@@ -106,6 +117,7 @@ def test_a_copy_without_the_patients_memory_does_not_know_its_heads() -> None:
     assert 0 < drafting.accepted < drafting.tested
 
 
+@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("seed", range(6))
 def test_it_keeps_up_while_rows_come_and_go(seed: int) -> None:
     """Rows of different lengths join and leave, prefixes are kept, a doctor that is no head reads beside it."""
@@ -135,6 +147,7 @@ def test_it_keeps_up_while_rows_come_and_go(seed: int) -> None:
     assert drafting.accepted == drafting.tested > 20
 
 
+@pytest.mark.usefixtures("_backend")
 def test_it_keeps_up_in_a_conversation() -> None:
     """Turns of which the next begins with the last, also one that was left in the middle."""
     model, doctors, guidance = guided("product")

@@ -34,7 +34,7 @@ class Erratic(FixedLength):
 
     def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
         assert 0 <= accepted <= tested <= rows * length
-        assert seconds > 0
+        assert seconds >= 0  # 0: not known
         self.accepted, self.tested = self.accepted + accepted, self.tested + tested
         self.lengths.add(length)
 

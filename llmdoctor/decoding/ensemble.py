@@ -13,7 +13,7 @@ from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.training.folder import LoadedDoctor
 
-_AT_ONCE = 64  # tokens that a draft model reads at once to catch up: it gives log-probs after each
+_FAR_BEHIND = 64  # tokens
 
 
 class Ensemble:
@@ -319,10 +319,9 @@ class Ensemble:
         if not self.has_draft_model:
             return
         cache, start = self._caches["draft"], self._patient.length - self._recent_B_N.shape[1]
-        while cache.length < slots:
-            until = min(slots, cache.length + _AT_ONCE)
-            mask_B_L = None if self._mask_B_L is None else self._mask_B_L[:, :until]
-            cache.feed(self._recent_B_N[:, cache.length - start : until - start], mask_B_L, until - cache.length)
+        if cache.length < slots:
+            mask_B_L = None if self._mask_B_L is None else self._mask_B_L[:, :slots]
+            cache.feed(self._recent_B_N[:, cache.length - start : slots - start], mask_B_L)
 
     @torch.inference_mode()
     def settle(
@@ -388,7 +387,7 @@ class Ensemble:
     def join(self, other: "Ensemble") -> None:
         """Add the rows of another ensemble of the same models, both between two rounds. ``other`` is then of no use."""
         # where drafts do not pay, the draft model is far behind: it is not worth what it costs to read all that
-        unused = self.has_draft_model and self._patient.length - self._caches["draft"].length > _AT_ONCE
+        unused = self.has_draft_model and self._patient.length - self._caches["draft"].length > _FAR_BEHIND
         if unused or self.has_draft_model != other.has_draft_model:
             self.drop_draft_model()
             other.drop_draft_model()
