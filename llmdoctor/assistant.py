@@ -15,7 +15,7 @@ from llmdoctor.comparing import Run, both_sides
 from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.decode import decode
 from llmdoctor.decoding.drafting import AdaptiveLength, Drafting
-from llmdoctor.decoding.int8 import FIRST, INT8, int8_copy, is_faster
+from llmdoctor.decoding.int8 import FIRST, INT8, draft_of
 from llmdoctor.decoding.prefill import Pieces
 from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Step, patient_alone
@@ -56,9 +56,9 @@ class LLMdoctor:
 
     With ``speculation`` a doctor drafts tokens and the patient checks several at a time: the same answers, faster.
     ``draft_model``, a small model with the patient's tokens, drafts in its place, for the patient alone too; "int8" is
-    the patient itself in 8 bits, a quarter of its float32 size; where that is no faster, nothing drafts. In half
-    precision the results for one token and for several are rounded differently, so now and then a different token is
-    drawn.
+    the patient itself in 8 bits, a quarter of its float32 size; where that is no faster, and on GPUs, nothing drafts.
+    In half precision the results for one token and for several are rounded differently, so now and then a different
+    token is drawn.
 
     ``device`` and ``dtype`` are those of all models; ``attn_implementation``, ``device_map`` and ``tp_plan`` the
     patient's alone (see `load_lm`). ``with_bases`` loads the doctors as they were before training, which mode "ratio"
@@ -136,10 +136,11 @@ class LLMdoctor:
             self._doctors[doctor.name] = doctor
         self._draft_model: PreTrainedModel | None = None
         if draft_model == INT8 and self.speculation:
-            copied = int8_copy(self.patient.model)
-            if is_faster(copied, self.patient.model):
-                self._draft_model = copied
-                self._first_draft = FIRST
+            try:
+                self._draft_model = draft_of(self.patient.model)
+            except UsageError as error:  # a profile may say int8, and the command line another patient
+                warnings.warn(f"{error}; nothing drafts now", LLMDoctorWarning, stacklevel=2)
+            self._first_draft = FIRST if self._draft_model is not None else 1
         elif draft_model is not None and self.speculation:
             if problem := shrunk_from_another(draft_model, self.patient.fingerprint, str(patient_model)):
                 warnings.warn(f"{problem}; its drafts will seldom stand", LLMDoctorWarning, stacklevel=2)

@@ -150,3 +150,24 @@ def test_the_length_follows_acceptance_and_cost(acceptance: float, draft: float)
     assert lengths.acceptance == pytest.approx(acceptance, abs=0.15)
     chosen = [lengths.choose(1) for _ in range(31)][-1]
     assert rate(chosen) > 0.9 * max(map(rate, LENGTHS))
+
+
+@pytest.mark.parametrize("prompt", [30, 1000])
+def test_what_a_draft_model_has_to_read_first_does_not_end_drafting(prompt: int) -> None:
+    """It has read nothing since it last drafted, the prompts included; its first timed draft has a hiccup."""
+    drafting, drafted, behind, filled, hiccup = AdaptiveLength(4), 0, prompt, 0, True
+    for _ in range(6000):
+        length = drafting.choose(1)
+        if length and behind > 1:
+            drafting.record_reading(1, 0.004 * behind)
+        took = 0.040 * (1 + 0.25 * length)
+        if drafted == 1 and length and hiccup:
+            took, hiccup = 4 * took, False
+        accepted = next((i for i in range(length) if random.Random(filled + i).random() > 0.95), length)
+        drafting.record(1, 100, length, accepted, min(accepted + 1, length), took)
+        drafted += length > 0
+        filled += accepted + 1
+        behind = 0 if length else behind + 1
+        if filled > 200:
+            filled, behind = 0, prompt
+    assert drafted > 4500

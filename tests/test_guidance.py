@@ -316,3 +316,13 @@ def test_top_p_of_a_large_vocabulary_is_that_of_transformers(temperature: float,
     scores[:, ::7] = -torch.inf
     expected = TopPLogitsWarper(top_p)(None, scores)
     assert torch.equal(_TopP(top_p)(None, scores), expected)
+
+
+def test_what_top_p_keeps_of_tokens_that_tie_depends_on_no_neighbour():
+    """In half precision many tie; one row has few likely tokens, the other thousands."""
+    generator = torch.Generator().manual_seed(1)
+    peaked = (4 * torch.randn(1, 5000, generator=generator)).bfloat16().float()
+    flat = torch.zeros(1, 5000)
+    for top_p in (0.5, 0.9, 0.99):
+        alone = _TopP(top_p)(None, peaked)
+        assert torch.equal(_TopP(top_p)(None, torch.cat([peaked, flat]))[:1], alone)

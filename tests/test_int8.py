@@ -14,7 +14,7 @@ from llmdoctor import LLMdoctor
 from llmdoctor.decoding import caches
 from llmdoctor.decoding.batch import Batch
 from llmdoctor.decoding.caches import static
-from llmdoctor.decoding.int8 import Int8Linear, int8_copy, is_faster
+from llmdoctor.decoding.int8 import Int8Linear, draft_of, int8_copy, is_faster
 from llmdoctor.decoding.prefix import PrefixCache, SharedPrefixes
 from llmdoctor.decoding.rows import Request
 from llmdoctor.errors import UsageError
@@ -35,12 +35,14 @@ def test_the_product_is_that_of_the_rounded_weights(bias: bool, dtype: torch.dty
     torch.manual_seed(0)
     layer = nn.Linear(96, 40, bias=bias).requires_grad_(False)
     layer.weight.data[3] = 0.0  # an output that is always 0
-    x = torch.randn(*rows, 96).to(dtype)
-    step = layer.weight.double().abs().amax(dim=1, keepdim=True) / 127
-    rounded = torch.where(step > 0, (layer.weight.double() / step).round() * step, 0.0)
-    assert ((rounded - layer.weight.double()).abs() <= step / 2 + 1e-12).all()
+    layer, x = layer.to(dtype), torch.randn(*rows, 96).to(dtype)
+    small = Int8Linear(layer)
+    step = small.scale.double()[:, None]
+    rounded = small.weight.double() * step
+    assert ((rounded - layer.weight.double()).abs() <= step / 2).all()
+    assert (step <= layer.weight.double().abs().amax(dim=1, keepdim=True) / 125 + 1e-9).all()
     expected = x.bfloat16().double() @ rounded.T + (layer.bias.double() if bias else 0.0)
-    found = Int8Linear(layer.to(dtype))(x)
+    found = small(x)
     assert found.dtype == dtype
     tolerance = 2.0**-7 * float(expected.abs().max())  # bfloat16 has 8 bits: inputs, scales and results
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
@@ -71,9 +73,16 @@ def test_what_cannot_be_copied_is_refused_in_one_line() -> None:
     model = tiny("llama", **WIDE).float()
     with pytest.raises(UsageError, match="quantised"):
         int8_copy(int8_copy(model))
-    model.hf_device_map = {"model.embed_tokens": 0, "lm_head": 1}
-    with pytest.raises(UsageError, match="several devices"):
-        int8_copy(model)
+
+
+def test_a_copy_that_says_something_else_does_not_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason: here its layers give the opposite."""
+    model = tiny("llama", **WIDE).float()
+    monkeypatch.setattr("llmdoctor.decoding.int8.is_faster", lambda *_: True)
+    assert draft_of(model) is not None
+    forward = Int8Linear.forward
+    monkeypatch.setattr(Int8Linear, "forward", lambda self, x: -forward(self, x))
+    assert draft_of(model) is None
 
 
 def mirror_of(model: Any) -> Any:
@@ -126,11 +135,11 @@ def test_it_keeps_up_while_rows_come_and_go(seed: int) -> None:
     guidance = Guidance(1.0, {doctors[0].name: 0.7, "safe": 0.0})
     found: list[dict[int, list[int]]] = []
     drafting = Erratic(seed)
-    long = [[3 + (7 * i + k) % 20 for i in range(48)] + [k + 3] for k in range(3)]
+    long = [[3 + (7 * i + k) % 20 for i in range(90)] + [k + 3] for k in range(3)]
     for how in ({}, {"drafting": drafting, "draft_model": mirror_of(model)}):
         prefixes = SharedPrefixes(1 << 30)
         batch = Batch(patient_of(model), {d.name: d for d in (*doctors, plain)}, prefixes=prefixes, **how)
-        waiting = [*PROMPTS, *long, [*long[0][:40], 5], *PROMPTS[:2]]
+        waiting = [*PROMPTS, *long, [*long[0][:70], 5], *PROMPTS[:2]]
         said: dict[int, list[int]] = {}
         rounds = 0
         while batch or waiting:
@@ -190,7 +199,7 @@ def test_the_word_int8_in_place_of_a_model(tiny_model: Callable[..., Path], monk
     folder = tiny_model("llama", **WIDE)
     plain = LLMdoctor(folder, device="cpu", dtype="float32", speculation=False, draft_model="int8")
     assert plain._draft_model is None
-    monkeypatch.setattr("llmdoctor.assistant.is_faster", lambda *_: True)  # of layers as small as these it is not
+    monkeypatch.setattr("llmdoctor.assistant.draft_of", int8_copy)  # of layers as small as these it is not
     drafted = LLMdoctor(folder, device="cpu", dtype="float32", draft_model="int8")
     assert any(isinstance(module, Int8Linear) for module in drafted._draft_model.modules())
     drafted._drafting = drafted._drafting_alone = drafting = Erratic(1)
@@ -202,7 +211,7 @@ def test_the_word_int8_in_place_of_a_model(tiny_model: Callable[..., Path], monk
 
 def test_a_real_patient_in_8_bits_drafts_well(smollm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2 under both heads, in float32: the tokens of no drafts, and four drafts in five stand."""
-    monkeypatch.setattr("llmdoctor.assistant.is_faster", lambda *_: True)
+    monkeypatch.setattr("llmdoctor.assistant.draft_of", int8_copy)
     drafting = Erratic(0)
     assistant = LLMdoctor.from_profile("smollm2", device="cpu", dtype="float32", draft_model="int8")
     assistant._drafting = drafting

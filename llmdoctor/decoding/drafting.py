@@ -1,8 +1,8 @@
-"""How many tokens the doctor drafts before the patient checks them all at once.
+"""How many tokens a doctor or a draft model drafts before the patient checks them all at once.
 
 The scheme is exact for any draft: token t of a row is the draw that the reference path would make, from the same
 product with the same random key (`product.draw`). The draft is a guess of that draw: it draws with the same key from
-the sharpened doctor, doctor^(alpha + beta). Where guess and draw agree, the token is accepted, and every model
+the sharpened doctor, doctor^(alpha + beta), or from a draft model. Where guess and draw agree, the token is accepted, and every model
 has read it already; at the first disagreement the draw itself is the next token, and the rest of the draft is taken
 back. So the length of a draft changes the speed and never the text, and it may follow measured times.
 
@@ -96,7 +96,8 @@ class _Size:
         near = [r for r in near if abs(r.slots - this.slots) <= 48 + this.slots // 8]
         self.recent.append(this)
         drafted = this.length or next((r.length for r in reversed(near) if r.length), 0)
-        if not drafted or sum(r.length == this.length for r in near) in {len(near), *range(3, 7)}:
+        same = sum(r.length == this.length for r in near)
+        if not drafted or same > 2 or same == len(near):
             return
         # how times grow with the caches: a line again, through what a plain round took at each of the recent rounds
         start, growth = 1.0, 0.0
@@ -190,7 +191,9 @@ class AdaptiveLength:
                 known.plan = None
         size = self._size(rows)
         if seconds > 0 and size.best == 0:  # a trial of drafts that are not in use pays for the reading, too
-            size.credit -= size.reading * size.cost(length) / seconds
+            waste = size.reading * size.cost(length) / seconds
+            # no debt without end: one bad measurement would be the last; of several rows there is much to read
+            size.credit = max(size.credit - waste, min(size.credit, -_CREDIT if rows > 1 else 0.0))
         size.reading = 0.0
         if length in size.timed and seconds > 0:
             size.compare(_Timed(rows, slots, length, seconds))

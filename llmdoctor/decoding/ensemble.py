@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmdoctor.decoding.caches import KVCache, Read, close_holes, open_cache, worth_closing
+from llmdoctor.decoding.caches import KVCache, Read, close_holes, open_cache, tokens_last
 from llmdoctor.decoding.prefix import Prefix, PrefixCache
 from llmdoctor.decoding.round import Round, draw_rows, products
 from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.training.folder import LoadedDoctor
 
-_FAR_BEHIND = 64  # tokens
+_FAR_BEHIND = 64  # tokens: more is read again, and in one go, only when the draft model drafts
 
 
 class Ensemble:
@@ -73,7 +73,7 @@ class Ensemble:
         self._caches = caches
         self._patient = caches["patient"]
         self._readers = {role: caches[role] for role in readers}  # those that read every token at once
-        self._recent_B_N = torch.zeros(len(prompts), 0, dtype=torch.long, device=self._device)  # ids in the last slots
+        self._ids_B_L = torch.zeros(len(prompts), 0, dtype=torch.long, device=self._device)  # for the draft model
         self._bases = {role: cache for role, cache in caches.items() if role.startswith("base ")}
         self._filled = [len(prompt) for prompt in prompts]  # slots of each row that hold a token
         longest = max(self._filled)
@@ -181,10 +181,9 @@ class Ensemble:
                 cache.take_back(0)  # a window's record of what it has passed
             return None
         if self.has_draft_model:
-            draft = self._caches["draft"]
-            if draft.length == 0:  # one token, to know what its cache can do
-                draft.feed(ids_B_L[:, :1], None if mask_B_L is None else mask_B_L[:, :1])
-            self._recent_B_N = ids_B_L[:, draft.length :]
+            self._ids_B_L = ids_B_L
+            if self._caches["draft"].length == 0:
+                self._start_draft_model()
         reads = {role: cache.feed(ids_B_L[:, cache.length :], mask_B_L) for role, cache in self._reading.items()}
         said = {role: self._log_probs(reads[role].logits_B_K_V) for role in ("patient", *self._bases)}
         doctors = {name: self._opinion(name, reads[self._role(name)])[0] for name in self._doctors}
@@ -224,7 +223,7 @@ class Ensemble:
                 said[role] = torch.cat([said[role], logprobs_B_K_V], dim=1)
         ids_B_J = torch.cat([self._pending_B_T, drafts_B_K], dim=1) if length else self._pending_B_T
         if self.has_draft_model:
-            self._recent_B_N = torch.cat([self._recent_B_N, ids_B_J], dim=1)
+            self._ids_B_L = torch.cat([self._ids_B_L, ids_B_J], dim=1)
         late = {"patient": self._patient, **self._bases}
         reads = {role: cache.feed(ids_B_J, mask_B_L, length + 1) for role, cache in late.items()}
         said |= {role: self._log_probs(read.logits_B_K_V) for role, read in reads.items()}
@@ -292,7 +291,7 @@ class Ensemble:
             others = sum(beta for name, beta in guidance.betas.items() if name not in heads)
             alpha = guidance.alpha + (others if guidance.mode == "product" else 0.0)
             guesses.append(guidance if alpha == guidance.alpha else guidance.model_copy(update={"alpha": alpha}))
-        fresh_B_T = torch.cat([self._recent_B_N, self._pending_B_T], dim=1)[:, cache.length - self.slots :]
+        fresh_B_T = torch.cat([self._ids_B_L, self._pending_B_T], dim=1)[:, cache.length :]
         drafts: list[Tensor] = []
         for k in range(length):
             fresh = fresh_B_T.shape[1]
@@ -305,23 +304,42 @@ class Ensemble:
             drafts.append(fresh_B_T)
         return torch.cat(drafts, dim=1)
 
+    def _start_draft_model(self) -> None:
+        """Let it read one token again: that shows what its cache can do."""
+        cache = self._caches["draft"]
+        cache.rewind(0)
+        cache.feed(self._ids_B_L[:, :1], None if self._mask_B_L is None else self._mask_B_L[:, :1])
+
+    def _close_holes_of_draft_model(self, held_B_L: Tensor, kept_B_L: Tensor) -> None:
+        """As the other caches: a mask of the slots until now, and those that stay."""
+        cache, slots = self._caches["draft"], held_B_L.shape[1]
+        ids_B_L, self._ids_B_L = self._ids_B_L, self._ids_B_L.gather(1, kept_B_L)
+        if slots - cache.length > _FAR_BEHIND or not cache.can_have_holes:
+            self._start_draft_model()
+            return
+        if cache.length < slots:
+            cache.feed(ids_B_L[:, cache.length :], held_B_L)
+        cache.pack(kept_B_L)
+
+    @property
+    def _behind(self) -> int:
+        """How many tokens, the pending one aside, the draft model has not read."""
+        return self._patient.length - self._caches["draft"].length if self.has_draft_model else 0
+
     @torch.inference_mode()
     def catch_up(self) -> None:
-        """Let the draft model read what it has not, the latest two tokens aside, which it reads with the next draft.
+        """Let the draft model read all but the pending token, and one before it, which it reads with the next draft.
 
         It reads no prompt and nothing in rounds without a draft, and what is left may take longer than a round.
         """
-        if self.has_draft_model and self._patient.length - self._caches["draft"].length > 1:
-            self._catch_up(self._patient.length)
+        if self._behind > 1:
+            self._catch_up()
 
-    def _catch_up(self, slots: int) -> None:
-        """Let the draft model read all tokens of the first ``slots``."""
-        if not self.has_draft_model:
-            return
-        cache, start = self._caches["draft"], self._patient.length - self._recent_B_N.shape[1]
-        if cache.length < slots:
-            mask_B_L = None if self._mask_B_L is None else self._mask_B_L[:, :slots]
-            cache.feed(self._recent_B_N[:, cache.length - start : slots - start], mask_B_L)
+    def _catch_up(self) -> None:
+        if self._behind:
+            cache, held = self._caches["draft"], self._patient.length
+            mask_B_L = None if self._mask_B_L is None else self._mask_B_L[:, :held]
+            cache.feed(self._ids_B_L[:, cache.length : held], mask_B_L)
 
     @torch.inference_mode()
     def settle(
@@ -349,18 +367,15 @@ class Ensemble:
                 mask_B_L = torch.ones(len(last), self._patient.length - fresh, dtype=torch.long, device=self._device)
             holds = [[int(slot < count) for slot in range(fresh)] + [1] for count in accepted]
             self._mask_B_L = torch.cat([mask_B_L, mask_B_L.new_tensor(holds)], dim=1)
-        if self.has_draft_model:
-            unread = kept - self._caches["draft"].length
-            self._recent_B_N = self._recent_B_N[:, : self._recent_B_N.shape[1] - common]
-            self._recent_B_N = self._recent_B_N[:, self._recent_B_N.shape[1] - unread :]
+        self._ids_B_L = self._ids_B_L[:, :kept]
         self._filled = [filled + count for filled, count in zip(self._filled, accepted, strict=True)]
         if self._mask_B_L is not None:
             # it holds the pending token already, which the caches do not
             held_B_L, last_B_1 = self._mask_B_L[:, :-1], self._mask_B_L[:, -1:]
-            if worth_closing(held_B_L, max(self._filled)):
-                self._catch_up(kept)
-            held_B_L = close_holes(self._caches.values(), held_B_L, max(self._filled))
-            self._mask_B_L = torch.cat([held_B_L, last_B_1], dim=1)
+            closed_B_L = close_holes(self._reading.values(), held_B_L, max(self._filled))
+            self._mask_B_L = torch.cat([closed_B_L, last_B_1], dim=1)
+            if self.has_draft_model and closed_B_L is not held_B_L:
+                self._close_holes_of_draft_model(held_B_L, tokens_last(held_B_L, max(self._filled)))
         self._filled = [filled + 1 for filled in self._filled]
         self._pending_B_T = torch.tensor(last, device=self._device)[:, None]
         values: dict[str, list[float]] = {}
@@ -379,24 +394,23 @@ class Ensemble:
             cache.keep(rows_B)
         self._filled = [self._filled[row] for row in staying]
         self._pending_B_T = self._pending_B_T[rows_B]
-        self._recent_B_N = self._recent_B_N[rows_B]
+        self._ids_B_L = self._ids_B_L[rows_B]
         self._mask_B_L = None if self._mask_B_L is None else self._mask_B_L[rows_B]
         self._next_B_1_V = {role: logprobs[rows_B] for role, logprobs in self._next_B_1_V.items()}
 
     @torch.inference_mode()
     def join(self, other: "Ensemble") -> None:
         """Add the rows of another ensemble of the same models, both between two rounds. ``other`` is then of no use."""
-        # where drafts do not pay, the draft model is far behind: it is not worth what it costs to read all that
-        unused = self.has_draft_model and self._patient.length - self._caches["draft"].length > _FAR_BEHIND
-        if unused or self.has_draft_model != other.has_draft_model:
+        if self.has_draft_model != other.has_draft_model:
             self.drop_draft_model()
             other.drop_draft_model()
-        for own in (self, other):
-            own._catch_up(own._patient.length)
-            own._recent_B_N = own._recent_B_N[:, :0]
+        again = max(self._behind, other._behind) > _FAR_BEHIND
+        if not again:
+            self._catch_up()
+            other._catch_up()
         # taken before the caches grow, for an unwritten mask is as long as they are
         masks = [own._mask() for own in (self, other)]
-        for role, cache in self._caches.items():
+        for role, cache in (self._reading if again else self._caches).items():
             cache.join(other._caches[role])
         slots = self.slots
         padded = [torch.nn.functional.pad(mask_B_L, (slots - mask_B_L.shape[1], 0)) for mask_B_L in masks]
@@ -404,7 +418,10 @@ class Ensemble:
         self._mask_B_L = None if bool(joined.all()) else joined
         self._filled += other._filled
         self._pending_B_T = torch.cat([self._pending_B_T, other._pending_B_T])
-        self._recent_B_N = torch.cat([self._recent_B_N, other._recent_B_N])
+        ids = [own._ids_B_L for own in (self, other)]
+        self._ids_B_L = torch.cat([torch.nn.functional.pad(one, (slots - 1 - one.shape[1], 0)) for one in ids])
+        if again:
+            self._start_draft_model()
         self._next_B_1_V = {
             role: torch.cat([logprobs, other._next_B_1_V[role]]) for role, logprobs in self._next_B_1_V.items()
         }

@@ -78,20 +78,22 @@ def draw(product_B_V: Tensor, sampling: Sampling, keys_B: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return product_B_V.argmax(dim=-1)
+    device = product_B_V.device
+    if device.type == "mps":  # it has no float64
+        product_B_V = product_B_V.cpu()
+    keys_B = keys_B.to(product_B_V.device)
     scores = _warpers(sampling)(None, product_B_V)  # type: ignore[arg-type]  # these warpers read no input ids
     probs_B_V = scores.softmax(dim=-1)
-    if probs_B_V.device.type == "mps":  # it has no float64
-        probs_B_V, keys_B = probs_B_V.cpu(), keys_B.cpu()
     possible = max(1, int((probs_B_V > 0).sum(dim=-1).max()))  # NaN is no number: the caller finds that out
     if possible <= _LIKELIEST:  # the others need no number
         probs_B_K, ids_B_K = probs_B_V.topk(possible)
         winners_B_1 = _winners(probs_B_K, exponentials(keys_B, ids_B_K))[:, None]
-        return ids_B_K.gather(1, winners_B_1)[:, 0].to(product_B_V.device)
+        return ids_B_K.gather(1, winners_B_1)[:, 0].to(device)
     # on a CPU few rows at once, because their numbers then fit into its cache
     rows = max(1, (1 << 16) // probs_B_V.shape[-1]) if probs_B_V.device.type == "cpu" else len(probs_B_V)
     ids_V = torch.arange(probs_B_V.shape[-1], device=probs_B_V.device)
-    parts = zip(probs_B_V.split(rows), keys_B.to(probs_B_V.device).split(rows), strict=True)
-    return torch.cat([_winners(probs, exponentials(keys, ids_V)) for probs, keys in parts]).to(product_B_V.device)
+    parts = zip(probs_B_V.split(rows), keys_B.split(rows), strict=True)
+    return torch.cat([_winners(probs, exponentials(keys, ids_V)) for probs, keys in parts]).to(device)
 
 
 def _winners(probs_B_K: Tensor, exponentials_B_K: Tensor) -> Tensor:
@@ -136,10 +138,12 @@ class _TopP(TopPLogitsWarper):
         few_B_K, ids_B_K = scores.topk(min(_LIKELIEST, scores.shape[-1]))
         probs_B_K = (few_B_K - scores.logsumexp(dim=-1, keepdim=True)).double().exp()
         above_B_K = probs_B_K.cumsum(dim=-1) - probs_B_K
-        if bool((above_B_K[:, -1] < self.top_p).any()):  # more may be left
-            cut: Tensor = super().__call__(input_ids, scores)
-            return cut
         cut_B_K = above_B_K >= self.top_p
         cut_B_K[:, 0] = False
         cut_B_V = torch.ones_like(scores, dtype=torch.bool).scatter(1, ids_B_K, cut_B_K)
-        return scores.masked_fill(cut_B_V, -torch.inf)
+        found_B_V = scores.masked_fill(cut_B_V, -torch.inf)
+        # Where more may be left. Row by row, so that what is kept of tokens that tie depends on no neighbour.
+        flat_B = above_B_K[:, -1] < self.top_p
+        if bool(flat_B.any()):
+            found_B_V[flat_B] = super().__call__(input_ids, scores[flat_B])
+        return found_B_V

@@ -15,7 +15,7 @@ from llmdoctor.decoding.caches.protocol import KVCache, Layers, Read
 from llmdoctor.decoding.caches.recorded import RecordedKV, recordings
 from llmdoctor.decoding.caches.static import StaticKV
 
-__all__ = ["KVCache", "Layers", "Read", "close_holes", "open_cache", "recordings", "worth_closing"]
+__all__ = ["KVCache", "Layers", "Read", "close_holes", "open_cache", "recordings", "tokens_last"]
 
 _FEW_HOLES = 8  # so many empty slots, or an eighth of the rest, are cheaper to read than to close
 
@@ -27,9 +27,10 @@ def open_cache(model: PreTrainedModel) -> KVCache:
     return BACKENDS.get(model.device.type, DynamicKV)(model)
 
 
-def worth_closing(mask_B_L: Tensor, needed: int) -> bool:
-    """Whether `close_holes` would move tokens together, where the caches can."""
-    return mask_B_L.shape[1] - needed > max(_FEW_HOLES, needed // 8)
+def tokens_last(mask_B_L: Tensor, needed: int) -> Tensor:
+    """The last ``needed`` slots [B, needed] of every row with its tokens behind its empty slots."""
+    # a stable sort puts a row's empty slots first and leaves its tokens in their order
+    return mask_B_L.argsort(dim=1, stable=True)[:, -needed:]
 
 
 def close_holes(caches: Collection[KVCache], mask_B_L: Tensor, needed: int) -> Tensor:
@@ -38,10 +39,11 @@ def close_holes(caches: Collection[KVCache], mask_B_L: Tensor, needed: int) -> T
     ``mask_B_L`` tells which slots of the caches hold a token, ``needed`` how many of the longest row do. Returns the
     new mask, or the same where nothing was moved.
     """
-    if not worth_closing(mask_B_L, needed) or not all(cache.can_have_holes for cache in caches):
+    if mask_B_L.shape[1] - needed <= max(_FEW_HOLES, needed // 8):
         return mask_B_L
-    # a stable sort puts a row's empty slots first and leaves its tokens in their order
-    kept_B_L = mask_B_L.argsort(dim=1, stable=True)[:, -needed:]
+    if not all(cache.can_have_holes for cache in caches):
+        return mask_B_L
+    kept_B_L = tokens_last(mask_B_L, needed)
     for cache in caches:
         cache.pack(kept_B_L)
     return mask_B_L.gather(1, kept_B_L)

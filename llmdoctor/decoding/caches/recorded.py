@@ -32,7 +32,7 @@ _graphs: WeakKeyDictionary[PreTrainedModel, Graph | None] = WeakKeyDictionary()
 
 
 def recordings() -> int:
-    """How many models' steps have been recorded: a round in which this grows took longer than others will."""
+    """Of how many models a step was recorded, or tried to be: a round in which this grows takes longer than others."""
     return len(_graphs)
 
 
