@@ -2,9 +2,9 @@
 
 The scheme is exact for any draft: token t of a row is the draw that the reference path would make, from the same
 product with the same random key (`product.draw`). The draft is a guess of that draw: it draws with the same key from
-the sharpened doctor, doctor^(alpha + beta), or from a draft model. Where guess and draw agree, the token is accepted, and every model
-has read it already; at the first disagreement the draw itself is the next token, and the rest of the draft is taken
-back. So the length of a draft changes the speed and never the text, and it may follow measured times.
+the sharpened doctor, doctor^(alpha + beta), or from a draft model. Where guess and draw agree, the token is accepted,
+and every model has read it already; at the first disagreement the draw itself is the next token, and the rest of the
+draft is taken back. So the length of a draft changes the speed and never the text, and it may follow measured times.
 
 Rejection sampling (accept with min(1, p / q), else draw from (p - q)+) accepts a little more, 1 - TV(p, q), but then
 the text depends on the length of the drafts, and a guided answer no longer shares its keys with the unguided one.

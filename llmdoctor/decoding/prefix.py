@@ -31,7 +31,7 @@ class PrefixCache:
     """
 
     ids: list[int] = field(default_factory=list)
-    caches: "dict[str, KVCache]" = field(default_factory=dict)  # by role, "patient", "draft", "doctor NAME", "base NAME"
+    caches: "dict[str, KVCache]" = field(default_factory=dict)  # by role, "patient" or "doctor NAME" and so on
     prefilled: int = 0
 
     def shared(self, prompt: list[int]) -> int:
