@@ -171,3 +171,13 @@ def test_what_a_draft_model_has_to_read_first_does_not_end_drafting(prompt: int)
         if filled > 200:
             filled, behind = 0, prompt
     assert drafted > 4500
+
+
+def test_a_length_is_not_compared_with_itself() -> None:
+    """Two rounds of 4 drafts in a row say nothing of what a draft costs; a plain one beside them does."""
+    drafting = AdaptiveLength(4)
+    for length, seconds in ((4, 0.0), (4, 0.18), (4, 0.18), (0, 0.0), (0, 0.04)):
+        drafting.record(1, 100, length, length, length, seconds)
+        ratios = [ratio for _, ratio in drafting._size(1).ratios]
+        assert all(ratio > 4 for ratio in ratios)
+    assert ratios

@@ -33,7 +33,7 @@ WIDE = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 32}  # multiples
 def test_the_product_is_that_of_the_rounded_weights(bias: bool, dtype: torch.dtype, rows: tuple[int, int]) -> None:
     """Against float64 with the weights rounded here, and the weights themselves within half a step."""
     torch.manual_seed(0)
-    layer = nn.Linear(96, 40, bias=bias).requires_grad_(False)
+    layer = nn.Linear(96, 400, bias=bias).requires_grad_(False)
     layer.weight.data[3] = 0.0  # an output that is always 0
     layer, x = layer.to(dtype), torch.randn(*rows, 96).to(dtype)
     small = Int8Linear(layer)
@@ -154,6 +154,41 @@ def test_it_keeps_up_while_rows_come_and_go(seed: int) -> None:
         found.append(said)
     assert found[0] == found[1]
     assert drafting.accepted == drafting.tested > 20
+
+
+class Late(Erratic):
+    """Drafts nothing for a while."""
+
+    def choose(self, rows: int) -> int:
+        return 0 if len(self.waited) < 12 else 3
+
+    def record(self, rows: int, slots: int, length: int, accepted: int, tested: int, seconds: float) -> None:
+        super().record(rows, slots, length, accepted, tested, seconds)
+        self.waited.append(rows)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[int] = []
+
+
+@pytest.mark.usefixtures("_backend")
+def test_it_begins_again_where_the_others_have_closed_their_holes() -> None:
+    """Far behind when the row ends for which the others were padded: it reads what stays."""
+    model, doctors, guidance = guided("product")
+    said: list[list[int]] = []
+    drafting = Late()
+    for how in ({}, {"drafting": drafting, "draft_model": mirror_of(model)}):
+        batch = Batch(patient_of(model), {d.name: d for d in doctors}, **how)
+        long = [3 + i % 20 for i in range(90)]
+        asked = [(long, 6), (long[:5], 30), (long[:40], 30), (long[3:9], 30), (long[30:60], 30)]
+        batch.join([Request(p, lambda: guidance, Sampling(max_new_tokens=n), seed=i) for i, (p, n) in enumerate(asked)])
+        rows: dict[int, list[int]] = {}
+        while batch:
+            for step in batch.round():
+                rows.setdefault(step.row, []).append(step.token.id)
+        said.append([rows[row] for row in sorted(rows)])
+    assert said[0] == said[1]
+    assert drafting.accepted == drafting.tested > 5
 
 
 @pytest.mark.usefixtures("_backend")

@@ -26,8 +26,8 @@ class Int8Linear(nn.Module):
     def __init__(self, of: nn.Linear) -> None:
         super().__init__()
         weight = of.weight.detach().float()
-        # up to the next bfloat16, or the greatest weight would be more than 127 steps
-        scale_O = (weight.abs().amax(dim=1) / 127 * (1 + 2**-8)).clamp(min=1e-12).bfloat16()
+        # rounded first: the greatest weight is then at most 127.25 steps
+        scale_O = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
         self.weight: Tensor = nn.Buffer((weight / scale_O.float()[:, None]).round().to(torch.int8))
         self.scale: Tensor = nn.Buffer(scale_O)
         self.bias = of.bias
