@@ -13,7 +13,8 @@ from llmdoctor.models import Patient
 from llmdoctor.settings import Guidance, Sampling
 from llmdoctor.training.folder import LoadedDoctor
 
-_FAR_BEHIND = 64  # tokens: more is read again, and in one go, only when the draft model drafts
+# Tokens. A draft model that has more to read waits until it drafts, and then begins again.
+_FAR_BEHIND = 64
 
 
 class Ensemble:
@@ -328,8 +329,9 @@ class Ensemble:
 
     @torch.inference_mode()
     def catch_up(self) -> None:
-        """Let the draft model read all but the pending token, and one before it, which it reads with the next draft.
+        """Let the draft model read all but the pending token, if it is more than one token behind.
 
+        One it reads with the next draft.
         It reads no prompt and nothing in rounds without a draft, and what is left may take longer than a round.
         """
         if self._behind > 1:
@@ -367,7 +369,8 @@ class Ensemble:
                 mask_B_L = torch.ones(len(last), self._patient.length - fresh, dtype=torch.long, device=self._device)
             holds = [[int(slot < count) for slot in range(fresh)] + [1] for count in accepted]
             self._mask_B_L = torch.cat([mask_B_L, mask_B_L.new_tensor(holds)], dim=1)
-        self._ids_B_L = self._ids_B_L[:, :kept]
+        if self.has_draft_model:
+            self._ids_B_L = self._ids_B_L[:, :kept]
         self._filled = [filled + count for filled, count in zip(self._filled, accepted, strict=True)]
         if self._mask_B_L is not None:
             # it holds the pending token already, which the caches do not
@@ -394,7 +397,8 @@ class Ensemble:
             cache.keep(rows_B)
         self._filled = [self._filled[row] for row in staying]
         self._pending_B_T = self._pending_B_T[rows_B]
-        self._ids_B_L = self._ids_B_L[rows_B]
+        if self.has_draft_model:
+            self._ids_B_L = self._ids_B_L[rows_B]
         self._mask_B_L = None if self._mask_B_L is None else self._mask_B_L[rows_B]
         self._next_B_1_V = {role: logprobs[rows_B] for role, logprobs in self._next_B_1_V.items()}
 
@@ -418,10 +422,11 @@ class Ensemble:
         self._mask_B_L = None if bool(joined.all()) else joined
         self._filled += other._filled
         self._pending_B_T = torch.cat([self._pending_B_T, other._pending_B_T])
-        ids = [own._ids_B_L for own in (self, other)]
-        self._ids_B_L = torch.cat([torch.nn.functional.pad(one, (slots - 1 - one.shape[1], 0)) for one in ids])
-        if again:
-            self._start_draft_model()
+        if self.has_draft_model:
+            ids = [own._ids_B_L for own in (self, other)]
+            self._ids_B_L = torch.cat([torch.nn.functional.pad(one, (slots - 1 - one.shape[1], 0)) for one in ids])
+            if again:
+                self._start_draft_model()
         self._next_B_1_V = {
             role: torch.cat([logprobs, other._next_B_1_V[role]]) for role, logprobs in self._next_B_1_V.items()
         }
